@@ -1,0 +1,214 @@
+"""What the benchmark scripts share: arguments, data, splits, scores and the result table. Needs no FIMP."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.neighbors import NearestNeighbors
+
+HERE = Path(__file__).resolve().parent
+UNLABELLED = ("Unlabelled", "Ambiguous")
+MIN_TRAIN_CELLS = 5  # a class with fewer labelled training cells is left out for every method
+
+
+@dataclass(frozen=True)
+class Data:
+    """One data set: its file, the size of its spatial blocks (cells) and the key that separates sections."""
+
+    file: str
+    block_size: int
+    library_key: str | None = None
+
+
+DATA = {
+    "dlpfc": Data("dlpfc_visium_151673.h5ad", 100),
+    "dlpfc_151674": Data("dlpfc_visium_151674.h5ad", 100),
+    "merfish": Data("merfish_hypothalamus_animal1.h5ad", 140, "bregma"),
+    "starmap": Data("starmap_visual_cortex_1020.h5ad", 40),
+}
+
+
+def parser(doc: str | None, datasets: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+    """Arguments that all scripts have; `datasets` are the choices (and default) of ``--datasets``."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", type=Path, default=os.environ.get("FIMP_SC_DATA", HERE.parent.parent / "shared" / "data"))
+    p.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, … (splits, hidden entries and FIMP)")
+    p.add_argument("--max-epochs", type=int, default=None, help="epochs of FIMP; default: FIMP's own")
+    p.add_argument("--accelerator", default="auto")
+    p.add_argument("--methods", nargs="+", default=["baselines", "fimp"], choices=["baselines", "fimp", "shuffled"])
+    p.add_argument("--quick", action="store_true", help="1 seed, 1 epoch: checks that the script runs")
+    if datasets:
+        p.add_argument("--datasets", nargs="+", default=list(datasets), choices=datasets)
+    return p
+
+
+def parse(p: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line and apply ``--quick``."""
+    args = p.parse_args()
+    if args.quick:
+        args.seeds, args.max_epochs = 1, 1
+    return args
+
+
+def load(name: str, folder: Path):
+    """Read a data set; ``obs["label"]`` holds its cell types with "Unknown" where they must not be scored."""
+    import anndata
+
+    path = Path(folder) / DATA[name].file
+    if not path.exists():
+        raise FileNotFoundError(f"{path} not found: give the folder of the .h5ad files with --data or FIMP_SC_DATA.")
+    adata = anndata.read_h5ad(path)
+    labels = adata.obs["cell_type"].astype(str)
+    adata.obs["label"] = labels.mask(labels.isin(UNLABELLED) | adata.obs["cell_type"].isna(), "Unknown")
+    return adata
+
+
+def library(adata, name: str) -> np.ndarray | None:
+    """Section of each cell, or None when the data set is one section."""
+    key = DATA[name].library_key
+    return None if key is None else adata.obs[key].astype(str).to_numpy()
+
+
+def log_normalise(x, target: float) -> sp.csr_matrix:
+    """log(1 + x / total of the cell * target), float32 CSR (n_obs, n_vars)."""
+    x = sp.csr_matrix(x, dtype=np.float64, copy=True)
+    x = sp.csr_matrix(sp.diags(target / np.maximum(totals(x), 1e-12)) @ x)
+    x.data = np.log1p(x.data)
+    return x.astype(np.float32)
+
+
+def totals(x) -> np.ndarray:
+    """Sum of each row, shape (n_obs,)."""
+    return np.asarray(x.sum(axis=1)).ravel()
+
+
+def neighbours(coordinates: np.ndarray, k: int, lib: np.ndarray | None = None) -> sp.csr_matrix:
+    """Binary CSR (n, n): row i has the k nearest other cells of the same section."""
+    n = len(coordinates)
+    lib = np.zeros(n, int) if lib is None else lib
+    rows, cols = [], []
+    for name in np.unique(lib):
+        idx = np.flatnonzero(lib == name)
+        near = NearestNeighbors(n_neighbors=k).fit(coordinates[idx]).kneighbors(return_distance=False)
+        rows.append(np.repeat(idx, k))
+        cols.append(idx[near].ravel())
+    rows, cols = np.concatenate(rows), np.concatenate(cols)
+    return sp.csr_matrix((np.ones(len(rows), np.float32), (rows, cols)), shape=(n, n))
+
+
+def spatial_block_ids(adata, name: str, seed: int) -> np.ndarray:
+    """Spatial block of each cell, shape (n_obs,)."""
+    from fimp_sc.data import spatial_blocks
+
+    xy = np.asarray(adata.obsm["spatial"], float)
+    return spatial_blocks(xy, DATA[name].block_size, library=library(adata, name), random_state=seed)
+
+
+def folds(blocks: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
+    """Fold of each cell, shape (n_obs,): whole spatial blocks, filled so that the folds have about equal size."""
+    ids, sizes = np.unique(blocks, return_counts=True)
+    fold, filled = {}, np.zeros(n_folds)
+    for i in np.random.default_rng(seed).permutation(len(ids)):
+        f = int(filled.argmin())
+        fold[ids[i]] = f
+        filled[f] += sizes[i]
+    return np.array([fold[b] for b in blocks])
+
+
+def split_labels(labels: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Apply the class rule.
+
+    Classes with fewer than `MIN_TRAIN_CELLS` labelled training cells cannot be learnt: they are hidden in training and
+    left out of the scores. Returns the labels for training ("Unknown" for test cells and such classes) and the
+    boolean masks of training and test cells to use, each of shape (n_obs,).
+    """
+    labels = np.asarray(labels, dtype=object)
+    known = labels != "Unknown"
+    classes, counts = np.unique(labels[known & ~test].astype(str), return_counts=True)
+    usable = known & np.isin(labels.astype(str), classes[counts >= MIN_TRAIN_CELLS])
+    train, test = usable & ~test, usable & test
+    return np.where(train, labels, "Unknown"), train, test
+
+
+def label_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Accuracy and macro-F1; macro-F1 is the mean over the classes that are present in `truth`."""
+    truth, predicted = np.asarray(truth).astype(str), np.asarray(predicted).astype(str)
+    f1 = f1_score(truth, predicted, labels=np.unique(truth), average="macro", zero_division=0)
+    return {"accuracy": float(accuracy_score(truth, predicted)), "macro_f1": float(f1)}
+
+
+def expression_scores(truth: np.ndarray, predicted: np.ndarray, gene_mean: np.ndarray) -> dict[str, float]:
+    """R² and MSE over hidden entries.
+
+    Parameters
+    ----------
+    truth, predicted, gene_mean
+        Shape (n_entries,): true and predicted value, and mean of the entry's gene in the training cells.
+
+    Returns
+    -------
+    ``r2`` is measured around the grand mean of the hidden entries, ``r2_gene`` around the training mean of each gene,
+    so that predicting the gene mean scores 0.
+    """
+    truth, predicted, gene_mean = (np.asarray(a, np.float64) for a in (truth, predicted, gene_mean))
+    sse = ((truth - predicted) ** 2).sum()
+    return {
+        "r2": float(1 - sse / ((truth - truth.mean()) ** 2).sum()),
+        "r2_gene": float(1 - sse / ((truth - gene_mean) ** 2).sum()),
+        "mse": float(sse / truth.size),
+    }
+
+
+class Results:
+    """Rows of (data, method, seed, scores); prints them as they come, then the table, and writes one CSV."""
+
+    def __init__(self, name: str, args: argparse.Namespace, group: str = "data") -> None:
+        self.name, self.args, self.group, self.rows = name, args, group, []
+
+    def add(self, data: str, method: str, seed: int, scores: dict[str, float], started: float | None = None) -> None:
+        """Add one row; `started` is a ``time.perf_counter()`` value taken before the method ran."""
+        seconds = {} if started is None else {"seconds": time.perf_counter() - started}
+        self.rows.append({self.group: data, "method": method, "seed": seed, **scores, **seconds})
+        print(data, method, f"seed {seed}:", ", ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
+
+    def finish(self) -> None:
+        """Print mean ± standard deviation over seeds and update the CSV; rows of methods not run now are kept."""
+        table, keys = pd.DataFrame(self.rows), [self.group, "method"]
+        scores = [c for c in table.columns if c not in {*keys, "seed", "seconds"}]
+        print(f"\n| {self.group} | method | " + " | ".join(scores) + " |\n" + "|---" * (2 + len(scores)) + "|")
+        for (data, method), rows in table.groupby(keys, sort=False):
+            cells = [f"{rows[c].mean():.3f} ± {rows[c].std(ddof=0):.3f}" for c in scores]
+            print(f"| {data} | {method} | " + " | ".join(cells) + " |")
+        table["max_epochs"] = "default" if self.args.max_epochs is None else self.args.max_epochs
+        for key, value in environment().items():
+            table[key] = value
+        path = HERE / "results" / f"{self.name}{'_quick' if self.args.quick else ''}.csv"
+        path.parent.mkdir(exist_ok=True)
+        if path.exists():
+            old = pd.read_csv(path, dtype={self.group: str, "method": str})
+            rerun = pd.MultiIndex.from_frame(old[keys]).isin(pd.MultiIndex.from_frame(table[keys]))
+            table = pd.concat([old[~rerun], table]).sort_values([self.group], kind="stable")
+        table.to_csv(path, index=False, float_format="%.5g")
+        print(f"\nwritten: {os.path.relpath(path)}")
+
+
+def environment() -> dict[str, str | int]:
+    """Machine and versions, without names or dates."""
+    row: dict[str, str | int] = {"machine": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count() or 0}
+    row["python"] = platform.python_version()
+    for package in ("fimp-sc", "torch", "scvi-tools", "anndata", "scikit-learn", "numpy"):
+        try:
+            row[package] = version(package)
+        except PackageNotFoundError:
+            row[package] = ""
+    return row

@@ -1,0 +1,161 @@
+"""Command line: the functions of :mod:`fimp_sc.tl` for pipelines.
+
+Options carry the names of the functions' parameters. An option that is not given is not passed on, so the defaults
+live in one place, the functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fimp_sc
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+
+_USER_ERRORS = (ValueError, KeyError, OSError)
+_SLOTS = ("obs", "obsm", "obsp", "layers", "uns")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv
+        Arguments without the program's name; by default those of the process.
+
+    Returns
+    -------
+    Exit code: 0 on success; 2 if the input or an option is at fault, with one line on the standard error stream.
+    Nothing is written to `--output` unless all went well.
+    """
+    options = vars(_parser().parse_args(argv))
+    command = options.pop("command")
+    try:
+        if command == "demo":
+            from fimp_sc._demo import run_demo
+
+            run_demo(**options)
+        else:
+            _run_tool(command, **options)
+    except _USER_ERRORS as error:
+        print(f"fimp-sc {command}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run_tool(
+    command: str, *, source: Path, output: Path, quiet: bool = False, save_model: Path | None = None, **arguments: Any
+) -> None:
+    """Read, call ``tl.<command>``, write."""
+    if not source.is_file():
+        message = f"input file {str(source)!r} does not exist."
+        raise FileNotFoundError(message)
+    if not output.parent.is_dir():
+        message = f"--output: folder {str(output.parent)!r} does not exist; create it first."
+        raise FileNotFoundError(message)
+    if output.is_dir():
+        message = f"--output: {str(output)!r} is a folder; name a file."
+        raise ValueError(message)
+    if save_model is not None and save_model.exists():
+        message = f"--save-model: {str(save_model)!r} exists already; name a new folder."
+        raise ValueError(message)
+
+    import anndata
+
+    adata = anndata.read_h5ad(source)
+    before = {slot: set(getattr(adata, slot).keys()) for slot in _SLOTS}
+    getattr(fimp_sc.tl, command)(adata, verbose=not quiet, **arguments)
+    if save_model is not None:
+        fimp_sc.tl.get_model(adata).save(str(save_model))
+    _write(adata, output)
+    if not quiet:
+        added = [f'.{slot}["{key}"]' for slot in _SLOTS for key in getattr(adata, slot) if key not in before[slot]]
+        print(f"Wrote {output}; new in it: {', '.join(added) or 'nothing, existing keys were replaced'}")
+        if save_model is not None:
+            print(f"Saved the model to {save_model}")
+
+
+def _write(adata: AnnData, output: Path) -> None:
+    """Write beside the target first, so that a failure leaves neither half a file nor a lost one."""
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".fimp-sc-") as folder:
+        part = Path(folder) / "output.h5ad"
+        adata.write_h5ad(part)
+        part.replace(output)
+
+
+def _one_line(error: BaseException) -> str:
+    # `str` of a KeyError is the repr of its message.
+    text = error.args[0] if isinstance(error, KeyError) and len(error.args) == 1 else error
+    return " ".join(str(text).split()) or type(error).__name__
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fimp-sc", description="Gene-level message passing between cells for spatial transcriptomics."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {fimp_sc.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    embed = _add_tool(commands, "embed", "train on a section and write an embedding of its cells")
+    _add_common(embed)
+
+    annotate = _add_tool(commands, "annotate", "predict the labels of unlabelled cells, with confidence")
+    annotate.add_argument("--labels-key", required=True, metavar="KEY", help="column of .obs with the known labels")
+    annotate.add_argument("--unlabeled-category", metavar="NAME", help="label that means 'not known'")
+    _add_common(annotate)
+
+    impute = _add_tool(commands, "impute", "write the expression expected from a cell and its neighbours")
+    impute.add_argument("--genes", nargs="+", metavar="GENE", help="write these genes only, as .obsm (default: all)")
+    impute.add_argument("--scale", choices=("log", "counts"), help="scale of what is written")
+    _add_common(impute)
+
+    demo = commands.add_parser(
+        "demo",
+        help="run everything on an offline toy tissue and report how well it did",
+        argument_default=argparse.SUPPRESS,
+    )
+    demo.add_argument("--output-dir", type=Path, metavar="DIR", help="where to write (default: ./fimp-sc-demo)")
+    demo.add_argument("--max-epochs", type=_positive, metavar="N", help="upper limit of passes over the data")
+    demo.add_argument("--random-state", type=int, metavar="SEED", help="seed of the tissue and of the training")
+    return parser
+
+
+def _add_tool(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    tool: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", argument_default=argparse.SUPPRESS
+    )
+    tool.add_argument("source", type=Path, metavar="INPUT.h5ad", help="annotated data with .obsm['spatial']")
+    tool.add_argument("--output", type=Path, required=True, metavar="OUT.h5ad", help="where to write the result")
+    return tool
+
+
+def _add_common(tool: argparse.ArgumentParser) -> None:
+    tool.add_argument("--layer", metavar="KEY", help="layer with the expression (default: .X)")
+    tool.add_argument("--library-key", metavar="KEY", help="column of .obs that tells samples apart")
+    tool.add_argument("--batch-key", metavar="KEY", help="column of .obs with batches")
+    tool.add_argument("--spatial-key", metavar="KEY", help="key of .obsm with the coordinates")
+    tool.add_argument("--connectivities-key", metavar="KEY", help="key of .obsp with the graph; built if missing")
+    tool.add_argument("--input-scale", choices=("auto", "counts", "normalized", "log"), help="what the values are")
+    tool.add_argument("--key-added", metavar="KEY", help="name of what is written")
+    tool.add_argument("--model", metavar="DIR", help="saved model to apply instead of training one")
+    tool.add_argument("--save-model", type=Path, metavar="DIR", help="new folder to save the model to")
+    tool.add_argument("--max-epochs", type=_positive, metavar="N", help="upper limit of passes over the data")
+    tool.add_argument("--accelerator", metavar="NAME", help="cpu, gpu, or auto")
+    tool.add_argument("--random-state", type=int, metavar="SEED", help="seed of everything random")
+    tool.add_argument("--quiet", action="store_true", help="no progress and no report")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        message = f"{text} is not a positive number"
+        raise argparse.ArgumentTypeError(message)
+    return value

@@ -1,0 +1,41 @@
+"""The one batch layout that every modality shares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Batch(TypedDict):
+    """Tensors of one block: destinations first, then their halo.
+
+    ``n`` is the number of nodes loaded, ``n_dst`` the number of destinations, ``f`` the number of tokens per node
+    and ``g`` the number of features (genes) of the model.
+    """
+
+    nodes: Tensor
+    """``(n,)`` int64, row of each node in the object."""
+    n_nodes: list[int]
+    """``n_layers + 1`` counts, outermost first; the last is ``n_dst``."""
+    indptr: list[Tensor]
+    """One per layer, int64: compressed sparse rows over the nodes that the layer updates."""
+    indices: list[Tensor]
+    """One per layer, int64: sources, as positions in ``nodes``."""
+    feature_id: Tensor
+    """``(n, f)`` int64, feature of each token."""
+    value: Tensor
+    """``(n, f)`` float32, centred value of each token."""
+    padding: Tensor
+    """``(n, f)`` bool, True where there is no token."""
+    profile: Tensor
+    """``(n, g)`` float32, centred values of all features, 0 where not visible."""
+    visible: Tensor
+    """``(n, g)`` bool, features whose value may be used."""
+    target: Tensor
+    """``(n_dst, g)`` float32, centred values to predict."""
+    target_mask: Tensor
+    """``(n_dst, g)`` bool, entries of ``target`` that were hidden on purpose."""
+    label: Tensor
+    """``(n_dst,)`` int64 class, -1 where unlabeled."""

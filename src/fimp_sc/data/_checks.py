@@ -1,0 +1,236 @@
+"""Checks of what a user hands in. All raise before anything is changed, and say what to do next."""
+
+from __future__ import annotations
+
+import warnings
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from fimp_sc._errors import MissingKeyError
+from fimp_sc.data._graph_checks import check_connectivities
+from fimp_sc.data._value_checks import InputScale, check_values
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from anndata import AnnData
+
+__all__ = [
+    "InputScale",
+    "MissingKeyError",
+    "check_anndata",
+    "check_connectivities",
+    "check_coordinates",
+    "check_graph",
+    "check_labels",
+    "check_object",
+    "check_obs_key",
+    "check_values",
+    "get_matrix",
+    "shorten",
+]
+
+
+def shorten(items: Sequence[str], limit: int = 5) -> str:
+    """Join ``items`` for a message, the first ``limit`` of them."""
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit:,} more" if len(items) > limit else "")
+
+
+def missing_key(key: Any, where: str, found: Iterable[Any], advice: str) -> MissingKeyError:
+    """Return the exception for ``key`` absent from ``where``, naming the keys ``found`` there and the nearest one."""
+    keys = [str(k) for k in found if k is not None]  # anndata 0.13 lists X among the layers, as None
+    close = get_close_matches(str(key), keys, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    there = f"found there: {shorten([repr(k) for k in keys], 10)}" if keys else "it holds no keys"
+    return MissingKeyError(f"{key!r} is not in {where} ({there}).{hint} {advice}")
+
+
+def check_object(adata: Any) -> None:
+    """Check that ``adata`` is an AnnData object in memory with at least one cell.
+
+    Raises
+    ------
+    TypeError
+        It is of another type.
+    ValueError
+        It has no cells, or is backed by a file.
+    """
+    from anndata import AnnData
+
+    if not isinstance(adata, AnnData):
+        hint = ": pass one modality, for instance mdata['rna']" if hasattr(adata, "mod") else ""
+        raise TypeError(f"Expected an AnnData object, found {type(adata).__name__}{hint}.")
+    if adata.isbacked:
+        raise ValueError(f"adata is backed by {str(adata.filename)!r}: load it with adata = adata.to_memory().")
+    if adata.n_obs == 0:
+        raise ValueError("adata has no cells (n_obs = 0): check the filters applied before.")
+
+
+def check_anndata(adata: Any) -> None:
+    """Check that ``adata`` is an AnnData object in memory, with cells, and with genes whose names are unique.
+
+    Raises
+    ------
+    TypeError
+        It is of another type.
+    ValueError
+        It has no cells or no genes, is backed by a file, or has duplicate gene names.
+    """
+    check_object(adata)
+    if adata.n_vars == 0:
+        raise ValueError("adata has no genes (n_vars = 0): check the filters applied before.")
+    if not adata.var_names.is_unique:
+        duplicates = adata.var_names[adata.var_names.duplicated()].unique()
+        raise ValueError(
+            f"adata.var_names has {len(duplicates):,} duplicate gene names: {shorten([repr(g) for g in duplicates])}. "
+            "Merge these genes, or call adata.var_names_make_unique()."
+        )
+
+
+def get_matrix(adata: AnnData, layer: str | None) -> Any:
+    """Return ``adata.X``, or ``adata.layers[layer]``, as it is stored.
+
+    Raises
+    ------
+    MissingKeyError
+        There is no such layer.
+    ValueError
+        ``layer`` is ``None`` and ``adata.X`` is empty.
+    """
+    if layer is None:
+        if adata.X is None:
+            layers = shorten([repr(k) for k in adata.layers if k is not None]) or "none"
+            raise ValueError(f"adata.X is None: pass layer= with expression (layers found: {layers}).")
+        return adata.X
+    if layer not in adata.layers:
+        raise missing_key(layer, "adata.layers", adata.layers, "Pass layer=None to use adata.X.")
+    return adata.layers[layer]
+
+
+def check_coordinates(adata: AnnData, spatial_key: str) -> np.ndarray:
+    """Return ``adata.obsm[spatial_key]`` as float64 of shape ``(n_obs, 2)`` or ``(n_obs, 3)``.
+
+    Raises
+    ------
+    MissingKeyError
+        ``spatial_key`` is absent.
+    TypeError
+        The coordinates are not numbers.
+    ValueError
+        They have another shape, or are NaN or infinite for some cells.
+    """
+    where = f"adata.obsm[{spatial_key!r}]"
+    if spatial_key not in adata.obsm:
+        raise missing_key(spatial_key, "adata.obsm", adata.obsm, "Name the cell coordinates with spatial_key=.")
+    stored = adata.obsm[spatial_key]
+    try:
+        if sparse.issparse(stored):
+            raise TypeError
+        coordinates = np.array(stored, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{where} must be an array of numbers, found {type(stored).__name__}.") from None
+    if coordinates.ndim != 2 or coordinates.shape[1] not in {2, 3}:
+        raise ValueError(f"{where} must have the shape (n_obs, 2) or (n_obs, 3), found {coordinates.shape}.")
+    bad = np.flatnonzero(~np.isfinite(coordinates).all(axis=1))
+    if bad.size:
+        raise ValueError(
+            f"{where} is NaN or infinite for {bad.size:,} of {adata.n_obs:,} cells, first {adata.obs_names[bad[0]]!r}: "
+            "remove these cells or give them coordinates."
+        )
+    return coordinates
+
+
+def check_obs_key(adata: AnnData, key: str, role: str) -> pd.Categorical:
+    """Return the column ``adata.obs[key]`` as a categorical without unused categories; ``adata.obs`` stays as it is.
+
+    Parameters
+    ----------
+    role
+        What the column is for, as in the name of the argument: ``"library"`` for ``library_key``.
+
+    Raises
+    ------
+    MissingKeyError
+        ``key`` is absent.
+    ValueError
+        The column is missing (NaN) for some cells.
+    """
+    if key not in adata.obs:
+        raise missing_key(key, "adata.obs", adata.obs, f"Name the {role} of each cell with {role}_key=.")
+    column = adata.obs[key]
+    missing = int(column.isna().sum())
+    if missing:
+        raise ValueError(
+            f"adata.obs[{key!r}] ({role}_key) is missing (NaN) for {missing:,} of {adata.n_obs:,} cells, first "
+            f"{adata.obs_names[int(column.isna().to_numpy().argmax())]!r}: fill it in or remove these cells."
+        )
+    return pd.Categorical(column).remove_unused_categories()
+
+
+def check_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unknown") -> None:
+    """Check that ``adata.obs[labels_key]`` can be learned: NaN and ``unlabeled_category`` mean unlabeled.
+
+    Raises
+    ------
+    MissingKeyError
+        ``labels_key`` is absent.
+    TypeError
+        The column holds real numbers that are not categories.
+    ValueError
+        No cell is labeled, or all labeled cells have the same label.
+
+    Warns
+    -----
+    UserWarning
+        Labels that a single cell has.
+    """
+    where = f"adata.obs[{labels_key!r}]"
+    if labels_key not in adata.obs:
+        raise missing_key(labels_key, "adata.obs", adata.obs, "Name the column of labels with labels_key=.")
+    column = adata.obs[labels_key]
+    labels = column[column.notna().to_numpy() & (column.astype(str) != str(unlabeled_category)).to_numpy()]
+    if pd.api.types.is_float_dtype(labels.dtype) and (labels % 1 != 0).any():
+        raise TypeError(f"{where} holds real numbers (dtype {labels.dtype}), not classes: name a column of labels.")
+    if labels.empty:
+        raise ValueError(
+            f"{where} has no labeled cell: all {adata.n_obs:,} are NaN or {unlabeled_category!r}. Label some cells of "
+            "every class, or use a model trained on labeled data with model=."
+        )
+    counts = labels.astype(str).value_counts()
+    if len(counts) == 1:
+        raise ValueError(
+            f"{where} has only one class, {counts.index[0]!r} ({counts.iloc[0]:,} cells): two or more are needed "
+            f"besides {unlabeled_category!r}."
+        )
+    single = sorted(counts.index[counts == 1])
+    if single:
+        warnings.warn(
+            f"{where} has labels with a single cell, which can hardly be learned or validated: "
+            f"{shorten([repr(s) for s in single])}. Merge them, or set them to {unlabeled_category!r}.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def check_graph(adata: AnnData, connectivities_key: str, library_key: str | None = None) -> None:
+    """Check the graph ``adata.obsp[connectivities_key]``; see :func:`check_connectivities`.
+
+    Raises
+    ------
+    MissingKeyError
+        The graph, or ``library_key``, is absent.
+    """
+    if connectivities_key not in adata.obsp:
+        raise missing_key(
+            connectivities_key,
+            "adata.obsp",
+            adata.obsp,
+            "Build the graph with fimp_sc.pp.spatial_graph(adata), or name another with connectivities_key=.",
+        )
+    library = None if library_key is None else check_obs_key(adata, library_key, "library")
+    where = f"adata.obsp[{connectivities_key!r}]"
+    check_connectivities(adata.obsp[connectivities_key], adata.n_obs, where=where, library=library)

@@ -1,0 +1,79 @@
+"""The graph of nodes as compressed sparse rows, and the part of it that a block of destinations needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+
+class Block(NamedTuple):
+    """Destinations with the halo that makes their result exact.
+
+    Attributes
+    ----------
+    nodes
+        ``(n_nodes,)`` node ids: the destinations, then the nodes one hop further, and so on.
+    n_nodes
+        ``n_layers + 1`` counts, outermost first: layer ``l`` reads the first ``n_nodes[l]`` nodes and updates the
+        first ``n_nodes[l + 1]``. The last count is the number of destinations.
+    indptr, indices
+        One compressed sparse row graph per layer, in positions within ``nodes``.
+    """
+
+    nodes: NDArray[np.int64]
+    n_nodes: list[int]
+    indptr: list[NDArray[np.int64]]
+    indices: list[NDArray[np.int64]]
+
+
+class NodeGraph:
+    """Neighbours of every node; row = destination, entries of a row = its sources.
+
+    Parameters
+    ----------
+    connectivities
+        Square sparse matrix. Non-zero entries are edges; their weights are not used.
+    self_loops
+        Whether every node is also a source of itself. Stored self-loops are dropped otherwise.
+    """
+
+    def __init__(self, connectivities: ArrayLike, *, self_loops: bool) -> None:
+        graph = sparse.csr_matrix(connectivities, dtype=np.float32, copy=True)
+        graph.data[:] = graph.data != 0
+        graph.setdiag(0)
+        graph.eliminate_zeros()
+        self.mean_degree = graph.nnz / max(graph.shape[0], 1)
+        if self_loops:
+            graph = sparse.csr_matrix(graph + sparse.identity(graph.shape[0], dtype=np.float32, format="csr"))
+        graph.sort_indices()
+        self.csr = graph
+
+    def block(self, destinations: ArrayLike, n_layers: int) -> Block:
+        """Return the destinations with their ``n_layers``-hop halo; each layer only updates what later ones read."""
+        nodes = np.asarray(destinations, dtype=np.int64)
+        position = np.full(self.csr.shape[0], -1, dtype=np.int64)
+        position[nodes] = np.arange(len(nodes))
+        counts = [len(nodes)]
+        indptr, indices = [], []
+        for _ in range(n_layers):
+            rows = self.csr[nodes]
+            sources = rows.indices.astype(np.int64)
+            new = np.unique(sources[position[sources] < 0])
+            position[new] = np.arange(len(nodes), len(nodes) + len(new))
+            indptr.append(rows.indptr.astype(np.int64))
+            indices.append(position[sources])
+            nodes = np.concatenate([nodes, new])
+            counts.append(len(nodes))
+        return Block(nodes, counts[::-1], indptr[::-1], indices[::-1])
+
+    def order(self) -> NDArray[np.int64]:
+        """Return the rank of each node in reverse Cuthill-McKee order: near in the graph is near in rank."""
+        permutation = sparse.csgraph.reverse_cuthill_mckee(self.csr, symmetric_mode=False)
+        rank = np.empty(len(permutation), dtype=np.int64)
+        rank[permutation] = np.arange(len(permutation))
+        return rank

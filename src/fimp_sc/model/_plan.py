@@ -1,0 +1,92 @@
+"""How FIMP is optimised."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+
+if TYPE_CHECKING:
+    from fimp_sc.data import Batch
+    from fimp_sc.model._module import FIMPModule
+
+_WARMUP_STEPS = 20
+
+
+class FIMPTrainingPlan(pl.LightningModule):
+    """AdamW with warm-up and cosine decay; logs train and validation losses per epoch.
+
+    Parameters
+    ----------
+    module
+        The module to train.
+    lr
+        Peak learning rate.
+    lr_loadings
+        Peak learning rate of the gene loadings. They start as principal components, whose entries are much smaller
+        than a usual Adam step: at the common rate ten steps would erase them.
+    weight_decay
+        Of all weights but the tables of genes.
+    gradient_clip
+        Largest gradient norm.
+    """
+
+    def __init__(
+        self,
+        module: FIMPModule,
+        *,
+        lr: float = 5e-4,
+        lr_loadings: float = 1e-4,
+        weight_decay: float = 1e-2,
+        gradient_clip: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.lr, self.lr_loadings = lr, lr_loadings
+        self.weight_decay = weight_decay
+        self.gradient_clip = gradient_clip
+        self.n_obs_training: int | None = None
+        self.n_obs_validation: int | None = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._step(batch, "validation")
+
+    def _step(self, batch: Batch, mode: str) -> torch.Tensor:
+        _, _, losses = self.module(batch)
+        how = {"on_step": False, "on_epoch": True, "batch_size": losses.n_obs_minibatch}
+        self.log(f"{mode}_loss", losses.loss, prog_bar=True, **how)
+        self.log_dict({f"{name}_{mode}": value for name, value in losses.extra_metrics.items()}, **how)
+        return losses.loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        loadings, tables, weights = [], [], []
+        for name, parameter in self.module.named_parameters():
+            if name.endswith(("loading", "bias")) and name.startswith(("network.embedding", "value_head")):
+                loadings.append(parameter)
+            elif name.endswith("identity"):
+                tables.append(parameter)
+            else:
+                weights.append(parameter)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": weights, "lr": self.lr, "weight_decay": self.weight_decay},
+                {"params": tables, "lr": self.lr, "weight_decay": 0.0},
+                {"params": loadings, "lr": self.lr_loadings, "weight_decay": 0.0},
+            ]
+        )
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+
+        def rate(step: int) -> float:
+            warmup = min((step + 1) / _WARMUP_STEPS, 1.0)
+            return warmup * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * min(step / total, 1.0))))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip, gradient_clip_algorithm="norm")

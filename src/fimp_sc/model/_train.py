@@ -1,0 +1,170 @@
+"""Training of FIMP."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from scvi.train import TrainRunner
+
+from fimp_sc.data import BlockSplitter, split_by_blocks
+from fimp_sc.model._plan import FIMPTrainingPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fimp_sc.data import GraphData
+
+logger = logging.getLogger(__name__)
+
+# An epoch over a small section is a handful of steps, over a large one it is thousands: budget steps, not epochs.
+_STEPS = 500
+_MIN_EPOCHS, _MAX_EPOCHS = 8, 100
+
+
+class FIMPTrainingMixin:
+    """Adds :meth:`train`."""
+
+    _training_plan_cls = FIMPTrainingPlan
+    _train_runner_cls = TrainRunner
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        *,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        validation_size: float = 0.1,
+        train_indices: Sequence[int] | None = None,
+        validation_indices: Sequence[int] | None = None,
+        batch_size: int = 256,
+        mask_ratio: tuple[float, float] = (0.0, 0.4),
+        gene_mask_ratio: float = 0.3,
+        class_balance: float = 0.0,
+        early_stopping: bool = True,
+        early_stopping_patience: int = 8,
+        plan_kwargs: dict[str, Any] | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train on masked expression, and on labels where there are some.
+
+        Parameters
+        ----------
+        max_epochs
+            Upper limit of epochs; by default as many as make about 500 steps, between 8 and 100.
+        accelerator, devices
+            As in Lightning; ``"auto"`` takes a GPU when there is one.
+        validation_size
+            Share of cells held out for validation in whole spatial blocks.
+        train_indices, validation_indices
+            Cells of each part, instead of ``validation_size``. Cells in neither are seen as neighbours only.
+        batch_size
+            Destinations per block and step.
+        mask_ratio
+            Smallest and largest share of a cell's genes hidden in training; each cell draws its own.
+        gene_mask_ratio
+            Largest share of genes hidden in a whole block, so that the model copes with other gene panels.
+        class_balance
+            0 weighs cells alike, 1 classes alike, in the label loss.
+        early_stopping
+            Stop when the validation loss has not improved for ``early_stopping_patience`` epochs. With validation
+            cells the weights of the best epoch are kept in any case.
+        plan_kwargs
+            Passed to the training plan (``lr``, ``weight_decay``, ...).
+        **trainer_kwargs
+            Passed to :class:`scvi.train.Trainer` and so to Lightning.
+
+        Raises
+        ------
+        ValueError
+            When indices overlap or leave nothing to train on.
+        """
+        data = self._graph_data(self.adata)
+        train_idx, val_idx = self._split(data, validation_size, train_indices, validation_indices)
+        if not self.is_trained:
+            data = self._start_from_data(data, train_idx, val_idx, class_balance)
+        splitter = BlockSplitter(
+            data,
+            train_idx,
+            val_idx,
+            batch_size=batch_size,
+            n_layers=self.n_layers,
+            n_tokens=self.n_tokens,
+            mask_ratio=mask_ratio,
+            gene_mask_ratio=gene_mask_ratio,
+            random_state=self.random_state,
+        )
+        if max_epochs is None:
+            per_epoch = max(len(splitter.train_dataloader()), 1)
+            max_epochs = int(np.clip(round(_STEPS / per_epoch), _MIN_EPOCHS, _MAX_EPOCHS))
+        plan = self._training_plan_cls(self.module, **(plan_kwargs or {}))
+        validated = len(val_idx) > 0
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), warnings.catch_warnings():
+            # Blocks are made on the fly in the main process, and few of them are logged per epoch: by design.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*number of training batches.*")
+            warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+            best = ModelCheckpoint(folder, monitor="validation_loss", save_top_k=1, save_weights_only=True)
+            torch.manual_seed(self.random_state)
+            runner = self._train_runner_cls(
+                self,
+                training_plan=plan,
+                data_splitter=splitter,
+                max_epochs=max_epochs,
+                accelerator=accelerator,
+                devices=devices,
+                early_stopping=early_stopping and validated,
+                early_stopping_monitor="validation_loss",
+                early_stopping_patience=early_stopping_patience,
+                check_val_every_n_epoch=1 if validated else None,
+                callbacks=[*trainer_kwargs.pop("callbacks", []), *([best] if validated else [])],
+                **{"enable_checkpointing": validated, "default_root_dir": folder, **trainer_kwargs},
+            )
+            runner()
+            if validated and Path(best.best_model_path).is_file():
+                state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+                plan.load_state_dict(state)
+        self.module.eval()
+
+    def _split(
+        self,
+        data: GraphData,
+        validation_size: float,
+        train_indices: Sequence[int] | None,
+        validation_indices: Sequence[int] | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if train_indices is None and validation_indices is None:
+            train_idx, val_idx = split_by_blocks(data.coordinates, data.library, validation_size, self.random_state)
+        else:
+            val_idx = np.asarray([] if validation_indices is None else validation_indices, dtype=np.int64)
+            rest = np.setdiff1d(np.arange(self.adata.n_obs), val_idx)
+            train_idx = rest if train_indices is None else np.asarray(train_indices, dtype=np.int64)
+        shared = np.intersect1d(train_idx, val_idx)
+        if len(shared):
+            raise ValueError(f"train_indices and validation_indices share {len(shared)} cells, {shared[:3]} among them")
+        if not len(train_idx):
+            raise ValueError("No cell is left to train on: check train_indices and validation_size.")
+        if self.classes and not (data.label[train_idx] >= 0).any():
+            raise ValueError("No training cell has a label: check labels_key, unlabeled_category and the split.")
+        return train_idx, val_idx
+
+    def _start_from_data(
+        self, data: GraphData, train_idx: np.ndarray, val_idx: np.ndarray, class_balance: float
+    ) -> GraphData:
+        statistics = data.source.gene_statistics(train_idx)
+        counts = np.bincount(data.label[train_idx][data.label[train_idx] >= 0], minlength=len(self.classes))
+        self.module.start_from_data(
+            data.source.sparse_rows(train_idx),
+            data.source.sparse_rows(val_idx) if len(val_idx) else data.source.sparse_rows(train_idx)[:0],
+            statistics,
+            label_counts=counts if self.classes else None,
+            class_balance=class_balance,
+            random_state=self.random_state,
+        )
+        return self._graph_data(self.adata)

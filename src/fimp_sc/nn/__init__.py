@@ -1,0 +1,19 @@
+"""Cross-node attention, layers, token embeddings, heads and the network made of them."""
+
+from fimp_sc.nn._attention import cross_node_attention
+from fimp_sc.nn._embedding import FeatureEmbedding
+from fimp_sc.nn._heads import LabelHead, ValueHead
+from fimp_sc.nn._network import FIMPNetwork
+from fimp_sc.nn._transformer import CrossNodeAttention, PaperLayer, TransformerLayer, run_layers
+
+__all__ = [
+    "CrossNodeAttention",
+    "FIMPNetwork",
+    "FeatureEmbedding",
+    "LabelHead",
+    "PaperLayer",
+    "TransformerLayer",
+    "ValueHead",
+    "cross_node_attention",
+    "run_layers",
+]

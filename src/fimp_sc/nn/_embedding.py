@@ -1,0 +1,68 @@
+"""Token embeddings: who a token is (its gene) and what it says (its value)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class FeatureEmbedding(nn.Module):
+    """Embed features (genes) with continuous values, and summarise all features of a node in one more token.
+
+    A token is ``value * loading[gene] + identity[gene] + f(value)``. The summary token is the sum of
+    ``value * loading`` over *all* visible genes, so it carries what the token budget leaves out; where genes are
+    hidden or not measured it is scaled up by the share of squared loadings that is missing. With loadings from the
+    data's own principal components the summary starts as the cell's PCA scores.
+
+    Parameters
+    ----------
+    n_features
+        Number of features (genes).
+    d_model
+        Width of a token.
+    """
+
+    def __init__(self, n_features: int, d_model: int) -> None:
+        super().__init__()
+        self.loading = nn.Parameter(torch.randn(n_features, d_model) * n_features**-0.5)
+        self.identity = nn.Parameter(torch.randn(n_features, d_model) * 0.3)
+        self.summary = nn.Parameter(torch.randn(d_model))
+        self.value_code = nn.Sequential(nn.Linear(1, 32), nn.GELU(), nn.Linear(32, d_model))
+        nn.init.zeros_(self.value_code[2].weight)
+        nn.init.zeros_(self.value_code[2].bias)
+
+    def forward(self, feature_id: Tensor, value: Tensor, profile: Tensor, visible: Tensor) -> Tensor:
+        """Return the tokens of each node, its summary first.
+
+        Parameters
+        ----------
+        feature_id, value
+            ``(n, f)`` gene and centred value of each token.
+        profile, visible
+            ``(n, g)`` centred values of all genes (0 where not visible), and which are visible.
+
+        Returns
+        -------
+        ``(n, 1 + f, d_model)``.
+        """
+        energy = self.loading.detach().square().sum(1)
+        seen = visible.to(energy.dtype) @ energy
+        summary = (profile @ self.loading) * (energy.sum() / seen.clamp(min=1e-6 * energy.sum()))[:, None]
+        value = value.unsqueeze(2)
+        tokens = (
+            value * nn.functional.embedding(feature_id, self.loading)
+            + nn.functional.embedding(feature_id, self.identity)
+            + self.value_code(value)
+        )
+        return torch.cat([(summary + self.summary).unsqueeze(1), tokens], dim=1)
+
+    @torch.no_grad()
+    def start_from(self, loading: NDArray) -> None:
+        """Set the first columns of the loadings, ``(n_features, k)`` with ``k <= d_model``, and zero the rest."""
+        self.loading.zero_()
+        self.loading[:, : loading.shape[1]] = torch.as_tensor(loading, dtype=self.loading.dtype)

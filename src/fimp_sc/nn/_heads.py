@@ -1,0 +1,65 @@
+"""What is read off a node's embedding: values of features, and labels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class ValueHead(nn.Module):
+    """Predict the centred value of any feature from a node's embedding: ``loading[gene] . W z + bias[gene]``.
+
+    Parameters
+    ----------
+    n_features
+        Number of features (genes).
+    d_model
+        Width of the embedding.
+    """
+
+    def __init__(self, n_features: int, d_model: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(d_model, d_model, bias=False)
+        nn.init.eye_(self.project.weight)
+        self.loading = nn.Parameter(torch.randn(n_features, d_model) * n_features**-0.5)
+        self.bias = nn.Parameter(torch.zeros(n_features))
+
+    def forward(self, embedding: Tensor, features: Tensor | None = None) -> Tensor:
+        """Return ``(n, g)`` centred values, of ``features`` (int64) or of all."""
+        loading, bias = self.loading, self.bias
+        if features is not None:
+            loading, bias = loading[features], bias[features]
+        return torch.addmm(bias, self.project(embedding), loading.T)
+
+    @torch.no_grad()
+    def start_from(self, loading: NDArray) -> None:
+        """Set the first columns of the loadings, ``(n_features, k)``, and zero the rest."""
+        self.loading.zero_()
+        self.loading[:, : loading.shape[1]] = torch.as_tensor(loading, dtype=self.loading.dtype)
+
+
+class LabelHead(nn.Module):
+    """Class scores from a node's embedding.
+
+    Parameters
+    ----------
+    d_model
+        Width of the embedding.
+    n_labels
+        Number of classes.
+    dropout
+        Rate on the normalised embedding.
+    """
+
+    def __init__(self, d_model: int, n_labels: int, dropout: float) -> None:
+        super().__init__()
+        self.score = nn.Sequential(nn.LayerNorm(d_model), nn.Dropout(dropout), nn.Linear(d_model, n_labels))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Return ``(n, n_labels)`` logits."""
+        return self.score(embedding)

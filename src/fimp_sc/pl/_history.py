@@ -1,0 +1,80 @@
+"""Losses during training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from matplotlib.axes import Axes
+
+_SPLITS = {"train": "train", "validation": "validation", "val": "validation"}
+_STYLES = {"train": "-", "validation": "--"}
+
+
+def history(model: Any, *, ax: Axes | None = None, show: bool = True) -> Axes | None:
+    """Plot the training and validation losses of a model per epoch.
+
+    Parameters
+    ----------
+    model
+        A trained model with a `history` attribute, a mapping from names such as `train_loss_epoch` and
+        `validation_loss` to one-column data frames indexed by epoch (scvi-tools' convention), or such a mapping.
+    ax
+        Axes to draw into; by default a new figure.
+    show
+        Show the figure and return nothing; if False, return the axes.
+
+    Returns
+    -------
+    The axes if `show` is False, else None.
+
+    Raises
+    ------
+    ValueError
+        If the model is not trained, or its history holds no losses.
+    """
+    from matplotlib import pyplot as plt
+
+    curves = _loss_curves(getattr(model, "history", model))
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    terms = list(dict.fromkeys(term for _, term in curves))
+    for (split, term), values in curves.items():
+        ax.plot(
+            values.index.to_numpy(),
+            values.to_numpy(),
+            linestyle=_STYLES[split],
+            color=f"C{terms.index(term) % 10}",
+            marker="." if len(values) == 1 else None,
+            label=f"{split}, {term}",
+        )
+    ax.set_xlabel("Epoch")
+    ax.set_ylabel("Loss")
+    ax.legend(frameon=False, fontsize="small")
+    if show:
+        plt.show()
+        return None
+    return ax
+
+
+def _loss_curves(record: Mapping[str, pd.DataFrame] | None) -> dict[tuple[str, str], pd.Series]:
+    """Select the losses of a history, by (split, term); the value per step is left out."""
+    if not record:
+        message = "The model has no history: call `model.train()` first."
+        raise ValueError(message)
+    curves: dict[tuple[str, str], pd.Series] = {}
+    for name, frame in record.items():
+        prefix, _, rest = str(name).partition("_")
+        if prefix not in _SPLITS or "loss" not in rest or rest.endswith("_step"):
+            continue
+        values = pd.to_numeric(pd.DataFrame(frame).iloc[:, 0], errors="coerce").dropna()
+        if len(values):
+            curves[_SPLITS[prefix], rest.removesuffix("_epoch").replace("_", " ")] = values
+    if not curves:
+        message = f"The history holds no train or validation loss; it has {sorted(map(str, record))}."
+        raise ValueError(message)
+    return curves

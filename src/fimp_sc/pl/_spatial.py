@@ -1,0 +1,227 @@
+"""Cells in space, coloured by what is known about them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from fimp_sc._errors import MissingKeyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+_MISSING_COLOUR = "#d3d3d3"
+_MAX_LEGEND_ROWS = 15
+
+
+def spatial(
+    adata: AnnData,
+    color: str | tuple[str, int] | Sequence[str | tuple[str, int]],
+    *,
+    library_key: str | None = None,
+    layer: str | None = None,
+    spatial_key: str = "spatial",
+    size: float | None = None,
+    cmap: str = "viridis",
+    show: bool = True,
+    **kwargs: Any,
+) -> NDArray[np.object_] | None:
+    """Scatter the cells of a tissue, one row of panels per colour and one panel per sample.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with coordinates in `.obsm[spatial_key]`; the first two columns are drawn.
+    color
+        What to colour by, one or several of: a column of `.obs`; a gene of `.var_names` (values of `.X` or of
+        `layer`); a pair such as `("X_fimp", 0)`, a column of that `.obsm` array.
+        Categories take their colours from `.uns[f"{color}_colors"]` if that fits.
+    library_key
+        Column of `.obs` that tells the samples apart; None draws all cells in one panel.
+    layer
+        Layer to read genes from; None for `.X`.
+    spatial_key
+        Key of `.obsm` with the coordinates.
+    size
+        Marker area in square points; by default it follows from the number of cells.
+    cmap
+        Colour map of numeric values.
+    show
+        Show the figure and return nothing; if False, return the axes.
+    **kwargs
+        Passed to :meth:`matplotlib.axes.Axes.scatter`.
+
+    Returns
+    -------
+    Array of axes `(n_colours, n_samples)` if `show` is False, else None.
+
+    Raises
+    ------
+    KeyError
+        If a colour, `library_key`, `layer` or `spatial_key` is not found.
+    ValueError
+        If no colour is given, or the coordinates have fewer than two columns.
+    """
+    from matplotlib import pyplot as plt
+
+    colors = [color] if isinstance(color, str | tuple) else list(color)
+    if not colors:
+        message = "color is empty; name a column of adata.obs, a gene, or a pair such as ('X_fimp', 0)."
+        raise ValueError(message)
+    xy = _coordinates(adata, spatial_key)
+    values = [_values(adata, key, layer) for key in colors]
+    panels = _panels(adata, library_key)
+    if size is None:
+        size = float(np.clip(20_000 / max(len(rows) for _, rows in panels), 1, 60))
+
+    _, axes = plt.subplots(
+        len(colors),
+        len(panels),
+        figsize=(3.0 * len(panels) + 2.4, 3.3 * len(colors)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, (key, value) in enumerate(zip(colors, values, strict=True)):
+        name = key if isinstance(key, str) else f"{key[0]}[{key[1]}]"
+        style = {"s": size, "linewidths": 0, **kwargs}
+        cells = [rows for _, rows in panels]
+        if isinstance(value, pd.Categorical):
+            _draw_categories(axes[row], xy, value, cells, _palette(adata, name, value), style)
+        else:
+            _draw_numbers(axes[row], xy, value, cells, cmap, style)
+        for ax, (library, _) in zip(axes[row], panels, strict=True):
+            ax.set_title(name if library is None else f"{name}, {library}", fontsize="medium")
+    for ax in axes.flat:
+        ax.set_aspect("equal")
+        ax.set_xticks([])
+        ax.set_yticks([])
+    if show:
+        plt.show()
+        return None
+    return np.asarray(axes, dtype=object)
+
+
+def _names(mapping: Iterable[str | None]) -> list[str]:
+    """List keys; since anndata 0.13 the layers also hold `.X`, under None."""
+    return sorted(key for key in mapping if key is not None)
+
+
+def _coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
+    if spatial_key not in adata.obsm:
+        message = f"adata.obsm has no {spatial_key!r}; it has {_names(adata.obsm)}. Set spatial_key=."
+        raise MissingKeyError(message)
+    xy = np.asarray(adata.obsm[spatial_key], dtype=np.float64)
+    if xy.ndim != 2 or xy.shape[1] < 2:
+        message = f"adata.obsm[{spatial_key!r}] has shape {xy.shape}; two columns are needed to draw."
+        raise ValueError(message)
+    return xy[:, :2]
+
+
+def _values(adata: AnnData, key: str | tuple[str, int], layer: str | None) -> pd.Categorical | NDArray[np.float64]:
+    if isinstance(key, tuple):
+        name, column = key
+        if name not in adata.obsm:
+            message = f"adata.obsm has no {name!r}; it has {_names(adata.obsm)}."
+            raise MissingKeyError(message)
+        array = np.asarray(adata.obsm[name], dtype=np.float64)
+        if array.ndim != 2 or not -array.shape[1] <= column < array.shape[1]:
+            message = f"adata.obsm[{name!r}] has shape {array.shape}; there is no column {column}."
+            raise MissingKeyError(message)
+        return array[:, column]
+    if key in adata.obs:
+        series = adata.obs[key]
+        if pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_bool_dtype(series):
+            return series.to_numpy(dtype=np.float64, na_value=np.nan)
+        return pd.Categorical(series)
+    if key in adata.var_names:
+        if layer is not None and layer not in adata.layers:
+            message = f"adata.layers has no {layer!r}; it has {_names(adata.layers)}."
+            raise MissingKeyError(message)
+        matrix = adata.X if layer is None else adata.layers[layer]
+        gene = matrix[:, adata.var_names.get_loc(key)]
+        return np.asarray(gene.toarray() if sparse.issparse(gene) else gene, dtype=np.float64).ravel()
+    message = (
+        f"{key!r} is neither a column of adata.obs {list(adata.obs.columns)} nor a gene of adata.var_names. "
+        "For a column of adata.obsm give a pair such as ('X_fimp', 0)."
+    )
+    raise MissingKeyError(message)
+
+
+def _panels(adata: AnnData, library_key: str | None) -> list[tuple[str | None, NDArray[np.intp]]]:
+    if library_key is None:
+        return [(None, np.arange(adata.n_obs))]
+    if library_key not in adata.obs:
+        message = f"library_key={library_key!r} is not a column of adata.obs, which has {list(adata.obs.columns)}."
+        raise MissingKeyError(message)
+    library = pd.Categorical(adata.obs[library_key])
+    return [(str(name), np.flatnonzero(library == name)) for name in library.remove_unused_categories().categories]
+
+
+def _palette(adata: AnnData, key: str, value: pd.Categorical) -> list[Any]:
+    from matplotlib import colormaps
+
+    n = len(value.categories)
+    stored = adata.uns.get(f"{key}_colors")
+    if stored is not None and len(stored) >= n:
+        return [str(colour) for colour in stored[:n]]
+    if n <= 10:
+        return [colormaps["tab10"](i) for i in range(n)]
+    if n <= 20:
+        return [colormaps["tab20"](i) for i in range(n)]
+    return [colormaps["gist_ncar"]((i + 0.5) / n) for i in range(n)]
+
+
+def _draw_categories(
+    axes: NDArray[np.object_],
+    xy: NDArray[np.float64],
+    value: pd.Categorical,
+    panels: list[NDArray[np.intp]],
+    palette: list[Any],
+    style: dict[str, Any],
+) -> None:
+    from matplotlib.colors import to_rgba_array
+    from matplotlib.lines import Line2D
+
+    codes = np.asarray(value.codes)
+    # The code of a missing value is -1 and picks the last colour.
+    colours = to_rgba_array([*palette, _MISSING_COLOUR])[codes]
+    for ax, rows in zip(axes, panels, strict=True):
+        ax.scatter(xy[rows, 0], xy[rows, 1], c=colours[rows], **style)
+    names = [(str(name), palette[code]) for code, name in enumerate(value.categories) if (codes == code).any()]
+    if (codes < 0).any():
+        names.append(("missing", _MISSING_COLOUR))
+    handles = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in names]
+    axes[-1].legend(
+        handles=handles,
+        loc="center left",
+        bbox_to_anchor=(1.02, 0.5),
+        frameon=False,
+        fontsize="small",
+        ncols=-(-max(len(handles), 1) // _MAX_LEGEND_ROWS),
+    )
+
+
+def _draw_numbers(
+    axes: NDArray[np.object_],
+    xy: NDArray[np.float64],
+    value: NDArray[np.float64],
+    panels: list[NDArray[np.intp]],
+    cmap: str,
+    style: dict[str, Any],
+) -> None:
+    from matplotlib import colormaps
+
+    finite = value[np.isfinite(value)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    if low == high:  # the colour bar would widen this range for the last panel only
+        low, high = low - 0.5, high + 0.5
+    style = {"cmap": colormaps[cmap].with_extremes(bad=_MISSING_COLOUR), "vmin": low, "vmax": high, **style}
+    for ax, rows in zip(axes, panels, strict=True):
+        points = ax.scatter(xy[rows, 0], xy[rows, 1], c=value[rows], plotnonfinite=True, **style)
+    axes[-1].figure.colorbar(points, cax=axes[-1].inset_axes((1.04, 0.1, 0.05, 0.8)))

@@ -1,0 +1,276 @@
+"""Neighbourhood graph from spatial coordinates."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+
+from fimp_sc._compat import quiet_squidpy, squidpy_graph_builder
+from fimp_sc.data._checks import (
+    check_connectivities,
+    check_coordinates,
+    check_graph,
+    check_object,
+    check_obs_key,
+    shorten,
+)
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from scipy.sparse import csr_matrix
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["knn", "radius", "delaunay", "grid"]
+DEFAULT_NEIGHBORS = 6
+
+
+def spatial_graph(
+    adata: AnnData,
+    *,
+    method: Method = "knn",
+    n_neighbors: int = DEFAULT_NEIGHBORS,
+    radius: float | tuple[float, float] | None = None,
+    n_rings: int = 1,
+    library_key: str | None = None,
+    spatial_key: str = "spatial",
+    key_added: str = "spatial",
+    overwrite: bool = False,
+) -> None:
+    """Connect cells with their spatial neighbours.
+
+    The graph is built by squidpy and stored under squidpy's keys, so every squidpy function can use it, and a graph
+    that squidpy built is used as it is. Samples are built one by one and never joined.
+
+    Parameters
+    ----------
+    adata
+        Cells with coordinates in ``adata.obsm[spatial_key]``, shape ``(n_obs, 2)`` or ``(n_obs, 3)``. The expression
+        values are not touched. A view becomes an independent object; the object it was taken from stays unchanged.
+    method
+        ``"knn"``
+            the ``n_neighbors`` nearest cells. Every cell has the same number of neighbours; the relation need not be
+            mutual.
+        ``"radius"``
+            all cells within ``radius``.
+        ``"delaunay"``
+            the edges of the Delaunay triangulation, without those longer than ``radius`` if that is given. Of cells
+            at the same place only one gets edges.
+        ``"grid"``
+            the ``n_neighbors`` (6 for hexagons, 4 for squares) adjacent positions of a regular grid such as Visium's,
+            out to ``n_rings`` rings.
+    n_neighbors
+        Number of neighbours for ``"knn"`` and ``"grid"``; left alone otherwise.
+    radius
+        Distance in the unit of the coordinates. Needed by ``"radius"``, optional for ``"delaunay"``. A pair
+        ``(minimum, maximum)`` keeps the edges whose length lies between the two.
+    n_rings
+        Number of rings for ``"grid"``.
+    library_key
+        Column of ``adata.obs`` that names the sample (section, slide, field of view) of each cell. Without it all cells
+        are taken to share one coordinate system.
+    spatial_key
+        Key of the coordinates in ``adata.obsm``.
+    key_added
+        Prefix of the keys that are written.
+    overwrite
+        Build again although ``adata.obsp[f"{key_added}_connectivities"]`` exists. By default an existing graph is kept
+        as it is, after a check that it is usable and joins no two samples.
+
+    Returns
+    -------
+    ``None``. Written to ``adata``:
+
+    ``adata.obsp[f"{key_added}_connectivities"]``
+        float32 CSR, ``(n_obs, n_obs)``, 1 where the cell of the column is a neighbour of the cell of the row.
+    ``adata.obsp[f"{key_added}_distances"]``
+        CSR, ``(n_obs, n_obs)``, lengths of the edges in the unit of the coordinates (for ``"grid"``: the ring).
+    ``adata.uns[f"{key_added}_neighbors"]``
+        the two keys above and the parameters.
+
+    Raises
+    ------
+    MissingKeyError
+        ``spatial_key`` or ``library_key`` is absent (a subclass of :class:`KeyError`).
+    TypeError
+        ``adata`` is no AnnData object, or a parameter has the wrong type.
+    ValueError
+        No cells, a backed object, unusable coordinates, cells without a sample, a sample too small for the graph asked
+        for, parameters that do not belong together, a graph without any edge, or an existing graph that is unusable.
+        ``adata`` is unchanged whenever an exception is raised.
+
+    Warns
+    -----
+    UserWarning
+        Some cells have no neighbours.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> adata = fimp.datasets.toy_tissue(n_obs=300)
+    >>> fimp.pp.spatial_graph(adata, n_neighbors=8)
+    >>> adata.obsp["spatial_connectivities"].nnz
+    2400
+    """
+    check_object(adata)
+    arguments = _builder_arguments(method, n_neighbors, radius, n_rings)
+    keys = {"connectivities_key": f"{key_added}_connectivities", "distances_key": f"{key_added}_distances"}
+    library = None if library_key is None else check_obs_key(adata, library_key, "library")
+
+    if keys["connectivities_key"] in adata.obsp and not overwrite:
+        check_graph(adata, keys["connectivities_key"], library_key)
+        logger.info(
+            "Using the graph found in adata.obsp[%r] as it is; pass overwrite=True to build it again.",
+            keys["connectivities_key"],
+        )
+        return
+
+    coordinates = check_coordinates(adata, spatial_key)
+    groups = {"": np.arange(adata.n_obs)} if library is None else _groups(library)
+    _check_library_sizes(method, n_neighbors, coordinates, groups, library_key)
+
+    built = _build(method, arguments, coordinates, library)
+    connectivities: csr_matrix = built.obsp["spatial_connectivities"].tocsr().astype(np.float32)
+    distances: csr_matrix = built.obsp["spatial_distances"].tocsr()
+    connectivities.sort_indices()
+    distances.sort_indices()
+    if connectivities.nnz == 0:
+        raise ValueError(_no_edges_message(method, radius, coordinates))
+    check_connectivities(connectivities, adata.n_obs, where=f"The {method} graph", library=library)
+    params = {
+        key: list(value) if isinstance(value, tuple) else value  # h5ad files cannot hold tuples
+        for key, value in built.uns["spatial_neighbors"]["params"].items()
+    }
+
+    _write(adata, key_added, connectivities, distances, {**keys, "params": params})
+    logger.info(
+        "Built a %s graph of %d cells in %d %s: %.1f neighbours per cell on average. Stored in adata.obsp[%r].",
+        method,
+        adata.n_obs,
+        len(groups),
+        "sample" if len(groups) == 1 else "samples",
+        connectivities.nnz / adata.n_obs,
+        keys["connectivities_key"],
+    )
+
+
+def _builder_arguments(method: str, n_neighbors: Any, radius: Any, n_rings: Any) -> dict[str, Any]:
+    """Check the parameters against each other and return those that squidpy's builder takes."""
+    if method not in get_args(Method):
+        raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(map(repr, get_args(Method)))}.")
+    for name, value in (("n_neighbors", n_neighbors), ("n_rings", n_rings)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, found {value!r}.")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, found {value}.")
+    if n_rings != 1 and method != "grid":
+        raise ValueError(f'n_rings={n_rings} only applies to method="grid", but method={method!r}.')
+    if n_neighbors != DEFAULT_NEIGHBORS and method not in {"knn", "grid"}:
+        raise ValueError(f'n_neighbors={n_neighbors} only applies to method="knn" or "grid", but method={method!r}.')
+
+    if method in {"knn", "grid"}:
+        if radius is not None:
+            raise ValueError(
+                f'radius={radius!r} only applies to method="radius" or "delaunay", but method={method!r}: '
+                f'drop radius, or pass method="radius".'
+            )
+        return {"n_neighs": int(n_neighbors)} | ({"n_rings": int(n_rings)} if method == "grid" else {})
+    if radius is None:
+        if method == "radius":
+            raise ValueError('method="radius" needs radius=, a distance in the unit of the coordinates.')
+        return {"radius": None}
+    return {"radius": _check_radius(radius, method)}
+
+
+def _check_radius(radius: Any, method: str) -> float | tuple[float, float]:
+    values = tuple(radius) if isinstance(radius, tuple | list) else (radius,)
+    if len(values) > 2 or not values or any(isinstance(v, bool) or not isinstance(v, Real) for v in values):
+        raise TypeError(f"radius must be a number or a pair (minimum, maximum), found {radius!r}.")
+    numbers = tuple(float(v) for v in values)
+    if not all(math.isfinite(v) for v in numbers) or numbers[-1] <= 0 or min(numbers) < 0 or numbers[0] > numbers[-1]:
+        raise ValueError(f"radius must be positive and finite, a pair in increasing order; found {radius!r}.")
+    if len(numbers) == 2:
+        return numbers[0], numbers[1]
+    # Before squidpy 1.8 a single number was ignored for triangulations; the pair means the same in every version.
+    return numbers[0] if method == "radius" else (0.0, numbers[0])
+
+
+def _groups(library: pd.Categorical) -> dict[str, np.ndarray]:
+    return {str(name): np.flatnonzero(library.codes == code) for code, name in enumerate(library.categories)}
+
+
+def _check_library_sizes(
+    method: str, n_neighbors: int, coordinates: np.ndarray, groups: dict[str, np.ndarray], library_key: str | None
+) -> None:
+    def describe(name: str, size: int) -> str:
+        cells = "1 cell" if size == 1 else f"{size} cells"
+        return cells if library_key is None else f"{name!r} ({cells})"
+
+    where = "adata has" if library_key is None else f"In adata.obs[{library_key!r}]:"
+    if method in {"knn", "grid"}:
+        small = [describe(name, len(cells)) for name, cells in groups.items() if len(cells) <= n_neighbors]
+        if small:
+            largest = min(map(len, groups.values())) - 1
+            advice = f"pass n_neighbors={largest} or less" if largest else "a sample of one cell has no neighbours"
+            raise ValueError(
+                f"{where} {shorten(small)}, too few for n_neighbors={n_neighbors}, which needs at least "
+                f"{n_neighbors + 1} cells in every sample: {advice}, or leave these cells out."
+            )
+    if method == "delaunay":
+        dimensions = coordinates.shape[1]
+        flat = [
+            describe(name, len(cells))
+            for name, cells in groups.items()
+            if np.linalg.matrix_rank(coordinates[cells] - coordinates[cells].mean(axis=0)) < dimensions
+        ]
+        if flat:
+            shape = "a line" if dimensions == 2 else "a plane"
+            raise ValueError(
+                f"{where} {shorten(flat)} that lie on {shape} or are fewer than {dimensions + 1}, so they cannot be "
+                f'triangulated: use method="knn" or "radius", or only the columns of the coordinates that vary.'
+            )
+
+
+def _build(method: str, arguments: dict[str, Any], coordinates: np.ndarray, library: pd.Categorical | None) -> AnnData:
+    """Let squidpy write the graph to an object of its own, so that the user's is untouched if it fails."""
+    from anndata import AnnData
+
+    obs = pd.DataFrame(index=pd.RangeIndex(len(coordinates)).astype(str))
+    if library is not None:
+        obs["library"] = pd.Categorical(library.codes)
+    light = AnnData(obs=obs, obsm={"spatial": coordinates})
+    builder = squidpy_graph_builder(method)  # imports squidpy, whose logger is set up then
+    with quiet_squidpy(), warnings.catch_warnings():
+        # Only older versions reach the deprecated function, see `_compat`.
+        warnings.filterwarnings("ignore", message=".*spatial_neighbors.*deprecated", category=FutureWarning)
+        builder(light, library_key=None if library is None else "library", **arguments)
+    return light
+
+
+def _no_edges_message(method: str, radius: Any, coordinates: np.ndarray) -> str:
+    from scipy.spatial import cKDTree
+
+    message = f"The {method} graph with radius={radius!r} has no edges"
+    if len(coordinates) < 2:
+        return f"{message}: adata has a single cell."
+    nearest = float(np.median(cKDTree(coordinates).query(coordinates, k=2)[0][:, 1]))
+    return f"{message}: the median distance from a cell to its nearest one is {nearest:.4g}. Pass another radius."
+
+
+def _write(
+    adata: AnnData, key_added: str, connectivities: csr_matrix, distances: csr_matrix, neighbors: dict[str, Any]
+) -> None:
+    from anndata import ImplicitModificationWarning
+
+    with warnings.catch_warnings():
+        # Writing to a view makes it an object of its own, as documented above.
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        adata.obsp[neighbors["connectivities_key"]] = connectivities
+        adata.obsp[neighbors["distances_key"]] = distances
+        adata.uns[f"{key_added}_neighbors"] = neighbors

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from fimp_sc._logging import user_messages
+from fimp_sc.tl._common import Inputs, finite_or_raise, fitted_model, record, working_copy, write_back
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anndata import AnnData
+
+    from fimp_sc.model import FIMP
+
+
+def annotate(
+    adata: AnnData,
+    labels_key: str,
+    *,
+    unlabeled_category: str = "Unknown",
+    layer: str | None = None,
+    library_key: str | None = None,
+    batch_key: str | None = None,
+    spatial_key: str = "spatial",
+    connectivities_key: str = "spatial_connectivities",
+    input_scale: str = "auto",
+    key_added: str | None = None,
+    model: FIMP | str | Path | None = None,
+    max_epochs: int | None = None,
+    accelerator: str = "auto",
+    random_state: int = 0,
+    verbose: bool = True,
+    copy: bool = False,
+    model_kwargs: dict[str, Any] | None = None,
+    train_kwargs: dict[str, Any] | None = None,
+) -> AnnData | None:
+    """Label every cell: learn from the labeled ones, or apply a trained model to a new section.
+
+    Parameters
+    ----------
+    adata
+        Cells with expression and coordinates.
+    labels_key
+        Column of ``obs`` with labels. Cells without label (missing, or ``unlabeled_category``) are predicted like
+        all others. With ``model`` the column need not exist.
+    unlabeled_category
+        Label of cells whose class is not known.
+    layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
+        As in :func:`embed`.
+    key_added
+        Name of the results; ``fimp_{labels_key}`` by default.
+    model, max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs
+        As in :func:`embed`. A given model must have been trained with labels.
+
+    Returns
+    -------
+    ``None``, or the copy. Writes ``obs[key]`` (categorical, all cells), ``obs[f"{key}_confidence"]`` (float32,
+    probability of the label), ``obsm[f"{key}_probabilities"]`` (``(n_obs, n_classes)`` float32), ``uns[key]``
+    (``classes`` in the order of the columns, parameters, seed, versions), and the graph if it was built. Nothing is
+    written when the call fails.
+
+    Raises
+    ------
+    KeyError
+        When a key is missing.
+    ValueError
+        When labels, values or graph cannot be used, or the given model knows no labels.
+    """
+    adata = adata.copy() if copy else adata
+    key = key_added or f"fimp_{labels_key}"
+    inputs = Inputs(
+        layer, library_key, batch_key, spatial_key, connectivities_key, input_scale, labels_key, unlabeled_category
+    )
+    with user_messages(verbose=verbose):
+        work = working_copy(adata, inputs, labels_required=model is None)
+        fitted = fitted_model(
+            adata, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
+            random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
+        )  # fmt: skip
+        soft = fitted.predict(soft=True)
+        probabilities = soft.to_numpy(dtype=np.float32)
+        finite_or_raise(probabilities, "prediction")
+        classes = np.array(soft.columns, dtype=object)
+        with write_back(adata, work, inputs, fitted):
+            best = pd.Categorical.from_codes(probabilities.argmax(1), categories=list(classes))
+            adata.obs[key] = pd.Series(best, index=adata.obs_names)
+            adata.obs[f"{key}_confidence"] = probabilities.max(1)
+            adata.obsm[f"{key}_probabilities"] = probabilities
+            adata.uns[key] = record(fitted, inputs) | {"classes": classes}
+    return adata if copy else None

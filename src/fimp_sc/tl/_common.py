@@ -1,0 +1,217 @@
+"""What embed, annotate and impute share: a working copy, a model for it, and a record of how a result was made."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData, ImplicitModificationWarning
+
+import fimp_sc
+from fimp_sc import pp
+from fimp_sc.data._checks import check_anndata, check_labels, check_obs_key, get_matrix
+from fimp_sc.model import FIMP
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+_CONNECTIVITIES = "_connectivities"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where a call finds its data in the object; the parameters that all tools share."""
+
+    layer: str | None = None
+    library_key: str | None = None
+    batch_key: str | None = None
+    spatial_key: str = "spatial"
+    connectivities_key: str = "spatial_connectivities"
+    input_scale: str = "auto"
+    labels_key: str | None = None
+    unlabeled_category: str = "Unknown"
+
+
+# The last model used for an object, by identity: forgotten with the object, never written to it.
+_models: dict[int, tuple[weakref.ref[AnnData], tuple[Any, ...], FIMP]] = {}
+
+
+def working_copy(adata: AnnData, inputs: Inputs, *, labels_required: bool = False) -> AnnData:
+    """Return a light object that shares the expression matrix and holds what a model needs, graph included.
+
+    The user's object stays as it is: scvi-tools writes its identifiers to the working copy, and a graph built here
+    is written back by :func:`write_back` only when the call has succeeded.
+    """
+    check_anndata(adata)
+    for key, role in ((inputs.library_key, "library"), (inputs.batch_key, "batch")):
+        if key is not None:
+            check_obs_key(adata, key, role)
+    if labels_required:
+        check_labels(adata, inputs.labels_key, inputs.unlabeled_category)
+    columns = [inputs.library_key, inputs.batch_key, inputs.labels_key]
+    columns = [key for key in dict.fromkeys(columns) if key is not None and key in adata.obs]
+    work = AnnData(
+        get_matrix(adata, inputs.layer),
+        obs=pd.DataFrame(adata.obs[columns], index=adata.obs_names),
+        var=pd.DataFrame(index=adata.var_names),
+        obsm={inputs.spatial_key: adata.obsm[inputs.spatial_key]} if inputs.spatial_key in adata.obsm else {},
+    )
+    if inputs.connectivities_key in adata.obsp:
+        work.obsp[inputs.connectivities_key] = adata.obsp[inputs.connectivities_key]
+    elif inputs.connectivities_key.endswith(_CONNECTIVITIES):
+        pp.spatial_graph(
+            work,
+            library_key=inputs.library_key,
+            spatial_key=inputs.spatial_key,
+            key_added=inputs.connectivities_key.removesuffix(_CONNECTIVITIES),
+        )
+    return work
+
+
+def fitted_model(
+    adata: AnnData,
+    work: AnnData,
+    inputs: Inputs,
+    *,
+    model: FIMP | str | Path | None,
+    reuse: bool,
+    max_epochs: int | None,
+    accelerator: str,
+    random_state: int,
+    verbose: bool,
+    model_kwargs: dict[str, Any] | None,
+    train_kwargs: dict[str, Any] | None,
+) -> FIMP:
+    """Return a trained model for the working copy: the given one, the remembered one, or one trained now."""
+    if isinstance(model, str | Path):
+        if not Path(model, "model.pt").is_file():
+            raise FileNotFoundError(f"No saved model in {str(model)!r}: model.save(folder) writes model.pt there.")
+        model = FIMP.load(str(model), adata=False, accelerator=accelerator)
+    if model is not None:
+        if not model.is_trained:
+            raise ValueError("The model is not trained: call model.train() first, or leave model out.")
+        if (unused := [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]):
+            raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
+        return FIMP.load_query_data(with_model_keys(work, model, inputs), model)
+    mark = _fingerprint(work, inputs)
+    remembered = _models.get(id(adata))
+    if reuse and not model_kwargs and not train_kwargs and remembered and remembered[0]() is adata:
+        if remembered[1] == mark:
+            logger.info("Using the model trained before on this object.")
+            return remembered[2]
+    FIMP.setup_anndata(work, **(asdict(inputs) | {"layer": None}))
+    model = FIMP(work, **{"random_state": random_state, **(model_kwargs or {})})
+    _report(model, work, accelerator)
+    model.train(max_epochs, accelerator=accelerator, **{"enable_progress_bar": verbose, **(train_kwargs or {})})
+    return model
+
+
+def with_model_keys(work: AnnData, model: FIMP, inputs: Inputs) -> AnnData:
+    """Give the working copy the keys under which the model was set up: the caller's keys name the caller's data."""
+    setup = model.registry["setup_args"]
+    query = work.copy() if work.is_view else work
+    if setup["layer"] is not None:
+        query.layers[setup["layer"]] = query.X
+    if setup["connectivities_key"] not in query.obsp:
+        query.obsp[setup["connectivities_key"]] = query.obsp[inputs.connectivities_key]
+    if setup["spatial_key"] not in query.obsm and inputs.spatial_key in query.obsm:
+        query.obsm[setup["spatial_key"]] = query.obsm[inputs.spatial_key]
+    for name in ("library_key", "batch_key"):
+        if setup[name] is not None and setup[name] not in query.obs:
+            given = getattr(inputs, name)
+            query.obs[setup[name]] = query.obs[given] if given is not None else "query"
+    return query
+
+
+@contextmanager
+def write_back(adata: AnnData, work: AnnData, inputs: Inputs, model: FIMP) -> Iterator[None]:
+    """Write results, and the graph if it was built here; remember the model."""
+    with warnings.catch_warnings():
+        # Writing to a view turns it into an object of its own, as anndata documents.
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        if inputs.connectivities_key not in adata.obsp:
+            prefix = inputs.connectivities_key.removesuffix(_CONNECTIVITIES)
+            adata.obsp[f"{prefix}_distances"] = work.obsp[f"{prefix}_distances"]
+            adata.obsp[inputs.connectivities_key] = work.obsp[inputs.connectivities_key]
+            adata.uns[f"{prefix}_neighbors"] = work.uns[f"{prefix}_neighbors"]
+        yield
+    address = id(adata)
+    reference = weakref.ref(adata, lambda _: _models.pop(address, None))
+    _models[address] = (reference, _fingerprint(work, inputs), model)
+
+
+def record(model: FIMP, inputs: Inputs, **extra: Any) -> dict[str, Any]:
+    """Return what goes to ``uns``: parameters, seed and versions, in types that h5ad can hold."""
+    params = asdict(inputs) | model.init_params_["non_kwargs"] | extra
+    history = model.history or {}
+    return {
+        "params": {key: value for key, value in params.items() if value is not None},
+        "random_state": int(model.random_state),
+        "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
+        "versions": {"fimp-sc": fimp_sc.__version__, **{p: version(p) for p in ("scvi-tools", "torch", "anndata")}},
+    }
+
+
+def get_model(adata: AnnData) -> FIMP:
+    """Return the model that the last call of ``tl`` trained on, or used for, this object in this session.
+
+    Parameters
+    ----------
+    adata
+        The object that was passed to :func:`embed`, :func:`annotate` or :func:`impute`. A copy of it does not count.
+
+    Raises
+    ------
+    KeyError
+        When there is none.
+    """
+    remembered = _models.get(id(adata))
+    if remembered is None or remembered[0]() is not adata:
+        raise KeyError(
+            "No model is known for this object in this session: call fimp_sc.tl.embed(adata) first, or "
+            "FIMP.load(folder) for a saved one."
+        )
+    return remembered[2]
+
+
+def _fingerprint(work: AnnData, inputs: Inputs) -> tuple[Any, ...]:
+    names = pd.util.hash_pandas_object(work.obs_names).sum(), pd.util.hash_pandas_object(work.var_names).sum()
+    return (*names, float(work.X.sum()), float(work.obsp[inputs.connectivities_key].sum()), inputs.layer,
+            inputs.library_key, inputs.batch_key, inputs.input_scale)  # fmt: skip
+
+
+def _report(model: FIMP, work: AnnData, accelerator: str) -> None:
+    import torch
+
+    graph = work.obsp[model.registry["setup_args"]["connectivities_key"]]
+    gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    weights = sum(p.numel() for p in model.module.parameters()) * 16
+    # A block of training: about twice its destinations with the halo, a dozen dense copies of its expression, and
+    # a few dozen copies of its tokens.
+    width = model.module.value_head.loading.shape[1]
+    block = 2 * 256 * (12 * work.n_vars + 40 * (model.n_tokens + 1) * width) * 4
+    matrix = 3 * (work.X.nnz * 8 if hasattr(work.X, "nnz") else work.X.nbytes)
+    logger.info(
+        "%s cells, %s genes, %.1f neighbours per cell, %d classes; training on %s, about %.1f GB of memory.",
+        f"{work.n_obs:,}", f"{work.n_vars:,}", graph.nnz / work.n_obs, len(model.classes),
+        "GPU" if gpu else "CPU", (weights + block + matrix) / 1e9 + 0.6,
+    )  # fmt: skip
+
+
+def finite_or_raise(values: np.ndarray, what: str) -> None:
+    """Refuse to write results that training has driven to NaN."""
+    if not np.isfinite(values).all():
+        raise FloatingPointError(
+            f"The {what} has values that are not finite: training diverged. Lower the learning rate with "
+            "train_kwargs={'plan_kwargs': {'lr': 1e-4}}. The object is unchanged."
+        )

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fimp_sc._logging import user_messages
+from fimp_sc.tl._common import Inputs, finite_or_raise, fitted_model, record, working_copy, write_back
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anndata import AnnData
+
+    from fimp_sc.model import FIMP
+
+
+def embed(
+    adata: AnnData,
+    *,
+    layer: str | None = None,
+    library_key: str | None = None,
+    batch_key: str | None = None,
+    spatial_key: str = "spatial",
+    connectivities_key: str = "spatial_connectivities",
+    input_scale: str = "auto",
+    key_added: str = "X_fimp",
+    model: FIMP | str | Path | None = None,
+    max_epochs: int | None = None,
+    accelerator: str = "auto",
+    random_state: int = 0,
+    verbose: bool = True,
+    copy: bool = False,
+    model_kwargs: dict[str, Any] | None = None,
+    train_kwargs: dict[str, Any] | None = None,
+) -> AnnData | None:
+    """Embed each cell from its own genes and those of its neighbours.
+
+    Builds a graph of 6 nearest neighbours when there is none, trains FIMP-base on masked expression, and writes the
+    embedding.
+
+    Parameters
+    ----------
+    adata
+        Cells with expression and coordinates.
+    layer
+        Layer with expression; ``None`` for ``X``.
+    library_key
+        Column of ``obs`` with samples, which are never joined by an edge.
+    batch_key
+        Column of ``obs`` with technical batches; expression is centred per batch. Defaults to ``library_key``.
+    spatial_key
+        Coordinates in ``obsm``.
+    connectivities_key
+        Graph in ``obsp``. If absent it is built with :func:`fimp_sc.pp.spatial_graph`.
+    input_scale
+        ``"counts"``, ``"normalized"``, ``"log"`` or ``"auto"``; see :meth:`fimp_sc.model.FIMP.setup_anndata`.
+    key_added
+        Where to write in ``obsm`` and ``uns``.
+    model
+        A trained model, or the folder of a saved one, to apply without training; its genes are matched by name.
+    max_epochs
+        Upper limit of epochs; by default about 500 steps, with early stopping.
+    accelerator
+        ``"auto"`` takes a GPU when there is one.
+    random_state
+        Seed.
+    verbose
+        Show a progress bar and a line on what is being done.
+    copy
+        Return a copy with the results instead of writing to ``adata``.
+    model_kwargs, train_kwargs
+        Passed to :class:`fimp_sc.model.FIMP` and its ``train``.
+
+    Returns
+    -------
+    ``None``, or the copy. Writes ``obsm[key_added]`` (``(n_obs, n_latent)`` float32), ``uns[key_added]`` (parameters,
+    seed, versions), and the graph if it was built. Nothing is written when the call fails.
+
+    Raises
+    ------
+    KeyError
+        When a key is missing.
+    ValueError
+        When values or graph cannot be used.
+    """
+    adata = adata.copy() if copy else adata
+    inputs = Inputs(layer, library_key, batch_key, spatial_key, connectivities_key, input_scale)
+    with user_messages(verbose=verbose):
+        work = working_copy(adata, inputs)
+        fitted = fitted_model(
+            adata, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
+            random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
+        )  # fmt: skip
+        embedding = fitted.get_latent_representation()
+        finite_or_raise(embedding, "embedding")
+        with write_back(adata, work, inputs, fitted):
+            adata.obsm[key_added] = embedding
+            adata.uns[key_added] = record(fitted, inputs)
+    return adata if copy else None

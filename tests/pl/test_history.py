@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+
+from fimp_sc import pl
+
+
+def _frame(name: str, values: list[float]) -> pd.DataFrame:
+    return pd.DataFrame({name: values}, index=pd.RangeIndex(len(values), name="epoch"))
+
+
+@pytest.fixture
+def record() -> dict[str, pd.DataFrame]:
+    names = ["train_loss_step", "train_loss_epoch", "validation_loss", "train_label_loss", "kl_weight"]
+    return {name: _frame(name, [3.0, 2.0, 1.0]) for name in names}
+
+
+def test_losses_are_drawn(record) -> None:
+    ax = pl.history(SimpleNamespace(history=record), show=False)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "train, loss",
+        "validation, loss",
+        "train, label loss",
+    ]
+    train, validation, label = ax.lines
+    assert list(train.get_ydata()) == [3, 2, 1]
+    assert train.get_color() == validation.get_color() != label.get_color()
+    assert train.get_linestyle() != validation.get_linestyle()
+
+
+def test_given_axes_are_used(record) -> None:
+    _, ax = plt.subplots()
+    assert pl.history(record, ax=ax, show=False) is ax
+
+
+def test_show_returns_nothing(record, monkeypatch) -> None:
+    monkeypatch.setattr(plt, "show", lambda: None)
+    assert pl.history(record) is None
+
+
+@pytest.mark.parametrize("history", [None, {}])
+def test_untrained(history) -> None:
+    with pytest.raises(ValueError, match="no history"):
+        pl.history(SimpleNamespace(history=history), show=False)
+
+
+def test_no_losses() -> None:
+    with pytest.raises(ValueError, match=r"no train or validation loss; it has \['kl_weight'\]"):
+        pl.history({"kl_weight": _frame("kl_weight", [1.0])}, show=False)

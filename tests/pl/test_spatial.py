@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgba
+
+from fimp_sc import pl
+
+
+def _points(ax) -> int:
+    return sum(len(collection.get_offsets()) for collection in ax.collections)
+
+
+def test_one_panel_per_sample_and_colour(toy) -> None:
+    toy.obsm["X_fimp"] = np.random.default_rng(0).normal(size=(toy.n_obs, 3))
+    axes = pl.spatial(toy, ["niche", toy.var_names[0], ("X_fimp", 2)], library_key="section", show=False)
+    assert axes.shape == (3, 2)
+    for row in axes:
+        assert _points(row[0]) + _points(row[1]) == toy.n_obs
+    assert all(ax.get_aspect() == 1 for ax in axes.flat)
+    assert axes[0, 0].get_title() == "niche, section_1"
+    assert axes[2, 1].get_title() == "X_fimp[2], section_2"
+    axes[0, 0].figure.canvas.draw()
+
+
+def test_one_panel_without_library(toy) -> None:
+    axes = pl.spatial(toy, "cell_type", show=False)
+    assert axes.shape == (1, 1)
+    assert _points(axes[0, 0]) == toy.n_obs
+
+
+def test_stored_palette_and_missing_labels(toy) -> None:
+    colours = ["#ff0000", "#00ff00", "#0000ff", "#ffff00"]
+    toy.uns["niche_colors"] = colours
+    toy.obs.loc[toy.obs_names[0], "niche"] = np.nan
+    (ax,) = pl.spatial(toy, "niche", show=False)[0]
+    drawn = ax.collections[0].get_facecolors()
+    codes = toy.obs["niche"].cat.codes.to_numpy()
+    np.testing.assert_allclose(drawn[5], to_rgba(colours[codes[5]]))
+    np.testing.assert_allclose(drawn[0], to_rgba("#d3d3d3"))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [*toy.obs["niche"].cat.categories, "missing"]
+
+
+def test_palette_that_does_not_fit_is_ignored(toy) -> None:
+    toy.uns["niche_colors"] = ["#ff0000"]
+    (ax,) = pl.spatial(toy, "niche", show=False)[0]
+    assert len(np.unique(ax.collections[0].get_facecolors(), axis=0)) == 4
+
+
+def test_layer_and_missing_numbers(toy) -> None:
+    toy.layers["double"] = toy.X * 2
+    toy.layers["dense"] = toy.X.toarray() * 2
+    gene = toy.var_names[10]
+    (ax,) = pl.spatial(toy, gene, layer="double", show=False)[0]
+    np.testing.assert_allclose(ax.collections[0].get_array(), toy.X[:, 10].toarray().ravel() * 2)
+    (dense,) = pl.spatial(toy, gene, layer="dense", show=False)[0]
+    np.testing.assert_allclose(dense.collections[0].get_array(), ax.collections[0].get_array())
+    toy.obs["score"] = np.r_[np.nan, np.arange(toy.n_obs - 1.0)]
+    (ax,) = pl.spatial(toy, "score", show=False)[0]
+    assert ax.collections[0].get_clim() == (0, toy.n_obs - 2)
+    assert _points(ax) == toy.n_obs
+    ax.figure.canvas.draw()
+
+
+def test_constant_value_has_one_colour(toy) -> None:
+    toy.obs["score"] = 0.5
+    axes = pl.spatial(toy, "score", library_key="section", show=False)
+    axes[0, 0].figure.canvas.draw()
+    left, right = (ax.collections[0].get_facecolors()[0] for ax in axes[0])
+    np.testing.assert_array_equal(left, right)
+
+
+def test_the_object_is_not_changed(toy) -> None:
+    before = set(toy.uns)
+    pl.spatial(toy, ["niche", "cell_type"], show=False)
+    assert set(toy.uns) == before
+
+
+def test_show_returns_nothing(toy, monkeypatch) -> None:
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(True))
+    assert pl.spatial(toy, "niche") is None
+    assert shown == [True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"color": "nothing"}, "'nothing' is neither a column of adata.obs"),
+        ({"color": ("X_fimp", 0)}, "adata.obsm has no 'X_fimp'"),
+        ({"color": ("spatial", 7)}, "no column 7"),
+        ({"color": "niche", "library_key": "slide"}, "library_key='slide'"),
+        ({"color": "niche", "spatial_key": "xy"}, "adata.obsm has no 'xy'"),
+        ({"color": "HES4", "layer": "raw"}, "adata.layers has no 'raw'"),
+    ],
+)
+def test_missing_keys_are_named(toy, arguments, message) -> None:
+    with pytest.raises(KeyError, match=message):
+        pl.spatial(toy, show=False, **arguments)
+
+
+def test_unusable_input(toy) -> None:
+    with pytest.raises(ValueError, match="color is empty"):
+        pl.spatial(toy, [], show=False)
+    toy.obsm["line"] = np.zeros((toy.n_obs, 1))
+    with pytest.raises(ValueError, match="two columns"):
+        pl.spatial(toy, "niche", spatial_key="line", show=False)

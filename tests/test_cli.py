@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+
+import anndata as ad
+import numpy as np
+import pytest
+
+import fimp_sc
+from fimp_sc import cli
+
+
+@pytest.fixture
+def section(small_toy, tmp_path):
+    path = tmp_path / "section.h5ad"
+    small_toy.write_h5ad(path)
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[str, dict]]:
+    """Replace the tools by recorders, to test how arguments are handed over."""
+    recorded: list[tuple[str, dict]] = []
+
+    def recorder(name):
+        def record(adata, **arguments) -> None:
+            recorded.append((name, arguments))
+            adata.obs["added"] = 1
+
+        return record
+
+    tools = ModuleType("fimp_sc.tl")
+    for name in ("embed", "annotate", "impute"):
+        setattr(tools, name, recorder(name))
+    tools.get_model = lambda adata: SimpleNamespace(save=lambda path: recorded.append(("save", {"path": path})))
+    monkeypatch.setitem(sys.modules, "fimp_sc.tl", tools)
+    # Once loaded for real, the submodule is an attribute too.
+    monkeypatch.setattr(fimp_sc, "tl", tools, raising=False)
+    return recorded
+
+
+def test_options_that_are_not_given_are_not_passed_on(section, tmp_path, calls, capsys) -> None:
+    output = tmp_path / "out.h5ad"
+    assert cli.main(["embed", str(section), "--output", str(output)]) == 0
+    assert calls == [("embed", {"verbose": True})]
+    assert "added" in ad.read_h5ad(output).obs
+    assert 'new in it: .obs["added"]' in capsys.readouterr().out
+
+
+def test_options_carry_the_names_of_the_parameters(section, tmp_path, calls, capsys) -> None:
+    arguments = ["--output", str(tmp_path / "out.h5ad"), "--labels-key", "niche", "--unlabeled-category", "none"]
+    arguments += ["--layer", "counts", "--library-key", "section", "--batch-key", "donor", "--spatial-key", "xy"]
+    arguments += ["--connectivities-key", "graph", "--input-scale", "counts", "--key-added", "new", "--model", "folder"]
+    arguments += ["--max-epochs", "3", "--accelerator", "cpu", "--random-state", "7", "--quiet"]
+    assert cli.main(["annotate", str(section), *arguments]) == 0
+    expected = {
+        "labels_key": "niche",
+        "unlabeled_category": "none",
+        "layer": "counts",
+        "library_key": "section",
+        "batch_key": "donor",
+        "spatial_key": "xy",
+        "connectivities_key": "graph",
+        "input_scale": "counts",
+        "key_added": "new",
+        "model": "folder",
+        "max_epochs": 3,
+        "accelerator": "cpu",
+        "random_state": 7,
+        "verbose": False,
+    }
+    assert calls == [("annotate", expected)]
+    assert capsys.readouterr().out == ""
+
+
+def test_impute_takes_genes_and_scale(section, tmp_path, calls) -> None:
+    arguments = ["--output", str(tmp_path / "out.h5ad"), "--genes", "CD74", "LYZ", "--scale", "counts", "--quiet"]
+    assert cli.main(["impute", str(section), *arguments]) == 0
+    assert calls == [("impute", {"genes": ["CD74", "LYZ"], "scale": "counts", "verbose": False})]
+
+
+def test_model_is_saved_to_a_new_folder_only(section, tmp_path, calls, capsys) -> None:
+    arguments = ["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--save-model", str(tmp_path / "model")]
+    assert cli.main(arguments) == 0
+    assert calls[-1] == ("save", {"path": str(tmp_path / "model")})
+    (tmp_path / "model").mkdir()
+    assert cli.main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("bad\nthing"), KeyError("bad thing"), FileNotFoundError("bad thing")])
+def test_user_errors_are_one_line_and_leave_no_output(section, tmp_path, calls, monkeypatch, capsys, error) -> None:
+    def fail(adata, **arguments) -> None:
+        raise error
+
+    monkeypatch.setattr(fimp_sc.tl, "embed", fail)
+    output = tmp_path / "out.h5ad"
+    assert cli.main(["embed", str(section), "--output", str(output)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "fimp-sc embed: error: bad thing\n"
+    assert captured.out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["section.h5ad"]
+
+
+def test_failed_write_keeps_the_old_output(section, tmp_path, calls, monkeypatch, capsys) -> None:
+    output = tmp_path / "out.h5ad"
+    output.write_text("precious")
+
+    def add_unwritable(adata, **arguments) -> None:
+        adata.uns["object"] = object()
+
+    monkeypatch.setattr(fimp_sc.tl, "embed", add_unwritable)
+    with pytest.raises(Exception, match="writing"):
+        cli.main(["embed", str(section), "--output", str(output)])
+    assert output.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.h5ad", "section.h5ad"]
+
+
+def test_faulty_paths(section, tmp_path, calls, capsys) -> None:
+    missing, nowhere = str(tmp_path / "missing.h5ad"), str(tmp_path / "no" / "out.h5ad")
+    assert cli.main(["embed", missing, "--output", str(tmp_path / "out.h5ad")]) == 2
+    assert "missing.h5ad' does not exist" in capsys.readouterr().err
+    assert cli.main(["embed", str(section), "--output", nowhere]) == 2
+    assert "does not exist; create it first" in capsys.readouterr().err
+    assert cli.main(["embed", str(section), "--output", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    (tmp_path / "text.h5ad").write_text("not HDF5")
+    assert cli.main(["embed", str(tmp_path / "text.h5ad"), "--output", str(tmp_path / "out.h5ad")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["annotate", "in.h5ad", "--output", "out.h5ad"],
+        ["embed", "in.h5ad"],
+        ["embed", "in.h5ad", "--output", "out.h5ad", "--max-epochs", "0"],
+        ["embed", "in.h5ad", "--output", "out.h5ad", "--input-scale", "cpm"],
+    ],
+)
+def test_faulty_options_end_with_two(arguments, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: fimp-sc" in capsys.readouterr().err
+
+
+def test_python_m() -> None:
+    done = subprocess.run([sys.executable, "-m", "fimp_sc", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"fimp-sc {fimp_sc.__version__}"
+
+
+def test_annotate_for_real(small_toy, tmp_path, capsys) -> None:
+    """Train on one section, save the model, apply it to the other section with other genes."""
+    one = small_toy[small_toy.obs["section"] == "section_1", :50].copy()
+    two = small_toy[small_toy.obs["section"] == "section_2", 10:].copy()
+    two.obs["niche"] = np.nan
+    two.obs["niche"] = two.obs["niche"].astype("category")
+    one.write_h5ad(tmp_path / "one.h5ad")
+    two.write_h5ad(tmp_path / "two.h5ad")
+    common = ["--labels-key", "niche", "--accelerator", "cpu", "--quiet"]
+    train = ["annotate", str(tmp_path / "one.h5ad"), "--output", str(tmp_path / "one_out.h5ad"), *common]
+    assert cli.main([*train, "--max-epochs", "1", "--save-model", str(tmp_path / "model")]) == 0
+    apply = ["annotate", str(tmp_path / "two.h5ad"), "--output", str(tmp_path / "two_out.h5ad"), *common]
+    assert cli.main([*apply, "--model", str(tmp_path / "model")]) == 0
+    done = ad.read_h5ad(tmp_path / "two_out.h5ad")
+    assert done.obs["fimp_niche"].notna().all()
+    assert done.obsm["fimp_niche_probabilities"].shape == (two.n_obs, one.obs["niche"].nunique())
+    assert capsys.readouterr().err == ""
+
+
+def test_missing_key_for_real(section, tmp_path, capsys) -> None:
+    arguments = ["annotate", str(section), "--output", str(tmp_path / "out.h5ad"), "--labels-key", "nothing"]
+    assert cli.main([*arguments, "--max-epochs", "1", "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fimp-sc annotate: error: ")
+    assert "nothing" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out.h5ad").exists()
+
+
+def test_demo_for_real(tmp_path, capsys) -> None:
+    folder = tmp_path / "demo"
+    assert cli.main(["demo", "--output-dir", str(folder), "--max-epochs", "1"]) == 0
+    report = capsys.readouterr().out
+    for piece in ("X_fimp", "fimp_niche", "layers", "accuracy", "R2", "toy_tissue.png", "toy_tissue.h5ad"):
+        assert piece in report
+    done = ad.read_h5ad(folder / "toy_tissue.h5ad")
+    assert {"niche", "niche_truth", "fimp_niche", "fimp_niche_confidence"} <= set(done.obs)
+    assert done.layers["fimp"].shape == done.shape
+    assert (folder / "toy_tissue.png").stat().st_size > 10_000
