@@ -77,12 +77,19 @@ class ExpressionSource:
         self._scale = input_scale
         self._hidden = sparse.csr_matrix(hidden) if hidden is not None else None
         self.measured = columns >= 0
-        self.total = self._totals()
-        self.target_sum = statistics.target_sum if statistics else float(np.median(self.total[self.total > 0]))
-        known = float(statistics.fraction[self.measured].sum()) if statistics else 1.0
-        safe = np.where(self.total > 0, self.total, 1.0)
-        self.factor = (self.target_sum * known / safe).astype(np.float32)
         n_obs = self._matrix.shape[0]
+        if self._hidden is not None and self._hidden.shape != self._matrix.shape:
+            raise ValueError(
+                f"hidden must have the shape of the expression, {self._matrix.shape}: found {self._hidden.shape}"
+            )
+        # Values on the log scale are used as they are: of their totals only the common one is ever needed.
+        total = self._totals() if input_scale != "log" or statistics is None else np.ones(n_obs)
+        self.target_sum = statistics.target_sum if statistics else float(np.median(total[total > 0]))
+        if input_scale == "log":
+            self.factor = np.ones(n_obs, dtype=np.float32)
+        else:
+            known = float(statistics.fraction[self.measured].sum()) if statistics else 1.0
+            self.factor = (self.target_sum * known / np.where(total > 0, total, 1.0)).astype(np.float32)
         self.batch = np.zeros(n_obs, dtype=np.int64) if batch is None else batch
         self.center = self._centers(statistics) if statistics else None
 
@@ -134,7 +141,9 @@ class ExpressionSource:
 
     def _totals(self) -> NDArray[np.float64]:
         if self._scale == "log":
-            return np.ones(self._matrix.shape[0])
+            nodes = np.arange(self._matrix.shape[0])
+            parts = [np.expm1(self._raw(nodes[i : i + _ROWS])).sum(1, dtype=np.float64) for i in nodes[::_ROWS]]
+            return np.concatenate(parts)
         known = self._columns[self.measured]
         if sparse.issparse(self._matrix):
             indicator = np.zeros(self._matrix.shape[1])

@@ -175,4 +175,4 @@ class LabelField(_Field):
         return {self.CLASSES: state_registry[self.CLASSES]}
 
     def get_summary_stats(self, state_registry: dict) -> dict:
-        return {"n_labels": len(state_registry[self.CLASSES])}
+        return {"n_labels": len(state_registry.get(self.CLASSES, ()))}

@@ -94,7 +94,7 @@ class FIMP(FIMPTrainingMixin, BaseModelClass):
         n_latent: int = 64,
         n_layers: int = 2,
         n_heads: int = 4,
-        n_tokens: int = 64,
+        n_tokens: int = 32,
         layer: Literal["practical", "paper"] = "practical",
         self_loops: bool = True,
         reduce: Literal["mean", "sum"] = "mean",

@@ -166,6 +166,8 @@ class FIMPModule(BaseModuleClass):
             decode = decode * _shrinkage(validation, mean, encode, decode, random_state)
         self.network.embedding.start_from(encode)
         self.value_head.start_from(decode)
+        if self.label_head is not None:
+            self.label_head.start_from(spread / scale)
 
 
 def _shrinkage(

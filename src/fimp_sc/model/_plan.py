@@ -27,6 +27,9 @@ class FIMPTrainingPlan(pl.LightningModule):
     lr_loadings
         Peak learning rate of the gene loadings. They start as principal components, whose entries are much smaller
         than a usual Adam step: at the common rate ten steps would erase them.
+    lr_head
+        Peak learning rate of the label head. It is a linear map that starts at zero: at the common rate it would be
+        the layers below that bend to it.
     weight_decay
         Of all weights but the tables of genes.
     gradient_clip
@@ -39,12 +42,13 @@ class FIMPTrainingPlan(pl.LightningModule):
         *,
         lr: float = 5e-4,
         lr_loadings: float = 1e-4,
+        lr_head: float = 5e-3,
         weight_decay: float = 1e-2,
         gradient_clip: float = 1.0,
     ) -> None:
         super().__init__()
         self.module = module
-        self.lr, self.lr_loadings = lr, lr_loadings
+        self.lr, self.lr_loadings, self.lr_head = lr, lr_loadings, lr_head
         self.weight_decay = weight_decay
         self.gradient_clip = gradient_clip
         self.n_obs_training: int | None = None
@@ -64,10 +68,12 @@ class FIMPTrainingPlan(pl.LightningModule):
         return losses.loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        loadings, tables, weights = [], [], []
+        loadings, tables, head, weights = [], [], [], []
         for name, parameter in self.module.named_parameters():
             if name.endswith(("loading", "bias")) and name.startswith(("network.embedding", "value_head")):
                 loadings.append(parameter)
+            elif name.startswith("label_head"):
+                head.append(parameter)
             elif name.endswith("identity"):
                 tables.append(parameter)
             else:
@@ -75,6 +81,7 @@ class FIMPTrainingPlan(pl.LightningModule):
         optimizer = torch.optim.AdamW(
             [
                 {"params": weights, "lr": self.lr, "weight_decay": self.weight_decay},
+                {"params": head, "lr": self.lr_head, "weight_decay": self.weight_decay},
                 {"params": tables, "lr": self.lr, "weight_decay": 0.0},
                 {"params": loadings, "lr": self.lr_loadings, "weight_decay": 0.0},
             ]

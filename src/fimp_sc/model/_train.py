@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback
 from scvi.train import TrainRunner
 
 from fimp_sc.data import BlockSplitter, split_by_blocks
@@ -19,6 +18,8 @@ from fimp_sc.model._plan import FIMPTrainingPlan
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lightning.pytorch import LightningModule, Trainer
+
     from fimp_sc.data import GraphData
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,23 @@ logger = logging.getLogger(__name__)
 # An epoch over a small section is a handful of steps, over a large one it is thousands: budget steps, not epochs.
 _STEPS = 500
 _MIN_EPOCHS, _MAX_EPOCHS = 8, 100
+
+
+class _BestWeights(Callback):
+    """Remember the weights of the epoch with the lowest validation loss.
+
+    In memory: the checkpoints of scvi-tools' trainer land in the user's working directory.
+    """
+
+    def __init__(self) -> None:
+        self.loss = np.inf
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = float(trainer.callback_metrics["validation_loss"])
+        if loss < self.loss:
+            self.loss = loss
+            self.weights = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
 
 
 class FIMPTrainingMixin:
@@ -84,6 +102,8 @@ class FIMPTrainingMixin:
         ------
         ValueError
             When indices overlap or leave nothing to train on.
+        IndexError
+            When indices are out of range.
         """
         data = self._graph_data(self.adata)
         train_idx, val_idx = self._split(data, validation_size, train_indices, validation_indices)
@@ -110,8 +130,9 @@ class FIMPTrainingMixin:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*number of training batches.*")
             warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-            best = ModelCheckpoint(folder, monitor="validation_loss", save_top_k=1, save_weights_only=True)
+            best = _BestWeights()
             torch.manual_seed(self.random_state)
+            self.module.train()
             runner = self._train_runner_cls(
                 self,
                 training_plan=plan,
@@ -124,12 +145,11 @@ class FIMPTrainingMixin:
                 early_stopping_patience=early_stopping_patience,
                 check_val_every_n_epoch=1 if validated else None,
                 callbacks=[*trainer_kwargs.pop("callbacks", []), *([best] if validated else [])],
-                **{"enable_checkpointing": validated, "default_root_dir": folder, **trainer_kwargs},
+                **{"default_root_dir": folder, **trainer_kwargs},
             )
             runner()
-            if validated and Path(best.best_model_path).is_file():
-                state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-                plan.load_state_dict(state)
+            if best.weights:
+                plan.load_state_dict(best.weights)
         self.module.eval()
 
     def _split(
@@ -142,9 +162,9 @@ class FIMPTrainingMixin:
         if train_indices is None and validation_indices is None:
             train_idx, val_idx = split_by_blocks(data.coordinates, data.library, validation_size, self.random_state)
         else:
-            val_idx = np.asarray([] if validation_indices is None else validation_indices, dtype=np.int64)
+            val_idx = np.unique(self._indices(self.adata, [] if validation_indices is None else validation_indices))
             rest = np.setdiff1d(np.arange(self.adata.n_obs), val_idx)
-            train_idx = rest if train_indices is None else np.asarray(train_indices, dtype=np.int64)
+            train_idx = rest if train_indices is None else np.unique(self._indices(self.adata, train_indices))
         shared = np.intersect1d(train_idx, val_idx)
         if len(shared):
             raise ValueError(f"train_indices and validation_indices share {len(shared)} cells, {shared[:3]} among them")

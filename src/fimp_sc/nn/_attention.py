@@ -80,7 +80,7 @@ def cross_node_attention(
     _check_shapes(query, key, value, indptr, indices, edge_weight, key_padding_mask)
     degree = indptr.diff()
     if reduce == "mean":
-        weight = degree.clamp(min=1).reciprocal().to(query.dtype).repeat_interleave(degree)
+        weight = degree.clamp(min=1).to(query.dtype).reciprocal().repeat_interleave(degree)
         weight = weight if edge_weight is None else weight * edge_weight
     elif reduce == "sum":
         weight = query.new_ones(indices.shape[0]) if edge_weight is None else edge_weight

@@ -44,7 +44,7 @@ class ValueHead(nn.Module):
 
 
 class LabelHead(nn.Module):
-    """Class scores from a node's embedding.
+    """Class scores from a node's embedding: a linear map of the scaled embedding.
 
     Parameters
     ----------
@@ -53,13 +53,22 @@ class LabelHead(nn.Module):
     n_labels
         Number of classes.
     dropout
-        Rate on the normalised embedding.
+        Rate on the embedding.
     """
 
     def __init__(self, d_model: int, n_labels: int, dropout: float) -> None:
         super().__init__()
-        self.score = nn.Sequential(nn.LayerNorm(d_model), nn.Dropout(dropout), nn.Linear(d_model, n_labels))
+        self.register_buffer("scale", torch.ones(d_model))
+        self.dropout = nn.Dropout(dropout)
+        self.score = nn.Linear(d_model, n_labels)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
 
     def forward(self, embedding: Tensor) -> Tensor:
         """Return ``(n, n_labels)`` logits."""
-        return self.score(embedding)
+        return self.score(self.dropout(embedding * self.scale))
+
+    @torch.no_grad()
+    def start_from(self, spread: NDArray) -> None:
+        """Scale the first columns of the embedding to unit variance, given their standard deviation ``(k,)``."""
+        self.scale[: len(spread)] = torch.as_tensor(1.0 / spread, dtype=self.scale.dtype)

@@ -1,0 +1,203 @@
+"""`ExpressionSource` against scanpy, in every format, on other gene lists, and with hidden entries."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pytest
+import scanpy as sc
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from fimp_sc.data import ExpressionSource, GeneStatistics
+from fimp_sc.data import _expression as module
+
+FORMATS = {
+    "csr": sparse.csr_matrix,
+    "csc": sparse.csc_matrix,
+    "csr_array": sparse.csr_array,
+    "dense": np.array,
+    "fortran": np.asfortranarray,
+    "integers": lambda x: np.array(x, dtype=np.int32),
+}
+N_OBS, N_GENES = 40, 11
+EVERYTHING = np.arange(N_OBS)
+SAME = np.arange(N_GENES)
+
+
+def counts(seed=0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.poisson(rng.gamma(1.0, 4.0, N_GENES) * rng.gamma(2.0, 0.5, (N_OBS, 1)) + 0.2).astype(np.float32)
+
+
+def make_source(matrix, columns=SAME, scale="counts", **kwargs) -> ExpressionSource:
+    """Source with the statistics of the whole of `counts()`."""
+    first = ExpressionSource(counts(), SAME, "counts", None)
+    return ExpressionSource(matrix, columns, scale, first.gene_statistics(EVERYTHING), **kwargs)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_equals_scanpy_in_every_format(kind: str) -> None:
+    reference = ad.AnnData(counts())
+    sc.pp.normalize_total(reference)  # to the median total
+    sc.pp.log1p(reference)
+    stored = FORMATS[kind](counts())
+    source = ExpressionSource(stored, SAME, "counts", None)
+    values = source.rows(EVERYTHING)
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values, reference.X, rtol=1e-5, atol=1e-6)
+    some = np.array([7, 3, 3, 39])
+    np.testing.assert_allclose(source.rows(some), reference.X[some], rtol=1e-5, atol=1e-6)
+    assert sparse.issparse(source.sparse_rows(some))
+    np.testing.assert_array_equal(source.sparse_rows(some).toarray(), source.rows(some))
+    dense = stored.toarray() if sparse.issparse(stored) else np.asarray(stored)
+    np.testing.assert_array_equal(dense, counts(), "the user's matrix stays as it is")
+
+
+def test_normalized_values_are_treated_like_counts_and_log_values_are_used_as_they_are() -> None:
+    logged = np.log1p(counts())
+    np.testing.assert_array_equal(ExpressionSource(logged, SAME, "log", None).rows(EVERYTHING), logged)
+    scaled = counts() * 0.37
+    np.testing.assert_allclose(
+        make_source(scaled, scale="normalized").rows(EVERYTHING), make_source(counts()).rows(EVERYTHING), rtol=1e-5
+    )
+
+
+def test_statistics_equal_numpy_also_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ROWS", 7)
+    cells = np.array([0, 5, 6, 9, 12, 13, 20, 31, 32, 33])
+    source = ExpressionSource(sparse.csr_matrix(counts()), SAME, "counts", None)
+    found = source.gene_statistics(cells)
+    np.testing.assert_allclose(found.mean, source.rows(EVERYTHING)[cells].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.fraction, counts()[cells].sum(0) / counts()[cells].sum(), rtol=1e-5)
+    assert found.target_sum == np.median(counts().sum(1))
+    np.testing.assert_array_equal(source.sparse_rows(EVERYTHING).toarray(), source.rows(EVERYTHING))
+
+
+def test_permuted_genes_and_extra_genes_change_nothing() -> None:
+    order = np.random.default_rng(1).permutation(N_GENES)
+    extra = np.full((N_OBS, 3), 50.0, dtype=np.float32)
+    query = np.hstack([extra, counts()[:, order]])
+    columns = 3 + np.argsort(order)
+    reference, moved = make_source(counts()), make_source(sparse.csc_matrix(query), columns)
+    np.testing.assert_allclose(moved.rows(EVERYTHING), reference.rows(EVERYTHING), rtol=1e-5)
+    np.testing.assert_allclose(moved.center, reference.center, rtol=1e-5)
+
+
+@given(kept=st.sets(st.integers(0, N_GENES - 1), min_size=1), seed=st.integers(0, 50))
+@settings(max_examples=25, deadline=None)
+def test_missing_genes_change_the_scale_by_the_documented_factor_only(kept: set[int], seed: int) -> None:
+    genes = np.array(sorted(kept))
+    columns = np.full(N_GENES, -1)
+    columns[genes] = np.arange(len(genes))
+    full = counts(seed) + 1
+    statistics = ExpressionSource(full, SAME, "counts", None).gene_statistics(EVERYTHING)
+    part = ExpressionSource(sparse.csr_matrix(full[:, genes]), columns, "counts", statistics)
+    values = part.rows(EVERYTHING)
+    share = full[:, genes].sum() / full.sum()
+    total = full[:, genes].sum(1, keepdims=True)
+    expected = np.log1p(full[:, genes] / total * np.median(full.sum(1)) * share)
+    np.testing.assert_allclose(values[:, genes], expected, rtol=1e-4, atol=1e-6)
+    assert (np.delete(values, genes, axis=1) == 0).all()
+    seen = part.observed(EVERYTHING)
+    assert seen[:, genes].all()
+    assert not np.delete(seen, genes, axis=1).any()
+
+
+def test_a_cell_whose_genes_have_their_usual_share_looks_the_same_on_a_smaller_panel() -> None:
+    typical = np.tile(np.arange(1.0, N_GENES + 1), (4, 1)) * np.array([[1], [2], [3], [10]])
+    statistics = ExpressionSource(typical, SAME, "counts", None).gene_statistics(np.arange(4))
+    whole = ExpressionSource(typical, SAME, "counts", statistics).rows(np.arange(4))
+    columns = np.where(SAME < 5, SAME, -1)
+    part = ExpressionSource(typical[:, :5], columns, "counts", statistics).rows(np.arange(4))
+    np.testing.assert_allclose(part[:, :5], whole[:, :5], rtol=1e-5)
+
+
+def test_centres_are_the_shrunken_means_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = (EVERYTHING >= 30).astype(np.int64)
+    shifted = counts()
+    source = make_source(shifted, batch=batch)
+    values = source.rows(EVERYTHING)
+    mean = ExpressionSource(counts(), SAME, "counts", None).gene_statistics(EVERYTHING).mean
+    for code, n in ((0, 30), (1, 10)):
+        expected = (values[batch == code].sum(0) + 20 * mean) / (n + 20)
+        np.testing.assert_allclose(source.center[code], expected, rtol=1e-5)
+    monkeypatch.setattr(module, "_ROWS", 7)
+    np.testing.assert_allclose(make_source(shifted, batch=batch).center, source.center, rtol=1e-5)
+
+
+def test_centring_takes_a_batch_effect_out() -> None:
+    batch = np.repeat([0, 1], N_OBS // 2)
+    logged = np.log1p(counts())
+    logged[batch == 1] += 2.0
+    many = np.tile(logged, (50, 1))
+    statistics = ExpressionSource(many, SAME, "log", None).gene_statistics(np.arange(len(many)))
+    source = ExpressionSource(many, SAME, "log", statistics, batch=np.tile(batch, 50))
+    centred = source.rows(np.arange(len(many))) - source.center[source.batch]
+    assert np.abs(centred[source.batch == 0].mean(0) - centred[source.batch == 1].mean(0)).max() < 0.05
+
+
+def test_centre_of_a_gene_that_is_not_measured_is_the_training_mean() -> None:
+    columns = np.where(SAME == 4, -1, SAME)
+    source = make_source(counts(), columns)
+    mean = ExpressionSource(counts(), SAME, "counts", None).gene_statistics(EVERYTHING).mean
+    np.testing.assert_allclose(source.center[0, 4], mean[4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
+@pytest.mark.parametrize("hidden_kind", ["csr", "dense"])
+def test_hidden_entries_are_not_observed_and_do_not_move_the_centres(kind: str, hidden_kind: str) -> None:
+    rng = np.random.default_rng(0)
+    order = rng.permutation(N_GENES)
+    hidden = rng.random((N_OBS, N_GENES)) < 0.3
+    values = np.log1p(counts())
+    other = np.where(hidden, rng.random(values.shape) * 9, values)
+    statistics = ExpressionSource(values, SAME, "log", None).gene_statistics(EVERYTHING)
+
+    def make(matrix):
+        mask = sparse.csr_matrix(hidden) if hidden_kind == "csr" else hidden
+        return ExpressionSource(
+            FORMATS[kind](matrix[:, order]), np.argsort(order), "log", statistics, hidden=mask[:, order]
+        )
+
+    a, b = make(values), make(other)
+    np.testing.assert_array_equal(a.observed(EVERYTHING), ~hidden)
+    np.testing.assert_array_equal(a.observed(np.array([5, 2])), ~hidden[[5, 2]])
+    np.testing.assert_allclose(a.center, b.center, rtol=1e-6)
+    visible = np.where(hidden, 0, values)
+    expected = (visible.sum(0) + 20 * statistics.mean) / ((~hidden).sum(0) + 20)
+    np.testing.assert_allclose(a.center[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(N_OBS, N_GENES + 1), (N_OBS + 1, N_GENES)])
+def test_hidden_of_another_shape_is_an_error(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="hidden"):
+        make_source(counts(), hidden=np.zeros(shape, dtype=bool))
+
+
+def test_empty_cells_are_zero_and_finite() -> None:
+    matrix = counts()
+    matrix[3] = 0
+    source = make_source(sparse.csr_matrix(matrix))
+    assert (source.rows(np.array([3])) == 0).all()
+    assert np.isfinite(source.factor).all()
+
+
+def test_total_of_a_log_normalised_object_is_the_one_that_it_was_normalised_to() -> None:
+    """A model trained on log-normalised values can be applied to counts: both end on the same scale."""
+    reference = ad.AnnData(counts())
+    sc.pp.normalize_total(reference, target_sum=321.0)
+    sc.pp.log1p(reference)
+    statistics = ExpressionSource(reference.X, SAME, "log", None).gene_statistics(EVERYTHING)
+    assert statistics.target_sum == pytest.approx(321.0, rel=1e-4)
+    np.testing.assert_allclose(
+        ExpressionSource(counts(), SAME, "counts", statistics).rows(EVERYTHING), reference.X, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_statistics_are_plain_values() -> None:
+    found = make_source(counts()).gene_statistics(EVERYTHING)
+    assert isinstance(found, GeneStatistics)
+    assert found.mean.dtype == found.fraction.dtype == np.float32
+    assert found.fraction.sum() == pytest.approx(1.0)

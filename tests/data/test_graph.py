@@ -1,0 +1,93 @@
+"""`NodeGraph`: edges as given, and halos that are exactly the in-neighbourhood."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from fimp_sc.data import NodeGraph
+
+
+def random_matrix(n: int, density: float, seed: int) -> sparse.csr_matrix:
+    return sparse.random(n, n, density=density, format="csr", random_state=seed)
+
+
+@pytest.mark.parametrize("kind", ["csr_matrix", "csc_matrix", "coo_matrix", "csr_array"])
+@pytest.mark.parametrize("self_loops", [True, False])
+def test_edges_are_the_non_zero_entries(kind: str, self_loops: bool) -> None:
+    dense = random_matrix(9, 0.4, 0).toarray()
+    dense[2, 2], dense[3, 4], dense[4] = 0.5, 0.0, 0.0
+    stored = sparse.csr_matrix(dense + 1)
+    stored.data -= 1  # zeros that are stored are no edges
+    matrix = getattr(sparse, kind)(stored)
+    graph = NodeGraph(matrix, self_loops=self_loops)
+    expected = (dense != 0).astype(np.float32)
+    np.fill_diagonal(expected, float(self_loops))
+    np.testing.assert_array_equal(graph.csr.toarray(), expected)
+    np.fill_diagonal(expected, 0)
+    assert graph.mean_degree == pytest.approx(expected.sum() / 9), "self-loops make nobody a neighbour"
+
+
+def test_the_matrix_of_the_user_is_not_changed() -> None:
+    matrix = random_matrix(9, 0.4, 0).astype(np.float32)
+    before = matrix.copy()
+    NodeGraph(matrix, self_loops=True)
+    np.testing.assert_array_equal(matrix.toarray(), before.toarray())
+    np.testing.assert_array_equal(matrix.data, before.data)
+
+
+@given(
+    n=st.integers(2, 25),
+    density=st.sampled_from([0.0, 0.03, 0.1, 0.3]),
+    seed=st.integers(0, 1000),
+    n_layers=st.integers(0, 4),
+    self_loops=st.booleans(),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_halo_is_exactly_the_in_neighbourhood(n, density, seed, n_layers, self_loops, data) -> None:
+    graph = NodeGraph(random_matrix(n, density, seed), self_loops=self_loops)
+    destinations = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n, unique=True))
+    block = graph.block(destinations, n_layers)
+    adjacency = graph.csr.toarray().astype(np.int64)
+    step = ((adjacency + np.eye(n, dtype=np.int64)) > 0).astype(np.int64)
+
+    assert len(block.indptr) == len(block.indices) == n_layers
+    assert len(block.n_nodes) == n_layers + 1
+    assert block.n_nodes[-1] == len(destinations)
+    assert block.n_nodes[0] == len(block.nodes) == len(set(block.nodes.tolist()))
+    np.testing.assert_array_equal(block.nodes[: len(destinations)], destinations)
+    for layer in range(n_layers + 1):
+        hops = n_layers - layer
+        reach = np.linalg.matrix_power(step, hops)[destinations].sum(0) > 0
+        assert set(block.nodes[: block.n_nodes[layer]].tolist()) == set(np.flatnonzero(reach).tolist())
+    for layer in range(n_layers):
+        indptr, indices = block.indptr[layer], block.indices[layer]
+        assert len(indptr) == block.n_nodes[layer + 1] + 1
+        assert indices.size == 0 or indices.max() < block.n_nodes[layer]
+        for row in range(block.n_nodes[layer + 1]):
+            sources = block.nodes[indices[indptr[row] : indptr[row + 1]]]
+            np.testing.assert_array_equal(np.sort(sources), np.flatnonzero(adjacency[block.nodes[row]]))
+
+
+def test_row_is_the_destination() -> None:
+    matrix = sparse.csr_matrix(([1.0], ([0], [1])), shape=(3, 3))
+    graph = NodeGraph(matrix, self_loops=False)
+    np.testing.assert_array_equal(graph.block([0], 1).nodes, [0, 1])
+    np.testing.assert_array_equal(graph.block([1], 1).nodes, [1])
+
+
+@pytest.mark.parametrize("index_dtype", [np.int32, np.int64])
+def test_order_finds_the_line_behind_a_shuffled_path(index_dtype: type) -> None:
+    n = 30
+    names = np.random.default_rng(0).permutation(n)
+    row, col = names[:-1], names[1:]
+    matrix = sparse.csr_matrix((np.ones(n - 1), (row, col)), shape=(n, n))
+    matrix = sparse.csr_matrix(matrix + matrix.T)
+    matrix.indices, matrix.indptr = matrix.indices.astype(index_dtype), matrix.indptr.astype(index_dtype)
+    rank = NodeGraph(matrix, self_loops=True).order()
+    np.testing.assert_array_equal(np.sort(rank), np.arange(n))
+    assert (np.abs(rank[row] - rank[col]) == 1).all()

@@ -1,0 +1,83 @@
+"""`spatial_blocks`: sizes, coverage, libraries, seeds and compactness."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fimp_sc.data import spatial_blocks
+
+
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    block_size=st.integers(1, 30),
+    n_dims=st.integers(1, 3),
+    ties=st.booleans(),
+    seed=st.one_of(st.none(), st.integers(0, 99)),
+)
+@settings(max_examples=60, deadline=None)
+def test_sizes_coverage_and_libraries(sizes, block_size, n_dims, ties, seed) -> None:
+    rng = np.random.default_rng(0)
+    n = sum(sizes)
+    coordinates = rng.integers(0, 3, (n, n_dims)) if ties else rng.random((n, n_dims))
+    library = rng.permutation(np.repeat([f"s{i}" for i in range(len(sizes))], sizes))
+    block = spatial_blocks(coordinates, block_size, library=library, random_state=seed)
+    assert block.shape == (n,)
+    assert block.dtype == np.int64
+    count = np.bincount(block)
+    assert (count > 0).all(), "numbers without gaps"
+    assert count.max() <= block_size
+    assert len(count) == sum(-(-size // block_size) for size in sizes)
+    for name, size in zip(*np.unique(library, return_counts=True), strict=True):
+        mine = count[np.unique(block[library == name])]
+        assert mine.sum() == size, "a block holds cells of one library only"
+        assert np.ptp(mine) <= max(2, 0.35 * block_size), "nearly equal sizes"
+    np.testing.assert_array_equal(block, spatial_blocks(coordinates, block_size, library=library, random_state=seed))
+
+
+def test_seeds_decide_the_cut() -> None:
+    points = np.random.default_rng(0).random((200, 2))
+    cuts = [spatial_blocks(points, 25, random_state=seed) for seed in (0, 0, 1)]
+    together = [cut[:, None] == cut[None] for cut in cuts]
+    assert (together[0] == together[1]).all()
+    assert (together[0] != together[2]).any()
+    generator = np.random.default_rng(3)
+    first, second = (spatial_blocks(points, 25, random_state=generator) for _ in range(2))
+    assert (first != second).any(), "a generator moves on"
+
+
+def test_blocks_are_compact() -> None:
+    points = np.random.default_rng(0).random((900, 2))
+    block = spatial_blocks(points, 100, random_state=0)
+    spread = np.mean([points[block == b].var(axis=0).sum() for b in range(block.max() + 1)])
+    # Nine squares of a unit square have 1/9 of its variance; strips have half of it and random blocks all.
+    assert spread < 2 * points.var(axis=0).sum() / 9
+
+
+def test_blocks_on_a_line_are_intervals() -> None:
+    points = np.random.default_rng(0).permutation(20).astype(float)
+    block = spatial_blocks(points, 5)
+    for b in range(4):
+        mine = np.sort(points[block == b])
+        np.testing.assert_array_equal(mine, np.arange(mine[0], mine[0] + 5))
+
+
+def test_the_input_is_not_changed() -> None:
+    points = np.random.default_rng(0).random((30, 2))
+    before = points.copy()
+    spatial_blocks(points, 7, random_state=0)
+    np.testing.assert_array_equal(points, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"block_size": 0}, "block_size must be at least 1, found 0"),
+        ({"block_size": 5, "library": ["a", "b"]}, "library has 2 entries for 9 coordinates"),
+    ],
+)
+def test_errors(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spatial_blocks(np.zeros((9, 2)), **arguments)

@@ -1,0 +1,53 @@
+"""Heads against their formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from torch import nn
+
+from fimp_sc.nn import LabelHead, ValueHead
+
+
+def test_value_head_equals_its_formula_for_all_and_for_some_features() -> None:
+    torch.manual_seed(0)
+    head = ValueHead(6, 4)
+    nn.init.normal_(head.bias)
+    nn.init.normal_(head.project.weight)
+    embedding = torch.randn(3, 4)
+    full = head(embedding)
+    for i in range(3):
+        for g in range(6):
+            expected = head.loading[g] @ head.project.weight @ embedding[i] + head.bias[g]
+            torch.testing.assert_close(full[i, g], expected)
+    some = torch.tensor([5, 0, 0])
+    torch.testing.assert_close(head(embedding, some), full[:, some])
+
+
+def test_value_head_reconstructs_like_pca_at_the_start() -> None:
+    cells = np.random.default_rng(0).standard_normal((30, 6)).astype(np.float32)
+    pca = PCA(4).fit(cells)
+    head = ValueHead(6, 4)
+    head.start_from(pca.components_.T)
+    with torch.no_grad():
+        value = head(torch.from_numpy(pca.transform(cells)).float()).numpy()
+    np.testing.assert_allclose(value + pca.mean_, pca.inverse_transform(pca.transform(cells)), atol=1e-5)
+
+
+def test_start_from_clears_what_it_does_not_set() -> None:
+    head = ValueHead(6, 4)
+    head.start_from(np.ones((6, 2)))
+    assert (head.loading[:, :2] == 1).all()
+    assert (head.loading[:, 2:] == 0).all()
+
+
+def test_label_head_is_a_linear_score_of_the_normalised_embedding() -> None:
+    torch.manual_seed(0)
+    head = LabelHead(8, 3, dropout=0.5).eval()
+    embedding = torch.randn(5, 8)
+    linear = head.score[2]
+    centred = embedding - embedding.mean(1, keepdim=True)
+    normed = centred / (embedding.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(head(embedding), normed @ linear.weight.T + linear.bias)
+    torch.testing.assert_close(head(7.0 * embedding + 2.0), head(embedding), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,157 @@
+"""The whole network: blocks equal the full graph, and nothing depends on the order of cells."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+from scipy.spatial import Delaunay, cKDTree
+
+from fimp_sc.data import BlockLoader, ExpressionSource, GraphData, NodeGraph
+from fimp_sc.nn import FIMPNetwork
+
+N, GENES, LAYERS, TOKENS = 60, 14, 2, 6
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def points(seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).random((N, 2))
+
+
+def knn() -> sparse.csr_matrix:
+    near = cKDTree(points()).query(points(), 5)[1][:, 1:]
+    return sparse.csr_matrix((np.ones(near.size), (np.repeat(np.arange(N), 4), near.ravel())), shape=(N, N))
+
+
+def delaunay() -> sparse.csr_matrix:
+    corners = Delaunay(points()).simplices
+    row, col = corners[:, [0, 1, 2]].ravel(), corners[:, [1, 2, 0]].ravel()
+    matrix = sparse.csr_matrix((np.ones(row.size), (row, col)), shape=(N, N))
+    return sparse.csr_matrix(matrix + matrix.T)
+
+
+def directed() -> sparse.csr_matrix:
+    """Long edges that only go one way, sinks, and cells without neighbours."""
+    matrix = sparse.random(N, N, density=0.03, format="lil", random_state=0)
+    matrix[:8] = 0
+    return matrix.tocsr()
+
+
+GRAPHS = {"knn": knn, "delaunay": delaunay, "directed": directed}
+
+
+def make_data(graph: sparse.csr_matrix, *, self_loops: bool, order=None) -> GraphData:
+    order = np.arange(N) if order is None else order
+    rng = np.random.default_rng(1)
+    expression = np.log1p(rng.poisson(0.7, (N, GENES))).astype(np.float32)
+    batch = rng.integers(0, 2, N)
+    statistics = ExpressionSource(expression, np.arange(GENES), "log", None).gene_statistics(np.arange(N))
+    return GraphData(
+        source=ExpressionSource(expression[order], np.arange(GENES), "log", statistics, batch=batch[order]),
+        graph=NodeGraph(graph[order][:, order], self_loops=self_loops),
+        coordinates=points()[order],
+        library=np.zeros(N, dtype=np.int64),
+        label=np.full(N, -1),
+        gene_rank=torch.from_numpy(rng.permutation(GENES)),
+    )
+
+
+def make_network(layer="practical", reduce="mean") -> FIMPNetwork:
+    torch.manual_seed(0)
+    network = FIMPNetwork(GENES, 8, LAYERS, 2, layer=layer, reduce=reduce).eval()
+    with torch.no_grad():  # away from the smooth start, where mistakes could cancel
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return network
+
+
+@torch.no_grad()
+def embed(network, data, indices=None, batch_size=10_000) -> np.ndarray:
+    out = np.full((N, 8), np.nan, dtype=np.float32)
+    indices = np.arange(N) if indices is None else indices
+    for batch in BlockLoader(data, indices, batch_size=batch_size, n_layers=LAYERS, n_tokens=TOKENS):
+        part = network(batch)
+        assert part.shape == (batch["n_nodes"][-1], 8)
+        out[batch["nodes"][: len(part)].numpy()] = part.numpy()
+    return out
+
+
+@pytest.mark.parametrize("layer", ["practical", "paper"])
+@pytest.mark.parametrize("self_loops", [True, False])
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_blocks_of_any_size_equal_the_full_graph(graph: str, self_loops: bool, layer: str) -> None:
+    data, network = make_data(GRAPHS[graph](), self_loops=self_loops), make_network(layer)
+    full = embed(network, data)
+    assert np.isfinite(full).all()
+    for batch_size in (1, 7, 30):
+        np.testing.assert_allclose(embed(network, data, batch_size=batch_size), full, **TOLERANCE)
+    some = np.array([3, 50, 17, 4])
+    part = embed(network, data, some, batch_size=2)
+    np.testing.assert_allclose(part[some], full[some], **TOLERANCE)
+    assert np.isnan(np.delete(part, some, axis=0)).all()
+
+
+@given(
+    seed=st.integers(0, 1000),
+    batch_size=st.integers(1, 40),
+    self_loops=st.booleans(),
+    reduce=st.sampled_from(["mean", "sum"]),
+)
+@settings(max_examples=15, deadline=None)
+def test_order_of_cells_does_not_matter(seed, batch_size, self_loops, reduce) -> None:
+    order = np.random.default_rng(seed).permutation(N)
+    network = make_network(reduce=reduce)
+    reference = embed(network, make_data(directed(), self_loops=self_loops))
+    moved = embed(network, make_data(directed(), self_loops=self_loops, order=order), batch_size=batch_size)
+    np.testing.assert_allclose(moved, reference[order], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", ["practical", "paper"])
+def test_a_cell_sees_exactly_its_neighbourhood_of_as_many_hops_as_layers(layer: str) -> None:
+    """Change one cell: exactly the cells that reach it within two hops may change, and do."""
+    data, network = make_data(directed(), self_loops=True), make_network(layer)
+    before = embed(network, data)
+    step = (data.graph.csr.toarray() > 0).astype(int)
+    reach = np.linalg.matrix_power(step, LAYERS) > 0
+    changed = int(reach.sum(0).argmax())
+    data.source._matrix[changed] += 1.0
+    after = embed(network, data)
+    moved = np.abs(after - before).max(1) > 1e-6
+    assert 1 < reach[:, changed].sum() < N
+    np.testing.assert_array_equal(moved, reach[:, changed])
+
+
+def test_cells_without_neighbours_keep_their_own_description() -> None:
+    network = make_network()
+    alone = sparse.csr_matrix((N, N))
+    with_loops = embed(network, make_data(alone, self_loops=True))
+    without = embed(network, make_data(alone, self_loops=False))
+    assert np.isfinite(with_loops).all()
+    assert np.isfinite(without).all()
+    assert np.abs(with_loops - without).max() > 1e-3, "a self-loop lets a cell's own genes interact"
+    assert len(np.unique(without.round(5), axis=0)) > N // 2
+
+
+def test_gradient_reaches_every_parameter() -> None:
+    for layer in ("practical", "paper"):
+        network = make_network(layer).train()
+        data = make_data(knn(), self_loops=True)
+        batch = next(iter(BlockLoader(data, np.arange(N), batch_size=N, n_layers=LAYERS, n_tokens=TOKENS)))
+        (network(batch) * torch.randn(N, 8)).sum().backward()
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+            # A constant added to every key cancels in the softmax.
+            assert name.endswith("key.bias") or parameter.grad.abs().max() > 1e-7, name
+
+
+def test_padding_of_other_cells_in_the_block_changes_nothing() -> None:
+    """A cell with few tokens gives the same result beside cells with many."""
+    network, data = make_network(), make_data(sparse.csr_matrix((N, N)), self_loops=True)
+    together = embed(network, data)
+    np.testing.assert_allclose(embed(network, data, batch_size=1), together, **TOLERANCE)
+    expressed = (data.source.rows(np.arange(N)) > 0).sum(1)
+    assert expressed.min() < TOKENS <= expressed.max(), "numbers of tokens should differ"
