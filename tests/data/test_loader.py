@@ -31,6 +31,17 @@ def test_every_destination_is_served_once_in_blocks_of_one_library(graph_data, b
         assert all(len(set(graph_data.library[batch])) == 1 for batch in batches)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 50])
+def test_parts_gather_several_compact_blocks(graph_data, parts: int) -> None:
+    loader = make_loader(graph_data, batch_size=12, parts=parts, shuffle=True)
+    for _ in range(2):
+        batches = [destinations(batch) for batch in loader]
+        assert len(batches) == len(loader)
+        # A part has at least one cell, also where there are more parts than cells in a batch.
+        assert max(map(len, batches)) <= max(12, parts)
+        np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(90))
+
+
 def test_contents_of_a_batch(graph_data) -> None:
     expression = graph_data.source.rows(np.arange(90))
     centre = graph_data.source.center[graph_data.library]

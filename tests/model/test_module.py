@@ -89,9 +89,7 @@ def cells(n=200, seed=0) -> np.ndarray:
 
 
 def start(module: FIMPModule, train, validation=None, **kwargs) -> None:
-    statistics = GeneStatistics(
-        train.mean(0), np.full(GENES, 1 / GENES, dtype=np.float32), 100.0
-    )
+    statistics = GeneStatistics(train.mean(0), np.full(GENES, 1 / GENES, dtype=np.float32), 100.0)
     validation = train[:0] if validation is None else validation
     module.start_from_data(sparse.csr_matrix(train), sparse.csr_matrix(validation), statistics, **kwargs)
 

@@ -24,7 +24,7 @@ def test_every_parameter_is_optimised_once() -> None:
 
 
 def test_loadings_move_slowly_and_tables_of_genes_do_not_decay() -> None:
-    plan, configured = make_plan(lr=1e-2, lr_loadings=1e-4, weight_decay=0.5)
+    plan, configured = make_plan(lr=1e-2, lr_loadings=1e-4, lr_head=0.1, weight_decay=0.5)
     group_of = {id(p): group for group in configured["optimizer"].param_groups for p in group["params"]}
     module = plan.module
     rates = {}
@@ -34,8 +34,10 @@ def test_loadings_move_slowly_and_tables_of_genes_do_not_decay() -> None:
     for name in ("network.embedding.loading", "value_head.loading", "value_head.bias"):
         assert rates[name] == (1e-4, 0.0), name
     assert rates["network.embedding.identity"] == (1e-2, 0.0)
-    for name in ("network.layers.0.attention.query.weight", "value_head.project.weight", "label_head.score.2.weight"):
+    for name in ("network.layers.0.attention.query.weight", "value_head.project.weight"):
         assert rates[name] == (1e-2, 0.5), name
+    for name in (name for name in rates if name.startswith("label_head")):
+        assert rates[name] == (0.1, 0.5), name
 
 
 @pytest.mark.parametrize("steps", [1, 30, 400])

@@ -44,8 +44,8 @@ def test_on_self_loops_equals_the_encoder_layer_of_torch(norm_first: bool, activ
     )
     pairs = [
         (layer.attention.output, reference.self_attn.out_proj),
-        (layer.feedforward[0], reference.linear1),
-        (layer.feedforward[3], reference.linear2),
+        (layer.expand, reference.linear1),
+        (layer.contract, reference.linear2),
         (layer.attention_norm, reference.norm1),
         (layer.feedforward_norm, reference.norm2),
     ]
@@ -131,7 +131,8 @@ def test_isolated_nodes_are_only_changed_by_the_feedforward_part() -> None:
     nn.init.constant_(layer.attention.output.bias, 5.0)
     tokens, padding = tokens_and_padding()
     out = layer(tokens, padding, torch.zeros(7, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-    torch.testing.assert_close(out, tokens + layer.feedforward(layer.feedforward_norm(tokens)), **TOLERANCE)
+    hidden = nn.functional.gelu(layer.expand(layer.feedforward_norm(tokens)))
+    torch.testing.assert_close(out, tokens + layer.contract(hidden), **TOLERANCE)
 
 
 def test_smoothing_start_moves_tokens_towards_their_counterparts_in_the_neighbours() -> None:
@@ -142,7 +143,7 @@ def test_smoothing_start_moves_tokens_towards_their_counterparts_in_the_neighbou
     # The neighbour holds the same kinds in another order and twice as large, which the norm takes out again.
     tokens = torch.stack([kinds, 2.0 * kinds.flip(0)])
     one_edge = torch.tensor([0, 1, 1]), torch.tensor([1])
-    nn.init.zeros_(layer.feedforward[3].weight)
+    nn.init.zeros_(layer.contract.weight)
     message = layer(tokens, torch.zeros(2, 6, dtype=torch.bool), *one_edge)[0] - kinds
     expected = layer.attention_norm(kinds)
     similarity = nn.functional.cosine_similarity(message[:, None], expected[None], dim=-1)

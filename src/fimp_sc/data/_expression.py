@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
@@ -72,7 +72,7 @@ class ExpressionSource:
         batch: NDArray[np.int64] | None = None,
         hidden: sparse.spmatrix | NDArray[np.bool_] | None = None,
     ) -> None:
-        self._matrix = matrix.tocsr() if sparse.issparse(matrix) else np.asarray(matrix)
+        self._matrix: Any = sparse.csr_matrix(matrix) if sparse.issparse(matrix) else np.asarray(matrix)
         self._columns = columns
         self._scale = input_scale
         self._hidden = sparse.csr_matrix(hidden) if hidden is not None else None

@@ -63,7 +63,10 @@ class BlockLoader:
     indices
         Destinations.
     batch_size
-        Largest number of destinations in a block.
+        Largest number of destinations in a batch.
+    parts
+        Compact blocks, from anywhere in the tissue, that make up a batch. One block has the smallest halo, but its
+        cells are alike: steps over one domain at a time pull the weights to and fro.
     n_layers
         Number of layers, hence hops of the halo.
     n_tokens
@@ -86,6 +89,7 @@ class BlockLoader:
         batch_size: int,
         n_layers: int,
         n_tokens: int,
+        parts: int = 1,
         mask_ratio: tuple[float, float] | None = None,
         gene_mask_ratio: float = 0.0,
         shuffle: bool = False,
@@ -94,6 +98,7 @@ class BlockLoader:
         self.data = data
         self.indices = np.asarray(indices, dtype=np.int64)
         self.batch_size = batch_size
+        self.parts = parts
         self.n_layers = n_layers
         self.n_tokens = n_tokens
         self.mask_ratio = mask_ratio
@@ -101,10 +106,10 @@ class BlockLoader:
         self.shuffle = shuffle
         self.random_state = random_state
         self._epoch = 0
-        self._n_blocks = len(self._cut(None))
+        self._n_batches = -(-len(self._cut(None)) // parts)
 
     def __len__(self) -> int:
-        return self._n_blocks
+        return self._n_batches
 
     def __iter__(self) -> Iterator[Batch]:
         seed = (self.random_state, self._epoch if self.shuffle else 0)
@@ -114,15 +119,15 @@ class BlockLoader:
             self._epoch += 1
             rng.shuffle(blocks)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        for destinations in blocks:
-            yield self._batch(destinations, generator)
+        for i in range(0, len(blocks), self.parts):
+            yield self._batch(np.concatenate(blocks[i : i + self.parts]), generator)
 
     def _cut(self, rng: np.random.Generator | None) -> list[NDArray[np.int64]]:
         if not len(self.indices):
             return []
         block = spatial_blocks(
             self.data.coordinates[self.indices],
-            self.batch_size,
+            max(self.batch_size // self.parts, 1),
             library=self.data.library[self.indices],
             random_state=rng,
         )

@@ -90,4 +90,4 @@ class BlockSplitter(pl.LightningDataModule):
             return []
         # Validation does not need small steps, and hides nothing for whole genes: it asks how well the panel at
         # hand is predicted.
-        return BlockLoader(self.data, self.val_idx, **{**self._loader_kwargs, "gene_mask_ratio": 0.0})
+        return BlockLoader(self.data, self.val_idx, **{**self._loader_kwargs, "parts": 1, "gene_mask_ratio": 0.0})

@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def choose_tokens(
-    expression: Tensor, observed: Tensor, n_tokens: int, gene_rank: Tensor
-) -> tuple[Tensor, Tensor]:
+def choose_tokens(expression: Tensor, observed: Tensor, n_tokens: int, gene_rank: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the genes that become tokens: the highest observed values of each cell.
 
     Equal values (counts are full of them) are ordered by ``gene_rank``, a seeded permutation, so that the choice is

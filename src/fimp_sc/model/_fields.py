@@ -127,7 +127,7 @@ class GraphField(_Field):
         self._library_key = library_key
 
     def validate_field(self, adata: AnnData) -> None:
-        check_graph(adata, self.attr_key, self._library_key)
+        check_graph(adata, str(self.attr_key), self._library_key)
 
 
 class GroupField(_Field):
@@ -144,7 +144,7 @@ class GroupField(_Field):
         return self.attr_key is None
 
     def validate_field(self, adata: AnnData) -> None:
-        check_obs_key(adata, self.attr_key, self._role)
+        check_obs_key(adata, str(self.attr_key), self._role)
 
 
 class LabelField(_Field):
@@ -162,12 +162,11 @@ class LabelField(_Field):
         return self.attr_key is None
 
     def validate_field(self, adata: AnnData) -> None:
-        if self.attr_key in adata.obs:
-            return
-        check_labels(adata, self.attr_key, self._unlabeled)
+        # An object to predict needs no labels: they are checked where they are learnt from.
+        super().validate_field(adata)
 
     def register_field(self, adata: AnnData) -> dict:
-        check_labels(adata, self.attr_key, self._unlabeled)
+        check_labels(adata, str(self.attr_key), self._unlabeled)
         labels = adata.obs[self.attr_key].dropna().astype(str)
         return {self.CLASSES: np.array(sorted(set(labels) - {str(self._unlabeled)}), dtype=object)}
 

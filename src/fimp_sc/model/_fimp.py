@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from scvi.data import AnnDataManager
-from scvi.model.base import BaseModelClass
 
-from fimp_sc.data import BlockLoader, ExpressionSource, GeneStatistics, GraphData, NodeGraph
-from fimp_sc.data._checks import check_coordinates, check_obs_key, check_values, get_matrix
-from fimp_sc.model._fields import (
-    BATCH_KEY,
-    GRAPH_KEY,
-    LABELS_KEY,
-    LIBRARY_KEY,
-    X_KEY,
-    ExpressionField,
-    GraphField,
-    GroupField,
-    LabelField,
-    match_columns,
-)
+from fimp_sc.model._fields import BATCH_KEY, LIBRARY_KEY, ExpressionField, GraphField, GroupField, LabelField
 from fimp_sc.model._module import FIMPModule
-from fimp_sc.model._train import FIMPTrainingMixin
+from fimp_sc.model._train import TrainableModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from anndata import AnnData
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
     from scipy import sparse
 
-    from fimp_sc.data import Batch
 
-logger = logging.getLogger(__name__)
-
-_INFERENCE_BATCH = 512
-
-
-class FIMP(FIMPTrainingMixin, BaseModelClass):
+class FIMP(TrainableModel):
     """Foundation-informed message passing between cells (arXiv 2210.09475), FIMP-base.
 
     A cell is a sequence of gene tokens; over each edge of the graph the tokens of the destination attend to those of
@@ -191,16 +170,6 @@ class FIMP(FIMPTrainingMixin, BaseModelClass):
         manager.register_fields(adata, **kwargs)
         cls.register_manager(manager)
 
-    @property
-    def genes(self) -> NDArray[Any]:
-        """Names of the genes that the model knows, in its own order."""
-        return self._state(X_KEY)[ExpressionField.NAMES]
-
-    @property
-    def classes(self) -> list[str]:
-        """Labels that the model was set up with; empty without ``labels_key``."""
-        return [str(label) for label in self._state(LABELS_KEY).get(LabelField.CLASSES, ())]
-
     def get_latent_representation(
         self, adata: AnnData | None = None, indices: Sequence[int] | None = None, batch_size: int | None = None
     ) -> NDArray[np.float32]:
@@ -250,7 +219,7 @@ class FIMP(FIMPTrainingMixin, BaseModelClass):
             raise ValueError(
                 "This model was trained without labels: call FIMP.setup_anndata(adata, labels_key=...) and train anew."
             )
-        adata = self._registered(adata)
+        adata = self._validate_anndata(adata)
         logits = self._collect(adata, indices, batch_size, lambda z: self.module.generative(z)["logits"].softmax(-1))
         if not soft:
             return np.asarray(self.classes, dtype=object)[logits.argmax(1)]
@@ -291,7 +260,7 @@ class FIMP(FIMPTrainingMixin, BaseModelClass):
             When a gene of ``genes`` is not known to the model.
         """
         _check_choice("scale", scale, ("log", "counts"))
-        adata = self._registered(adata)
+        adata = self._validate_anndata(adata)
         names = pd.Index(adata.var_names.astype(str) if genes is None else [str(gene) for gene in genes])
         known = pd.Index(self.genes).get_indexer(names)
         if genes is not None and (known < 0).any():
@@ -314,7 +283,7 @@ class FIMP(FIMPTrainingMixin, BaseModelClass):
         return out
 
     @classmethod
-    def load_query_data(cls, adata: AnnData, reference_model: FIMP | str) -> FIMP:
+    def load_query_data(cls, adata: AnnData, reference_model: FIMP | str | Path) -> FIMP:
         """Return a copy of a trained model bound to a new object, with the same weights and no further training.
 
         Parameters
@@ -325,100 +294,18 @@ class FIMP(FIMPTrainingMixin, BaseModelClass):
         reference_model
             A trained model, or the folder of a saved one.
         """
-        if isinstance(reference_model, str):
-            reference_model = cls.load(reference_model, adata=False)
-        registry = reference_model.registry
+        if isinstance(reference_model, str | Path):
+            reference: FIMP = cls.load(str(reference_model), adata=False)
+        else:
+            reference = reference_model
+        registry = reference.registry
         cls.setup_anndata(adata, source_registry=registry, **registry["setup_args"])
-        model = cls(None, registry=registry, **reference_model.init_params_["non_kwargs"])
-        model.module.load_state_dict(reference_model.module.state_dict())
+        model = cls(None, registry=registry, **reference.init_params_["non_kwargs"])
+        model.module.load_state_dict(reference.module.state_dict())
         model.module.eval()
-        model.is_trained_ = reference_model.is_trained
+        model.is_trained_ = reference.is_trained
         model._validate_anndata(adata)
         return model
-
-    def _state(self, registry_key: str) -> dict:
-        return self.registry["field_registries"].get(registry_key, {}).get("state_registry", {})
-
-    def _registered(self, adata: AnnData | None) -> AnnData:
-        # scvi-tools logs its own, less specific, message when it transfers the setup.
-        return self._validate_anndata(adata)
-
-    def _indices(self, adata: AnnData, indices: Sequence[int] | None) -> NDArray[np.int64]:
-        nodes = np.arange(adata.n_obs) if indices is None else np.asarray(indices)
-        if nodes.dtype == bool:
-            nodes = np.flatnonzero(nodes)
-        if len(nodes) and (nodes.min() < 0 or nodes.max() >= adata.n_obs):
-            raise IndexError(f"indices must be in [0, {adata.n_obs}), found {nodes.min()} to {nodes.max()}")
-        return nodes.astype(np.int64)
-
-    def _graph_data(self, adata: AnnData, hidden: ArrayLike | None = None) -> GraphData:
-        manager = self.get_anndata_manager(adata, required=True)
-        setup = manager.registry["setup_args"]
-        codes = {
-            key: check_obs_key(adata, name, role).codes.astype(np.int64) if name else np.zeros(adata.n_obs, np.int64)
-            for key, name, role in (
-                (LIBRARY_KEY, setup["library_key"], "library"),
-                (BATCH_KEY, setup["batch_key"] or setup["library_key"], "batch"),
-            )
-        }
-        matrix = get_matrix(adata, setup["layer"])
-        graph = NodeGraph(adata.obsp[setup["connectivities_key"]], self_loops=self.self_loops)
-        where = "adata.X" if setup["layer"] is None else f"adata.layers[{setup['layer']!r}]"
-        source = ExpressionSource(
-            matrix,
-            match_columns(self.genes, adata),
-            check_values(matrix, where=where, input_scale=setup["input_scale"]),
-            self._statistics(),
-            codes[BATCH_KEY],
-            hidden,
-        )
-        located = setup["spatial_key"] in adata.obsm
-        coordinates = check_coordinates(adata, setup["spatial_key"]) if located else graph.order()[:, None]
-        label = np.full(adata.n_obs, -1, dtype=np.int64)
-        if self.classes and setup["labels_key"] in adata.obs:
-            text = adata.obs[setup["labels_key"]].astype(object).map(str, na_action="ignore")
-            label = pd.Index(self.classes).get_indexer(pd.Index(text)).astype(np.int64)
-        return GraphData(source, graph, coordinates, codes[LIBRARY_KEY], label, self.module.gene_rank.cpu())
-
-    def _statistics(self) -> GeneStatistics | None:
-        module = self.module
-        if not float(module.target_sum):
-            return None
-        return GeneStatistics(
-            module.gene_mean.cpu().numpy(), module.gene_fraction.cpu().numpy(), float(module.target_sum)
-        )
-
-    @torch.inference_mode()
-    def _collect(
-        self,
-        adata: AnnData | None,
-        indices: Sequence[int] | None,
-        batch_size: int | None,
-        read: Any,
-        data: GraphData | None = None,
-    ) -> NDArray[np.float32]:
-        self._check_if_trained(warn=False)
-        adata = self._registered(adata)
-        nodes = self._indices(adata, indices)
-        wanted, inverse = np.unique(nodes, return_inverse=True)
-        loader = BlockLoader(
-            data or self._graph_data(adata),
-            wanted,
-            batch_size=batch_size or _INFERENCE_BATCH,
-            n_layers=self.n_layers,
-            n_tokens=self.n_tokens,
-        )
-        self.module.eval()
-        row = np.empty(adata.n_obs, dtype=np.int64)
-        row[wanted] = np.arange(len(wanted))
-        out: NDArray[np.float32] | None = None
-        for batch in loader:
-            part = read(self.module.inference(batch)["embedding"]).float().cpu().numpy()
-            out = np.empty((len(wanted), part.shape[1]), dtype=np.float32) if out is None else out
-            out[row[batch["nodes"][: len(part)].cpu().numpy()]] = part
-        if out is None:
-            raise ValueError("indices is empty: there is nothing to compute.")
-        return out if indices is None else out[inverse]
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

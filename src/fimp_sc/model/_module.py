@@ -51,9 +51,7 @@ class FIMPModule(BaseModuleClass):
     ) -> None:
         super().__init__()
         self.label_weight = label_weight
-        self.network = FIMPNetwork(
-            n_features, n_latent, n_layers, n_heads, layer=layer, reduce=reduce, dropout=dropout
-        )
+        self.network = FIMPNetwork(n_features, n_latent, n_layers, n_heads, layer=layer, reduce=reduce, dropout=dropout)
         self.value_head = ValueHead(n_features, n_latent)
         self.label_head = LabelHead(n_latent, n_labels, dropout) if n_labels else None
         order = np.random.default_rng(random_state).permutation(n_features)

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from scvi.train import TrainRunner
 
 from fimp_sc.data import BlockSplitter, split_by_blocks
+from fimp_sc.model._base import GraphModel
 from fimp_sc.model._plan import FIMPTrainingPlan
 
 if TYPE_CHECKING:
@@ -27,27 +29,35 @@ logger = logging.getLogger(__name__)
 # An epoch over a small section is a handful of steps, over a large one it is thousands: budget steps, not epochs.
 _STEPS = 500
 _MIN_EPOCHS, _MAX_EPOCHS = 8, 100
+# Compact blocks per batch: enough for every batch to hold cells of several domains.
+_PARTS = 4
+# Weights used are an exponential average over some tens of steps, which evens out what single blocks ask for.
+_AVERAGING = 0.97
 
 
 class _BestWeights(Callback):
     """Remember the weights of the epoch with the lowest validation loss.
 
-    In memory: the checkpoints of scvi-tools' trainer land in the user's working directory.
+    In memory: the checkpoints of scvi-tools' trainer land in the user's working directory. Placed before the weight
+    averaging, so that it sees the averaged weights that were validated.
     """
 
     def __init__(self) -> None:
         self.loss = np.inf
         self.weights: dict[str, torch.Tensor] = {}
+        self._validated: dict[str, torch.Tensor] = {}
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = float(trainer.callback_metrics["validation_loss"])
         if loss < self.loss:
-            self.loss = loss
-            self.weights = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
+            self.loss, self.weights = loss, self._validated
 
 
-class FIMPTrainingMixin:
-    """Adds :meth:`train`."""
+class TrainableModel(GraphModel):
+    """A graph model with :meth:`train`."""
 
     _training_plan_cls = FIMPTrainingPlan
     _train_runner_cls = TrainRunner
@@ -116,6 +126,7 @@ class FIMPTrainingMixin:
             batch_size=batch_size,
             n_layers=self.n_layers,
             n_tokens=self.n_tokens,
+            parts=_PARTS,
             mask_ratio=mask_ratio,
             gene_mask_ratio=gene_mask_ratio,
             random_state=self.random_state,
@@ -130,6 +141,8 @@ class FIMPTrainingMixin:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*number of training batches.*")
             warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+            # Lightning's own use of torch.
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*", category=FutureWarning)
             best = _BestWeights()
             torch.manual_seed(self.random_state)
             self.module.train()
@@ -144,7 +157,11 @@ class FIMPTrainingMixin:
                 early_stopping_monitor="validation_loss",
                 early_stopping_patience=early_stopping_patience,
                 check_val_every_n_epoch=1 if validated else None,
-                callbacks=[*trainer_kwargs.pop("callbacks", []), *([best] if validated else [])],
+                callbacks=[
+                    *trainer_kwargs.pop("callbacks", []),
+                    *([best] if validated else []),
+                    EMAWeightAveraging(decay=_AVERAGING, use_buffers=False),
+                ],
                 **{"default_root_dir": folder, **trainer_kwargs},
             )
             runner()

@@ -1,10 +1,10 @@
-"""Cross-node attention: the one operation that every FIMP network is made of.
+r"""Cross-node attention: the one operation that every FIMP network is made of.
 
 For a graph in compressed sparse rows (row = destination) and a sequence of tokens per node
 
 .. math::
 
-    O_i = \\sum_{j \\in N(i)} w_{ij} \\, \\mathrm{softmax}\\!\\left(Q_i K_j^\\top / \\sqrt{d}\\right) V_j
+    O_i = \sum_{j \in N(i)} w_{ij} \, \mathrm{softmax}\!\left(Q_i K_j^\top / \sqrt{d}\right) V_j
 
 with one softmax per edge. Queries, keys and values are projected once per *node*, so that nothing of size
 edges x tokens x width or edges x tokens² is ever kept: the forward pass goes through the graph in slots (the first

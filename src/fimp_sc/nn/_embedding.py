@@ -32,9 +32,10 @@ class FeatureEmbedding(nn.Module):
         self.loading = nn.Parameter(torch.randn(n_features, d_model) * n_features**-0.5)
         self.identity = nn.Parameter(torch.randn(n_features, d_model) * 0.3)
         self.summary = nn.Parameter(torch.randn(d_model))
-        self.value_code = nn.Sequential(nn.Linear(1, 32), nn.GELU(), nn.Linear(32, d_model))
-        nn.init.zeros_(self.value_code[2].weight)
-        nn.init.zeros_(self.value_code[2].bias)
+        last = nn.Linear(32, d_model)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.value_code = nn.Sequential(nn.Linear(1, 32), nn.GELU(), last)
 
     def forward(self, feature_id: Tensor, value: Tensor, profile: Tensor, visible: Tensor) -> Tensor:
         """Return the tokens of each node, its summary first.

@@ -31,9 +31,8 @@ class ValueHead(nn.Module):
 
     def forward(self, embedding: Tensor, features: Tensor | None = None) -> Tensor:
         """Return ``(n, g)`` centred values, of ``features`` (int64) or of all."""
-        loading, bias = self.loading, self.bias
-        if features is not None:
-            loading, bias = loading[features], bias[features]
+        loading = self.loading if features is None else self.loading[features]
+        bias = self.bias if features is None else self.bias[features]
         return torch.addmm(bias, self.project(embedding), loading.T)
 
     @torch.no_grad()
@@ -55,6 +54,8 @@ class LabelHead(nn.Module):
     dropout
         Rate on the embedding.
     """
+
+    scale: Tensor
 
     def __init__(self, d_model: int, n_labels: int, dropout: float) -> None:
         super().__init__()

@@ -29,9 +29,11 @@ class CrossNodeAttention(nn.Module):
         Heads; must divide ``d_model``.
     reduce
         ``"mean"`` or ``"sum"`` over sources.
+    project_output
+        Whether the reduced messages pass an output projection.
     """
 
-    def __init__(self, d_model: int, n_heads: int, *, reduce: str = "mean") -> None:
+    def __init__(self, d_model: int, n_heads: int, *, reduce: str = "mean", project_output: bool = True) -> None:
         super().__init__()
         if d_model % n_heads:
             raise ValueError(f"n_heads must divide the width: {d_model} is not a multiple of {n_heads}")
@@ -40,7 +42,7 @@ class CrossNodeAttention(nn.Module):
         self.query = nn.Linear(d_model, d_model)
         self.key = nn.Linear(d_model, d_model)
         self.value = nn.Linear(d_model, d_model)
-        self.output = nn.Linear(d_model, d_model)
+        self.output = nn.Linear(d_model, d_model) if project_output else nn.Identity()
 
     def forward(self, queries: Tensor, tokens: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
         """Return the reduced messages.
@@ -113,12 +115,9 @@ class TransformerLayer(nn.Module):
         self.norm_first = norm_first
         self.attention = CrossNodeAttention(d_model, n_heads, reduce=reduce)
         self.attention_norm = nn.LayerNorm(d_model, eps=eps)
-        self.feedforward = nn.Sequential(
-            nn.Linear(d_model, d_feedforward),
-            _ACTIVATIONS[activation](),
-            nn.Dropout(dropout),
-            nn.Linear(d_feedforward, d_model),
-        )
+        self.expand = nn.Linear(d_model, d_feedforward)
+        self.activation = _ACTIVATIONS[activation]()
+        self.contract = nn.Linear(d_feedforward, d_model)
         self.feedforward_norm = nn.LayerNorm(d_model, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
@@ -147,9 +146,9 @@ class TransformerLayer(nn.Module):
             normed = self.attention_norm(tokens)
             queries = normed[: len(indptr) - 1, :n_queries]
             own = own + self.dropout(self.attention(queries, normed, padding, indptr, indices))
-            return own + self.dropout(self.feedforward(self.feedforward_norm(own)))
+            return own + self.dropout(self._feedforward(self.feedforward_norm(own)))
         own = self.attention_norm(own + self.dropout(self.attention(own, tokens, padding, indptr, indices)))
-        return self.feedforward_norm(own + self.dropout(self.feedforward(own)))
+        return self.feedforward_norm(own + self.dropout(self._feedforward(own)))
 
     @torch.no_grad()
     def start_as_smoothing(self, message_scale: float, focus: float = 1.4, noise: float = 0.1) -> None:
@@ -177,15 +176,17 @@ class TransformerLayer(nn.Module):
         ):
             linear.weight.mul_(noise).add_(scale * torch.eye(len(linear.weight)))
             linear.bias.zero_()
-        last = self.feedforward[-1]
-        last.weight.mul_(noise)
-        last.bias.zero_()
+        self.contract.weight.mul_(noise)
+        self.contract.bias.zero_()
+
+    def _feedforward(self, tokens: Tensor) -> Tensor:
+        return self.contract(self.dropout(self.activation(self.expand(tokens))))
 
 
 class PaperLayer(nn.Module):
-    """The layer as the paper writes it: messages, element-wise addition, one projection.
+    r"""The layer as the paper writes it: messages, element-wise addition, one projection.
 
-    .. math:: H_i' = W \\left(H_i + \\mathrm{mean}_j \\, \\mathrm{softmax}(Q_i K_j^\\top / \\sqrt{d}) V_j\\right)
+    .. math:: H_i' = W \left(H_i + \mathrm{mean}_j \, \mathrm{softmax}(Q_i K_j^\top / \sqrt{d}) V_j\right)
 
     No norm, no feed-forward part, no second residual. Source: arXiv 2210.09475, FIMP-base; the paper does not state
     the reduction, mean follows the predecessor's code.
@@ -200,10 +201,9 @@ class PaperLayer(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int, *, reduce: str = "mean") -> None:
         super().__init__()
-        self.attention = CrossNodeAttention(d_model, n_heads, reduce=reduce)
+        # COMBINE projects: a projection of the messages alone is not part of the paper's layer.
+        self.attention = CrossNodeAttention(d_model, n_heads, reduce=reduce, project_output=False)
         self.combine = nn.Linear(d_model, d_model)
-        # COMBINE already projects: a second projection of the messages alone is not part of the paper's layer.
-        self.attention.output = nn.Identity()
 
     def forward(
         self, tokens: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor, n_queries: int | None = None

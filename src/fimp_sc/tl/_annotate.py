@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -80,10 +80,10 @@ def annotate(
             adata, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
         )  # fmt: skip
-        soft = fitted.predict(soft=True)
+        soft = cast("pd.DataFrame", fitted.predict(soft=True))
         probabilities = soft.to_numpy(dtype=np.float32)
         finite_or_raise(probabilities, "prediction")
-        classes = np.array(soft.columns, dtype=object)
+        classes = np.asarray(soft.columns, dtype=object)
         with write_back(adata, work, inputs, fitted):
             best = pd.Categorical.from_codes(probabilities.argmax(1), categories=list(classes))
             adata.obs[key] = pd.Series(best, index=adata.obs_names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
+import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
+from scipy import sparse
 
 import fimp_sc
 from fimp_sc import pp
-from fimp_sc.data._checks import check_anndata, check_labels, check_obs_key, get_matrix
+from fimp_sc.data._checks import check_anndata, check_graph, check_labels, check_obs_key, get_matrix
 from fimp_sc.model import FIMP
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def working_copy(adata: AnnData, inputs: Inputs, *, labels_required: bool = Fals
         if key is not None:
             check_obs_key(adata, key, role)
     if labels_required:
-        check_labels(adata, inputs.labels_key, inputs.unlabeled_category)
+        check_labels(adata, str(inputs.labels_key), inputs.unlabeled_category)
     columns = [inputs.library_key, inputs.batch_key, inputs.labels_key]
     columns = [key for key in dict.fromkeys(columns) if key is not None and key in adata.obs]
     work = AnnData(
@@ -75,6 +77,8 @@ def working_copy(adata: AnnData, inputs: Inputs, *, labels_required: bool = Fals
             spatial_key=inputs.spatial_key,
             key_added=inputs.connectivities_key.removesuffix(_CONNECTIVITIES),
         )
+    else:
+        check_graph(adata, inputs.connectivities_key)  # absent: says so, and what to do
     return work
 
 
@@ -96,24 +100,27 @@ def fitted_model(
     if isinstance(model, str | Path):
         if not Path(model, "model.pt").is_file():
             raise FileNotFoundError(f"No saved model in {str(model)!r}: model.save(folder) writes model.pt there.")
-        model = FIMP.load(str(model), adata=False, accelerator=accelerator)
-    if model is not None:
-        if not model.is_trained:
+        given: FIMP | None = FIMP.load(str(model), adata=False, accelerator=accelerator)
+    else:
+        given = model
+    if given is not None:
+        if not given.is_trained:
             raise ValueError("The model is not trained: call model.train() first, or leave model out.")
-        if (unused := [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]):
+        unused = [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]
+        if unused:
             raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
-        return FIMP.load_query_data(with_model_keys(work, model, inputs), model)
+        return FIMP.load_query_data(with_model_keys(work, given, inputs), given)
     mark = _fingerprint(work, inputs)
     remembered = _models.get(id(adata))
-    if reuse and not model_kwargs and not train_kwargs and remembered and remembered[0]() is adata:
-        if remembered[1] == mark:
-            logger.info("Using the model trained before on this object.")
-            return remembered[2]
+    known = remembered is not None and remembered[0]() is adata and remembered[1] == mark
+    if remembered is not None and known and reuse and not model_kwargs and not train_kwargs:
+        logger.info("Using the model trained before on this object.")
+        return remembered[2]
     FIMP.setup_anndata(work, **(asdict(inputs) | {"layer": None}))
-    model = FIMP(work, **{"random_state": random_state, **(model_kwargs or {})})
-    _report(model, work, accelerator)
-    model.train(max_epochs, accelerator=accelerator, **{"enable_progress_bar": verbose, **(train_kwargs or {})})
-    return model
+    fresh = FIMP(work, **{"random_state": random_state, **(model_kwargs or {})})
+    _report(fresh, work, accelerator)
+    fresh.train(max_epochs, accelerator=accelerator, **{"enable_progress_bar": verbose, **(train_kwargs or {})})
+    return fresh
 
 
 def with_model_keys(work: AnnData, model: FIMP, inputs: Inputs) -> AnnData:
@@ -152,10 +159,10 @@ def write_back(adata: AnnData, work: AnnData, inputs: Inputs, model: FIMP) -> It
 
 def record(model: FIMP, inputs: Inputs, **extra: Any) -> dict[str, Any]:
     """Return what goes to ``uns``: parameters, seed and versions, in types that h5ad can hold."""
-    params = asdict(inputs) | model.init_params_["non_kwargs"] | extra
     history = model.history or {}
     return {
-        "params": {key: value for key, value in params.items() if value is not None},
+        "params": {key: value for key, value in (asdict(inputs) | extra).items() if value is not None},
+        "model": dict(model.init_params_["non_kwargs"]),
         "random_state": int(model.random_state),
         "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
         "versions": {"fimp-sc": fimp_sc.__version__, **{p: version(p) for p in ("scvi-tools", "torch", "anndata")}},
@@ -185,9 +192,23 @@ def get_model(adata: AnnData) -> FIMP:
 
 
 def _fingerprint(work: AnnData, inputs: Inputs) -> tuple[Any, ...]:
-    names = pd.util.hash_pandas_object(work.obs_names).sum(), pd.util.hash_pandas_object(work.var_names).sum()
-    return (*names, float(work.X.sum()), float(work.obsp[inputs.connectivities_key].sum()), inputs.layer,
-            inputs.library_key, inputs.batch_key, inputs.input_scale)  # fmt: skip
+    groups = [work.obs[key] for key in (inputs.library_key, inputs.batch_key) if key is not None]
+    tables = [pd.util.hash_pandas_object(x).to_numpy() for x in (work.obs_names, work.var_names, *groups)]
+    contents = [_checksum(x) for x in (*tables, work.X, work.obsp[inputs.connectivities_key])]
+    return (*contents, inputs.layer, inputs.library_key, inputs.batch_key, inputs.input_scale)
+
+
+def _checksum(matrix: Any) -> int:
+    """Of all values and their places: totals alone stay the same when cells or edges change places."""
+    if sparse.issparse(matrix):
+        matrix = sparse.csr_matrix(matrix)
+        parts = [matrix.data, matrix.indices, matrix.indptr]
+    else:
+        parts = [np.asarray(matrix)]
+    check = 0
+    for part in parts:
+        check = zlib.crc32(np.ascontiguousarray(part).data, check)
+    return check
 
 
 def _report(model: FIMP, work: AnnData, accelerator: str) -> None:

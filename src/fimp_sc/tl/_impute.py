@@ -84,7 +84,8 @@ def impute(
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
         )  # fmt: skip
         expression = fitted.get_expression(genes=genes, scale=scale)
-        unknown = np.isnan(expression[:1]).ravel()
+        names = np.array(adata.var_names if genes is None else list(genes), dtype=object)
+        unknown = ~np.isin(names.astype(str), fitted.genes.astype(str))
         if unknown.any():
             logger.warning("%d genes are not known to the model: their columns are NaN.", unknown.sum())
         finite_or_raise(expression[:, ~unknown], "prediction")
@@ -93,6 +94,5 @@ def impute(
                 adata.layers[key_added] = expression
             else:
                 adata.obsm[key_added] = expression
-            names = np.array(adata.var_names if genes is None else list(genes), dtype=object)
             adata.uns[key_added] = record(fitted, inputs, scale=scale) | {"genes": names}
     return adata if copy else None

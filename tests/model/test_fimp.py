@@ -1,0 +1,439 @@
+"""The model class: results, saving, other sections, and what it refuses."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import fimp_sc
+from fimp_sc.model import FIMP
+
+
+def other_section(n_obs=70, seed=5) -> ad.AnnData:
+    adata = fimp_sc.datasets.toy_tissue(n_obs=n_obs, random_state=seed)
+    adata = adata[:, adata.X.getnnz(axis=0) > 0].copy()
+    fimp_sc.pp.spatial_graph(adata, library_key="section", n_neighbors=4)
+    return adata
+
+
+def restrict(adata: ad.AnnData, genes) -> ad.AnnData:
+    return adata[:, list(genes)].copy()
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_and_types(trained: FIMP) -> None:
+    adata = trained.adata
+    z = trained.get_latent_representation()
+    assert z.shape == (120, 16)
+    assert z.dtype == np.float32
+    assert np.isfinite(z).all()
+    hard, soft, expression = trained.predict(), trained.predict(soft=True), trained.get_expression()
+    assert hard.shape == (120,)
+    assert set(hard) <= set(trained.classes)
+    assert list(soft.columns) == trained.classes
+    assert list(soft.index) == list(adata.obs_names)
+    np.testing.assert_allclose(soft.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(soft.columns.to_numpy()[soft.to_numpy().argmax(1)], hard)
+    assert expression.shape == adata.shape
+    assert expression.dtype == np.float32
+    assert (expression >= 0).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 17, 1000])
+def test_batch_size_does_not_change_results(trained: FIMP, batch_size: int) -> None:
+    np.testing.assert_allclose(
+        trained.get_latent_representation(batch_size=batch_size), trained.get_latent_representation(), atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["list", "mask", "repeated"])
+def test_indices_are_rows_of_the_full_result(trained: FIMP, kind: str) -> None:
+    rows = {"list": [40, 3, 119], "repeated": [5, 5, 2]}.get(kind)
+    indices = rows
+    if kind == "mask":
+        indices = np.zeros(120, dtype=bool)
+        indices[[4, 90]] = True
+        rows = [4, 90]
+    np.testing.assert_allclose(
+        trained.get_latent_representation(indices=indices), trained.get_latent_representation()[rows], atol=2e-5
+    )
+    soft = trained.predict(indices=indices, soft=True)
+    np.testing.assert_allclose(soft, trained.predict(soft=True).iloc[rows], atol=2e-5)
+    assert list(soft.index) == list(trained.adata.obs_names[rows])
+    np.testing.assert_array_equal(trained.predict(indices=indices), trained.predict()[rows])
+    for scale in ("log", "counts"):
+        np.testing.assert_allclose(
+            trained.get_expression(indices=indices, scale=scale), trained.get_expression(scale=scale)[rows], atol=1e-4
+        )
+
+
+def test_results_do_not_depend_on_the_order_of_cells_and_genes(trained: FIMP) -> None:
+    rng = np.random.default_rng(0)
+    cells, genes = rng.permutation(120), rng.permutation(40)
+    moved = trained.adata[cells, genes].copy()
+    np.testing.assert_allclose(
+        trained.get_latent_representation(moved), trained.get_latent_representation()[cells], atol=1e-4
+    )
+    np.testing.assert_allclose(trained.get_expression(moved), trained.get_expression()[cells][:, genes], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["csc", "dense", "layer"])
+def test_results_do_not_depend_on_how_the_matrix_is_stored(tissue, make_model, train, kind: str) -> None:
+    stored = tissue.copy()
+    if kind == "layer":
+        stored.layers["counts"] = stored.X.copy()
+        stored.X = sparse.csr_matrix(stored.shape, dtype=np.float32)
+    else:
+        stored.X = sparse.csc_matrix(stored.X) if kind == "csc" else stored.X.toarray()
+    setup = {"layer": "counts"} if kind == "layer" else {}
+    a = train(make_model(tissue), max_epochs=1)
+    b = train(make_model(stored, setup), max_epochs=1)
+    np.testing.assert_allclose(a.get_latent_representation(), b.get_latent_representation(), atol=1e-5)
+
+
+# Expression -----------------------------------------------------------------------------------------------------------
+
+
+def test_genes_are_columns_of_the_full_result(trained: FIMP) -> None:
+    genes = list(trained.adata.var_names[[30, 2, 7]])
+    np.testing.assert_allclose(
+        trained.get_expression(genes=genes), trained.get_expression()[:, [30, 2, 7]], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_unknown_genes_are_an_error_when_asked_for(trained: FIMP) -> None:
+    with pytest.raises(KeyError, match=r"Not among the 40 genes of the model: \['NOTHING'\]"):
+        trained.get_expression(genes=[trained.adata.var_names[0], "NOTHING"])
+
+
+def test_unknown_genes_of_a_section_are_nan(trained: FIMP) -> None:
+    query = other_section()
+    expression = trained.get_expression(query)
+    known = query.var_names.isin(trained.genes)
+    assert np.isnan(expression[:, ~known]).all()
+    assert np.isfinite(expression[:, known]).all()
+
+
+def test_counts_are_scaled_to_the_total_of_each_cell(trained: FIMP) -> None:
+    total = np.asarray(trained.adata.X.sum(axis=1)).ravel()
+    target = float(trained.module.target_sum)
+    assert target == np.median(total)
+    expected = np.expm1(trained.get_expression()) * (total / target)[:, None]
+    np.testing.assert_allclose(trained.get_expression(scale="counts"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prediction_is_near_what_was_measured(tissue, make_model, train) -> None:
+    model = train(make_model(tissue), max_epochs=15, plan_kwargs={"lr": 1e-3})
+    counts = tissue.X.toarray()
+    logged = np.log1p(counts / counts.sum(1, keepdims=True) * np.median(counts.sum(1)))
+    predicted = model.get_expression()
+    assert np.corrcoef(predicted.mean(0), logged.mean(0))[0, 1] > 0.95
+    error = np.mean((predicted - logged) ** 2)
+    assert error < np.mean((logged.mean(0) - logged) ** 2), "better than the means of genes"
+
+
+def test_log_input_counts_are_expm1_also_on_a_smaller_panel(tissue, make_model, train) -> None:
+    tissue.X = tissue.X.log1p()
+    model = train(make_model(tissue, {"input_scale": "log"}), max_epochs=1)
+    for adata in (tissue, restrict(tissue, tissue.var_names[:25])):
+        np.testing.assert_allclose(
+            model.get_expression(adata, scale="counts"), np.expm1(model.get_expression(adata)), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("kind", ["csr", "dense"])
+def test_hidden_entries_have_no_influence(tissue, make_model, train, kind: str) -> None:
+    """Change what is hidden: nothing moves. (On counts the cell's total would, as documented.)"""
+    tissue.X = tissue.X.log1p()
+    model = train(make_model(tissue, {"input_scale": "log", "batch_key": "section"}), max_epochs=1)
+    mask = np.random.default_rng(0).random(tissue.shape) < 0.3
+    hidden = sparse.csr_matrix(mask) if kind == "csr" else mask
+    other = tissue.copy()
+    other.X = sparse.csr_matrix(np.where(mask, 4.0, tissue.X.toarray()).astype(np.float32))
+    a, b = model.get_expression(tissue, hidden=hidden), model.get_expression(other, hidden=hidden)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert np.abs(a - model.get_expression(tissue)).max() > 1e-3, "hiding does hide"
+    assert np.abs(model.get_expression(tissue) - model.get_expression(other)).max() > 1e-2
+
+
+def test_hidden_of_another_shape_is_an_error(trained: FIMP) -> None:
+    with pytest.raises(ValueError, match="hidden"):
+        trained.get_expression(hidden=np.zeros((120, 39), dtype=bool))
+
+
+# Saving and other sections --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["practical", "paper"])
+def test_saved_models_are_the_same(tissue, make_model, train, tmp_path, layer: str) -> None:
+    model = make_model(tissue, {"labels_key": "label", "library_key": "section"}, layer=layer, random_state=7)
+    train(model, max_epochs=1)
+    model.save(str(tmp_path / "model"))
+    again = FIMP.load(str(tmp_path / "model"), adata=tissue, accelerator="cpu")
+    np.testing.assert_array_equal(again.get_latent_representation(), model.get_latent_representation())
+    pd.testing.assert_frame_equal(again.predict(soft=True), model.predict(soft=True))
+    np.testing.assert_array_equal(again.get_expression(), model.get_expression())
+    assert again.is_trained
+    assert again.random_state == 7
+    np.testing.assert_array_equal(again.history["train_loss"], model.history["train_loss"])
+
+
+def test_saved_with_its_object(trained: FIMP, tmp_path) -> None:
+    trained.save(str(tmp_path / "model"), save_anndata=True)
+    again = FIMP.load(str(tmp_path / "model"), accelerator="cpu")
+    np.testing.assert_array_equal(again.get_latent_representation(), trained.get_latent_representation())
+
+
+def gene_lists(genes: np.ndarray) -> dict[str, list[str]]:
+    rng = np.random.default_rng(0)
+    extra = [g for g in other_section().var_names if g not in set(genes)][:9]
+    return {
+        "same": list(genes),
+        "permuted": list(rng.permutation(genes)),
+        "subset": list(genes[5:30]),
+        "extra": [*extra, *genes],
+        "one": [genes[3]],
+    }
+
+
+@pytest.mark.parametrize("kind", ["same", "permuted", "subset", "extra"])
+def test_sections_with_another_gene_list(trained: FIMP, kind: str) -> None:
+    full = other_section()
+    genes = gene_lists(trained.genes)[kind]
+    query = restrict(full, genes)
+    before = query.X.copy()
+    bound = FIMP.load_query_data(query, trained)
+    assert bound.is_trained
+    z = bound.get_latent_representation()
+    assert z.shape == (70, 16)
+    assert np.isfinite(z).all()
+    assert bound.classes == trained.classes
+    np.testing.assert_array_equal(bound.genes, trained.genes)
+    np.testing.assert_allclose(bound.predict(soft=True).sum(axis=1), 1, rtol=1e-5)
+    assert bound.get_expression().shape == query.shape
+    assert np.isfinite(bound.get_expression(genes=list(trained.genes))).all(), "also genes that are not measured"
+    assert (before != query.X).nnz == 0
+    np.testing.assert_allclose(trained.get_latent_representation(query.copy()), z, atol=1e-5)
+    reference = FIMP.load_query_data(restrict(full, trained.genes), trained).get_latent_representation()
+    if kind == "subset":
+        assert np.abs(z - reference).max() > 1e-3
+        assert np.corrcoef(z.ravel(), reference.ravel())[0, 1] > 0.8
+    else:
+        np.testing.assert_allclose(z, reference, atol=1e-4)
+
+
+@pytest.mark.parametrize("as_path", [str, lambda path: path])
+def test_query_data_from_a_folder(trained: FIMP, tmp_path, as_path) -> None:
+    trained.save(str(tmp_path / "model"))
+    query = other_section()
+    bound = FIMP.load_query_data(query, as_path(tmp_path / "model"))
+    np.testing.assert_array_equal(
+        bound.get_latent_representation(), FIMP.load_query_data(query.copy(), trained).get_latent_representation()
+    )
+
+
+def test_reference_and_query_do_not_share_weights(trained: FIMP) -> None:
+    bound = FIMP.load_query_data(other_section(), trained)
+    before = trained.get_latent_representation()
+    for parameter in bound.module.parameters():
+        parameter.data.zero_()
+    np.testing.assert_array_equal(trained.get_latent_representation(), before)
+
+
+def test_section_without_labels_or_with_other_labels(trained: FIMP) -> None:
+    query = other_section()
+    assert "label" not in query.obs
+    bound = FIMP.load_query_data(query, trained)
+    predicted = bound.predict()
+    query.obs["label"] = "something else"
+    np.testing.assert_array_equal(FIMP.load_query_data(query, trained).predict(), predicted)
+
+
+def test_section_without_shared_genes_is_an_error(trained: FIMP) -> None:
+    query = other_section()
+    query.var_names = [f"ENSG{i}" for i in range(query.n_vars)]
+    with pytest.raises(ValueError, match=r"No gene of adata.var_names is known to the model.*ENSG0"):
+        FIMP.load_query_data(query, trained)
+    with pytest.raises(ValueError, match=r"No gene of adata.var_names is known to the model"):
+        trained.get_latent_representation(query)
+
+
+@pytest.mark.parametrize("missing", ["graph", "library"])
+def test_section_without_graph_or_library_is_an_error(trained: FIMP, missing: str) -> None:
+    query = other_section()
+    if missing == "graph":
+        del query.obsp["spatial_connectivities"]
+    else:
+        del query.obs["section"]
+    with pytest.raises(KeyError, match="spatial_connectivities" if missing == "graph" else "section"):
+        trained.get_latent_representation(query)
+
+
+def test_model_trained_on_log_values_fits_counts_of_the_same_cells(tissue, make_model, train) -> None:
+    """`auto` resolves per object: both scales must end on the same values."""
+    counts = tissue.copy()
+    total = np.asarray(tissue.X.sum(axis=1))
+    tissue.X = sparse.csr_matrix(np.log1p(tissue.X.toarray() / total * 1000.0).astype(np.float32))
+    model = train(make_model(tissue), max_epochs=1)
+    np.testing.assert_allclose(model.get_latent_representation(counts), model.get_latent_representation(), atol=1e-3)
+
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layer": "paper"},
+        {"layer": "paper", "self_loops": False, "reduce": "sum"},
+        {"reduce": "sum"},
+        {"self_loops": False, "n_layers": 1},
+        {"n_layers": 3},
+        {"n_tokens": 1000},
+        {"n_tokens": 1},
+        {"n_latent": 64, "n_heads": 4},
+    ],
+)
+def test_options_train_and_change_the_result(tissue, make_model, train, trained: FIMP, options: dict) -> None:
+    model = make_model(tissue, {"labels_key": "label", "library_key": "section"}, **options)
+    train(model, max_epochs=1)
+    z = model.get_latent_representation()
+    assert z.shape == (120, options.get("n_latent", 16))
+    assert np.isfinite(z).all()
+    assert np.isfinite(model.get_expression()).all()
+    if z.shape[1] == 16:
+        assert np.abs(z - trained.get_latent_representation()).max() > 1e-3
+
+
+def test_paper_and_practical_layers_differ_only_by_choice(tissue, make_model) -> None:
+    paper = make_model(tissue, layer="paper").module.network.layers
+    assert all(type(layer).__name__ == "PaperLayer" for layer in paper)
+    with pytest.raises(ValueError, match="layer must be one of 'practical', 'paper', found 'gcn'"):
+        make_model(tissue, layer="gcn")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduce": "max"}, "reduce must be one of"),
+        ({"n_layers": 0}, "n_layers must be at least 1, found 0"),
+        ({"n_tokens": 0}, "n_tokens must be at least 1"),
+        ({"n_latent": 10, "n_heads": 4}, "10 is not a multiple of 4"),
+    ],
+)
+def test_wrong_options_are_named(tissue, make_model, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model(tissue, **options)
+
+
+def test_without_coordinates_the_graph_is_enough(tissue, make_model, train) -> None:
+    with_coordinates = train(make_model(tissue.copy()), max_epochs=1)
+    del tissue.obsm["spatial"]
+    model = train(make_model(tissue), max_epochs=1)
+    assert np.isfinite(model.get_latent_representation(batch_size=9)).all()
+    moved = with_coordinates.get_latent_representation(tissue, batch_size=9)
+    np.testing.assert_allclose(moved, with_coordinates.get_latent_representation(), atol=2e-5)
+
+
+def isolate(adata: ad.AnnData, cells) -> ad.AnnData:
+    graph = adata.obsp["spatial_connectivities"].tolil()
+    graph[cells] = 0
+    graph[:, cells] = 0
+    adata.obsp["spatial_connectivities"] = sparse.csr_matrix(graph)
+    return adata
+
+
+@pytest.mark.filterwarnings("ignore:.*have no neighbours:UserWarning")
+@pytest.mark.parametrize("options", [{}, {"layer": "paper", "self_loops": False}])
+def test_isolated_cells_are_described_by_their_own_genes(tissue, make_model, train, options: dict) -> None:
+    isolate(tissue, [0, 1, 60])
+    model = train(make_model(tissue, {"labels_key": "label"}, **options), max_epochs=1)
+    z = model.get_latent_representation()
+    assert np.isfinite(z).all()
+    assert np.isfinite(model.predict(soft=True)).all(axis=None)
+    rewired = tissue.copy()
+    rest = np.setdiff1d(np.arange(120), [0, 1, 60])
+    order = np.arange(120)
+    order[rest] = np.roll(rest, 5)
+    rewired.obsp["spatial_connectivities"] = rewired.obsp["spatial_connectivities"][order][:, order]
+    moved = model.get_latent_representation(rewired)
+    np.testing.assert_allclose(moved[[0, 1, 60]], z[[0, 1, 60]], atol=2e-5)
+    assert (np.abs(moved - z).max(1)[rest] > 1e-4).all()
+
+
+def test_isolated_cells_are_announced(tissue) -> None:
+    with pytest.warns(UserWarning, match="2 of 120 cells have no neighbours"):
+        FIMP.setup_anndata(isolate(tissue, [3, 4]))
+
+
+@pytest.mark.filterwarnings("ignore:.* are empty:UserWarning")
+def test_empty_cells_and_genes_are_finite(tissue, make_model, train) -> None:
+    matrix = tissue.X.tolil()
+    matrix[7] = 0
+    tissue.X = sparse.csr_matrix(matrix)
+    model = train(make_model(tissue, {"labels_key": "label"}), max_epochs=1)
+    assert np.isfinite(model.get_latent_representation()).all()
+    assert np.isfinite(model.get_expression()).all()
+    assert np.isfinite(model.get_expression(scale="counts")).all()
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_untrained_models_have_no_results(tissue, make_model) -> None:
+    model = make_model(tissue, {"labels_key": "label"})
+    for result in (model.get_latent_representation, model.predict, model.get_expression):
+        with pytest.raises(RuntimeError, match="train"):
+            result()
+
+
+def test_models_without_labels_do_not_predict_them(tissue, make_model, train) -> None:
+    with pytest.raises(ValueError, match="trained without labels"):
+        train(make_model(tissue), max_epochs=1).predict()
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "message"),
+    [
+        ([0, 120], IndexError, r"indices must be in \[0, 120\), found 0 to 120"),
+        ([-1], IndexError, "found -1 to -1"),
+        ([], ValueError, "indices is empty"),
+        (np.zeros(120, dtype=bool), ValueError, "indices is empty"),
+        (np.zeros(119, dtype=bool), IndexError, "119"),
+    ],
+)
+def test_bad_indices(trained: FIMP, indices, error, message: str) -> None:
+    for result in (trained.get_latent_representation, trained.predict, trained.get_expression):
+        with pytest.raises(error, match=message):
+            result(indices=indices)
+
+
+def test_unknown_scale(trained: FIMP) -> None:
+    with pytest.raises(ValueError, match="scale must be one of 'log', 'counts', found 'raw'"):
+        trained.get_expression(scale="raw")
+
+
+def test_results_leave_the_object_alone(tissue, make_model, train) -> None:
+    model = train(make_model(tissue, {"labels_key": "label"}), max_epochs=1)
+    obs, data = tissue.obs.copy(), tissue.X.data.copy()
+    keys = [sorted(getattr(tissue, kind)) for kind in ("obsm", "layers", "uns", "obsp", "varm")]
+    model.get_latent_representation()
+    model.predict()
+    model.get_expression()
+    pd.testing.assert_frame_equal(tissue.obs, obs)
+    np.testing.assert_array_equal(tissue.X.data, data)
+    assert keys == [sorted(getattr(tissue, kind)) for kind in ("obsm", "layers", "uns", "obsp", "varm")]
+
+
+def test_two_models_on_one_object(tissue, make_model, train) -> None:
+    first = train(make_model(tissue, {"labels_key": "label"}), max_epochs=1)
+    expected = first.predict(soft=True)
+    second = train(make_model(tissue, {"labels_key": "niche"}), max_epochs=1)
+    assert second.classes == list(tissue.obs["niche"].cat.categories)
+    pd.testing.assert_frame_equal(first.predict(soft=True), expected)
+    assert list(second.predict(soft=True).columns) == second.classes

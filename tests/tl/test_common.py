@@ -1,0 +1,129 @@
+"""What the tools share: remembered models, silence, one log line."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import warnings
+
+import numpy as np
+import pytest
+
+import fimp_sc
+from fimp_sc.tl import _common
+
+
+def test_model_is_that_of_the_last_call(tissue, quick) -> None:
+    fimp_sc.tl.embed(tissue, **quick)
+    first = fimp_sc.tl.get_model(tissue)
+    assert first.classes == []
+    fimp_sc.tl.annotate(tissue, "label", **quick)
+    assert fimp_sc.tl.get_model(tissue).classes == ["B", "C", "T cell / naïve"]
+    assert fimp_sc.tl.get_model(tissue) is fimp_sc.tl.get_model(tissue) is not first
+
+
+def test_model_belongs_to_the_object_and_not_to_its_copies(tissue, quick) -> None:
+    fimp_sc.tl.embed(tissue, **quick)
+    for other in (tissue.copy(), tissue[:50], tissue[:50].copy()):
+        with pytest.raises(KeyError, match=r"call fimp_sc\.tl\.embed\(adata\) first"):
+            fimp_sc.tl.get_model(other)
+    copied = fimp_sc.tl.embed(tissue, copy=True, **quick)
+    assert fimp_sc.tl.get_model(copied) is not fimp_sc.tl.get_model(tissue)
+
+
+def test_models_are_forgotten_with_their_object(tissue, quick) -> None:
+    other = tissue.copy()
+    gc.collect()  # objects of earlier tests
+    before = len(_common._models)
+    fimp_sc.tl.embed(other, **quick)
+    assert len(_common._models) == before + 1
+    del other
+    gc.collect()
+    assert len(_common._models) == before
+
+
+def test_failed_call_keeps_the_former_model(tissue, quick) -> None:
+    fimp_sc.tl.embed(tissue, **quick)
+    model = fimp_sc.tl.get_model(tissue)
+    with pytest.raises(KeyError):
+        fimp_sc.tl.annotate(tissue, "missing", **quick)
+    assert fimp_sc.tl.get_model(tissue) is model
+
+
+def test_the_matrix_is_shared_and_never_copied_into_the_object(tissue, quick) -> None:
+    data = tissue.X.data
+    before = data.copy()
+    fimp_sc.tl.embed(tissue, **quick)
+    assert tissue.X.data is data
+    np.testing.assert_array_equal(data, before)
+    assert not [key for key in tissue.uns if key.startswith("_scvi")]
+    assert not [key for key in tissue.obs if key.startswith("_scvi")]
+
+
+def test_silent_on_request(tissue, quick, capfd, caplog) -> None:
+    with warnings.catch_warnings(record=True) as caught, caplog.at_level(logging.NOTSET):
+        warnings.simplefilter("always")
+        fimp_sc.tl.embed(tissue, **quick)
+        fimp_sc.tl.annotate(tissue, "label", **quick)
+        fimp_sc.tl.impute(tissue, **quick)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err == ""
+    names = ("fimp_sc", "lightning", "scvi")
+    assert [record for record in caplog.records if record.name.startswith(names)] == []
+    assert [str(w.message) for w in caught if issubclass(w.category, UserWarning | FutureWarning)] == []
+
+
+def test_one_line_says_what_is_done(tissue, quick, caplog) -> None:
+    with caplog.at_level(logging.INFO):
+        fimp_sc.tl.annotate(
+            tissue, "label", **{**quick, "verbose": True, "train_kwargs": {"enable_progress_bar": False}}
+        )
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("fimp_sc.tl")]
+    assert len(ours) == 1
+    pattern = (
+        r"100 cells, 30 genes, 6\.\d neighbours per cell, 3 classes; training on CPU, about \d+\.\d GB of memory\."
+    )
+    assert re.fullmatch(pattern, ours[0]), ours[0]
+    assert not [record for record in caplog.records if record.name.startswith("lightning")]
+
+
+def test_progress_bar_shows_both_losses(tissue, quick, capfd) -> None:
+    fimp_sc.tl.embed(tissue, **{**quick, "verbose": True})
+    shown = "".join(capfd.readouterr())
+    assert "Epoch 1/1" in shown
+    assert "train_loss" in shown
+
+
+def test_levels_and_handlers_of_the_user_are_restored(tissue, quick) -> None:
+    names = ("fimp_sc", "lightning.pytorch", "scvi")
+    before = [(logging.getLogger(name).level, list(logging.getLogger(name).handlers)) for name in names]
+    fimp_sc.tl.embed(tissue, **{**quick, "verbose": True, "train_kwargs": {"enable_progress_bar": False}})
+    with pytest.raises(KeyError):
+        fimp_sc.tl.embed(tissue, layer="missing", **{**quick, "verbose": True})
+    assert before == [(logging.getLogger(name).level, list(logging.getLogger(name).handlers)) for name in names]
+
+
+def test_nothing_is_left_in_the_working_directory(tissue, quick, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fimp_sc.tl.embed(tissue, **quick)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_real_section(shared_data, quick) -> None:
+    """STARmap: graph, embedding and labels on part of a real section; labels better than the most frequent one."""
+    import anndata as ad
+
+    adata = ad.read_h5ad(shared_data / "starmap_visual_cortex_1020.h5ad")
+    adata = adata[adata.obs["cell_type"] != "Unlabelled"]
+    genes = np.asarray(adata.X.sum(axis=0)).ravel().argsort()[::-1][:100]
+    frequent = adata.obs["cell_type"].value_counts().index[:4]
+    adata = adata[adata.obs["cell_type"].isin(frequent), np.sort(genes)].copy()
+    block = fimp_sc.data.spatial_blocks(adata.obsm["spatial"], 60, random_state=0)
+    test = block % 4 == 0
+    truth = adata.obs["cell_type"].astype(str)
+    adata.obs["known"] = truth.where(~test)
+    fimp_sc.tl.annotate(adata, "known", **{**quick, "max_epochs": 12, "train_kwargs": {"batch_size": 64}})
+    accuracy = (adata.obs["fimp_known"].astype(str) == truth)[test].mean()
+    assert accuracy > truth[test].value_counts(normalize=True).iloc[0] + 0.2

@@ -1,0 +1,216 @@
+"""`tl.impute`: predicted expression, and which model makes it."""
+
+from __future__ import annotations
+
+import logging
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+import fimp_sc
+from fimp_sc.model import FIMP
+
+
+@pytest.fixture
+def embedded(tissue, quick):
+    """Tissue on which a model was trained."""
+    fimp_sc.tl.embed(tissue, library_key="section", **quick)
+    return tissue
+
+
+@pytest.fixture
+def trainings(monkeypatch) -> list[FIMP]:
+    """Models trained from here on."""
+    done, train = [], FIMP.train
+
+    def spy(self, *args, **kwargs):
+        done.append(self)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(FIMP, "train", spy)
+    return done
+
+
+AGAIN = {"library_key": "section", "accelerator": "cpu", "verbose": False}
+
+
+def test_writes_a_layer_and_nothing_else(tissue, quick, unchanged) -> None:
+    written = {"obsp": {"spatial_connectivities", "spatial_distances"}, "uns": {"fimp", "spatial_neighbors"}}
+    with unchanged(tissue, layers={"fimp"}, **written):
+        assert fimp_sc.tl.impute(tissue, **quick) is None
+    layer = tissue.layers["fimp"]
+    assert isinstance(layer, np.ndarray)
+    assert layer.shape == tissue.shape
+    assert layer.dtype == np.float32
+    assert (layer >= 0).all()
+    assert list(tissue.uns["fimp"]["genes"]) == list(tissue.var_names)
+    assert tissue.uns["fimp"]["params"]["scale"] == "log"
+
+
+def test_genes_limit_what_is_made(embedded, unchanged, trainings) -> None:
+    fimp_sc.tl.impute(embedded, **AGAIN)
+    genes = [embedded.var_names[7], embedded.var_names[2]]
+    with unchanged(embedded, obsm={"few"}, uns={"few"}):
+        fimp_sc.tl.impute(embedded, genes=genes, key_added="few", **AGAIN)
+    assert embedded.obsm["few"].shape == (100, 2)
+    assert embedded.obsm["few"].dtype == np.float32
+    np.testing.assert_allclose(embedded.obsm["few"], embedded.layers["fimp"][:, [7, 2]], rtol=1e-5, atol=1e-5)
+    assert list(embedded.uns["few"]["genes"]) == genes
+    assert trainings == []
+
+
+def test_scales(embedded) -> None:
+    fimp_sc.tl.impute(embedded, **AGAIN)
+    fimp_sc.tl.impute(embedded, scale="counts", key_added="counts", **AGAIN)
+    total = np.asarray(embedded.X.sum(axis=1))
+    expected = np.expm1(embedded.layers["fimp"]) * total / np.median(total)
+    np.testing.assert_allclose(embedded.layers["counts"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_model_of_embed_is_used_again(embedded, trainings, caplog) -> None:
+    with caplog.at_level(logging.INFO, logger="fimp_sc"):
+        fimp_sc.tl.impute(embedded, library_key="section", accelerator="cpu")
+    assert trainings == []
+    assert "Using the model trained before" in caplog.text
+    np.testing.assert_allclose(
+        embedded.layers["fimp"], fimp_sc.tl.get_model(embedded).get_expression(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_model_of_annotate_is_used_again(tissue, quick, trainings) -> None:
+    fimp_sc.tl.annotate(tissue, "label", **quick)
+    fimp_sc.tl.impute(tissue, accelerator="cpu", verbose=False)
+    assert len(trainings) == 1
+
+
+def replace_in_place(adata: ad.AnnData) -> None:
+    adata.X.data[:20] += 3
+
+
+def swap_cells(adata: ad.AnnData) -> None:
+    adata.X = adata.X[np.roll(np.arange(adata.n_obs), 1)]
+
+
+def swap_genes(adata: ad.AnnData) -> None:
+    adata.X = sparse.csr_matrix(adata.X[:, ::-1])
+
+
+def rename_genes(adata: ad.AnnData) -> None:
+    adata.var_names = [f"g{i}" for i in range(adata.n_vars)]
+
+
+def rewire(adata: ad.AnnData) -> None:
+    for section in ("section_1", "section_2"):
+        mine = np.flatnonzero(adata.obs["section"] == section)
+        adata.obsm["spatial"][mine] = adata.obsm["spatial"][np.roll(mine, 3)]
+    fimp_sc.pp.spatial_graph(adata, library_key="section", overwrite=True)
+
+
+def rename_sections(adata: ad.AnnData) -> None:
+    del adata.obsp["spatial_connectivities"]
+    adata.obs["section"] = np.where(np.arange(adata.n_obs) < 20, "a", "b")
+
+
+@pytest.mark.parametrize("change", [replace_in_place, swap_cells, swap_genes, rename_genes, rewire, rename_sections])
+def test_stale_model_is_not_used(embedded, quick, trainings, change) -> None:
+    change(embedded)
+    fresh = embedded.copy()
+    arguments = {key: value for key, value in quick.items() if not key.endswith("kwargs")}
+    fimp_sc.tl.impute(embedded, library_key="section", **arguments)
+    assert len(trainings) == 1
+    fimp_sc.tl.impute(fresh, library_key="section", **arguments)
+    np.testing.assert_array_equal(embedded.layers["fimp"], fresh.layers["fimp"])
+
+
+@pytest.mark.parametrize("option", [{"library_key": None}, {"batch_key": "niche"}, {"layer": "counts"}])
+def test_other_inputs_need_another_model(embedded, quick, trainings, option) -> None:
+    embedded.layers["counts"] = embedded.X.copy()
+    fimp_sc.tl.impute(embedded, **{**AGAIN, "max_epochs": 1, **option})
+    assert len(trainings) == 1
+
+
+def test_other_options_need_another_model(embedded, quick, trainings) -> None:
+    fimp_sc.tl.impute(embedded, library_key="section", **quick)
+    assert len(trainings) == 1
+
+
+def test_changing_what_is_not_used_keeps_the_model(embedded, trainings) -> None:
+    embedded.obs["note"] = 1
+    embedded.layers["other"] = embedded.X * 2
+    fimp_sc.tl.impute(embedded, **AGAIN)
+    assert trainings == []
+
+
+def test_unknown_genes_of_a_section_are_nan_and_announced(reference, section, caplog) -> None:
+    with caplog.at_level(logging.WARNING, logger="fimp_sc"):
+        fimp_sc.tl.impute(section, model=reference, accelerator="cpu", verbose=False)
+    known = section.var_names.isin(reference.genes)
+    assert (~known).sum() == 10
+    assert np.isnan(section.layers["fimp"][:, ~known]).all()
+    assert np.isfinite(section.layers["fimp"][:, known]).all()
+    assert "10 genes are not known to the model" in caplog.text
+
+
+def test_genes_that_are_not_measured_can_be_predicted(reference, section) -> None:
+    missing = [gene for gene in reference.genes if gene not in set(section.var_names)]
+    assert missing
+    fimp_sc.tl.impute(section, genes=missing, model=reference, accelerator="cpu", verbose=False)
+    assert section.obsm["fimp"].shape == (section.n_obs, len(missing))
+    assert np.isfinite(section.obsm["fimp"]).all()
+
+
+def test_unknown_gene_that_is_asked_for_is_an_error(embedded, unchanged) -> None:
+    with unchanged(embedded), pytest.raises(KeyError, match="Not among the 30 genes of the model"):
+        fimp_sc.tl.impute(embedded, genes=["NOTHING"], **AGAIN)
+
+
+def _with_graph(section: ad.AnnData) -> ad.AnnData:
+    adata = section.copy()
+    adata.obs["section"] = "one"
+    fimp_sc.pp.spatial_graph(adata)
+    return adata
+
+
+@pytest.mark.parametrize("genes", [None, "known"])
+def test_diverged_model_writes_nothing(reference, section, unchanged, genes) -> None:
+    broken = FIMP.load_query_data(_with_graph(section), reference)
+    with torch.no_grad():
+        broken.module.value_head.bias.fill_(torch.nan)
+    genes = None if genes is None else list(reference.genes[:2])
+    with unchanged(section), pytest.raises(FloatingPointError, match="not finite"):
+        fimp_sc.tl.impute(section, genes=genes, model=broken, accelerator="cpu", verbose=False)
+
+
+def test_unknown_scale_is_an_error(embedded, unchanged) -> None:
+    with unchanged(embedded), pytest.raises(ValueError, match="scale must be one of"):
+        fimp_sc.tl.impute(embedded, scale="raw", **AGAIN)
+
+
+def test_survives_a_file(embedded, tmp_path) -> None:
+    fimp_sc.tl.impute(embedded, **AGAIN)
+    fimp_sc.tl.impute(embedded, genes=list(embedded.var_names[:3]), key_added="few", **AGAIN)
+    embedded.write_h5ad(tmp_path / "tissue.h5ad")
+    again = ad.read_h5ad(tmp_path / "tissue.h5ad")
+    np.testing.assert_array_equal(again.layers["fimp"], embedded.layers["fimp"])
+    np.testing.assert_array_equal(again.obsm["few"], embedded.obsm["few"])
+    assert list(again.uns["few"]["genes"]) == list(embedded.var_names[:3])
+
+
+def test_copy_and_view(tissue, quick, unchanged) -> None:
+    with unchanged(tissue):
+        result = fimp_sc.tl.impute(tissue, copy=True, **quick)
+        view = tissue[:60]
+        fimp_sc.tl.impute(view, **quick)
+    assert result.layers["fimp"].shape == (100, 30)
+    assert view.layers["fimp"].shape == (60, 30)
+    assert list(view.obs_names) == list(tissue.obs_names[:60])
+
+
+def test_log_input_counts_are_expm1(tissue, quick) -> None:
+    tissue.X = tissue.X.log1p()
+    fimp_sc.tl.impute(tissue, input_scale="log", **quick)
+    fimp_sc.tl.impute(tissue, input_scale="log", scale="counts", key_added="counts", accelerator="cpu", verbose=False)
+    np.testing.assert_allclose(tissue.layers["counts"], np.expm1(tissue.layers["fimp"]), rtol=1e-4, atol=1e-5)
