@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # The mean of a batch is shrunk towards the training mean as if that many training cells were added to it.
 _PRIOR_CELLS = 20.0
-_ROWS = 4096
+_ROWS = 1024
 
 
 @dataclass
@@ -91,7 +91,7 @@ class ExpressionSource:
             known = float(statistics.fraction[self.measured].sum()) if statistics else 1.0
             self.factor = (self.target_sum * known / np.where(total > 0, total, 1.0)).astype(np.float32)
         self.batch = np.zeros(n_obs, dtype=np.int64) if batch is None else batch
-        self.center = self._centers(statistics) if statistics else None
+        self.center = self._centers(statistics) if statistics else np.zeros((1, len(columns)), np.float32)
 
     @property
     def n_genes(self) -> int:
@@ -116,7 +116,8 @@ class ExpressionSource:
     def sparse_rows(self, nodes: NDArray[np.int64]) -> sparse.csr_matrix:
         """Return the same values as :meth:`rows` as CSR; for statistics that must not become dense."""
         parts = [sparse.csr_matrix(self.rows(nodes[i : i + _ROWS])) for i in range(0, len(nodes), _ROWS)]
-        return sparse.csr_matrix(sparse.vstack(parts, format="csr"))
+        empty = sparse.csr_matrix((0, self.n_genes), dtype=np.float32)
+        return sparse.csr_matrix(sparse.vstack([empty, *parts], format="csr"))
 
     def gene_statistics(self, nodes: NDArray[np.int64]) -> GeneStatistics:
         """Compute mean and share of counts of each gene over ``nodes``."""

@@ -71,6 +71,20 @@ class NodeGraph:
             counts.append(len(nodes))
         return Block(nodes, counts[::-1], indptr[::-1], indices[::-1])
 
+    def averaging(self, destinations: ArrayLike) -> sparse.csr_matrix:
+        """Return ``(n_destinations, n_nodes)`` CSR that takes the mean over the neighbours, the node itself left out.
+
+        A node without neighbours is its own mean.
+        """
+        nodes = np.asarray(destinations, dtype=np.int64)
+        rows = sparse.csr_matrix(self.csr[nodes], copy=True)
+        own = sparse.csr_matrix((np.ones(len(nodes), np.float32), (np.arange(len(nodes)), nodes)), shape=rows.shape)
+        rows = sparse.csr_matrix(rows - rows.multiply(own))
+        rows.eliminate_zeros()
+        degree = np.diff(rows.indptr)
+        rows = sparse.csr_matrix(rows + sparse.diags((degree == 0).astype(np.float32)) @ own)
+        return sparse.csr_matrix(sparse.diags(1.0 / np.maximum(degree, 1)) @ rows, dtype=np.float32)
+
     def order(self) -> NDArray[np.int64]:
         """Return the rank of each node in reverse Cuthill-McKee order: near in the graph is near in rank."""
         permutation = sparse.csgraph.reverse_cuthill_mckee(self.csr, symmetric_mode=False)

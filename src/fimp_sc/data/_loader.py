@@ -75,6 +75,8 @@ class BlockLoader:
         Smallest and largest share of entries hidden for masked prediction; ``None`` hides nothing.
     gene_mask_ratio
         Largest share of genes hidden in all cells of a block.
+    mask_cells
+        Probability that a cell is masked at all.
     shuffle
         Whether cuts, order and masks change every epoch. Without it they are the same in every pass.
     random_state
@@ -92,6 +94,7 @@ class BlockLoader:
         parts: int = 1,
         mask_ratio: tuple[float, float] | None = None,
         gene_mask_ratio: float = 0.0,
+        mask_cells: float = 1.0,
         shuffle: bool = False,
         random_state: int = 0,
     ) -> None:
@@ -103,6 +106,7 @@ class BlockLoader:
         self.n_tokens = n_tokens
         self.mask_ratio = mask_ratio
         self.gene_mask_ratio = gene_mask_ratio
+        self.mask_cells = mask_cells
         self.shuffle = shuffle
         self.random_state = random_state
         self._epoch = 0
@@ -142,7 +146,13 @@ class BlockLoader:
         observed = torch.from_numpy(data.source.observed(block.nodes))
         visible = observed
         if self.mask_ratio is not None:
-            visible = hide_entries(observed, self.mask_ratio, self.gene_mask_ratio, generator)
+            visible = hide_entries(
+                observed,
+                self.mask_ratio,
+                gene_ratio=self.gene_mask_ratio,
+                cell_share=self.mask_cells,
+                generator=generator,
+            )
         feature_id, padding = choose_tokens(expression, visible, self.n_tokens, data.gene_rank)
         centred = expression - torch.from_numpy(data.source.center[data.source.batch[block.nodes]])
         return {

@@ -47,7 +47,14 @@ def choose_tokens(expression: Tensor, observed: Tensor, n_tokens: int, gene_rank
     return feature_id[:, :length], padding[:, :length]
 
 
-def hide_entries(observed: Tensor, ratio: tuple[float, float], gene_ratio: float, generator: torch.Generator) -> Tensor:
+def hide_entries(
+    observed: Tensor,
+    ratio: tuple[float, float],
+    *,
+    gene_ratio: float = 0.0,
+    cell_share: float = 1.0,
+    generator: torch.Generator,
+) -> Tensor:
     """Hide entries for masked prediction, independently of their value.
 
     Parameters
@@ -59,6 +66,8 @@ def hide_entries(observed: Tensor, ratio: tuple[float, float], gene_ratio: float
     gene_ratio
         Largest share of genes hidden in *all* cells at once, drawn for each block, as in a section with another
         panel.
+    cell_share
+        Probability that a cell has hidden entries at all, and that a block has hidden genes.
     generator
         Source of randomness.
 
@@ -69,8 +78,9 @@ def hide_entries(observed: Tensor, ratio: tuple[float, float], gene_ratio: float
     n_nodes, n_genes = observed.shape
     low, high = ratio
     share = low + (high - low) * torch.rand(n_nodes, 1, generator=generator)
+    share *= torch.rand(n_nodes, 1, generator=generator) < cell_share
     visible = observed & (torch.rand(n_nodes, n_genes, generator=generator) >= share)
-    if gene_ratio > 0:
+    if float(torch.rand(1, generator=generator)) < cell_share:
         share = gene_ratio * torch.rand(1, generator=generator)
         visible &= torch.rand(n_genes, generator=generator) >= share
     return visible

@@ -87,7 +87,9 @@ class GraphModel(BaseModelClass):
             hidden,
         )
         located = setup["spatial_key"] in adata.obsm
-        coordinates = check_coordinates(adata, setup["spatial_key"]) if located else graph.order()[:, None]
+        coordinates = (
+            check_coordinates(adata, setup["spatial_key"]) if located else graph.order()[:, None].astype(np.float64)
+        )
         label = np.full(adata.n_obs, -1, dtype=np.int64)
         if self.classes and setup["labels_key"] in adata.obs:
             text = adata.obs[setup["labels_key"]].astype(object).map(str, na_action="ignore")

@@ -77,7 +77,7 @@ class FIMP(TrainableModel):
         layer: Literal["practical", "paper"] = "practical",
         self_loops: bool = True,
         reduce: Literal["mean", "sum"] = "mean",
-        dropout: float = 0.1,
+        dropout: float = 0.2,
         label_weight: float = 1.0,
         random_state: int = 0,
     ) -> None:

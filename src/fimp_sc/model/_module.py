@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from scipy import sparse
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from fimp_sc.nn import FIMPNetwork, LabelHead, ValueHead
 
 if TYPE_CHECKING:
-    from scipy import sparse
-
     from fimp_sc.data import Batch, GeneStatistics
+
+
+_HIDDEN = 0.15
 
 
 class FIMPModule(BaseModuleClass):
@@ -97,8 +99,10 @@ class FIMPModule(BaseModuleClass):
         if self.label_head is not None:
             labels = tensors["label"]
             labeled = (labels >= 0).sum().clamp(min=1)
+            # Validation asks how good predictions are, not how well a weighted loss is minimised.
+            weight = self.class_weight if self.training else None
             per_cell = nn.functional.cross_entropy(
-                generative_outputs["logits"], labels, weight=self.class_weight, ignore_index=-1, reduction="sum"
+                generative_outputs["logits"], labels, weight=weight, ignore_index=-1, reduction="sum"
             )
             parts["label_loss"] = per_cell / labeled
             loss = loss + self.label_weight * parts["label_loss"]
@@ -113,23 +117,26 @@ class FIMPModule(BaseModuleClass):
         self,
         train: sparse.csr_matrix,
         validation: sparse.csr_matrix,
+        around: sparse.csr_matrix,
         statistics: GeneStatistics,
         *,
         label_counts: np.ndarray | None = None,
         class_balance: float = 0.0,
         random_state: int = 0,
     ) -> None:
-        """Set gene statistics, and let training start where principal components stand.
+        """Set gene statistics, and let training start as the best linear smoother of principal components.
 
         The gene loadings become the leading principal components of the training cells, so the summary token of a
-        cell is its vector of PCA scores. The value head reconstructs from them, with each component shrunk by how
-        well it predicts hidden entries of the validation cells: components that only memorise the noise of the
-        training cells start at zero.
+        cell is its vector of PCA scores, beside which the layers write the scores of its neighbours' mean. How much a
+        component of either tells about hidden entries is measured on the validation cells, and sets how strongly the
+        value head reads it: components that only memorise the noise of the training cells start at zero.
 
         Parameters
         ----------
         train, validation
             ``(n_cells, n_features)`` CSR log-normalised expression.
+        around
+            ``(n_validation, n_features)`` CSR, mean expression of the neighbours of each validation cell.
         statistics
             Of the training cells.
         label_counts
@@ -146,39 +153,86 @@ class FIMPModule(BaseModuleClass):
         variance = float(train.power(2).mean()) - float(np.square(mean).mean())
         self.value_variance.fill_(max(variance, 1e-8))
         if label_counts is not None:
-            frequency = np.maximum(label_counts, 1) / np.maximum(label_counts, 1).mean()
-            self.class_weight.copy_(torch.from_numpy(frequency**-class_balance))
+            counts = np.maximum(label_counts, 1)
+            weight = (counts / counts.mean()) ** -class_balance
+            self.class_weight.copy_(torch.from_numpy(weight * counts.sum() / (weight * counts).sum()))
 
-        width = self.value_head.loading.shape[1]
-        n_components = min(width, min(train.shape) - 1)
+        n_own, n_neighbourhood = self.network.n_own, self.network.n_neighbourhood
+        n_components = min(n_own, min(train.shape) - 1)
         if n_components < 1:
             return
-        pca = PCA(n_components, svd_solver="arpack", random_state=random_state).fit(train)
+        deviation = np.sqrt(np.maximum(np.asarray(train.power(2).mean(0)).ravel() - mean**2, 0.0))
+        # Halfway between covariance, where a few strong genes decide, and correlation, where noise does.
+        gene_scale = np.sqrt(np.maximum(deviation, 1e-3 * max(float(deviation.max()), 1e-8)))
+        pca = PCA(n_components, svd_solver="arpack", random_state=random_state)
+        pca.fit(train @ sparse.diags(1.0 / gene_scale))
         spread = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
-        # Between plain scores, where few components dominate, and whitened ones, where noise weighs as much as signal.
+        # Likewise between plain scores and whitened ones.
         scale = np.sqrt(spread)
         scale *= np.mean(spread / scale)
-        encode = pca.components_.T / scale
-        decode = pca.components_.T * scale
+        encode = pca.components_.T / (gene_scale[:, None] * scale)
+        decode = pca.components_.T * (gene_scale[:, None] * scale)
+        shared = min(n_components, n_neighbourhood)
+        columns = np.zeros((len(mean), n_own + shared))
+        columns[:, :n_components] = decode
         if validation.shape[0]:
-            decode = decode * _shrinkage(validation, mean, encode, decode, random_state)
+            own, neighbours = linear_smoother(validation, around, mean, encode, decode, shared, random_state)
+            columns[:, :n_components] = decode * own
+            columns[:, n_own:] = decode[:, :shared] * neighbours
         self.network.embedding.start_from(encode)
-        self.value_head.start_from(decode)
+        self.value_head.start_from(columns)
         if self.label_head is not None:
-            self.label_head.start_from(spread / scale)
+            deviations = np.ones(n_own + shared)
+            deviations[:n_components] = spread / scale
+            deviations[n_own:] = (spread / scale)[:shared]
+            self.label_head.start_from(deviations)
 
 
-def _shrinkage(
-    cells: sparse.csr_matrix, mean: np.ndarray, encode: np.ndarray, decode: np.ndarray, random_state: int
-) -> np.ndarray:
-    """Best factor in [0, 1] of each component for predicting hidden entries from visible ones."""
+def linear_smoother(
+    cells: sparse.csr_matrix,
+    around: sparse.csr_matrix,
+    mean: np.ndarray,
+    encode: np.ndarray,
+    decode: np.ndarray,
+    n_neighbourhood: int,
+    random_state: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit hidden entries by each component of the cell's visible entries and of its neighbours' mean.
+
+    Parameters
+    ----------
+    cells, around
+        ``(n_cells, n_features)`` expression of cells and mean expression of their neighbours.
+    mean
+        ``(n_features,)``.
+    encode, decode
+        ``(n_features, k)`` loadings to scores, and from scores back.
+    n_neighbourhood
+        Number of leading components of which the neighbours' mean is used.
+    random_state
+        Seed of the hidden entries.
+
+    Returns
+    -------
+    Two non-negative vectors, ``(k,)`` and ``(n_neighbourhood,)``: factors of the cell's and of the neighbours'
+    scores, fitted component by component with least squares.
+    """
     rng = np.random.default_rng(random_state)
-    product, square = np.zeros(encode.shape[1]), np.zeros(encode.shape[1])
-    for i in range(0, min(cells.shape[0], 4096), 512):
+    square = np.zeros((encode.shape[1], 2, 2))
+    product = np.zeros((encode.shape[1], 2))
+    for i in range(0, cells.shape[0], 512):
         centred = cells[i : i + 512].toarray() - mean
-        hidden = rng.random(centred.shape) < 0.15
-        scores = np.where(hidden, 0.0, centred) @ encode / 0.85
-        residual = np.where(hidden, centred, 0.0)
-        product += np.einsum("nk,nk->k", scores, residual @ decode)
-        square += np.einsum("nk,nk->k", scores**2, hidden.astype(np.float32) @ decode**2)
-    return np.clip(product / np.maximum(square, 1e-12), 0.0, 1.0)
+        hidden = rng.random(centred.shape) < _HIDDEN
+        own = np.where(hidden, 0.0, centred) @ encode / (1.0 - _HIDDEN)
+        scores = np.stack([own, (around[i : i + 512].toarray() - mean) @ encode], axis=2)
+        weight = hidden.astype(np.float32) @ decode**2
+        square += np.einsum("nk,nka,nkb->kab", weight, scores, scores)
+        product += np.einsum("nka,nk->ka", scores, np.where(hidden, centred, 0.0) @ decode)
+    single = np.maximum(product, 0.0) / np.maximum(np.diagonal(square, axis1=1, axis2=2), 1e-12)
+    ridge = 1e-6 * np.trace(square, axis1=1, axis2=2)[:, None, None] + 1e-12
+    both = np.linalg.solve(square + ridge * np.eye(2), product[..., None])[..., 0]
+    # Where the joint fit is negative in one of them, the other alone is the non-negative solution.
+    larger = both.argmax(1)[:, None] == np.arange(2)
+    fitted = np.where(both.min(1, keepdims=True) >= 0, both, np.where(larger, single, 0.0))
+    fitted[n_neighbourhood:, 0] = single[n_neighbourhood:, 0]
+    return fitted[:, 0], fitted[:n_neighbourhood, 1]

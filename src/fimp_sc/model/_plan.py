@@ -25,8 +25,8 @@ class FIMPTrainingPlan(pl.LightningModule):
     lr
         Peak learning rate.
     lr_loadings
-        Peak learning rate of the gene loadings. They start as principal components, whose entries are much smaller
-        than a usual Adam step: at the common rate ten steps would erase them.
+        Peak learning rate of the gene loadings, as a share of their own size. They start as principal components,
+        whose entries are small and fit the training cells already: at the common rate ten steps would erase them.
     lr_head
         Peak learning rate of the label head. It is a linear map that starts at zero: at the common rate it would be
         the layers below that bend to it.
@@ -41,7 +41,7 @@ class FIMPTrainingPlan(pl.LightningModule):
         module: FIMPModule,
         *,
         lr: float = 5e-4,
-        lr_loadings: float = 1e-4,
+        lr_loadings: float = 2e-3,
         lr_head: float = 5e-3,
         weight_decay: float = 1e-2,
         gradient_clip: float = 1.0,
@@ -68,24 +68,22 @@ class FIMPTrainingPlan(pl.LightningModule):
         return losses.loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        loadings, tables, head, weights = [], [], [], []
+        groups: dict[str, dict[str, Any]] = {
+            "weights": {"lr": self.lr, "weight_decay": self.weight_decay},
+            "tables": {"lr": self.lr, "weight_decay": 0.0},
+            "head": {"lr": self.lr_head, "weight_decay": self.weight_decay},
+        }
+        members: dict[str, list[torch.nn.Parameter]] = {name: [] for name in groups}
         for name, parameter in self.module.named_parameters():
-            if name.endswith(("loading", "bias")) and name.startswith(("network.embedding", "value_head")):
-                loadings.append(parameter)
-            elif name.startswith("label_head"):
-                head.append(parameter)
-            elif name.endswith("identity"):
-                tables.append(parameter)
+            if name.endswith("loading"):
+                size = float(parameter.detach().square().mean().sqrt())
+                groups[name] = {"lr": self.lr_loadings * size, "weight_decay": 0.0}
+                members[name] = [parameter]
+            elif name in ("network.embedding.identity", "value_head.bias"):
+                members["tables"].append(parameter)
             else:
-                weights.append(parameter)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": weights, "lr": self.lr, "weight_decay": self.weight_decay},
-                {"params": head, "lr": self.lr_head, "weight_decay": self.weight_decay},
-                {"params": tables, "lr": self.lr, "weight_decay": 0.0},
-                {"params": loadings, "lr": self.lr_loadings, "weight_decay": 0.0},
-            ]
-        )
+                members["head" if name.startswith("label_head") else "weights"].append(parameter)
+        optimizer = torch.optim.AdamW([{"params": members[name], **group} for name, group in groups.items()])
         total = max(int(self.trainer.estimated_stepping_batches), 1)
 
         def rate(step: int) -> float:

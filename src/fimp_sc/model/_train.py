@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # An epoch over a small section is a handful of steps, over a large one it is thousands: budget steps, not epochs.
-_STEPS = 500
+_STEPS = 800
 _MIN_EPOCHS, _MAX_EPOCHS = 8, 100
-# Compact blocks per batch: enough for every batch to hold cells of several domains.
-_PARTS = 4
+# Compact blocks that make up a batch: small enough for a batch to hold cells of several domains.
+_CELLS_PER_PART = 64
+_MOST_CELLS_TO_START = 4096
 # Weights used are an exponential average over some tens of steps, which evens out what single blocks ask for.
 _AVERAGING = 0.97
 
@@ -71,10 +72,11 @@ class TrainableModel(GraphModel):
         validation_size: float = 0.1,
         train_indices: Sequence[int] | None = None,
         validation_indices: Sequence[int] | None = None,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         mask_ratio: tuple[float, float] = (0.0, 0.4),
         gene_mask_ratio: float = 0.3,
-        class_balance: float = 0.0,
+        mask_cells: float | None = None,
+        class_balance: float = 0.5,
         early_stopping: bool = True,
         early_stopping_patience: int = 8,
         plan_kwargs: dict[str, Any] | None = None,
@@ -85,7 +87,7 @@ class TrainableModel(GraphModel):
         Parameters
         ----------
         max_epochs
-            Upper limit of epochs; by default as many as make about 500 steps, between 8 and 100.
+            Upper limit of epochs; by default as many as make about 800 steps, between 8 and 100.
         accelerator, devices
             As in Lightning; ``"auto"`` takes a GPU when there is one.
         validation_size
@@ -93,11 +95,14 @@ class TrainableModel(GraphModel):
         train_indices, validation_indices
             Cells of each part, instead of ``validation_size``. Cells in neither are seen as neighbours only.
         batch_size
-            Destinations per block and step.
+            Destinations per step; by default 64 to 256, so that an epoch has at least some 24 steps.
         mask_ratio
             Smallest and largest share of a cell's genes hidden in training; each cell draws its own.
         gene_mask_ratio
             Largest share of genes hidden in a whole block, so that the model copes with other gene panels.
+        mask_cells
+            Probability that a cell is masked at all. By default 1 without labels, and 0.5 with labels, so that these
+            are learnt from cells as they are predicted.
         class_balance
             0 weighs cells alike, 1 classes alike, in the label loss.
         early_stopping
@@ -119,6 +124,8 @@ class TrainableModel(GraphModel):
         train_idx, val_idx = self._split(data, validation_size, train_indices, validation_indices)
         if not self.is_trained:
             data = self._start_from_data(data, train_idx, val_idx, class_balance)
+        if batch_size is None:
+            batch_size = int(np.clip(2 ** round(np.log2(max(len(train_idx) / 24, 1))), 64, 256))
         splitter = BlockSplitter(
             data,
             train_idx,
@@ -126,9 +133,10 @@ class TrainableModel(GraphModel):
             batch_size=batch_size,
             n_layers=self.n_layers,
             n_tokens=self.n_tokens,
-            parts=_PARTS,
+            parts=max(batch_size // _CELLS_PER_PART, 1),
             mask_ratio=mask_ratio,
             gene_mask_ratio=gene_mask_ratio,
+            mask_cells=mask_cells if mask_cells is not None else 0.5 if self.classes else 1.0,
             random_state=self.random_state,
         )
         if max_epochs is None:
@@ -196,9 +204,13 @@ class TrainableModel(GraphModel):
     ) -> GraphData:
         statistics = data.source.gene_statistics(train_idx)
         counts = np.bincount(data.label[train_idx][data.label[train_idx] >= 0], minlength=len(self.classes))
+        seen = val_idx[:_MOST_CELLS_TO_START]
+        mean_of = data.graph.averaging(seen)
+        sources = np.unique(mean_of.indices)
         self.module.start_from_data(
             data.source.sparse_rows(train_idx),
-            data.source.sparse_rows(val_idx) if len(val_idx) else data.source.sparse_rows(train_idx)[:0],
+            data.source.sparse_rows(seen),
+            mean_of[:, sources] @ data.source.sparse_rows(sources),
             statistics,
             label_counts=counts if self.classes else None,
             class_balance=class_balance,

@@ -13,8 +13,8 @@ from fimp_sc.nn._transformer import PaperLayer, TransformerLayer, run_layers
 if TYPE_CHECKING:
     from fimp_sc.data._batch import Batch
 
-# Share of the normalised neighbourhood that a layer adds to a token before training.
-_MESSAGE_SCALE = 0.5
+# The norm before attention divides summary tokens by about this length, because of the vector that marks them.
+_NORM = 2**0.5
 
 
 class FIMPNetwork(nn.Module):
@@ -49,6 +49,9 @@ class FIMPNetwork(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        # Columns of the embedding where training starts: the cell's own components, then those of its neighbours'
+        # mean; the rest is free. Kept apart, neither blurs the other.
+        self.n_own, self.n_neighbourhood = d_model * 5 // 8, d_model // 4
         self.embedding = FeatureEmbedding(n_features, d_model)
         layers: list[nn.Module] = []
         for _ in range(n_layers):
@@ -56,13 +59,16 @@ class FIMPNetwork(nn.Module):
                 layers.append(PaperLayer(d_model, n_heads, reduce=reduce))
                 continue
             practical = TransformerLayer(d_model, n_heads, d_feedforward=2 * d_model, dropout=dropout, reduce=reduce)
-            practical.start_as_smoothing(_MESSAGE_SCALE)
+            practical.start_as_neighbour_mean(self.n_neighbourhood, self.n_own, _NORM / n_layers)
             layers.append(practical)
         self.layers = nn.ModuleList(layers)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return ``(n_dst, d_model)``: the summary token of each destination after the last layer."""
+        """Return ``(n_dst, d_model)``: the summary token of each destination after the last layer.
+
+        The vector that marks summary tokens is taken off again, so that an embedding is centred like the values.
+        """
         tokens = self.embedding(batch["feature_id"], batch["value"], batch["profile"], batch["visible"])
         padding = batch["padding"]
         padding = torch.cat([padding.new_zeros(len(padding), 1), padding], dim=1)
-        return run_layers(self.layers, tokens, padding, batch, n_queries=1)[:, 0]
+        return run_layers(self.layers, tokens, padding, batch, n_queries=1)[:, 0] - self.embedding.summary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class CrossNodeAttention(nn.Module):
         self.query = nn.Linear(d_model, d_model)
         self.key = nn.Linear(d_model, d_model)
         self.value = nn.Linear(d_model, d_model)
-        self.output = nn.Linear(d_model, d_model) if project_output else nn.Identity()
+        self.output: Any = nn.Linear(d_model, d_model) if project_output else nn.Identity()
 
     def forward(self, queries: Tensor, tokens: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
         """Return the reduced messages.
@@ -151,33 +151,40 @@ class TransformerLayer(nn.Module):
         return self.feedforward_norm(own + self.dropout(self._feedforward(own)))
 
     @torch.no_grad()
-    def start_as_smoothing(self, message_scale: float, focus: float = 1.4, noise: float = 0.1) -> None:
-        """Initialise so that each token takes part of the value of its counterparts in the sources.
+    def start_as_neighbour_mean(
+        self, n_components: int, column: int, scale: float, *, focus: float = 1.4, noise: float = 0.1
+    ) -> None:
+        """Initialise so that each token receives its counterparts' first components, in columns of their own.
 
         Queries and keys start near a multiple of the identity, so that a token attends to tokens like itself (the
-        same gene, the summary), and values near the identity: the layer starts as a gentle average over
-        neighbours, which training then refines. From a random start most of an epoch budget goes into finding it.
+        same gene, the summary). Values copy the first components of the normalised source token to the columns from
+        ``column`` on: the layer starts as a mean over neighbours, which training then refines. From a random start
+        most of an epoch budget goes into finding it.
 
         Parameters
         ----------
-        message_scale
-            Size of the message relative to the normalised token.
+        n_components
+            Number of components copied.
+        column
+            First column that receives them.
+        scale
+            Factor of the message.
         focus
             Scale of queries and keys; larger attends more strictly to the counterpart.
         noise
             Share of the usual random initialisation that remains.
         """
         attention = self.attention
-        for linear, scale in (
-            (attention.query, focus),
-            (attention.key, focus),
-            (attention.value, 1.0),
-            (attention.output, message_scale),
-        ):
-            linear.weight.mul_(noise).add_(scale * torch.eye(len(linear.weight)))
+        projections = (attention.query, attention.key, attention.value, attention.output, self.contract)
+        for linear in projections:
+            linear.weight.mul_(noise)
             linear.bias.zero_()
-        self.contract.weight.mul_(noise)
-        self.contract.bias.zero_()
+        identity = torch.eye(len(attention.query.weight))
+        attention.query.weight.add_(focus * identity)
+        attention.key.weight.add_(focus * identity)
+        received = torch.arange(column, column + n_components)
+        attention.value.weight[received, torch.arange(n_components)] += 1.0
+        attention.output.weight[received, received] += scale
 
     def _feedforward(self, tokens: Tensor) -> Tensor:
         return self.contract(self.dropout(self.activation(self.expand(tokens))))
