@@ -80,6 +80,48 @@ def test_row_is_the_destination() -> None:
     np.testing.assert_array_equal(graph.block([1], 1).nodes, [1])
 
 
+@given(
+    n=st.integers(1, 12),
+    density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    seed=st.integers(0, 1000),
+    self_loops=st.booleans(),
+    hops=st.integers(1, 3),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None)
+def test_averaging_is_the_mean_over_neighbours_again_and_again(n, density, seed, self_loops, hops, data) -> None:
+    matrix = random_matrix(n, density, seed)
+    graph = NodeGraph(matrix, self_loops=self_loops)
+    before = graph.csr.toarray()
+    destinations = data.draw(st.lists(st.integers(0, n - 1), max_size=n, unique=True))
+    averaging = graph.averaging(destinations, hops)
+    assert isinstance(averaging, sparse.csr_matrix)
+    assert averaging.shape == (len(destinations), n)
+    assert averaging.dtype == np.float32
+    adjacency = matrix.toarray() != 0
+    np.fill_diagonal(adjacency, self_loops)
+    sources = [np.flatnonzero(row) for row in adjacency]
+
+    def walk(node: int, weight: float, left: int, reached: np.ndarray) -> np.ndarray:
+        """Spread the weight evenly over the sources, and so on."""
+        if not left:
+            reached[node] += weight
+        for source in sources[node] if left else ():
+            walk(source, weight / len(sources[node]), left - 1, reached)
+        return reached
+
+    for row, node in enumerate(destinations):
+        expected = walk(node, 1.0, hops, np.zeros(n))
+        expected[node] = 0.0
+        if expected.sum() == 0:
+            expected[node] = 1.0
+        np.testing.assert_allclose(averaging[row].toarray()[0], expected / expected.sum(), rtol=1e-4, atol=1e-6)
+        if hops == 1:
+            others = sources[node][sources[node] != node]
+            assert set(averaging[row].indices) == set(others if len(others) else [node])
+    np.testing.assert_array_equal(graph.csr.toarray(), before)
+
+
 @pytest.mark.parametrize("index_dtype", [np.int32, np.int64])
 def test_order_finds_the_line_behind_a_shuffled_path(index_dtype: type) -> None:
     n = 30

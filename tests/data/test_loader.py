@@ -108,6 +108,36 @@ def test_without_masking_everything_observed_is_visible(graph_data) -> None:
         assert not batch["target_mask"].any()
 
 
+def test_only_a_share_of_the_cells_is_masked(graph_data) -> None:
+    def masked(mask_cells: float) -> np.ndarray:
+        loader = make_loader(graph_data, mask_ratio=(0.5, 0.5), mask_cells=mask_cells, shuffle=True)
+        return np.concatenate([(~batch["visible"]).any(1).numpy() for _ in range(5) for batch in loader])
+
+    def targets(mask_cells: float) -> int:
+        loader = make_loader(graph_data, mask_ratio=(0.5, 0.5), gene_mask_ratio=0.5, mask_cells=mask_cells)
+        return sum(int(batch["target_mask"].sum()) for batch in loader)
+
+    # Half of 25 genes: a masked cell without a hidden gene does not occur.
+    assert masked(1.0).all()
+    assert not masked(0.0).any()
+    some = masked(0.3)
+    assert abs(some.mean() - 0.3) < 4 * (0.3 * 0.7 / len(some)) ** 0.5
+    assert targets(0.0) == 0, "nor are genes hidden in whole blocks"
+    assert 0 < targets(0.5) < targets(1.0)
+
+
+def test_cells_that_are_not_masked_are_as_without_masking(graph_data) -> None:
+    loaders = make_loader(graph_data, mask_ratio=(0.5, 0.5), mask_cells=0.5), make_loader(graph_data)
+    for half, whole in zip(*loaders, strict=True):
+        np.testing.assert_array_equal(half["nodes"], whole["nodes"])
+        untouched = half["visible"].all(1)
+        assert untouched.any()
+        assert not untouched.all()
+        assert (half["profile"][untouched] == whole["profile"][untouched]).all()
+        n_dst = half["n_nodes"][-1]
+        np.testing.assert_array_equal(half["target_mask"].any(1), ~untouched[:n_dst])
+
+
 def test_hidden_entries_reach_no_batch(graph_data_factory) -> None:
     """Other values at the hidden entries: tokens, values, profile and visibility stay the same."""
     rng = np.random.default_rng(0)

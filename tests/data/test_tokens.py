@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,17 +91,23 @@ def test_changing_what_is_not_observed_changes_nothing() -> None:
     assert (a[1] == b[1]).all()
 
 
-def hide(observed, ratio=(0.0, 0.4), gene_ratio=0.0, seed=0):
-    return hide_entries(observed, ratio, gene_ratio, torch.Generator().manual_seed(seed))
+def hide(observed, ratio=(0.0, 0.4), seed=0, **kwargs):
+    return hide_entries(observed, ratio, generator=torch.Generator().manual_seed(seed), **kwargs)
 
 
-@given(seed=st.integers(0, 1000), gene_ratio=st.sampled_from([0.0, 0.5, 0.99]))
+@given(
+    seed=st.integers(0, 1000),
+    gene_ratio=st.sampled_from([0.0, 0.5, 0.99]),
+    cell_share=st.sampled_from([0.0, 0.5, 1.0]),
+)
 @settings(max_examples=30, deadline=None)
-def test_only_what_is_observed_stays_visible(seed: int, gene_ratio: float) -> None:
+def test_only_what_is_observed_stays_visible(seed: int, gene_ratio: float, cell_share: float) -> None:
     observed = torch.rand(9, 13, generator=torch.Generator().manual_seed(seed)) < 0.6
-    visible = hide(observed, gene_ratio=gene_ratio, seed=seed)
+    asked = {"gene_ratio": gene_ratio, "cell_share": cell_share, "seed": seed}
+    visible = hide(observed, **asked)
     assert not (visible & ~observed).any()
-    assert (visible == hide(observed, gene_ratio=gene_ratio, seed=seed)).all()
+    assert (visible == hide(observed, **asked)).all()
+    assert cell_share > 0 or (visible == observed).all(), "no cell and no block is masked"
 
 
 def test_shares_are_those_asked_for() -> None:
@@ -124,6 +131,31 @@ def test_hidden_genes_are_hidden_in_all_cells_of_the_block() -> None:
     assert max(gone) < 0.7
     assert min(gone) < 0.1
     assert abs(np.mean(gone) - 0.3) < 0.12
+
+
+@pytest.mark.parametrize("cell_share", [0.2, 0.5, 1.0])
+def test_share_of_cells_that_have_hidden_entries(cell_share: float) -> None:
+    """500 genes, at least 10 % hidden where a cell is masked: a masked cell has hidden entries for certain."""
+    everything = torch.ones(2000, 500, dtype=torch.bool)
+    share = 1 - hide(everything, ratio=(0.1, 0.3), cell_share=cell_share).float().mean(1)
+    masked = share > 0
+    error = (cell_share * (1 - cell_share) / 2000) ** 0.5
+    assert abs(float(masked.float().mean()) - cell_share) <= 4 * error
+    assert abs(float(share[masked].mean()) - 0.2) < 0.01, "a masked cell is masked as much as without the choice"
+    assert share[masked].min() > 0.03
+
+
+def test_share_of_blocks_that_have_hidden_genes() -> None:
+    everything = torch.ones(20, 300, dtype=torch.bool)
+    share = []
+    for seed in range(200):
+        visible = hide(everything, ratio=(0.0, 0.0), gene_ratio=0.6, cell_share=0.3, seed=seed)
+        assert (visible == visible[:1]).all(), "hidden genes are hidden in all cells, masked or not"
+        share.append(float((~visible[0]).float().mean()))
+    hidden = np.array(share) > 0
+    # 200 draws with chance 0.3: standard deviation 0.032. A share from 0 to 0.6 has mean 0.3.
+    assert abs(hidden.mean() - 0.3) < 0.11
+    assert abs(np.array(share)[hidden].mean() - 0.3) < 0.1
 
 
 def test_hiding_is_independent_of_the_value() -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from fimp_sc.model import FIMPModule, FIMPTrainingPlan
 
 
-def make_plan(steps: int = 200, **kwargs):
-    plan = FIMPTrainingPlan(FIMPModule(10, 3, n_latent=8, n_heads=2, n_layers=1), **kwargs)
+def make_plan(steps: int = 200, *, module: FIMPModule | None = None, **kwargs):
+    plan = FIMPTrainingPlan(module or FIMPModule(10, 3, n_latent=8, n_heads=2, n_layers=1), **kwargs)
     plan._trainer = SimpleNamespace(estimated_stepping_batches=steps)
     return plan, plan.configure_optimizers()
 
@@ -23,21 +24,42 @@ def test_every_parameter_is_optimised_once() -> None:
     assert set(grouped) == {id(p) for p in plan.module.parameters()}
 
 
-def test_loadings_move_slowly_and_tables_of_genes_do_not_decay() -> None:
-    plan, configured = make_plan(lr=1e-2, lr_loadings=1e-4, lr_head=0.1, weight_decay=0.5)
+def test_rates_and_decays_of_loadings_tables_head_and_other_weights() -> None:
+    sizes = {"network.embedding.loading": 0.02, "value_head.loading": 0.5}
+    module = FIMPModule(10, 3, n_latent=8, n_heads=2, n_layers=1)
+    with torch.no_grad():
+        for name, size in sizes.items():
+            loading = module.get_parameter(name)
+            loading.mul_(size / np.sqrt(np.mean(np.square(loading.numpy()))))
+    plan, configured = make_plan(module=module, lr=1e-2, lr_loadings=1e-3, lr_head=0.1, weight_decay=0.5)
     group_of = {id(p): group for group in configured["optimizer"].param_groups for p in group["params"]}
-    module = plan.module
     rates = {}
     for name, parameter in module.named_parameters():
         group = group_of[id(parameter)]
         rates[name] = (group["initial_lr"], group["weight_decay"])
-    for name in ("network.embedding.loading", "value_head.loading", "value_head.bias"):
-        assert rates[name] == (1e-4, 0.0), name
-    assert rates["network.embedding.identity"] == (1e-2, 0.0)
-    for name in ("network.layers.0.attention.query.weight", "value_head.project.weight"):
-        assert rates[name] == (1e-2, 0.5), name
-    for name in (name for name in rates if name.startswith("label_head")):
-        assert rates[name] == (0.1, 0.5), name
+    for name, size in sizes.items():
+        assert rates.pop(name) == pytest.approx((1e-3 * size, 0.0), rel=1e-4), name
+    for name in ("network.embedding.identity", "value_head.bias"):
+        assert rates.pop(name) == (1e-2, 0.0), name
+    for name in ("label_head.score.weight", "label_head.score.bias"):
+        assert rates.pop(name) == (0.1, 0.5), name
+    assert {"network.layers.0.attention.query.weight", "value_head.project.weight"} < set(rates)
+    assert set(rates.values()) == {(1e-2, 0.5)}
+
+
+def test_the_first_step_moves_loadings_by_a_share_of_their_size() -> None:
+    """Adam moves every entry by the learning rate: the share is the same however small the loadings are."""
+    module = FIMPModule(10, 3, n_latent=8, n_heads=2, n_layers=1)
+    loading = module.network.embedding.loading
+    with torch.no_grad():
+        loading.mul_(1e-3)
+    before = loading.detach().clone()
+    _, configured = make_plan(module=module, lr_loadings=1e-2)
+    loading.grad = torch.randn_like(loading)
+    configured["optimizer"].step()
+    size = float(before.square().mean().sqrt())
+    # The first of 20 steps of warm-up.
+    torch.testing.assert_close((loading - before).abs(), torch.full_like(before, 1e-2 * size / 20), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 30, 400])

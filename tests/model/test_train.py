@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 import fimp_sc
 from fimp_sc.data import BlockSplitter
 from fimp_sc.model import FIMP
+from fimp_sc.model._train import _BestWeights
 
 
 def test_history_has_a_line_per_epoch(trained: FIMP) -> None:
@@ -60,8 +63,9 @@ def test_training_lowers_both_losses_on_cells_that_are_held_out(make_model, trai
     adata.obs["label"] = labels.where(labels.isin(labels.value_counts().index[:3]))
     fimp_sc.pp.spatial_graph(adata, library_key="section")
     model = make_model(adata, {"labels_key": "label", "library_key": "section"})
-    train(model, max_epochs=12, validation_size=0.25, plan_kwargs={"lr": 1e-3})
+    train(model, max_epochs=12, batch_size=8, validation_size=0.25, plan_kwargs={"lr": 1e-3})
     curves = {name: frame.to_numpy(dtype=float).ravel() for name, frame in model.history.items()}
+    for name in curves: print(name, curves[name].round(3))
     assert curves["validation_loss"].min() < 0.85 * curves["validation_loss"][0]
     assert curves["label_loss_validation"].min() < 0.9 * np.log(3), "better than guessing"
     assert curves["masked_loss_validation"].min() < 0.9, "better than the means of genes"
@@ -77,7 +81,7 @@ def test_weights_of_the_best_epoch_are_kept(tissue, make_model, train) -> None:
     data = model._graph_data(tissue)
     train_idx, val_idx = model._split(data, 0.3, None, None)
     splitter = BlockSplitter(
-        data, train_idx, val_idx, batch_size=32, n_layers=2, n_tokens=12, mask_ratio=(0.0, 0.4), random_state=0
+        data, train_idx, val_idx, batch_size=32, n_layers=2, n_tokens=12, mask_ratio=(0.0, 0.4), mask_cells=0.5
     )
     total = weight = 0.0
     with torch.no_grad():
@@ -85,6 +89,82 @@ def test_weights_of_the_best_epoch_are_kept(tissue, make_model, train) -> None:
             loss = model.module(batch)[2]
             total, weight = total + float(loss.loss) * loss.n_obs_minibatch, weight + loss.n_obs_minibatch
     assert total / weight == pytest.approx(curve.min(), rel=1e-3)
+
+
+class Watch(Callback):
+    """The weights after every step, and how many steps there were at each validation."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+        self.validated: list[int] = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+        self.steps.append({name: p.detach().clone() for name, p in pl_module.module.named_parameters()})
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.validated.append(len(self.steps))
+
+    def average(self, n_steps: int) -> dict[str, torch.Tensor]:
+        """The definition: the first weights, then 97 % of the average and 3 % of the weights of each step."""
+        average = self.steps[0]
+        for weights in self.steps[1:n_steps]:
+            average = {name: 0.97 * average[name] + 0.03 * weights[name] for name in average}
+        return average
+
+
+def distance(module, weights) -> float:
+    return max(float((p - weights[name]).abs().max()) for name, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1.0])
+def test_weights_kept_are_the_averaged_ones_that_were_validated(tissue, make_model, train, lr) -> None:
+    watch, model = Watch(), make_model(tissue, {"labels_key": "label"})
+    plan = {"lr": lr, "lr_head": lr}
+    train(model, max_epochs=4, validation_size=0.3, early_stopping=False, callbacks=[watch], plan_kwargs=plan)
+    best = model.history["validation_loss"]["validation_loss"].astype(float).to_numpy().argmin()
+    assert len(watch.validated) == 4
+    assert (best < 3) == (lr == 1.0), "the test needs a run that gets worse and one that does not"
+    n_steps = watch.validated[best]
+    assert distance(model.module, watch.average(n_steps)) < 1e-5 * max(lr / 1e-3, 1)
+    assert distance(model.module, watch.steps[n_steps - 1]) > lr, "not those of the last step before"
+    for other in set(watch.validated) - {n_steps}:
+        assert distance(model.module, watch.average(other)) > 0.1 * lr, "nor the average at another epoch"
+
+
+def test_without_validation_cells_the_last_average_is_kept(tissue, make_model, train) -> None:
+    watch, model = Watch(), make_model(tissue)
+    train(model, max_epochs=2, validation_size=0, callbacks=[watch])
+    assert watch.validated == []
+    assert distance(model.module, watch.average(len(watch.steps))) < 1e-5
+    assert distance(model.module, watch.steps[-1]) > 1e-4
+
+
+def test_validation_weighs_averaged_weights_and_training_goes_on_from_its_own(tissue, make_model, train) -> None:
+    """With and without validation every step is the same: weights are swapped in for validation and out again."""
+    runs = []
+    for validated in (np.arange(30), np.arange(0)):
+        runs.append(Watch())
+        model = make_model(tissue)
+        # The start is fitted to validation cells: train on from one start.
+        train(model, max_epochs=1, train_indices=np.arange(30, 120), validation_indices=np.arange(30))
+        asked = {"train_indices": np.arange(30, 120), "validation_indices": validated}
+        train(model, max_epochs=2, early_stopping=False, callbacks=[runs[-1]], **asked)
+    assert [len(run.validated) for run in runs] == [2, 0]
+    for a, b in zip(runs[0].steps, runs[1].steps, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_best_weights_follow_the_validation_loss() -> None:
+    best, plan = _BestWeights(), torch.nn.Linear(1, 1, bias=False)
+    kept = []
+    for weight, loss in ((1.0, 5.0), (2.0, 3.0), (3.0, 4.0), (4.0, float("nan")), (5.0, 3.0), (6.0, 1.0)):
+        trainer = SimpleNamespace(callback_metrics={"validation_loss": torch.tensor(loss)})
+        torch.nn.init.constant_(plan.weight, weight)
+        best.on_validation_epoch_end(trainer, plan)
+        torch.nn.init.constant_(plan.weight, -1.0)  # swapped for the weights in training before the loss is known
+        best.on_validation_end(trainer, plan)
+        kept.append((best.weights["weight"].item(), best.loss))
+    assert kept == [(1, 5), (2, 3), (2, 3), (2, 3), (2, 3), (6, 1)]
 
 
 def test_early_stopping_ends_a_run_that_gets_worse(tissue, make_model, train) -> None:
@@ -204,7 +284,49 @@ def test_default_number_of_epochs_is_a_budget_of_steps(tissue, make_model, monke
     model.train(batch_size=256, accelerator="cpu")
     assert asked["max_epochs"] == 100
     model.train(batch_size=4, accelerator="cpu")
-    assert 8 <= asked["max_epochs"] <= 500 / (120 / 4 * 0.85)
+    steps = asked["max_epochs"] * len(asked["data_splitter"].train_dataloader())
+    assert abs(steps - 800) <= len(asked["data_splitter"].train_dataloader()) / 2
+    assert 8 < asked["max_epochs"] < 100
+    model.train(batch_size=1, accelerator="cpu")
+    assert asked["max_epochs"] == 8, "more than 100 steps an epoch: no fewer than 8"
+
+
+def spy_on_loader_arguments(monkeypatch) -> dict:
+    seen = {}
+
+    def spy(data, train_idx, val_idx, **kwargs):
+        seen.update(kwargs)
+        raise InterruptedError
+
+    monkeypatch.setattr("fimp_sc.model._train.BlockSplitter", spy)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("n_train", "batch_size"), [(1, 64), (1500, 64), (2000, 64), (3072, 128), (5000, 256), (6144, 256), (10**6, 256)]
+)
+def test_default_batch_size_makes_some_24_steps_of_an_epoch(tissue, make_model, monkeypatch, n_train, batch_size):
+    seen = spy_on_loader_arguments(monkeypatch)
+    model = make_model(tissue)
+    monkeypatch.setattr(model, "_split", lambda *args: (np.arange(n_train), np.arange(0)))
+    monkeypatch.setattr(model, "_start_from_data", lambda data, *args: data)
+    with pytest.raises(InterruptedError):
+        model.train(accelerator="cpu")
+    assert seen["batch_size"] == batch_size
+    assert seen["parts"] == batch_size // 64, "compact blocks of 64 cells"
+    if batch_size > 64:
+        assert n_train / batch_size >= 24 / 2**0.5
+    with pytest.raises(InterruptedError):
+        model.train(accelerator="cpu", batch_size=17)
+    assert (seen["batch_size"], seen["parts"]) == (17, 1)
+
+
+def test_cells_are_masked_always_without_labels_and_half_the_time_with_them(tissue, make_model, monkeypatch) -> None:
+    seen = spy_on_loader_arguments(monkeypatch)
+    for setup, asked, expected in (({}, {}, 1.0), ({"labels_key": "label"}, {}, 0.5), ({}, {"mask_cells": 0.0}, 0.0)):
+        with pytest.raises(InterruptedError):
+            make_model(tissue.copy(), setup).train(accelerator="cpu", **asked)
+        assert seen["mask_cells"] == expected
 
 
 def test_training_is_silent_about_its_own_design(tissue, make_model, train) -> None:

@@ -135,6 +135,83 @@ def test_cells_without_neighbours_keep_their_own_description() -> None:
     assert len(np.unique(without.round(5), axis=0)) > N // 2
 
 
+def embed_at_the_start(graph: str, n_layers: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Embeddings of an untrained network; whitened scores, sources as rows that sum to 1, and the vector that marks."""
+    torch.manual_seed(0)
+    network, data = FIMPNetwork(GENES, 64, n_layers, 4).eval(), make_data(GRAPHS[graph](), self_loops=True)
+    centred = data.source.rows(np.arange(N)) - data.source.center[data.source.batch]
+    _, size, directions = np.linalg.svd(centred, full_matrices=False)
+    loading = directions[:k].T / size[:k] * N**0.5
+    network.embedding.start_from(loading)
+    batch = next(iter(BlockLoader(data, np.arange(N), batch_size=N, n_layers=n_layers, n_tokens=TOKENS)))
+    with torch.no_grad():
+        embedding = network(batch).numpy()[np.argsort(batch["nodes"].numpy())]
+    adjacency = data.graph.csr.toarray()
+    mark = network.embedding.summary.detach().numpy()
+    return embedding, centred @ loading, adjacency / adjacency.sum(1, keepdims=True), mark
+
+
+@pytest.mark.parametrize(("n_layers", "graph"), [(1, "knn"), (2, "directed"), (3, "delaunay")])
+def test_start_holds_the_components_of_the_cell_itself(n_layers: int, graph: str) -> None:
+    embedding, own, *_ = embed_at_the_start(graph, n_layers, 10)
+    # Up to the noise of the initialisation.
+    np.testing.assert_allclose(embedding[:, :10], own, atol=0.25)
+    assert np.sqrt(np.mean((embedding[:, :10] - own) ** 2)) < 0.08
+    assert np.abs(embedding[:, 10:40]).max() < 0.3, "5 in 8 columns are kept for them"
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_start_holds_beside_them_the_components_of_the_mean_over_neighbours(graph: str) -> None:
+    k = 10
+    embedding, own, averaging, mark = embed_at_the_start(graph, 1, k)
+    received = embedding[:, 40:56]
+    # A message passes the norm, which also sees the vector that marks summary tokens.
+    summary = np.pad(own, ((0, 0), (0, 64 - k))) + mark
+    normed = (summary - summary.mean(1, keepdims=True)) / summary.std(1, keepdims=True)
+    expected = 2**0.5 * averaging @ normed[:, :16]
+    received, expected = received - received.mean(0), expected - expected.mean(0)
+    # Attention to the other tokens takes a share off the message.
+    size = (received * expected).sum() / (expected**2).sum()
+    assert 0.65 < size <= 1.02
+    assert np.sqrt(np.mean((received - size * expected) ** 2)) < 0.2 * expected.std()
+    # What differs between cells is the mean over the neighbours, component by component, and of about its size.
+    mean = averaging @ own
+    similarity = np.corrcoef(received[:, :k].T, mean.T)[:k, k:]
+    assert np.diagonal(similarity).min() > 0.8
+    assert np.median(np.diagonal(similarity)) > 0.95
+    assert (similarity.argmax(1) == np.arange(k)).all()
+    slope = [np.polyfit(mean[:, i], received[:, i], 1)[0] for i in range(k)]
+    assert 0.6 < min(slope) < max(slope) < 1.4
+    assert np.abs(embedding[:, 56:]).max() < 0.25, "the rest is free"
+
+
+def test_start_of_two_layers_counts_the_wider_neighbourhood_most() -> None:
+    k = 8
+    embedding, own, averaging, _ = embed_at_the_start("delaunay", 2, k)
+    fitted = []
+    for i in range(k):
+        reads = np.stack([averaging @ own[:, i], averaging @ averaging @ own[:, i], np.ones(N)], axis=1)
+        weights, *_ = np.linalg.lstsq(reads, embedding[:, 40 + i], rcond=None)
+        fitted.append((*weights[:2], np.corrcoef(reads @ weights, embedding[:, 40 + i])[0, 1]))
+    near, wide, similarity = np.array(fitted).T
+    assert np.median(similarity) > 0.85
+    assert (near > 0).all()
+    assert np.median(wide / near) > 1.5
+    assert 1.0 < np.median(near + wide) < 2.5
+    assert np.abs(embedding[:, 56:]).max() < 0.6, "the rest is free"
+
+
+def test_at_the_start_cells_without_neighbours_have_nothing_in_the_columns_of_the_neighbourhood() -> None:
+    torch.manual_seed(0)
+    network, data = FIMPNetwork(GENES, 64, 1, 4).eval(), make_data(sparse.csr_matrix((N, N)), self_loops=False)
+    batch = next(iter(BlockLoader(data, np.arange(N), batch_size=N, n_layers=1, n_tokens=TOKENS)))
+    network.embedding.start_from(np.eye(GENES))
+    with torch.no_grad():
+        embedding = network(batch).numpy()
+    np.testing.assert_allclose(embedding[:, :GENES], batch["profile"].numpy(), atol=0.1)
+    assert np.abs(embedding[:, GENES:]).max() < 0.1
+
+
 def test_gradient_reaches_every_parameter() -> None:
     for layer in ("practical", "paper"):
         network = make_network(layer).train()

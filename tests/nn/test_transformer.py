@@ -135,20 +135,51 @@ def test_isolated_nodes_are_only_changed_by_the_feedforward_part() -> None:
     torch.testing.assert_close(out, tokens + layer.contract(hidden), **TOLERANCE)
 
 
-def test_smoothing_start_moves_tokens_towards_their_counterparts_in_the_neighbours() -> None:
+@pytest.mark.parametrize("read", [slice(6), slice(20, 26)])
+@pytest.mark.parametrize("focus", [0.0, 8.0])
+def test_start_is_the_mean_over_neighbours_of_some_columns_in_columns_of_their_own(focus: float, read: slice) -> None:
+    """Without noise exactly so: of the counterparts where attention is strict, of all tokens where there is none."""
     torch.manual_seed(0)
     layer = TransformerLayer(32, 4, d_feedforward=64, dropout=0.0)
-    layer.start_as_smoothing(1.0, focus=3.0, noise=0.0)
-    kinds = torch.randn(6, 32)
-    # The neighbour holds the same kinds in another order and twice as large, which the norm takes out again.
-    tokens = torch.stack([kinds, 2.0 * kinds.flip(0)])
-    one_edge = torch.tensor([0, 1, 1]), torch.tensor([1])
-    nn.init.zeros_(layer.contract.weight)
-    message = layer(tokens, torch.zeros(2, 6, dtype=torch.bool), *one_edge)[0] - kinds
-    expected = layer.attention_norm(kinds)
-    similarity = nn.functional.cosine_similarity(message[:, None], expected[None], dim=-1)
-    assert (similarity.argmax(1) == torch.arange(6)).all()
-    assert (similarity.diagonal() > 0.95).all()
+    layer.start_as_neighbour_mean(read, slice(20, 26), 1.5, focus=focus, noise=0.0)
+    # Kinds that differ in every head: orthogonal there, and centred as the norm centres them.
+    kinds = 3.0 * torch.eye(8)[torch.stack([torch.randperm(8) for _ in range(4)], 1)[:5]].flatten(1)
+    # Nodes hold the same kinds in orders of their own, with small differences and of different size.
+    order = torch.stack([torch.randperm(5) for _ in range(4)])
+    size = torch.tensor([1.0, 2.0, 0.5, 3.0])[:, None, None]
+    tokens = size * (kinds[order] + 0.1 * torch.randn(4, 5, 32))
+    edges = {0: [1, 2, 3], 1: [0], 2: [], 3: [2, 1]}
+    indptr, indices = torch.tensor([0, 3, 4, 4, 6]), torch.tensor([1, 2, 3, 0, 2, 1])
+    with torch.no_grad():
+        out = layer(tokens, torch.zeros(4, 5, dtype=torch.bool), indptr, indices)
+    normed = (tokens - tokens.mean(2, keepdim=True)) / tokens.std(2, correction=0, keepdim=True)
+    expected = tokens.clone()
+    for i, sources in edges.items():
+        for t in range(5):
+            for j in sources:
+                received = normed[j].mean(0) if focus == 0 else normed[j, order[j] == order[i, t]][0]
+                expected[i, t, 20:26] += 1.5 * received[read] / len(sources)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_noise_is_the_share_of_the_random_initialisation_that_remains() -> None:
+    torch.manual_seed(0)
+    layer = TransformerLayer(16, 2, d_feedforward=32)
+    before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    layer.start_as_neighbour_mean(slice(1, 4), slice(9, 12), 0.7, focus=1.4, noise=0.1)
+    expected = {name: before[name] for name in before if name.startswith("expand") or "norm" in name}
+    for name in ("attention.query", "attention.key", "attention.value", "attention.output", "contract"):
+        expected[f"{name}.weight"] = 0.1 * before[f"{name}.weight"]
+        expected[f"{name}.bias"] = torch.zeros_like(before[f"{name}.bias"])
+    for i in range(16):
+        expected["attention.query.weight"][i, i] += 1.4
+        expected["attention.key.weight"][i, i] += 1.4
+    for i in range(3):
+        expected["attention.value.weight"][9 + i, 1 + i] += 1.0
+        expected["attention.output.weight"][9 + i, 9 + i] += 0.7
+    assert set(expected) == set(before)
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
 
 
 def test_run_layers_on_a_block_equals_all_layers_on_the_whole_graph() -> None:

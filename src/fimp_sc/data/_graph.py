@@ -71,19 +71,25 @@ class NodeGraph:
             counts.append(len(nodes))
         return Block(nodes, counts[::-1], indptr[::-1], indices[::-1])
 
-    def averaging(self, destinations: ArrayLike) -> sparse.csr_matrix:
-        """Return ``(n_destinations, n_nodes)`` CSR that takes the mean over the neighbours, the node itself left out.
+    def averaging(self, destinations: ArrayLike, hops: int) -> sparse.csr_matrix:
+        """Return ``(n_destinations, n_nodes)`` CSR that averages over neighbours ``hops`` times in a row.
 
-        A node without neighbours is its own mean.
+        The node itself is left out at the end, and the weights of a row sum to 1. A node without neighbours is its
+        own mean.
         """
         nodes = np.asarray(destinations, dtype=np.int64)
-        rows = sparse.csr_matrix(self.csr[nodes], copy=True)
-        own = sparse.csr_matrix((np.ones(len(nodes), np.float32), (np.arange(len(nodes)), nodes)), shape=rows.shape)
+        degree = np.maximum(np.diff(self.csr.indptr), 1)
+        step = sparse.csr_matrix(sparse.diags((1.0 / degree).astype(np.float32)) @ self.csr)
+        rows = step[nodes]
+        for _ in range(hops - 1):
+            rows = rows @ step
+        picks = (np.arange(len(nodes)), nodes)
+        own = sparse.csr_matrix((np.ones(len(nodes), np.float32), picks), shape=rows.shape)
         rows = sparse.csr_matrix(rows - rows.multiply(own))
         rows.eliminate_zeros()
-        degree = np.diff(rows.indptr)
-        rows = sparse.csr_matrix(rows + sparse.diags((degree == 0).astype(np.float32)) @ own)
-        return sparse.csr_matrix(sparse.diags(1.0 / np.maximum(degree, 1)) @ rows, dtype=np.float32)
+        total = np.asarray(rows.sum(1)).ravel()
+        rows = rows + sparse.diags((total == 0).astype(np.float32)) @ own
+        return sparse.csr_matrix(sparse.diags(1.0 / np.where(total > 0, total, 1.0)) @ rows, dtype=np.float32)
 
     def order(self) -> NDArray[np.int64]:
         """Return the rank of each node in reverse Cuthill-McKee order: near in the graph is near in rank."""

@@ -86,7 +86,13 @@ class ExpressionField(_Field):
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
         self.validate_field(adata_target)
-        match_columns(state_registry[self.NAMES], adata_target)
+        n_model = len(state_registry[self.NAMES])
+        shared = int((match_columns(state_registry[self.NAMES], adata_target) >= 0).sum())
+        if shared < max(adata_target.n_vars, n_model):
+            logger.info(
+                "%d of %d genes are known to the model (%d are dropped); %d genes of the model are not measured here.",
+                shared, adata_target.n_vars, adata_target.n_vars - shared, n_model - shared,
+            )  # fmt: skip
         return self.register_field(adata_target)
 
     def get_summary_stats(self, state_registry: dict) -> dict:
@@ -109,11 +115,6 @@ def match_columns(genes: NDArray[Any], adata: AnnData) -> NDArray[np.int64]:
             f"model was trained on names like {list(genes[:3])}. Use the same kind of gene names (symbols or Ensembl "
             "ids, same species and case) as in training."
         )
-    if shared < max(adata.n_vars, len(genes)):
-        logger.info(
-            "%d of %d genes are known to the model (%d are dropped); %d genes of the model are not measured here.",
-            shared, adata.n_vars, adata.n_vars - shared, len(genes) - shared,
-        )  # fmt: skip
     return columns
 
 

@@ -136,7 +136,7 @@ class FIMPModule(BaseModuleClass):
         train, validation
             ``(n_cells, n_features)`` CSR log-normalised expression.
         around
-            ``(n_validation, n_features)`` CSR, mean expression of the neighbours of each validation cell.
+            ``(n_validation, n_features)`` CSR, mean expression around each validation cell.
         statistics
             Of the training cells.
         label_counts
@@ -231,8 +231,8 @@ def linear_smoother(
     single = np.maximum(product, 0.0) / np.maximum(np.diagonal(square, axis1=1, axis2=2), 1e-12)
     ridge = 1e-6 * np.trace(square, axis1=1, axis2=2)[:, None, None] + 1e-12
     both = np.linalg.solve(square + ridge * np.eye(2), product[..., None])[..., 0]
-    # Where the joint fit is negative in one of them, the other alone is the non-negative solution.
-    larger = both.argmax(1)[:, None] == np.arange(2)
-    fitted = np.where(both.min(1, keepdims=True) >= 0, both, np.where(larger, single, 0.0))
+    # Where the joint fit is negative, the one that explains more on its own is the non-negative solution.
+    better = (single * product).argmax(1)[:, None] == np.arange(2)
+    fitted = np.where(both.min(1, keepdims=True) >= 0, both, np.where(better, single, 0.0))
     fitted[n_neighbourhood:, 0] = single[n_neighbourhood:, 0]
     return fitted[:, 0], fitted[:n_neighbourhood, 1]

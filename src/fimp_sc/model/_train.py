@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # An epoch over a small section is a handful of steps, over a large one it is thousands: budget steps, not epochs.
-_STEPS = 800
+_STEPS = 600
 _MIN_EPOCHS, _MAX_EPOCHS = 8, 100
 # Compact blocks that make up a batch: small enough for a batch to hold cells of several domains.
 _CELLS_PER_PART = 64
@@ -87,7 +87,7 @@ class TrainableModel(GraphModel):
         Parameters
         ----------
         max_epochs
-            Upper limit of epochs; by default as many as make about 800 steps, between 8 and 100.
+            Upper limit of epochs; by default as many as make about 600 steps, between 8 and 100.
         accelerator, devices
             As in Lightning; ``"auto"`` takes a GPU when there is one.
         validation_size
@@ -205,7 +205,7 @@ class TrainableModel(GraphModel):
         statistics = data.source.gene_statistics(train_idx)
         counts = np.bincount(data.label[train_idx][data.label[train_idx] >= 0], minlength=len(self.classes))
         seen = val_idx[:_MOST_CELLS_TO_START]
-        mean_of = data.graph.averaging(seen)
+        mean_of = data.graph.averaging(seen, self.n_layers)
         sources = np.unique(mean_of.indices)
         self.module.start_from_data(
             data.source.sparse_rows(train_idx),

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 # The norm before attention divides summary tokens by about this length, because of the vector that marks them.
 _NORM = 2**0.5
+# Size of the first layer's message; later layers average these messages again and bring them back to full size, so
+# that the widest neighbourhood counts most. It is what carries domains, and the nearest cells are seen in any case.
+_FIRST = 0.3
 
 
 class FIMPNetwork(nn.Module):
@@ -59,7 +62,13 @@ class FIMPNetwork(nn.Module):
                 layers.append(PaperLayer(d_model, n_heads, reduce=reduce))
                 continue
             practical = TransformerLayer(d_model, n_heads, d_feedforward=2 * d_model, dropout=dropout, reduce=reduce)
-            practical.start_as_neighbour_mean(self.n_neighbourhood, self.n_own, _NORM / n_layers)
+            to = slice(self.n_own, self.n_own + self.n_neighbourhood)
+            if not layers:
+                practical.start_as_neighbour_mean(
+                    slice(self.n_neighbourhood), to, _NORM * (_FIRST if n_layers > 1 else 1)
+                )
+            else:
+                practical.start_as_neighbour_mean(to, to, _NORM * _FIRST ** (-1 / (n_layers - 1)))
             layers.append(practical)
         self.layers = nn.ModuleList(layers)
 

@@ -152,21 +152,19 @@ class TransformerLayer(nn.Module):
 
     @torch.no_grad()
     def start_as_neighbour_mean(
-        self, n_components: int, column: int, scale: float, *, focus: float = 1.4, noise: float = 0.1
+        self, read: slice, write: slice, scale: float, *, focus: float = 1.4, noise: float = 0.1
     ) -> None:
-        """Initialise so that each token receives its counterparts' first components, in columns of their own.
+        """Initialise so that each token receives some columns of its counterparts in the sources.
 
         Queries and keys start near a multiple of the identity, so that a token attends to tokens like itself (the
-        same gene, the summary). Values copy the first components of the normalised source token to the columns from
-        ``column`` on: the layer starts as a mean over neighbours, which training then refines. From a random start
+        same gene, the summary). Values copy the columns ``read`` of the normalised source token, and the output adds
+        them to the columns ``write``: the layer starts as a mean over neighbours, which training then refines. From a random start
         most of an epoch budget goes into finding it.
 
         Parameters
         ----------
-        n_components
-            Number of components copied.
-        column
-            First column that receives them.
+        read, write
+            Columns copied from and added to; slices of one length.
         scale
             Factor of the message.
         focus
@@ -182,8 +180,9 @@ class TransformerLayer(nn.Module):
         identity = torch.eye(len(attention.query.weight))
         attention.query.weight.add_(focus * identity)
         attention.key.weight.add_(focus * identity)
-        received = torch.arange(column, column + n_components)
-        attention.value.weight[received, torch.arange(n_components)] += 1.0
+        columns = torch.arange(len(identity))
+        received = columns[write]
+        attention.value.weight[received, columns[read]] += 1.0
         attention.output.weight[received, received] += scale
 
     def _feedforward(self, tokens: Tensor) -> Tensor:
