@@ -24,7 +24,9 @@ _N_REBUILD = 20
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#d3d3d3")  # four niches, and not known
 
 
-def run_demo(output_dir: str | Path = "fimp-sc-demo", max_epochs: int = 20, random_state: int = 0) -> dict[str, float]:
+def run_demo(
+    output_dir: str | Path = "fimp-sc-demo", max_epochs: int | None = None, random_state: int = 0
+) -> dict[str, float]:
     """Embed, annotate and impute the toy tissue, print a report, and write a figure and an object.
 
     Half of each cell's molecules are hidden to score the imputation, and the niche of every cell in a third of the
@@ -35,7 +37,7 @@ def run_demo(output_dir: str | Path = "fimp-sc-demo", max_epochs: int = 20, rand
     output_dir
         Folder to write to; made if missing.
     max_epochs
-        Upper limit of passes over the data in each training.
+        Upper limit of passes over the data in each training; by default the tools' own.
     random_state
         Seed of the tissue, of what is hidden, and of the training.
 
@@ -54,12 +56,7 @@ def run_demo(output_dir: str | Path = "fimp-sc-demo", max_epochs: int = 20, rand
     )
 
     shared = {"library_key": "section", "random_state": random_state}
-    # Small blocks, few tokens and larger steps: a small tissue is learnt in a minute.
-    training = {
-        "max_epochs": max_epochs,
-        "model_kwargs": {"n_tokens": 32},
-        "train_kwargs": {"batch_size": 64, "plan_kwargs": {"lr": 2e-3}},
-    }
+    training = {"max_epochs": max_epochs}
     # The last one uses the model of the one before.
     calls: dict[str, dict[str, Any]] = {
         "embed": training,

@@ -31,7 +31,7 @@ def test_rates_and_decays_of_loadings_tables_head_and_other_weights() -> None:
         for name, size in sizes.items():
             loading = module.get_parameter(name)
             loading.mul_(size / np.sqrt(np.mean(np.square(loading.numpy()))))
-    plan, configured = make_plan(module=module, lr=1e-2, lr_loadings=1e-3, lr_head=0.1, weight_decay=0.5)
+    _, configured = make_plan(module=module, lr=1e-2, lr_loadings=1e-3, lr_head=0.1, weight_decay=0.5)
     group_of = {id(p): group for group in configured["optimizer"].param_groups for p in group["params"]}
     rates = {}
     for name, parameter in module.named_parameters():

@@ -63,19 +63,19 @@ def test_training_lowers_both_losses_on_cells_that_are_held_out(make_model, trai
     adata.obs["label"] = labels.where(labels.isin(labels.value_counts().index[:3]))
     fimp_sc.pp.spatial_graph(adata, library_key="section")
     model = make_model(adata, {"labels_key": "label", "library_key": "section"})
-    train(model, max_epochs=12, batch_size=8, validation_size=0.25, plan_kwargs={"lr": 1e-3})
+    train(model, max_epochs=8, batch_size=8, validation_size=0.25, plan_kwargs={"lr": 1e-3})
     curves = {name: frame.to_numpy(dtype=float).ravel() for name, frame in model.history.items()}
-    for name in curves: print(name, curves[name].round(3))
     assert curves["validation_loss"].min() < 0.85 * curves["validation_loss"][0]
-    assert curves["label_loss_validation"].min() < 0.9 * np.log(3), "better than guessing"
-    assert curves["masked_loss_validation"].min() < 0.9, "better than the means of genes"
+    assert curves["label_loss_validation"].min() < 0.6 * np.log(3), "better than guessing"
+    assert curves["masked_loss_validation"][0] < 1, "better than the means of genes from the start"
+    assert curves["masked_loss_validation"].min() < 0.85
     assert curves["train_loss"][-1] < 0.85 * curves["train_loss"][0]
 
 
 def test_weights_of_the_best_epoch_are_kept(tissue, make_model, train) -> None:
     """A learning rate that ruins the model after the first epoch: the kept weights are those before."""
     model = make_model(tissue, {"labels_key": "label"})
-    train(model, max_epochs=4, validation_size=0.3, early_stopping=False, plan_kwargs={"lr": 1.0, "lr_loadings": 1.0})
+    train(model, max_epochs=4, validation_size=0.3, early_stopping=False, plan_kwargs={"lr": 1.0, "lr_head": 1.0})
     curve = model.history["validation_loss"]["validation_loss"].astype(float).to_numpy()
     assert curve.argmin() < 3, "the test needs a run that gets worse"
     data = model._graph_data(tissue)
@@ -113,7 +113,7 @@ class Watch(Callback):
 
 
 def distance(module, weights) -> float:
-    return max(float((p - weights[name]).abs().max()) for name, p in module.named_parameters())
+    return max(float((p.detach() - weights[name]).abs().max()) for name, p in module.named_parameters())
 
 
 @pytest.mark.parametrize("lr", [1e-3, 1.0])
@@ -125,10 +125,10 @@ def test_weights_kept_are_the_averaged_ones_that_were_validated(tissue, make_mod
     assert len(watch.validated) == 4
     assert (best < 3) == (lr == 1.0), "the test needs a run that gets worse and one that does not"
     n_steps = watch.validated[best]
-    assert distance(model.module, watch.average(n_steps)) < 1e-5 * max(lr / 1e-3, 1)
-    assert distance(model.module, watch.steps[n_steps - 1]) > lr, "not those of the last step before"
+    assert distance(model.module, watch.average(n_steps)) < 1e-5
+    assert distance(model.module, watch.steps[n_steps - 1]) > 0.1 * lr, "not those of the last step before"
     for other in set(watch.validated) - {n_steps}:
-        assert distance(model.module, watch.average(other)) > 0.1 * lr, "nor the average at another epoch"
+        assert distance(model.module, watch.average(other)) > 0.01 * lr, "nor the average at another epoch"
 
 
 def test_without_validation_cells_the_last_average_is_kept(tissue, make_model, train) -> None:
@@ -285,10 +285,10 @@ def test_default_number_of_epochs_is_a_budget_of_steps(tissue, make_model, monke
     assert asked["max_epochs"] == 100
     model.train(batch_size=4, accelerator="cpu")
     steps = asked["max_epochs"] * len(asked["data_splitter"].train_dataloader())
-    assert abs(steps - 800) <= len(asked["data_splitter"].train_dataloader()) / 2
+    assert abs(steps - 600) <= len(asked["data_splitter"].train_dataloader()) / 2
     assert 8 < asked["max_epochs"] < 100
     model.train(batch_size=1, accelerator="cpu")
-    assert asked["max_epochs"] == 8, "more than 100 steps an epoch: no fewer than 8"
+    assert asked["max_epochs"] == 8, "some 100 steps an epoch: no fewer than 8"
 
 
 def spy_on_loader_arguments(monkeypatch) -> dict:

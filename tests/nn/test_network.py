@@ -164,19 +164,19 @@ def test_start_holds_the_components_of_the_cell_itself(n_layers: int, graph: str
 def test_start_holds_beside_them_the_components_of_the_mean_over_neighbours(graph: str) -> None:
     k = 10
     embedding, own, averaging, mark = embed_at_the_start(graph, 1, k)
-    received = embedding[:, 40:56]
+    received = embedding[:, 40 : 40 + k]
     # A message passes the norm, which also sees the vector that marks summary tokens.
     summary = np.pad(own, ((0, 0), (0, 64 - k))) + mark
     normed = (summary - summary.mean(1, keepdims=True)) / summary.std(1, keepdims=True)
-    expected = 2**0.5 * averaging @ normed[:, :16]
+    expected = 2**0.5 * averaging @ normed[:, :k]
     received, expected = received - received.mean(0), expected - expected.mean(0)
     # Attention to the other tokens takes a share off the message.
     size = (received * expected).sum() / (expected**2).sum()
     assert 0.65 < size <= 1.02
-    assert np.sqrt(np.mean((received - size * expected) ** 2)) < 0.2 * expected.std()
+    assert np.sqrt(np.mean((received - size * expected) ** 2)) < 0.25 * expected.std()
     # What differs between cells is the mean over the neighbours, component by component, and of about its size.
     mean = averaging @ own
-    similarity = np.corrcoef(received[:, :k].T, mean.T)[:k, k:]
+    similarity = np.corrcoef(received.T, mean.T)[:k, k:]
     assert np.diagonal(similarity).min() > 0.8
     assert np.median(np.diagonal(similarity)) > 0.95
     assert (similarity.argmax(1) == np.arange(k)).all()

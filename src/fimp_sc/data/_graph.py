@@ -47,7 +47,7 @@ class NodeGraph:
         graph.data[:] = graph.data != 0
         graph.setdiag(0)
         graph.eliminate_zeros()
-        self.mean_degree = graph.nnz / max(graph.shape[0], 1)
+        self.degree = np.diff(graph.indptr)
         if self_loops:
             graph = sparse.csr_matrix(graph + sparse.identity(graph.shape[0], dtype=np.float32, format="csr"))
         graph.sort_indices()

@@ -159,7 +159,7 @@ class FIMPModule(BaseModuleClass):
 
         n_own, n_neighbourhood = self.network.n_own, self.network.n_neighbourhood
         n_components = min(n_own, min(train.shape) - 1)
-        if n_components < 1:
+        if n_components < 1 or variance < 1e-8:
             return
         deviation = np.sqrt(np.maximum(np.asarray(train.power(2).mean(0)).ravel() - mean**2, 0.0))
         # Halfway between covariance, where a few strong genes decide, and correlation, where noise does.

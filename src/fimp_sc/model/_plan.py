@@ -76,7 +76,8 @@ class FIMPTrainingPlan(pl.LightningModule):
         members: dict[str, list[torch.nn.Parameter]] = {name: [] for name in groups}
         for name, parameter in self.module.named_parameters():
             if name.endswith("loading"):
-                size = float(parameter.detach().square().mean().sqrt())
+                # A table that starts at zero must be able to leave it.
+                size = max(float(parameter.detach().square().mean().sqrt()), 0.1 * len(parameter) ** -0.5)
                 groups[name] = {"lr": self.lr_loadings * size, "weight_decay": 0.0}
                 members[name] = [parameter]
             elif name in ("network.embedding.identity", "value_head.bias"):

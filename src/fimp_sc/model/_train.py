@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 from scvi.train import TrainRunner
 
 from fimp_sc.data import BlockSplitter, split_by_blocks
@@ -144,6 +144,8 @@ class TrainableModel(GraphModel):
             max_epochs = int(np.clip(round(_STEPS / per_epoch), _MIN_EPOCHS, _MAX_EPOCHS))
         plan = self._training_plan_cls(self.module, **(plan_kwargs or {}))
         validated = len(val_idx) > 0
+        # Lightning's own callback: that of scvi-tools prints when it stops, asked to be quiet or not.
+        stopping = early_stopping and validated
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), warnings.catch_warnings():
             # Blocks are made on the fly in the main process, and few of them are logged per epoch: by design.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -161,13 +163,11 @@ class TrainableModel(GraphModel):
                 max_epochs=max_epochs,
                 accelerator=accelerator,
                 devices=devices,
-                early_stopping=early_stopping and validated,
-                early_stopping_monitor="validation_loss",
-                early_stopping_patience=early_stopping_patience,
                 check_val_every_n_epoch=1 if validated else None,
                 callbacks=[
                     *trainer_kwargs.pop("callbacks", []),
                     *([best] if validated else []),
+                    *([EarlyStopping("validation_loss", patience=early_stopping_patience)] if stopping else []),
                     EMAWeightAveraging(decay=_AVERAGING, use_buffers=False),
                 ],
                 **{"default_root_dir": folder, **trainer_kwargs},
@@ -204,7 +204,7 @@ class TrainableModel(GraphModel):
     ) -> GraphData:
         statistics = data.source.gene_statistics(train_idx)
         counts = np.bincount(data.label[train_idx][data.label[train_idx] >= 0], minlength=len(self.classes))
-        seen = val_idx[:_MOST_CELLS_TO_START]
+        seen = val_idx[data.graph.degree[val_idx] > 0][:_MOST_CELLS_TO_START]
         mean_of = data.graph.averaging(seen, self.n_layers)
         sources = np.unique(mean_of.indices)
         self.module.start_from_data(

@@ -16,7 +16,7 @@ class FeatureEmbedding(nn.Module):
 
     A token is ``value * loading[gene] + identity[gene] + f(value)``. The summary token is the sum of
     ``value * loading`` over *all* visible genes, so it carries what the token budget leaves out; where genes are
-    hidden or not measured it is scaled up by the share of squared loadings that is missing. With loadings from the
+    hidden or not measured each component is scaled up by its share of squared loadings that is missing. With loadings from the
     data's own principal components the summary starts as the cell's PCA scores.
 
     Parameters
@@ -51,9 +51,10 @@ class FeatureEmbedding(nn.Module):
         -------
         ``(n, 1 + f, d_model)``.
         """
-        energy = self.loading.detach().square().sum(1)
+        energy = self.loading.detach().square()
+        total = energy.sum(0)
         seen = visible.to(energy.dtype) @ energy
-        summary = (profile @ self.loading) * (energy.sum() / seen.clamp(min=1e-6 * energy.sum()))[:, None]
+        summary = (profile @ self.loading) * (total / seen.clamp(min=1e-3 * total).clamp(min=1e-12))
         value = value.unsqueeze(2)
         tokens = (
             value * nn.functional.embedding(feature_id, self.loading)
@@ -67,3 +68,19 @@ class FeatureEmbedding(nn.Module):
         """Set the first columns of the loadings, ``(n_features, k)`` with ``k <= d_model``, and zero the rest."""
         self.loading.zero_()
         self.loading[:, : loading.shape[1]] = torch.as_tensor(loading, dtype=self.loading.dtype)
+
+    @torch.no_grad()
+    def mark_summary_outside(self, *columns: slice) -> None:
+        """Let the vector that marks summary tokens vanish in ``columns``, so that messages read from these are centred.
+
+        Its length stays about that of a normalised token, its mean over the others is zero.
+        """
+        marked = torch.ones(len(self.summary), dtype=torch.bool)
+        for part in columns:
+            marked[part] = False
+        if int(marked.sum()) < 2:
+            self.summary.zero_()
+            return
+        mark = self.summary[marked] - self.summary[marked].mean()
+        self.summary.zero_()
+        self.summary[marked] = mark * (len(self.summary) ** 0.5 / mark.norm())

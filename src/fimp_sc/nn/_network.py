@@ -55,20 +55,21 @@ class FIMPNetwork(nn.Module):
         # Columns of the embedding where training starts: the cell's own components, then those of its neighbours'
         # mean; the rest is free. Kept apart, neither blurs the other.
         self.n_own, self.n_neighbourhood = d_model * 5 // 8, d_model // 4
+        neighbourhood = slice(self.n_own, self.n_own + self.n_neighbourhood)
         self.embedding = FeatureEmbedding(n_features, d_model)
+        self.embedding.mark_summary_outside(slice(self.n_neighbourhood), neighbourhood)
         layers: list[nn.Module] = []
         for _ in range(n_layers):
             if layer == "paper":
                 layers.append(PaperLayer(d_model, n_heads, reduce=reduce))
                 continue
             practical = TransformerLayer(d_model, n_heads, d_feedforward=2 * d_model, dropout=dropout, reduce=reduce)
-            to = slice(self.n_own, self.n_own + self.n_neighbourhood)
             if not layers:
                 practical.start_as_neighbour_mean(
-                    slice(self.n_neighbourhood), to, _NORM * (_FIRST if n_layers > 1 else 1)
+                    slice(self.n_neighbourhood), neighbourhood, _NORM * (_FIRST if n_layers > 1 else 1)
                 )
             else:
-                practical.start_as_neighbour_mean(to, to, _NORM * _FIRST ** (-1 / (n_layers - 1)))
+                practical.start_as_neighbour_mean(neighbourhood, neighbourhood, _NORM * _FIRST ** (-1 / (n_layers - 1)))
             layers.append(practical)
         self.layers = nn.ModuleList(layers)
 

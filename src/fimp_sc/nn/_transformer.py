@@ -158,8 +158,8 @@ class TransformerLayer(nn.Module):
 
         Queries and keys start near a multiple of the identity, so that a token attends to tokens like itself (the
         same gene, the summary). Values copy the columns ``read`` of the normalised source token, and the output adds
-        them to the columns ``write``: the layer starts as a mean over neighbours, which training then refines. From a random start
-        most of an epoch budget goes into finding it.
+        them to the columns ``write``: the layer starts as a mean over neighbours, which training then refines. From a
+        random start most of an epoch budget goes into finding it.
 
         Parameters
         ----------
