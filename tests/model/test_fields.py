@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 from fimp_sc.model import FIMP
-from fimp_sc.model._fields import match_columns
+from fimp_sc.model._fields import ExpressionField, match_columns
 
 
 def snapshot(adata: ad.AnnData) -> dict:
@@ -129,7 +129,9 @@ def test_columns_are_matched_by_name() -> None:
 
 
 def test_dropped_and_missing_genes_are_reported(caplog: pytest.LogCaptureFixture) -> None:
-    adata = ad.AnnData(sparse.csr_matrix((2, 4), dtype=np.float32), var=pd.DataFrame(index=["c", "x", "a", "b"]))
+    counts = sparse.csr_matrix(np.ones((2, 4), dtype=np.float32))
+    adata = ad.AnnData(counts, var=pd.DataFrame(index=["c", "x", "a", "b"]))
+    genes = np.array(["a", "b", "d", "e", "f"], dtype=object)
     with caplog.at_level(logging.INFO, logger="fimp_sc"):
-        match_columns(np.array(["a", "b", "d", "e", "f"], dtype=object), adata)
+        ExpressionField(None, "auto").transfer_field({ExpressionField.NAMES: genes}, adata)
     assert "2 of 4 genes are known to the model (2 are dropped); 3 genes of the model are not measured" in caplog.text

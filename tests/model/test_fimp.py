@@ -222,7 +222,7 @@ def test_sections_with_another_gene_list(trained: FIMP, kind: str) -> None:
     reference = FIMP.load_query_data(restrict(full, trained.genes), trained).get_latent_representation()
     if kind == "subset":
         assert np.abs(z - reference).max() > 1e-3
-        assert np.corrcoef(z.ravel(), reference.ravel())[0, 1] > 0.8
+        assert np.corrcoef(z.ravel(), reference.ravel())[0, 1] > 0.7
     else:
         np.testing.assert_allclose(z, reference, atol=1e-4)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fimp_sc.model import FIMPModule, FIMPTrainingPlan
 
@@ -25,7 +26,7 @@ def test_every_parameter_is_optimised_once() -> None:
 
 
 def test_rates_and_decays_of_loadings_tables_head_and_other_weights() -> None:
-    sizes = {"network.embedding.loading": 0.02, "value_head.loading": 0.5}
+    sizes = {"network.embedding.loading": 0.05, "value_head.loading": 0.5}
     module = FIMPModule(10, 3, n_latent=8, n_heads=2, n_layers=1)
     with torch.no_grad():
         for name, size in sizes.items():
@@ -52,7 +53,7 @@ def test_the_first_step_moves_loadings_by_a_share_of_their_size() -> None:
     module = FIMPModule(10, 3, n_latent=8, n_heads=2, n_layers=1)
     loading = module.network.embedding.loading
     with torch.no_grad():
-        loading.mul_(1e-3)
+        loading.mul_(0.5)
     before = loading.detach().clone()
     _, configured = make_plan(module=module, lr_loadings=1e-2)
     loading.grad = torch.randn_like(loading)
@@ -60,6 +61,14 @@ def test_the_first_step_moves_loadings_by_a_share_of_their_size() -> None:
     size = float(before.square().mean().sqrt())
     # The first of 20 steps of warm-up.
     torch.testing.assert_close((loading - before).abs(), torch.full_like(before, 1e-2 * size / 20), rtol=1e-3, atol=0)
+
+
+def test_loadings_that_start_at_zero_can_leave_it() -> None:
+    module = FIMPModule(10, 3, n_latent=8, n_heads=2, n_layers=1)
+    nn.init.zeros_(module.value_head.loading)
+    _, configured = make_plan(module=module, lr_loadings=1e-2)
+    rates = [group["initial_lr"] for group in configured["optimizer"].param_groups]
+    assert min(rates) > 0
 
 
 @pytest.mark.parametrize("steps", [1, 30, 400])

@@ -27,10 +27,10 @@ def test_equals_the_formula_gene_by_gene() -> None:
     value = profile.gather(1, feature_id)
     out = embedding(feature_id, value, profile, visible)
     assert out.shape == (n, 1 + f, 4)
-    energy = embedding.loading.square().sum(1)
+    energy = embedding.loading.square()
     for i in range(n):
         seen = [g for g in range(7) if visible[i, g]]
-        summary = sum(profile[i, g] * embedding.loading[g] for g in seen) * energy.sum() / energy[seen].sum()
+        summary = sum(profile[i, g] * embedding.loading[g] for g in seen) * energy.sum(0) / energy[seen].sum(0)
         torch.testing.assert_close(out[i, 0], summary + embedding.summary)
         for t in range(f):
             gene, x = feature_id[i, t], value[i, t]
