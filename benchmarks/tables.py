@@ -1,0 +1,28 @@
+"""Print the tables of all results as Markdown: ``python benchmarks/tables.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+SCORES = ["accuracy", "macro_f1", "r2", "r2_gene", "mse", "seconds", "peak_gb"]
+
+
+def table(path: Path) -> str:
+    """Mean ± standard deviation over seeds of the scores in one CSV."""
+    rows = pd.read_csv(path)
+    keys = [rows.columns[0], "method"] if "method" in rows else [rows.columns[0]]
+    scores = [name for name in SCORES if name in rows]
+    lines = [f"### {path.stem}", "", "| " + " | ".join([*keys, *scores, "seeds"]) + " |"]
+    lines.append("|---" * (len(keys) + len(scores) + 1) + "|")
+    for names, group in rows.groupby(keys, sort=False):
+        cells = [f"{group[name].mean():.3f} ± {group[name].std(ddof=0):.3f}" for name in scores]
+        lines.append("| " + " | ".join([*map(str, names), *cells, str(len(group))]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for found in sorted((Path(__file__).resolve().parent / "results").glob("*.csv")):
+        if not found.stem.endswith("_quick"):
+            print(table(found), end="\n\n")
