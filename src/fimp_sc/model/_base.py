@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -78,10 +79,13 @@ class GraphModel(BaseModelClass):
         matrix = get_matrix(adata, setup["layer"])
         graph = NodeGraph(adata.obsp[setup["connectivities_key"]], self_loops=self.self_loops)
         where = "adata.X" if setup["layer"] is None else f"adata.layers[{setup['layer']!r}]"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said when the object was registered
+            scale = check_values(matrix, where=where, input_scale=setup["input_scale"])
         source = ExpressionSource(
             matrix,
             match_columns(self.genes, adata),
-            check_values(matrix, where=where, input_scale=setup["input_scale"]),
+            scale,
             self._statistics(),
             codes[BATCH_KEY],
             hidden,
