@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-SCORES = ["accuracy", "macro_f1", "r2", "r2_gene", "mse", "seconds", "peak_gb"]
+SCORES = ["accuracy", "macro_f1", "r2", "r2_gene", "mse", "embed_s", "total_s", "peak_gb"]
 
 
 def table(path: Path) -> str:
