@@ -95,9 +95,11 @@ def test_duplicate_genes():
 def test_backed(tmp_path):
     make_adata().write_h5ad(tmp_path / "a.h5ad")
     backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
-    with pytest.raises(ValueError, match=r"a\.h5ad'.*to_memory\(\)"):
-        check_anndata(backed)
-    check_anndata(backed.to_memory())
+    check_anndata(backed)
+    assert check_values(get_matrix(backed, None), where="adata.X") == "counts"
+    with pytest.raises(ValueError, match=r"view of an object backed by '.*a\.h5ad'.*to_memory\(\)"):
+        check_anndata(backed[:5])
+    check_anndata(backed[:5].to_memory())
     backed.file.close()
 
 

@@ -135,3 +135,19 @@ def test_dropped_and_missing_genes_are_reported(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.INFO, logger="fimp_sc"):
         ExpressionField(None, "auto").transfer_field({ExpressionField.NAMES: genes}, adata)
     assert "2 of 4 genes are known to the model (2 are dropped); 3 genes of the model are not measured" in caplog.text
+
+
+def test_the_scale_is_registered_and_values_are_looked_at_once(tissue, make_model, monkeypatch) -> None:
+    from fimp_sc.model import _fields
+
+    calls = []
+    check = _fields.check_values
+    monkeypatch.setattr(_fields, "check_values", lambda *a, **k: calls.append(k["input_scale"]) or check(*a, **k))
+    model = make_model(tissue, {"input_scale": "auto"})
+    assert model.registry["field_registries"]["X"]["state_registry"]["input_scale"] == "counts"
+    assert calls == ["auto"]
+    other = tissue.copy()
+    other.X = other.X * 0.37
+    manager = model.adata_manager.transfer_fields(other)
+    assert manager.registry["field_registries"]["X"]["state_registry"]["input_scale"] == "log"
+    assert calls == ["auto", "auto"]

@@ -287,15 +287,6 @@ def test_object_is_unchanged_when_training_diverges(tissue, quick, unchanged, mo
         fimp_sc.tl.embed(tissue, **quick)
 
 
-@pytest.mark.filterwarnings("ignore:.*backed:UserWarning")
-def test_backed_objects_are_refused(tissue, quick, tmp_path) -> None:
-    tissue.write_h5ad(tmp_path / "tissue.h5ad")
-    backed = ad.read_h5ad(tmp_path / "tissue.h5ad", backed="r")
-    with pytest.raises(ValueError, match=r"backed by .*to_memory\(\)"):
-        fimp_sc.tl.embed(backed, **quick)
-    backed.file.close()
-
-
 def test_other_types_are_refused(tissue, quick) -> None:
     with pytest.raises(TypeError, match="Expected an AnnData object, found DataFrame"):
         fimp_sc.tl.embed(tissue.to_df(), **quick)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,12 +10,11 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
+from fimp_sc.data._access import get_graph, get_matrix, get_obs, in_memory, missing_key, shorten
 from fimp_sc.data._graph_checks import check_connectivities
 from fimp_sc.data._value_checks import InputScale, check_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from anndata import AnnData
 
 __all__ = [
@@ -30,55 +28,47 @@ __all__ = [
     "check_object",
     "check_obs_key",
     "check_values",
+    "get_graph",
     "get_matrix",
+    "get_obs",
+    "in_memory",
     "shorten",
 ]
 
 
-def shorten(items: Sequence[str], limit: int = 5) -> str:
-    """Join ``items`` for a message, the first ``limit`` of them."""
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit:,} more" if len(items) > limit else "")
-
-
-def missing_key(key: Any, where: str, found: Iterable[Any], advice: str) -> MissingKeyError:
-    """Return the exception for ``key`` absent from ``where``, naming the keys ``found`` there and the nearest one."""
-    keys = [str(k) for k in found if k is not None]  # anndata 0.13 lists X among the layers, as None
-    close = get_close_matches(str(key), keys, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    there = f"found there: {shorten([repr(k) for k in keys], 10)}" if keys else "it holds no keys"
-    return MissingKeyError(f"{key!r} is not in {where} ({there}).{hint} {advice}")
-
-
 def check_object(adata: Any) -> None:
-    """Check that ``adata`` is an AnnData object in memory with at least one cell.
+    """Check that ``adata`` is an AnnData object with at least one cell, in memory or not.
 
     Raises
     ------
     TypeError
         It is of another type.
     ValueError
-        It has no cells, or is backed by a file.
+        It has no cells, or is a view of an object backed by a file.
     """
     from anndata import AnnData
 
     if not isinstance(adata, AnnData):
         hint = ": pass one modality, for instance mdata['rna']" if hasattr(adata, "mod") else ""
         raise TypeError(f"Expected an AnnData object, found {type(adata).__name__}{hint}.")
-    if adata.isbacked:
-        raise ValueError(f"adata is backed by {str(adata.filename)!r}: load it with adata = adata.to_memory().")
+    if adata.isbacked and adata.is_view:
+        raise ValueError(
+            f"adata is a view of an object backed by {str(adata.filename)!r}, which can take no results: load it with "
+            "adata = adata.to_memory(), or write it to a file of its own with adata = adata.copy(filename)."
+        )
     if adata.n_obs == 0:
         raise ValueError("adata has no cells (n_obs = 0): check the filters applied before.")
 
 
 def check_anndata(adata: Any) -> None:
-    """Check that ``adata`` is an AnnData object in memory, with cells, and with genes whose names are unique.
+    """Check that ``adata`` is an AnnData object with cells, and with genes whose names are unique.
 
     Raises
     ------
     TypeError
         It is of another type.
     ValueError
-        It has no cells or no genes, is backed by a file, or has duplicate gene names.
+        It has no cells or no genes, is a view of an object backed by a file, or has duplicate gene names.
     """
     check_object(adata)
     if adata.n_vars == 0:
@@ -89,26 +79,6 @@ def check_anndata(adata: Any) -> None:
             f"adata.var_names has {len(duplicates):,} duplicate gene names: {shorten([repr(g) for g in duplicates])}. "
             "Merge these genes, or call adata.var_names_make_unique()."
         )
-
-
-def get_matrix(adata: AnnData, layer: str | None) -> Any:
-    """Return ``adata.X``, or ``adata.layers[layer]``, as it is stored.
-
-    Raises
-    ------
-    MissingKeyError
-        There is no such layer.
-    ValueError
-        ``layer`` is ``None`` and ``adata.X`` is empty.
-    """
-    if layer is None:
-        if adata.X is None:
-            layers = shorten([repr(k) for k in adata.layers if k is not None]) or "none"
-            raise ValueError(f"adata.X is None: pass layer= with expression (layers found: {layers}).")
-        return adata.X
-    if layer not in adata.layers:
-        raise missing_key(layer, "adata.layers", adata.layers, "Pass layer=None to use adata.X.")
-    return adata.layers[layer]
 
 
 def check_coordinates(adata: AnnData, spatial_key: str) -> np.ndarray:
@@ -128,9 +98,10 @@ def check_coordinates(adata: AnnData, spatial_key: str) -> np.ndarray:
         raise missing_key(spatial_key, "adata.obsm", adata.obsm, "Name the cell coordinates with spatial_key=.")
     stored = adata.obsm[spatial_key]
     try:
-        if sparse.issparse(stored):
+        values = in_memory(stored, where)
+        if sparse.issparse(values):
             raise TypeError
-        coordinates = np.array(stored, dtype=np.float64)
+        coordinates = np.array(values, dtype=np.float64)
     except (TypeError, ValueError):
         raise TypeError(f"{where} must be an array of numbers, found {type(stored).__name__}.") from None
     if coordinates.ndim != 2 or coordinates.shape[1] not in {2, 3}:
@@ -161,7 +132,7 @@ def check_obs_key(adata: AnnData, key: str, role: str) -> pd.Categorical:
     """
     if key not in adata.obs:
         raise missing_key(key, "adata.obs", adata.obs, f"Name the {role} of each cell with {role}_key=.")
-    column = adata.obs[key]
+    column = get_obs(adata, [key])[key]
     missing = int(column.isna().sum())
     if missing:
         raise ValueError(
@@ -191,7 +162,7 @@ def check_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unk
     where = f"adata.obs[{labels_key!r}]"
     if labels_key not in adata.obs:
         raise missing_key(labels_key, "adata.obs", adata.obs, "Name the column of labels with labels_key=.")
-    column = adata.obs[labels_key]
+    column = get_obs(adata, [labels_key])[labels_key]
     labels = column[column.notna().to_numpy() & (column.astype(str) != str(unlabeled_category)).to_numpy()]
     if pd.api.types.is_float_dtype(labels.dtype) and (labels % 1 != 0).any():
         raise TypeError(f"{where} holds real numbers (dtype {labels.dtype}), not classes: name a column of labels.")
@@ -233,4 +204,4 @@ def check_graph(adata: AnnData, connectivities_key: str, library_key: str | None
         )
     library = None if library_key is None else check_obs_key(adata, library_key, "library")
     where = f"adata.obsp[{connectivities_key!r}]"
-    check_connectivities(adata.obsp[connectivities_key], adata.n_obs, where=where, library=library)
+    check_connectivities(in_memory(adata.obsp[connectivities_key], where), adata.n_obs, where=where, library=library)

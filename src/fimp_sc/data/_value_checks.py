@@ -1,20 +1,19 @@
-"""Checks of expression values, in pieces small enough that no second copy of the matrix is ever made."""
+"""Checks of expression values, in pieces small enough that no second copy of the matrix is ever made in memory."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from scipy import sparse
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from fimp_sc.data._rows import PIECE_VALUES, MatrixRows, open_rows
 
 InputScale = Literal["counts", "normalized", "log"]
 
-CHUNK_VALUES = 1 << 20
+CHUNK_VALUES = PIECE_VALUES
 LOG_MAXIMUM = 20.0
 _SAMPLED_CELLS = 256
 _CONSTANT_TOTAL = 0.01
@@ -26,7 +25,8 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
     Parameters
     ----------
     matrix
-        CSR, CSC or dense array, ``(n_obs, n_vars)``, real numbers. Not changed, not copied.
+        ``(n_obs, n_vars)`` real numbers in any form that :func:`~fimp_sc.data._rows.open_rows` reads. Not changed, not
+        copied; what is not in memory is read once, piece by piece.
     where
         Where the matrix was found, for messages, for instance ``"adata.X"`` or ``"adata.layers['counts']"``.
     input_scale
@@ -48,8 +48,8 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
     TypeError
         The matrix is of another kind, or does not hold real numbers.
     ValueError
-        Unknown ``input_scale``; NaN, infinite or negative values; values that are not whole numbers although
-        ``input_scale="counts"``; no value above zero.
+        A CSC matrix in a file; unknown ``input_scale``; NaN, infinite or negative values; values that are not whole
+        numbers although ``input_scale="counts"``; no value above zero.
 
     Warns
     -----
@@ -59,8 +59,10 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
     if input_scale != "auto" and input_scale not in get_args(InputScale):
         choices = ", ".join(map(repr, ("auto", *get_args(InputScale))))
         raise ValueError(f"input_scale={input_scale!r} is unknown: choose one of {choices}.")
-    _check_kind(matrix, where)
-    found = _scan(matrix)
+    rows = open_rows(matrix, where)
+    # CSC in memory is looked at column by column: as the rows of its transpose, which shares its values.
+    turned = sparse.issparse(matrix) and matrix.format == "csc"
+    found = _scan(open_rows(matrix.T) if turned else rows, turned=turned)
 
     if found.nan:
         raise ValueError(
@@ -86,7 +88,7 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
     _warn_empty(found, where)
     if input_scale != "auto":
         return cast("InputScale", input_scale)
-    return "counts" if not found.fractional else _resolve_fractional(matrix, found)
+    return "counts" if not found.fractional else _resolve_fractional(matrix if turned else rows, found)
 
 
 @dataclass
@@ -112,70 +114,53 @@ class _Findings:
         return f"cell {cell}, gene {gene} (positions counted from 0)"
 
 
-def _check_kind(matrix: Any, where: str) -> None:
-    if isinstance(matrix, np.ndarray):
-        if matrix.ndim != 2:
-            raise TypeError(f"{where} must have two dimensions, cells × genes, found {matrix.ndim}.")
-    elif not (sparse.issparse(matrix) and matrix.format in {"csr", "csc"}):
-        kind = f"a sparse {matrix.format.upper()} matrix" if sparse.issparse(matrix) else f"{type(matrix).__name__}"
-        advice = "convert it with .tocsr()" if sparse.issparse(matrix) else "bring it into memory in one of these forms"
-        raise TypeError(f"{where} must be a CSR or CSC matrix or a numpy array, found {kind}: {advice}.")
-    if matrix.dtype.kind not in "buif":
-        raise TypeError(f"{where} must hold real numbers, found dtype {matrix.dtype}.")
+def _scan(rows: MatrixRows, *, turned: bool) -> _Findings:
+    """Look at all values once; ``turned`` tells that rows are genes."""
+    major, minor = np.zeros(rows.shape[0], dtype=bool), np.zeros(rows.shape[1], dtype=bool)
+    found = _Findings(*((minor, major) if turned else (major, minor)))
+    for first, piece in rows.stream(CHUNK_VALUES):
+        values = piece.ravel() if isinstance(piece, np.ndarray) else piece.data
+        if not values.size:
+            continue
 
+        def note(kind: str, mask: np.ndarray, first: int = first, piece: Any = piece) -> None:
+            number = int(np.count_nonzero(mask))
+            if number:
+                setattr(found, kind, getattr(found, kind) + number)
+                row, column = _place(piece, int(mask.argmax()))
+                found.first.setdefault(kind, (column, first + row) if turned else (first + row, column))
 
-def _chunks(matrix: Any) -> Iterator[tuple[np.ndarray, Any, Any]]:
-    """Yield stored values in pieces, with the cell and the gene of each."""
-    if isinstance(matrix, np.ndarray):
-        array = np.asarray(matrix)
-        step = max(1, CHUNK_VALUES // max(1, array.shape[1]))
-        genes = np.arange(array.shape[1])
-        for start in range(0, array.shape[0], step):
-            block = array[start : start + step]
-            yield block.ravel(), np.repeat(np.arange(start, start + len(block)), len(genes)), np.tile(genes, len(block))
-        return
-    n_stored = int(matrix.indptr[-1])
-    for start in range(0, n_stored, CHUNK_VALUES):
-        stop = min(start + CHUNK_VALUES, n_stored)
-        # Chunks cut through rows (columns for CSC), so that one very long row costs no more than a short one.
-        low = int(np.searchsorted(matrix.indptr, start, side="right")) - 1
-        high = int(np.searchsorted(matrix.indptr, stop, side="left"))
-        edges = np.clip(matrix.indptr[low : high + 1], start, stop)
-        major = np.repeat(np.arange(low, high), np.diff(edges))
-        minor = matrix.indices[start:stop]
-        yield (matrix.data[start:stop], *((major, minor) if matrix.format == "csr" else (minor, major)))
-
-
-def _scan(matrix: Any) -> _Findings:
-    n_obs, n_vars = matrix.shape
-    found = _Findings(np.zeros(n_obs, dtype=bool), np.zeros(n_vars, dtype=bool))
-
-    def note(kind: str, mask: np.ndarray, cells: np.ndarray, genes: np.ndarray) -> None:
-        number = int(np.count_nonzero(mask))
-        if number:
-            setattr(found, kind, getattr(found, kind) + number)
-            index = int(mask.argmax())
-            found.first.setdefault(kind, (int(cells[index]), int(genes[index])))
-
-    for values, cells, genes in _chunks(matrix):
         if values.dtype.kind == "f":
             finite = np.isfinite(values)
             if not finite.all():
                 nan = np.isnan(values)
-                note("nan", nan, cells, genes)
-                note("infinite", ~finite & ~nan, cells, genes)
-                values, cells, genes = values[finite], cells[finite], genes[finite]
-            note("fractional", values != np.rint(values), cells, genes)
-        if not values.size:
-            continue
+                note("nan", nan)
+                note("infinite", ~finite & ~nan)
+                values = np.where(finite, values, 0)
+            note("fractional", values != np.rint(values))
         found.minimum = min(found.minimum, float(values.min()))
         found.maximum = max(found.maximum, float(values.max()))
         if found.minimum < 0:
-            note("negative", values < 0, cells, genes)
+            note("negative", values < 0)
         above = values > 0
-        found.expressed_in[cells[above]] = True
-        found.expressed[genes[above]] = True
+        if isinstance(piece, np.ndarray):
+            above = above.reshape(piece.shape)
+            major[first : first + len(piece)] = above.any(axis=1)
+            minor |= above.any(axis=0)
+        else:
+            stored = np.diff(piece.indptr)
+            all_above = bool(above.all())
+            places = np.flatnonzero(stored) if all_above else np.repeat(np.arange(len(stored)), stored)[above]
+            major[first + places] = True
+            minor[piece.indices if all_above else piece.indices[above]] = True
     return found
+
+
+def _place(piece: Any, index: int) -> tuple[int, int]:
+    """Return row and column of the stored value at ``index``."""
+    if isinstance(piece, np.ndarray):
+        return divmod(index, piece.shape[1])
+    return int(np.searchsorted(piece.indptr, index, side="right")) - 1, int(piece.indices[index])
 
 
 def _warn_empty(found: _Findings, where: str) -> None:
@@ -203,7 +188,9 @@ def _resolve_fractional(matrix: Any, found: _Findings) -> InputScale:
         return "normalized"
     cells = np.flatnonzero(found.expressed_in)
     cells = cells[np.linspace(0, len(cells) - 1, min(_SAMPLED_CELLS, len(cells))).astype(int)]
-    values = matrix[cells].astype(np.float64)
+    # scipy finds a few rows of CSC without the conversion that reading many needs.
+    rows: Any = matrix.read(cells) if isinstance(matrix, MatrixRows) else matrix[cells]
+    values = rows.astype(np.float64)
 
     def constant(totals: Any) -> bool:
         totals = np.asarray(totals).ravel()

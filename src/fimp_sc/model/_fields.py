@@ -9,7 +9,15 @@ import numpy as np
 import pandas as pd
 from scvi.data.fields import BaseAnnDataField
 
-from fimp_sc.data._checks import check_anndata, check_graph, check_labels, check_obs_key, check_values, get_matrix
+from fimp_sc.data._checks import (
+    check_anndata,
+    check_graph,
+    check_labels,
+    check_obs_key,
+    check_values,
+    get_matrix,
+    get_obs,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -69,6 +77,7 @@ class ExpressionField(_Field):
     """Expression in ``X`` or a layer. Another object may have other genes, as long as some are shared."""
 
     NAMES = "column_names"
+    SCALE = "input_scale"
 
     def __init__(self, layer: str | None, input_scale: str) -> None:
         super().__init__(X_KEY, layer)
@@ -76,13 +85,19 @@ class ExpressionField(_Field):
         self._input_scale = input_scale
 
     def validate_field(self, adata: AnnData) -> None:
+        # The values are looked at when they are registered: that reads all of them, and once is enough.
         check_anndata(adata)
-        where = "adata.X" if self.attr_key is None else f"adata.layers[{self.attr_key!r}]"
-        check_values(get_matrix(adata, self.attr_key), where=where, input_scale=self._input_scale)
+        get_matrix(adata, self.attr_key)
 
     def register_field(self, adata: AnnData) -> dict:
-        super().register_field(adata)
-        return {"n_obs": adata.n_obs, "n_vars": adata.n_vars, self.NAMES: np.asarray(adata.var_names.astype(str))}
+        self.validate_field(adata)
+        where = "adata.X" if self.attr_key is None else f"adata.layers[{self.attr_key!r}]"
+        return {
+            "n_obs": adata.n_obs,
+            "n_vars": adata.n_vars,
+            self.NAMES: np.asarray(adata.var_names.astype(str)),
+            self.SCALE: check_values(get_matrix(adata, self.attr_key), where=where, input_scale=self._input_scale),
+        }
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
         self.validate_field(adata_target)
@@ -168,7 +183,7 @@ class LabelField(_Field):
 
     def register_field(self, adata: AnnData) -> dict:
         check_labels(adata, str(self.attr_key), self._unlabeled)
-        labels = adata.obs[self.attr_key].dropna().astype(str)
+        labels = get_obs(adata, [str(self.attr_key)])[self.attr_key].dropna().astype(str)
         return {self.CLASSES: np.array(sorted(set(labels) - {str(self._unlabeled)}), dtype=object)}
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:

@@ -19,7 +19,17 @@ from scipy import sparse
 
 import fimp_sc
 from fimp_sc import pp
-from fimp_sc.data._checks import check_anndata, check_graph, check_labels, check_obs_key, get_matrix
+from fimp_sc.data._checks import (
+    check_anndata,
+    check_coordinates,
+    check_graph,
+    check_labels,
+    check_obs_key,
+    get_matrix,
+    get_obs,
+    in_memory,
+)
+from fimp_sc.data._stored import identity, storage
 from fimp_sc.model import FIMP
 
 if TYPE_CHECKING:
@@ -52,7 +62,8 @@ def working_copy(adata: AnnData, inputs: Inputs, *, labels_required: bool = Fals
     """Return a light object that shares the expression matrix and holds what a model needs, graph included.
 
     The user's object stays as it is: scvi-tools writes its identifiers to the working copy, and a graph built here
-    is written back by :func:`write_back` only when the call has succeeded.
+    is written back by :func:`write_back` only when the call has succeeded. An expression matrix that is not in memory
+    stays where it is: ``X`` of the light object then is the very dataset or dask array.
     """
     check_anndata(adata)
     for key, role in ((inputs.library_key, "library"), (inputs.batch_key, "batch")):
@@ -60,17 +71,21 @@ def working_copy(adata: AnnData, inputs: Inputs, *, labels_required: bool = Fals
             check_obs_key(adata, key, role)
     if labels_required:
         check_labels(adata, str(inputs.labels_key), inputs.unlabeled_category)
-    columns = [inputs.library_key, inputs.batch_key, inputs.labels_key]
-    columns = [key for key in dict.fromkeys(columns) if key is not None and key in adata.obs]
+    keys = dict.fromkeys([inputs.library_key, inputs.batch_key, inputs.labels_key])
+    columns = [key for key in keys if key is not None and key in adata.obs]
+    coordinates = [inputs.spatial_key] if inputs.spatial_key in adata.obsm else []
     work = AnnData(
         get_matrix(adata, inputs.layer),
-        obs=pd.DataFrame(adata.obs[columns], index=adata.obs_names),
+        obs=pd.DataFrame(get_obs(adata, columns), index=adata.obs_names),
         var=pd.DataFrame(index=adata.var_names),
-        obsm={inputs.spatial_key: adata.obsm[inputs.spatial_key]} if inputs.spatial_key in adata.obsm else {},
+        obsm={key: in_memory(adata.obsm[key], f"adata.obsm[{key!r}]") for key in coordinates},
     )
     if inputs.connectivities_key in adata.obsp:
-        work.obsp[inputs.connectivities_key] = adata.obsp[inputs.connectivities_key]
+        where = f"adata.obsp[{inputs.connectivities_key!r}]"
+        work.obsp[inputs.connectivities_key] = in_memory(adata.obsp[inputs.connectivities_key], where)
     elif inputs.connectivities_key.endswith(_CONNECTIVITIES):
+        if not coordinates:
+            check_coordinates(adata, inputs.spatial_key)  # absent: names the keys of the user's object
         pp.spatial_graph(
             work,
             library_key=inputs.library_key,
@@ -194,8 +209,10 @@ def get_model(adata: AnnData) -> FIMP:
 def _fingerprint(work: AnnData, inputs: Inputs) -> tuple[Any, ...]:
     groups = [work.obs[key] for key in (inputs.library_key, inputs.batch_key) if key is not None]
     tables = [pd.util.hash_pandas_object(x).to_numpy() for x in (work.obs_names, work.var_names, *groups)]
-    contents = [_checksum(x) for x in (*tables, work.X, work.obsp[inputs.connectivities_key])]
-    return (*contents, inputs.layer, inputs.library_key, inputs.batch_key, inputs.input_scale)
+    contents = [_checksum(x) for x in (*tables, work.obsp[inputs.connectivities_key])]
+    # Expression that is not in memory is known by where it is: reading all of it would take longer than most calls.
+    expression = _checksum(work.X) if storage(work.X) == "memory" else identity(work.X)
+    return (*contents, expression, inputs.layer, inputs.library_key, inputs.batch_key, inputs.input_scale)
 
 
 def _checksum(matrix: Any) -> int:
@@ -221,7 +238,9 @@ def _report(model: FIMP, work: AnnData, accelerator: str) -> None:
     # a few dozen copies of its tokens.
     width = model.module.value_head.loading.shape[1]
     block = 2 * 256 * (12 * work.n_vars + 40 * (model.n_tokens + 1) * width) * 4
-    matrix = 3 * (work.X.nnz * 8 if hasattr(work.X, "nnz") else work.X.nbytes)
+    matrix = 0
+    if storage(work.X) == "memory":
+        matrix = 3 * (work.X.nnz * 8 if sparse.issparse(work.X) else work.X.nbytes)
     logger.info(
         "%s cells, %s genes, %.1f neighbours per cell, %d classes; training on %s, about %.1f GB of memory.",
         f"{work.n_obs:,}", f"{work.n_vars:,}", graph.nnz / work.n_obs, len(model.classes),
