@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from fimp_sc.data import ExpressionSource, GeneStatistics
+from fimp_sc.data import ExpressionSource, GeneStatistics, _rows
 from fimp_sc.data import _expression as module
 
 FORMATS = {
@@ -35,6 +35,22 @@ def make_source(matrix, columns=SAME, scale="counts", **kwargs) -> ExpressionSou
     """Source with the statistics of the whole of `counts()`."""
     first = ExpressionSource(counts(), SAME, "counts", None)
     return ExpressionSource(matrix, columns, scale, first.gene_statistics(EVERYTHING), **kwargs)
+
+
+def read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all passes over a matrix see seven rows or so at a time."""
+    stream = _rows._MemoryRows.stream
+    monkeypatch.setattr(module, "_ROWS", 7)
+    monkeypatch.setattr(_rows._MemoryRows, "stream", lambda self: stream(self, 7 * N_GENES))
+
+
+def observed(source: ExpressionSource, nodes: np.ndarray) -> np.ndarray:
+    """Which genes are seen in each of the nodes."""
+    patterns, pattern = source.observed(nodes)
+    assert patterns.dtype == bool
+    assert pattern.dtype == np.int64
+    assert pattern.shape == (len(nodes),)
+    return patterns[pattern]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -65,7 +81,7 @@ def test_normalized_values_are_treated_like_counts_and_log_values_are_used_as_th
 
 
 def test_statistics_equal_numpy_also_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ROWS", 7)
+    read_in_pieces(monkeypatch)
     cells = np.array([0, 5, 6, 9, 12, 13, 20, 31, 32, 33])
     source = ExpressionSource(sparse.csr_matrix(counts()), SAME, "counts", None)
     found = source.gene_statistics(cells)
@@ -100,7 +116,7 @@ def test_missing_genes_change_the_scale_by_the_documented_factor_only(kept: set[
     expected = np.log1p(full[:, genes] / total * np.median(full.sum(1)) * share)
     np.testing.assert_allclose(values[:, genes], expected, rtol=1e-4, atol=1e-6)
     assert (np.delete(values, genes, axis=1) == 0).all()
-    seen = part.observed(EVERYTHING)
+    seen = observed(part, EVERYTHING)
     assert seen[:, genes].all()
     assert not np.delete(seen, genes, axis=1).any()
 
@@ -114,16 +130,17 @@ def test_a_cell_whose_genes_have_their_usual_share_looks_the_same_on_a_smaller_p
     np.testing.assert_allclose(part[:, :5], whole[:, :5], rtol=1e-5)
 
 
-def test_centres_are_the_shrunken_means_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["csr", "dense"])
+def test_centres_are_the_shrunken_means_of_batches(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = (EVERYTHING >= 30).astype(np.int64)
-    shifted = counts()
+    shifted = FORMATS[kind](counts())
     source = make_source(shifted, batch=batch)
     values = source.rows(EVERYTHING)
     mean = ExpressionSource(counts(), SAME, "counts", None).gene_statistics(EVERYTHING).mean
     for code, n in ((0, 30), (1, 10)):
         expected = (values[batch == code].sum(0) + 20 * mean) / (n + 20)
         np.testing.assert_allclose(source.center[code], expected, rtol=1e-5)
-    monkeypatch.setattr(module, "_ROWS", 7)
+    read_in_pieces(monkeypatch)
     np.testing.assert_allclose(make_source(shifted, batch=batch).center, source.center, rtol=1e-5)
 
 
@@ -162,12 +179,49 @@ def test_hidden_entries_are_not_observed_and_do_not_move_the_centres(kind: str, 
         )
 
     a, b = make(values), make(other)
-    np.testing.assert_array_equal(a.observed(EVERYTHING), ~hidden)
-    np.testing.assert_array_equal(a.observed(np.array([5, 2])), ~hidden[[5, 2]])
+    np.testing.assert_array_equal(observed(a, EVERYTHING), ~hidden)
+    np.testing.assert_array_equal(observed(a, np.array([5, 2])), ~hidden[[5, 2]])
+    np.testing.assert_array_equal(observed(a, np.array([7])), ~hidden[[7]])
     np.testing.assert_allclose(a.center, b.center, rtol=1e-6)
     visible = np.where(hidden, 0, values)
     expected = (visible.sum(0) + 20 * statistics.mean) / ((~hidden).sum(0) + 20)
     np.testing.assert_allclose(a.center[0], expected, rtol=1e-5)
+
+
+def test_without_hidden_entries_all_cells_share_one_pattern() -> None:
+    patterns, pattern = make_source(counts(), np.where(SAME == 4, -1, SAME)).observed(np.array([8, 3, 3]))
+    np.testing.assert_array_equal(patterns, [SAME != 4])
+    np.testing.assert_array_equal(pattern, [0, 0, 0])
+
+
+def test_hidden_entries_of_genes_that_are_not_measured_or_not_known_do_not_matter() -> None:
+    """Genes of the object: one that the model does not know, then ten of eleven that it knows."""
+    columns = np.where(SAME == 4, -1, 1 + SAME)
+    matrix = np.hstack([counts()[:, :1], counts()])
+    hidden = np.random.default_rng(0).random(matrix.shape) < 0.3
+    source = make_source(matrix, columns, hidden=sparse.csr_matrix(hidden))
+    np.testing.assert_array_equal(observed(source, EVERYTHING), ~hidden[:, 1:] & (SAME != 4))
+    hidden[:, [0, 5]] = ~hidden[:, [0, 5]]
+    other = make_source(matrix, columns, hidden=sparse.csr_matrix(hidden))
+    np.testing.assert_array_equal(observed(other, EVERYTHING), observed(source, EVERYTHING))
+    np.testing.assert_array_equal(other.center, source.center)
+
+
+@pytest.mark.parametrize("scale", ["counts", "log"])
+def test_entries_stored_more_than_once_count_by_their_sum(scale: str) -> None:
+    values = counts() if scale == "counts" else np.log1p(counts())
+    whole = sparse.csr_matrix(values)
+    halves = sparse.csr_matrix(
+        (np.repeat(whole.data, 2) / 2, np.repeat(whole.indices, 2), 2 * whole.indptr), shape=whole.shape
+    )
+    assert not halves.has_canonical_format
+    a, b = make_source(whole, scale=scale), make_source(halves, scale=scale)
+    np.testing.assert_allclose(b.rows(EVERYTHING), a.rows(EVERYTHING), rtol=1e-5)
+    np.testing.assert_allclose(b.sparse_rows(EVERYTHING).toarray(), a.rows(EVERYTHING), rtol=1e-5)
+    np.testing.assert_allclose(b.center, a.center, rtol=1e-5)
+    first, second = (s.gene_statistics(EVERYTHING) for s in (a, b))
+    np.testing.assert_allclose(second.fraction, first.fraction, rtol=1e-5)
+    assert halves.nnz == 2 * whole.nnz, "the user's matrix stays as it is"
 
 
 @pytest.mark.parametrize("shape", [(N_OBS, N_GENES + 1), (N_OBS + 1, N_GENES)])

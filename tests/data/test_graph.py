@@ -34,9 +34,81 @@ def test_edges_are_the_non_zero_entries(kind: str, self_loops: bool) -> None:
 def test_the_matrix_of_the_user_is_not_changed() -> None:
     matrix = random_matrix(9, 0.4, 0).astype(np.float32)
     before = matrix.copy()
-    NodeGraph(matrix, self_loops=True)
+    NodeGraph(matrix, self_loops=True).block([0], 2)
     np.testing.assert_array_equal(matrix.toarray(), before.toarray())
     np.testing.assert_array_equal(matrix.data, before.data)
+
+
+def messy(dense: np.ndarray, seed: int) -> sparse.csr_matrix:
+    """CSR that stores values twice, zeros, self-loops and columns in any order, with the entries of `dense`."""
+    rng = np.random.default_rng(seed)
+    row, col = np.nonzero((dense != 0) | (rng.random(dense.shape) < 0.2))
+    value = dense[row, col]
+    twice = rng.random(len(row)) < 0.4
+    row, col = np.append(row, row[twice]), np.append(col, col[twice])
+    value = np.append(value, value[twice] * (rng.random(int(twice.sum())) < 0.5))  # again, or a zero
+    order = np.lexsort((rng.random(len(row)), row))
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(dense)))])
+    return sparse.csr_matrix((value[order], col[order], indptr), shape=dense.shape)
+
+
+@given(
+    n=st.integers(1, 15),
+    density=st.sampled_from([0.0, 0.1, 0.5]),
+    seed=st.integers(0, 1000),
+    self_loops=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_matrices_in_no_canonical_form_give_the_same_graph_and_are_not_changed(n, density, seed, self_loops) -> None:
+    dense = random_matrix(n, density, seed).toarray()
+    dense[seed % n, seed % n] = 0.5
+    matrix = messy(dense, seed)
+    before = [part.copy() for part in (matrix.data, matrix.indices, matrix.indptr)]
+    graph = NodeGraph(matrix, self_loops=self_loops)
+    expected = (dense != 0).astype(np.float32)
+    np.fill_diagonal(expected, float(self_loops))
+    assert graph.csr.has_canonical_format
+    np.testing.assert_array_equal(graph.csr.toarray(), expected)
+    assert graph.csr.nnz == expected.sum(), "zeros are not stored"
+    np.fill_diagonal(expected, 0)
+    np.testing.assert_array_equal(graph.degree, expected.sum(1))
+    for part, old in zip((matrix.data, matrix.indices, matrix.indptr), before, strict=True):
+        np.testing.assert_array_equal(part, old)
+
+
+@given(
+    n=st.integers(2, 40),
+    density=st.sampled_from([0.0, 0.03, 0.1, 0.3]),
+    seed=st.integers(0, 1000),
+    n_layers=st.integers(0, 4),
+    self_loops=st.booleans(),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_block_equals_a_breadth_first_search(n, density, seed, n_layers, self_loops, data) -> None:
+    dense = random_matrix(n, density, seed).toarray() != 0
+    np.fill_diagonal(dense, self_loops)
+    destinations = data.draw(st.lists(st.integers(0, n - 1), max_size=n, unique=True))
+    block = NodeGraph(messy(dense.astype(float), seed), self_loops=self_loops).block(destinations, n_layers)
+    sources = [set(np.flatnonzero(row).tolist()) for row in dense]
+
+    hops, reached = [destinations], set(destinations)
+    for _ in range(n_layers):
+        hops.append(sorted(set().union(*(sources[node] for node in reached)) - reached))
+        reached.update(hops[-1])
+    start = 0
+    for hop, stop in zip(hops, block.n_nodes[::-1], strict=True):
+        assert sorted(block.nodes[start:stop].tolist()) == sorted(hop)
+        start = stop
+    assert block.nodes[: len(destinations)].tolist() == destinations, "in the order asked for"
+    assert start == len(block.nodes)
+    for layer in range(n_layers):
+        indptr, indices = block.indptr[layer], block.indices[layer]
+        assert block.nodes.dtype == indptr.dtype == indices.dtype == np.int64
+        rows = np.split(block.nodes[indices], indptr[1:-1]) if block.n_nodes[layer + 1] else []
+        assert len(indptr) == len(rows) + 1 == block.n_nodes[layer + 1] + 1
+        for node, row in zip(block.nodes, rows, strict=False):
+            assert sorted(row.tolist()) == sorted(sources[node])
 
 
 @given(

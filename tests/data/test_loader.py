@@ -5,17 +5,45 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from torch.utils.data import DataLoader
 
-from fimp_sc.data import BlockLoader
+from fimp_sc.data import Batch, BlockDataset, BlockSampler, Destinations, GraphData, NodeGraph, block_loader
+
+CUTS = ("batch_size", "parts", "shuffle", "random_state")
 
 
-def make_loader(data, indices=None, **kwargs) -> BlockLoader:
+def make_sampler(data: GraphData, indices=None, **kwargs) -> BlockSampler:
     indices = np.arange(len(data.library)) if indices is None else indices
-    return BlockLoader(data, indices, **{"batch_size": 16, "n_layers": 2, "n_tokens": 8, **kwargs})
+    return BlockSampler(data, indices, **{"batch_size": 16, **kwargs})
 
 
-def destinations(batch) -> np.ndarray:
+def make_dataset(data: GraphData, **kwargs) -> BlockDataset:
+    return BlockDataset(data, **{"n_layers": 2, "n_tokens": 8, **kwargs})
+
+
+def make_loader(data: GraphData, indices=None, num_workers=0, **kwargs) -> DataLoader[Batch]:
+    cuts = {key: kwargs.pop(key) for key in CUTS if key in kwargs}
+    return block_loader(make_dataset(data, **kwargs), make_sampler(data, indices, **cuts), num_workers=num_workers)
+
+
+def destinations(batch: Batch) -> np.ndarray:
     return batch["nodes"][: batch["n_nodes"][-1]].numpy()
+
+
+def visible_in(batch: Batch) -> torch.Tensor:
+    """Which genes are visible in each node of the batch."""
+    return batch["visible"][batch["pattern"]]
+
+
+def assert_equal(left: Batch, right: Batch) -> None:
+    assert left.keys() == right.keys()
+    for key in left:
+        if isinstance(left[key], list):
+            assert len(left[key]) == len(right[key]), key
+            assert all(np.array_equal(a, b) for a, b in zip(left[key], right[key], strict=True)), key
+        else:
+            assert torch.equal(left[key], right[key]), key
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -50,13 +78,14 @@ def test_contents_of_a_batch(graph_data) -> None:
         n, f, g = len(nodes), batch["feature_id"].shape[1], 25
         for key, shape, dtype in (
             ("feature_id", (n, f), torch.int64), ("value", (n, f), torch.float32), ("padding", (n, f), torch.bool),
-            ("profile", (n, g), torch.float32), ("visible", (n, g), torch.bool), ("target", (n_dst, g), torch.float32),
-            ("target_mask", (n_dst, g), torch.bool), ("label", (n_dst,), torch.int64), ("nodes", (n,), torch.int64),
+            ("profile", (n, g), torch.float32), ("target", (n_dst, g), torch.float32), ("pattern", (n,), torch.int64),
+            ("visible", (len(batch["visible"]), g), torch.bool), ("target_mask", (n_dst, g), torch.bool),
+            ("label", (n_dst,), torch.int64), ("nodes", (n,), torch.int64),
         ):  # fmt: skip
             assert batch[key].shape == shape, key
             assert batch[key].dtype == dtype, key
         centred = expression[nodes] - centre[nodes]
-        visible = batch["visible"].numpy()
+        visible = visible_in(batch).numpy()
         np.testing.assert_allclose(batch["profile"], np.where(visible, centred, 0), atol=1e-6)
         np.testing.assert_allclose(batch["target"], centred[:n_dst], atol=1e-6)
         np.testing.assert_array_equal(batch["target_mask"], ~visible[:n_dst])
@@ -78,7 +107,7 @@ def test_halo_is_that_of_the_graph(graph_data) -> None:
 def test_same_seed_same_epochs_and_other_seed_other_epochs(graph_data) -> None:
     def epochs(seed: int) -> list[list[int]]:
         loader = make_loader(graph_data, shuffle=True, mask_ratio=(0.2, 0.5), random_state=seed)
-        return [[int(batch["visible"].sum()) for batch in loader] for _ in range(3)]
+        return [[int(visible_in(batch).sum()) for batch in loader] for _ in range(3)]
 
     assert epochs(0) == epochs(0)
     assert epochs(0) != epochs(1)
@@ -104,14 +133,14 @@ def test_masks_do_not_draw_from_the_global_random_state(graph_data) -> None:
 
 def test_without_masking_everything_observed_is_visible(graph_data) -> None:
     for batch in make_loader(graph_data):
-        assert batch["visible"].all()
+        assert visible_in(batch).all()
         assert not batch["target_mask"].any()
 
 
 def test_only_a_share_of_the_cells_is_masked(graph_data) -> None:
     def masked(mask_cells: float) -> np.ndarray:
         loader = make_loader(graph_data, mask_ratio=(0.5, 0.5), mask_cells=mask_cells, shuffle=True)
-        return np.concatenate([(~batch["visible"]).any(1).numpy() for _ in range(5) for batch in loader])
+        return np.concatenate([(~visible_in(batch)).any(1).numpy() for _ in range(5) for batch in loader])
 
     def targets(mask_cells: float) -> int:
         loader = make_loader(graph_data, mask_ratio=(0.5, 0.5), gene_mask_ratio=0.5, mask_cells=mask_cells)
@@ -130,7 +159,7 @@ def test_cells_that_are_not_masked_are_as_without_masking(graph_data) -> None:
     loaders = make_loader(graph_data, mask_ratio=(0.5, 0.5), mask_cells=0.5), make_loader(graph_data)
     for half, whole in zip(*loaders, strict=True):
         np.testing.assert_array_equal(half["nodes"], whole["nodes"])
-        untouched = half["visible"].all(1)
+        untouched = visible_in(half).all(1)
         assert untouched.any()
         assert not untouched.all()
         assert (half["profile"][untouched] == whole["profile"][untouched]).all()
@@ -138,23 +167,114 @@ def test_cells_that_are_not_masked_are_as_without_masking(graph_data) -> None:
         np.testing.assert_array_equal(half["target_mask"].any(1), ~untouched[:n_dst])
 
 
-def test_hidden_entries_reach_no_batch(graph_data_factory) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_hidden_entries_reach_no_batch(graph_data_factory, masked: bool) -> None:
     """Other values at the hidden entries: tokens, values, profile and visibility stay the same."""
+    masks = {"mask_ratio": (0.2, 0.5), "gene_mask_ratio": 0.3, "mask_cells": 0.7} if masked else {}
     rng = np.random.default_rng(0)
     expression = np.log1p(rng.poisson(1.0, (90, 25))).astype(np.float32)
     hidden = rng.random((90, 25)) < 0.3
     other = np.where(hidden, 7.0, expression).astype(np.float32)
     a = graph_data_factory(expression=expression, hidden=hidden)
     b = graph_data_factory(expression=expression, matrix=other, hidden=hidden)
-    for left, right in zip(make_loader(a), make_loader(b), strict=True):
-        for key in ("feature_id", "padding", "value", "profile", "visible", "target_mask"):
+    for left, right in zip(make_loader(a, **masks), make_loader(b, **masks), strict=True):
+        for key in ("feature_id", "padding", "value", "profile", "visible", "pattern", "target_mask"):
             assert (left[key] == right[key]).all(), key
         hidden_here = torch.from_numpy(hidden[left["nodes"].numpy()])
-        assert (left["visible"] == ~hidden_here).all()
-        assert not left["target_mask"].any(), "what is hidden from outside is no training target"
+        if not masked:
+            assert (visible_in(left) == ~hidden_here).all()
+            assert not left["target_mask"].any(), "what is hidden from outside is no training target"
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_masks_come_on_top_of_hidden_entries(graph_data_factory, batch_size: int, alone: bool) -> None:
+    """Also in a batch of a single cell."""
+    hidden = np.random.default_rng(0).random((90, 25)) < 0.3
+    hidden[:, 3] = True
+    data = graph_data_factory(hidden=hidden)
+    if alone:
+        data.graph = NodeGraph(0 * data.graph.csr, self_loops=False)
+    n_targets = 0
+    for batch in make_loader(data, batch_size=batch_size, mask_ratio=(0.2, 0.5), gene_mask_ratio=0.3):
+        hidden_here = torch.from_numpy(hidden[batch["nodes"].numpy()])
+        visible, n_dst = visible_in(batch), batch["n_nodes"][-1]
+        assert not (visible & hidden_here).any()
+        assert (batch["target_mask"] == (~hidden_here & ~visible)[:n_dst]).all()
+        assert (batch["profile"][~visible] == 0).all()
+        assert visible.gather(1, batch["feature_id"])[~batch["padding"]].all()
+        n_targets += int(batch["target_mask"].sum())
+    share = n_targets / (~hidden).sum()
+    assert 0.3 < share < 0.6, "a third by cell, and 0.15 of the rest by gene"
+
+
+def test_genes_that_are_not_measured_are_neither_visible_nor_targets(graph_data) -> None:
+    graph_data.source.measured = np.arange(25) != 7
+    for masks in ({}, {"mask_ratio": (0.2, 0.5), "gene_mask_ratio": 0.3}):
+        for batch in make_loader(graph_data, **masks):
+            assert not visible_in(batch)[:, 7].any()
+            assert not batch["target_mask"][:, 7].any()
+            assert (batch["profile"][:, 7] == 0).all()
+            assert not ((batch["feature_id"] == 7) & ~batch["padding"]).any()
+
+
+def test_a_batch_depends_on_its_destinations_and_seed_alone(graph_data) -> None:
+    dataset = make_dataset(graph_data, mask_ratio=(0.2, 0.5), gene_mask_ratio=0.3)
+    nodes = np.array([7, 3, 60])
+    first = dataset[Destinations(nodes, 1)]
+    other = dataset[Destinations(nodes, 2)]
+    assert_equal(dataset[Destinations(nodes, 1)], first)
+    assert (visible_in(other) != visible_in(first)).any()
+
+
+def test_every_batch_has_masks_of_its_own(graph_data) -> None:
+    for sampler in (make_sampler(graph_data), make_sampler(graph_data, shuffle=True)):
+        seeds = [item.seed for _ in range(2) for item in sampler]
+        assert len(set(seeds)) == len(seeds) // (1 if sampler.shuffle else 2)
+
+
+def test_destinations_of_a_block_follow_the_curve(graph_data) -> None:
+    for item in make_sampler(graph_data, shuffle=True):
+        assert (np.diff(graph_data.rank[item.nodes]) > 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_batches_of_workers_are_those_of_this_process(graph_data) -> None:
+    kwargs = {"batch_size": 32, "shuffle": True, "mask_ratio": (0.2, 0.5), "gene_mask_ratio": 0.3}
+    loaders = make_loader(graph_data, **kwargs), make_loader(graph_data, num_workers=1, **kwargs)
+    for _ in range(2):
+        for here, there in zip(*loaders, strict=True):
+            assert_equal(here, there)
+
+
+@pytest.mark.parametrize("n_batches", [6, 7])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_devices_share_the_blocks_of_each_epoch(graph_data, shuffle: bool, n_batches: int) -> None:
+    """As Lightning wraps a sampler for training and validation on two devices, which have a process each."""
+    indices = np.flatnonzero(graph_data.library == 1)[: 8 * n_batches]
+    kwargs = {"batch_size": 8, "shuffle": shuffle, "random_state": 3}
+    alone = make_sampler(graph_data, indices, **kwargs)
+    assert len(alone) == n_batches
+    ranks = [
+        DistributedSamplerWrapper(make_sampler(graph_data, indices, **kwargs), 2, rank, shuffle=shuffle)
+        for rank in (0, 1)
+    ]
+    loaders = [block_loader(make_dataset(graph_data), rank) for rank in ranks]
+    cuts = set()
+    for epoch in range(3):
+        for rank in ranks:
+            rank.set_epoch(epoch)
+        blocks = [[frozenset(destinations(batch).tolist()) for batch in loader] for loader in loaders]
+        assert len(blocks[0]) == len(blocks[1]) == -(-n_batches // 2)
+        expected = {frozenset(item.nodes.tolist()) for item in alone}
+        assert len(expected) == n_batches
+        assert set(blocks[0] + blocks[1]) == expected, "one cut for both, and no block left out"
+        cuts.add(frozenset(expected))
+    assert (len(cuts) > 1) == shuffle
 
 
 def test_no_destinations_no_batches(graph_data) -> None:
-    loader = make_loader(graph_data, np.array([], dtype=np.int64))
-    assert len(loader) == 0
-    assert list(loader) == []
+    for shuffle in (True, False):
+        loader = make_loader(graph_data, np.array([], dtype=np.int64), shuffle=shuffle)
+        assert len(loader) == 0
+        assert list(loader) == []

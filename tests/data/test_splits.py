@@ -1,4 +1,4 @@
-"""`spatial_blocks`: sizes, coverage, libraries, seeds and compactness."""
+"""`spatial_blocks`: sizes, coverage, libraries, seeds and compactness; and the curve along which nodes are ranked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial import cKDTree
 
-from fimp_sc.data import spatial_blocks
+from fimp_sc.data import curve_rank, spatial_blocks
 
 
 @given(
@@ -81,3 +82,67 @@ def test_the_input_is_not_changed() -> None:
 def test_errors(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         spatial_blocks(np.zeros((9, 2)), **arguments)
+
+
+@given(
+    n=st.integers(1, 60),
+    n_dims=st.integers(1, 3),
+    n_places=st.sampled_from([1, 3, 1000]),
+    scale=st.sampled_from([1e-9, 1.0, 1e9]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_ranks_are_a_permutation(n, n_dims, n_places, scale, seed) -> None:
+    points = scale * np.random.default_rng(seed).integers(-n_places, n_places, (n, n_dims)).astype(float)
+    before = points.copy()
+    rank = curve_rank(points)
+    assert rank.dtype == np.int64
+    np.testing.assert_array_equal(np.sort(rank), np.arange(n))
+    np.testing.assert_array_equal(points, before)
+
+
+@pytest.mark.parametrize("n_dims", [1, 2, 3])
+def test_on_a_line_the_curve_sorts(n_dims: int) -> None:
+    """Also on a line along any one of several axes."""
+    line = np.random.default_rng(0).permutation(500) - 250.0
+    for axis in range(n_dims):
+        points = np.full((500, n_dims), 7.0)
+        points[:, axis] = line
+        np.testing.assert_array_equal(curve_rank(points), line + 250)
+
+
+def test_one_dimension_is_sorted_at_any_resolution() -> None:
+    points = np.random.default_rng(0).permutation(100) * 1e-12 + np.repeat([0.0, 1e6], 50)
+    np.testing.assert_array_equal(curve_rank(points[:, None]), np.argsort(np.argsort(points, kind="stable")))
+
+
+@pytest.mark.parametrize("n_dims", [1, 2, 3])
+def test_nodes_at_one_place_keep_their_order(n_dims: int) -> None:
+    np.testing.assert_array_equal(curve_rank(np.full((20, n_dims), 3.5)), np.arange(20))
+
+
+@pytest.mark.parametrize("n_dims", [2, 3])
+def test_near_in_space_is_near_on_the_curve(n_dims: int) -> None:
+    points = np.random.default_rng(0).random((3000, n_dims)) * [10.0, 1.0, 0.1][:n_dims]
+    scaled = points / points.max(0)
+    rank, nearest = curve_rank(points), cKDTree(scaled).query(scaled, 2)[1][:, 1]
+    apart = np.abs(rank - rank[nearest])
+    # Of two random nodes: 1000 on average.
+    assert apart.mean() < 100
+    assert np.median(apart) < 10
+
+
+@pytest.mark.parametrize("n_dims", [2, 3])
+def test_consecutive_nodes_of_a_grid_fill_squares_within_squares(n_dims: int) -> None:
+    grid = np.stack(np.meshgrid(*[np.arange(8.0)] * n_dims), axis=-1).reshape(-1, n_dims)
+    grid = np.random.default_rng(0).permutation(grid)
+    path = grid[np.argsort(curve_rank(grid))].reshape(-1, n_dims)
+    for side in (2, 4):
+        for square in path.reshape(-1, side**n_dims, n_dims):
+            assert (np.ptp(square, axis=0) == side - 1).all()
+            assert (square.min(0) % side == 0).all()
+
+
+def test_units_of_the_axes_do_not_matter() -> None:
+    points = np.random.default_rng(0).random((300, 3))
+    np.testing.assert_array_equal(curve_rank(points * [4.0, 0.5, 1024.0]), curve_rank(points))

@@ -63,7 +63,7 @@ def splitter(graph_data):
 
 
 def masks(loader) -> list[np.ndarray]:
-    return [batch["visible"].numpy() for batch in loader]
+    return [batch["visible"][batch["pattern"]].numpy() for batch in loader]
 
 
 def test_loaders_serve_each_cell_of_their_part_once(splitter) -> None:

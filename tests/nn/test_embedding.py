@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -17,15 +18,17 @@ def make_embedding(n_features=7, d_model=4) -> FeatureEmbedding:
     return embedding
 
 
-def test_equals_the_formula_gene_by_gene() -> None:
+@pytest.mark.parametrize("pattern", [[0, 1, 2], [2, 0, 2], [3, 1, 1]])
+def test_equals_the_formula_gene_by_gene(pattern: list[int]) -> None:
     embedding = make_embedding()
     n, f, g = 3, 4, 7
     feature_id = torch.tensor([[0, 3, 6, 2], [1, 0, 5, 4], [6, 5, 4, 3]])
-    visible = torch.ones(n, g, dtype=torch.bool)
-    visible[0, 1], visible[2, :3] = False, False
+    patterns, pattern = torch.ones(4, g, dtype=torch.bool), torch.tensor(pattern)
+    patterns[0, 1], patterns[2, :3], patterns[3, 4:] = False, False, False
+    visible = patterns[pattern]
     profile = torch.randn(n, g) * visible
     value = profile.gather(1, feature_id)
-    out = embedding(feature_id, value, profile, visible)
+    out = embedding(feature_id, value, profile, patterns, pattern)
     assert out.shape == (n, 1 + f, 4)
     energy = embedding.loading.square()
     for i in range(n):
@@ -44,8 +47,8 @@ def test_starts_at_principal_component_scores() -> None:
     embedding.start_from(loading)
     nn.init.zeros_(embedding.summary)
     profile = torch.randn(5, 7)
-    everything = torch.ones(5, 7, dtype=torch.bool)
-    summary = embedding(torch.zeros(5, 1, dtype=torch.int64), torch.zeros(5, 1), profile, everything)[:, 0]
+    everything = torch.ones(1, 7, dtype=torch.bool), torch.zeros(5, dtype=torch.int64)
+    summary = embedding(torch.zeros(5, 1, dtype=torch.int64), torch.zeros(5, 1), profile, *everything)[:, 0]
     torch.testing.assert_close(summary[:, :3], profile @ torch.from_numpy(loading).float())
     assert (summary[:, 3:] == 0).all()
 
@@ -53,7 +56,7 @@ def test_starts_at_principal_component_scores() -> None:
 def test_cell_of_which_nothing_is_visible_is_finite_also_in_its_gradient() -> None:
     embedding = make_embedding()
     ids, zeros = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1)
-    out = embedding(ids, zeros, torch.zeros(1, 7), torch.zeros(1, 7, dtype=torch.bool))
+    out = embedding(ids, zeros, torch.zeros(1, 7), torch.zeros(1, 7, dtype=torch.bool), ids[:, 0])
     torch.testing.assert_close(out[0, 0], embedding.summary)
     out.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in embedding.parameters())
@@ -66,6 +69,6 @@ def test_hiding_a_random_half_of_the_genes_keeps_the_size_of_the_summary() -> No
     profile = embedding.loading.detach().sum(1).expand(50, 400) + 0.01
     visible = torch.rand(50, 400) < 0.5
     ids, zeros = torch.zeros(50, 1, dtype=torch.int64), torch.zeros(50, 1)
-    whole = embedding(ids, zeros, profile, torch.ones_like(visible))[0, 0]
-    half = embedding(ids, zeros, profile * visible, visible)[:, 0].mean(0)
+    whole = embedding(ids, zeros, profile, torch.ones_like(visible), torch.arange(50))[0, 0]
+    half = embedding(ids, zeros, profile * visible, visible, torch.arange(50))[:, 0].mean(0)
     torch.testing.assert_close(half, whole, rtol=0.1, atol=0.05)

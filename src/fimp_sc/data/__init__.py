@@ -3,22 +3,29 @@
 from fimp_sc.data._batch import Batch
 from fimp_sc.data._expression import ExpressionSource, GeneStatistics
 from fimp_sc.data._graph import Block, NodeGraph
-from fimp_sc.data._loader import BlockLoader, GraphData
-from fimp_sc.data._splits import spatial_blocks
+from fimp_sc.data._loader import BlockDataset, BlockSampler, Destinations, GraphData, block_loader
+from fimp_sc.data._rows import MatrixRows, open_rows
+from fimp_sc.data._splits import curve_rank, spatial_blocks
 from fimp_sc.data._splitter import BlockSplitter, split_by_blocks
-from fimp_sc.data._tokens import choose_tokens, hide_entries
+from fimp_sc.data._tokens import choose_tokens, hide_genes
 
 __all__ = [
     "Batch",
     "Block",
-    "BlockLoader",
+    "BlockDataset",
+    "BlockSampler",
     "BlockSplitter",
+    "Destinations",
     "ExpressionSource",
     "GeneStatistics",
     "GraphData",
+    "MatrixRows",
     "NodeGraph",
+    "block_loader",
     "choose_tokens",
-    "hide_entries",
+    "curve_rank",
+    "hide_genes",
+    "open_rows",
     "spatial_blocks",
     "split_by_blocks",
 ]

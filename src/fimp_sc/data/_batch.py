@@ -32,7 +32,9 @@ class Batch(TypedDict):
     profile: Tensor
     """``(n, g)`` float32, centred values of all features, 0 where not visible."""
     visible: Tensor
-    """``(n, g)`` bool, features whose value may be used."""
+    """``(n_patterns, g)`` bool, features whose value may be used."""
+    pattern: Tensor
+    """``(n,)`` int64, which pattern of ``visible`` holds for each node."""
     target: Tensor
     """``(n_dst, g)`` float32, centred values to predict."""
     target_mask: Tensor

@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
+from fimp_sc.data._rows import open_rows
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from fimp_sc.data._checks import InputScale
 
 # The mean of a batch is shrunk towards the training mean as if that many training cells were added to it.
 _PRIOR_CELLS = 20.0
-_ROWS = 1024
+# Rows read at once where rows are picked rather than streamed.
+_ROWS = 4096
 
 
 @dataclass
@@ -43,12 +48,13 @@ class ExpressionSource:
     Counts and normalised values are divided by the cell's total over the genes that the model knows, multiplied by
     ``target_sum`` (times the share that these genes have in the training data, when some are not measured) and
     ``log1p`` transformed; values on the log scale are used as they are. The user's matrix is never changed and
-    stays sparse: only the rows of a block become dense.
+    stays where it is, in memory or on disk: one pass over it finds totals and means, after which only the rows of a
+    block are read, and only they become dense.
 
     Parameters
     ----------
     matrix
-        ``(n_obs, n_vars)`` CSR, CSC or dense.
+        ``(n_obs, n_vars)`` in any form that :func:`~fimp_sc.data._rows.open_rows` reads.
     columns
         ``(n_genes,)`` int64, column of each gene of the model in ``matrix``, -1 where it is not measured.
     input_scale
@@ -65,33 +71,41 @@ class ExpressionSource:
 
     def __init__(
         self,
-        matrix: sparse.spmatrix | NDArray[np.floating],
+        matrix: Any,
         columns: NDArray[np.int64],
         input_scale: InputScale,
         statistics: GeneStatistics | None,
         batch: NDArray[np.int64] | None = None,
         hidden: sparse.spmatrix | NDArray[np.bool_] | None = None,
     ) -> None:
-        self._matrix: Any = sparse.csr_matrix(matrix) if sparse.issparse(matrix) else np.asarray(matrix)
-        self._columns = columns
+        self._rows = open_rows(matrix)
         self._scale = input_scale
-        self._hidden = sparse.csr_matrix(hidden) if hidden is not None else None
         self.measured = columns >= 0
-        n_obs = self._matrix.shape[0]
-        if self._hidden is not None and self._hidden.shape != self._matrix.shape:
-            raise ValueError(
-                f"hidden must have the shape of the expression, {self._matrix.shape}: found {self._hidden.shape}"
-            )
-        # Values on the log scale are used as they are: of their totals only the common one is ever needed.
-        total = self._totals() if input_scale != "log" or statistics is None else np.ones(n_obs)
-        self.target_sum = statistics.target_sum if statistics else float(np.median(total[total > 0]))
-        if input_scale == "log":
-            self.factor = np.ones(n_obs, dtype=np.float32)
-        else:
-            known = float(statistics.fraction[self.measured].sum()) if statistics else 1.0
-            self.factor = (self.target_sum * known / np.where(total > 0, total, 1.0)).astype(np.float32)
+        n_obs, n_vars = self._rows.shape
+        self._columns = columns
+        # Gene of the model in each column of the matrix; None where they agree and nothing needs to move.
+        self._gene: NDArray[np.int64] | None = None
+        if len(columns) != n_vars or (columns != np.arange(n_vars)).any():
+            self._gene = np.full(n_vars, -1, dtype=np.int64)
+            self._gene[columns[self.measured]] = np.flatnonzero(self.measured)
+        self._hidden = sparse.csr_matrix(hidden) if hidden is not None else None
+        if self._hidden is not None:
+            if self._hidden.shape != self._rows.shape:
+                raise ValueError(
+                    f"hidden must have the shape of the expression, {self._rows.shape}: found {self._hidden.shape}"
+                )
+            self._hidden = self._in_genes(self._hidden.astype(bool))
         self.batch = np.zeros(n_obs, dtype=np.int64) if batch is None else batch
-        self.center = self._centers(statistics) if statistics else np.zeros((1, len(columns)), np.float32)
+        self.factor = np.ones(n_obs, dtype=np.float32)
+        if statistics is None:
+            total = self._totals()
+            self.target_sum = float(np.median(total[total > 0]))
+            if input_scale != "log":
+                self.factor = _factor(total, self.target_sum)
+            self.center = np.zeros((1, len(columns)), np.float32)
+        else:
+            self.target_sum = statistics.target_sum
+            self.center = self._factors_and_centers(statistics)
 
     @property
     def n_genes(self) -> int:
@@ -100,68 +114,120 @@ class ExpressionSource:
 
     def rows(self, nodes: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return ``(len(nodes), n_genes)`` float32 log-normalised values, 0 for genes that are not measured."""
-        block = self._raw(nodes)
-        if self._scale != "log":
-            block *= self.factor[nodes, None]
-            np.log1p(block, out=block)
-        return block
-
-    def observed(self, nodes: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return ``(len(nodes), n_genes)`` bool: the gene is measured and its value not hidden."""
-        seen = np.broadcast_to(self.measured, (len(nodes), self.n_genes)).copy()
-        if self._hidden is not None:
-            seen[:, self.measured] &= ~self._hidden[nodes].toarray().astype(bool)[:, self._columns[self.measured]]
-        return seen
+        values = self._normalised(self._in_genes(self._rows.read(nodes)), nodes)
+        return values.toarray() if sparse.issparse(values) else values
 
     def sparse_rows(self, nodes: NDArray[np.int64]) -> sparse.csr_matrix:
         """Return the same values as :meth:`rows` as CSR; for statistics that must not become dense."""
-        parts = [sparse.csr_matrix(self.rows(nodes[i : i + _ROWS])) for i in range(0, len(nodes), _ROWS)]
+        parts = [
+            sparse.csr_matrix(self._normalised(self._in_genes(self._rows.read(part)), part))
+            for part in (nodes[i : i + _ROWS] for i in range(0, len(nodes), _ROWS))
+        ]
         empty = sparse.csr_matrix((0, self.n_genes), dtype=np.float32)
         return sparse.csr_matrix(sparse.vstack([empty, *parts], format="csr"))
+
+    def observed(self, nodes: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """Return which genes are measured and not hidden, as the distinct patterns and the pattern of each node.
+
+        Returns
+        -------
+        ``(n_patterns, n_genes)`` bool and ``(len(nodes),)`` int64. Without hidden entries there is one pattern.
+        """
+        if self._hidden is None:
+            return self.measured[None], np.zeros(len(nodes), dtype=np.int64)
+        return self.measured & ~self._hidden[nodes].toarray(), np.arange(len(nodes))
 
     def gene_statistics(self, nodes: NDArray[np.int64]) -> GeneStatistics:
         """Compute mean and share of counts of each gene over ``nodes``."""
         mean = np.zeros(self.n_genes, dtype=np.float64)
         counts = np.zeros(self.n_genes, dtype=np.float64)
-        for i in range(0, len(nodes), _ROWS):
-            raw = self._raw(nodes[i : i + _ROWS])
-            counts += (np.expm1(raw) if self._scale == "log" else raw).sum(0, dtype=np.float64)
-            mean += self.rows(nodes[i : i + _ROWS]).sum(0, dtype=np.float64)
+        for part in (nodes[i : i + _ROWS] for i in range(0, len(nodes), _ROWS)):
+            raw = self._in_genes(self._rows.read(part))
+            counts += _gene_sums(_apply(raw, np.expm1) if self._scale == "log" else raw)
+            mean += _gene_sums(self._normalised(raw, part))
         return GeneStatistics(
             mean=(mean / len(nodes)).astype(np.float32),
             fraction=(counts / counts.sum()).astype(np.float32),
             target_sum=self.target_sum,
         )
 
-    def _raw(self, nodes: NDArray[np.int64]) -> NDArray[np.float32]:
-        part = self._matrix[nodes]
-        part = part.toarray() if sparse.issparse(part) else part
-        block = np.zeros((len(nodes), self.n_genes), dtype=np.float32)
-        block[:, self.measured] = part[:, self._columns[self.measured]]
-        return block
+    def _in_genes(self, block: Any) -> Any:
+        """Return a block of rows with the genes of the model as columns; sparse stays sparse."""
+        if sparse.issparse(block) and not block.has_canonical_format:
+            # An entry may be stored in parts, whose logarithms do not add up to that of their sum.
+            block = block.copy()
+            block.sum_duplicates()
+        if self._gene is None:
+            return block
+        if not sparse.issparse(block):
+            out = np.zeros((len(block), self.n_genes), dtype=block.dtype)
+            out[:, self.measured] = block[:, self._columns[self.measured]]
+            return out
+        gene = self._gene[block.indices]
+        known = gene >= 0
+        indptr = np.concatenate([[0], np.cumsum(known)])[block.indptr]
+        return sparse.csr_matrix((block.data[known], gene[known], indptr), shape=(block.shape[0], self.n_genes))
+
+    def _normalised(self, raw: Any, nodes: NDArray[np.int64]) -> Any:
+        if self._scale == "log":
+            return raw.astype(np.float32)
+        if sparse.issparse(raw):
+            data = raw.data.astype(np.float32)
+            data *= np.repeat(self.factor[nodes], np.diff(raw.indptr))
+            return sparse.csr_matrix((np.log1p(data, out=data), raw.indices, raw.indptr), shape=raw.shape)
+        values = raw.astype(np.float32)
+        values *= self.factor[nodes, None]
+        return np.log1p(values, out=values)
+
+    def _stream(self) -> Iterator[tuple[NDArray[np.int64], Any]]:
+        for first, block in self._rows.stream():
+            yield np.arange(first, first + block.shape[0]), self._in_genes(block)
 
     def _totals(self) -> NDArray[np.float64]:
-        if self._scale == "log":
-            nodes = np.arange(self._matrix.shape[0])
-            parts = [np.expm1(self._raw(nodes[i : i + _ROWS])).sum(1, dtype=np.float64) for i in nodes[::_ROWS]]
-            return np.concatenate(parts)
-        known = self._columns[self.measured]
-        if sparse.issparse(self._matrix):
-            indicator = np.zeros(self._matrix.shape[1])
-            indicator[known] = 1.0
-            return np.asarray(self._matrix @ indicator).ravel()
-        return self._matrix[:, known].sum(1, dtype=np.float64)
+        parts = (_apply(raw, np.expm1) if self._scale == "log" else raw for _, raw in self._stream())
+        return np.concatenate([_cell_sums(raw) for raw in parts])
 
-    def _centers(self, statistics: GeneStatistics) -> NDArray[np.float32]:
+    def _factors_and_centers(self, statistics: GeneStatistics) -> NDArray[np.float32]:
+        known = float(statistics.fraction[self.measured].sum())
         n_batches = int(self.batch.max()) + 1
         total = np.zeros((n_batches, self.n_genes))
         seen = np.zeros((n_batches, self.n_genes))
-        for i in range(0, len(self.batch), _ROWS):
-            nodes = np.arange(i, min(i + _ROWS, len(self.batch)))
-            values, observed = self.rows(nodes), self.observed(nodes)
+        for nodes, raw in self._stream():
+            if self._scale != "log":
+                self.factor[nodes] = _factor(_cell_sums(raw), self.target_sum * known)
+            values = self._normalised(raw, nodes)
+            hidden = None if self._hidden is None else self._hidden[nodes]
+            if hidden is not None:
+                if sparse.issparse(values):
+                    values = values - values.multiply(hidden)
+                else:
+                    values[hidden.nonzero()] = 0.0
             for code in np.unique(self.batch[nodes]):
                 mine = self.batch[nodes] == code
-                total[code] += (values[mine] * observed[mine]).sum(0)
-                seen[code] += observed[mine].sum(0)
+                total[code] += _gene_sums(values if mine.all() else values[mine])
+                seen[code] += self.measured * float(mine.sum())
+                if hidden is not None:
+                    seen[code] -= np.asarray(hidden[mine].sum(0)).ravel() * self.measured
         mean = (total + _PRIOR_CELLS * statistics.mean) / (seen + _PRIOR_CELLS)
         return mean.astype(np.float32)
+
+
+def _factor(total: NDArray[np.float64], target_sum: float) -> NDArray[np.float32]:
+    return (target_sum / np.where(total > 0, total, 1.0)).astype(np.float32)
+
+
+def _apply(block: Any, function: np.ufunc) -> Any:
+    """Apply a function that keeps zeros."""
+    if not sparse.issparse(block):
+        return function(block)
+    return sparse.csr_matrix((function(block.data), block.indices, block.indptr), shape=block.shape)
+
+
+def _cell_sums(block: Any) -> NDArray[np.float64]:
+    return np.asarray(block.sum(1, dtype=np.float64)).ravel()
+
+
+def _gene_sums(block: Any) -> NDArray[np.float64]:
+    if not sparse.issparse(block):
+        return block.sum(0, dtype=np.float64)
+    return np.asarray(np.bincount(block.indices, block.data, minlength=block.shape[1]), dtype=np.float64)

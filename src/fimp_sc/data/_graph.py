@@ -43,31 +43,38 @@ class NodeGraph:
     """
 
     def __init__(self, connectivities: ArrayLike, *, self_loops: bool) -> None:
-        graph = sparse.csr_matrix(connectivities, dtype=np.float32, copy=True)
-        graph.data[:] = graph.data != 0
-        graph.setdiag(0)
-        graph.eliminate_zeros()
+        graph = sparse.csr_matrix(connectivities)
+        row = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))
+        real = (graph.data != 0) & (graph.indices != row)
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(row[real], minlength=graph.shape[0]))])
+        edges = (np.ones(indptr[-1], np.float32), graph.indices[real], indptr)
+        graph = sparse.csr_matrix(edges, shape=graph.shape)
+        graph.sum_duplicates()
         self.degree = np.diff(graph.indptr)
         if self_loops:
             graph = sparse.csr_matrix(graph + sparse.identity(graph.shape[0], dtype=np.float32, format="csr"))
         graph.sort_indices()
+        graph.data[:] = 1.0
         self.csr = graph
 
     def block(self, destinations: ArrayLike, n_layers: int) -> Block:
         """Return the destinations with their ``n_layers``-hop halo; each layer only updates what later ones read."""
         nodes = np.asarray(destinations, dtype=np.int64)
-        position = np.full(self.csr.shape[0], -1, dtype=np.int64)
-        position[nodes] = np.arange(len(nodes))
         counts = [len(nodes)]
         indptr, indices = [], []
         for _ in range(n_layers):
             rows = self.csr[nodes]
-            sources = rows.indices.astype(np.int64)
-            new = np.unique(sources[position[sources] < 0])
-            position[new] = np.arange(len(nodes), len(nodes) + len(new))
+            sources, inverse = np.unique(rows.indices.astype(np.int64), return_inverse=True)
+            # Looked up among the nodes of the block: an array over all nodes would cost the more the larger the
+            # graph.
+            order = np.argsort(nodes)
+            place = np.minimum(np.searchsorted(nodes, sources, sorter=order), len(nodes) - 1)
+            position = order[place]
+            new = nodes[position] != sources
+            position[new] = np.arange(len(nodes), len(nodes) + new.sum())
             indptr.append(rows.indptr.astype(np.int64))
-            indices.append(position[sources])
-            nodes = np.concatenate([nodes, new])
+            indices.append(position[inverse])
+            nodes = np.concatenate([nodes, sources[new]])
             counts.append(len(nodes))
         return Block(nodes, counts[::-1], indptr[::-1], indices[::-1])
 

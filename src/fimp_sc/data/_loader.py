@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fimp_sc.data._splits import spatial_blocks
-from fimp_sc.data._tokens import choose_tokens, hide_entries
+from fimp_sc.data._splits import curve_rank, spatial_blocks
+from fimp_sc.data._tokens import choose_tokens, hide_genes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,12 +51,21 @@ class GraphData:
     label: NDArray[np.int64]
     gene_rank: Tensor
 
+    @cached_property
+    def rank(self) -> NDArray[np.int64]:
+        """Place of each node along a space-filling curve."""
+        return curve_rank(self.coordinates)
 
-class BlockLoader:
-    """Iterate over compact blocks of destinations.
 
-    A block holds its destinations and the halo that ``n_layers`` layers read, so its result equals that of the
-    whole graph. In training the cuts move and the blocks are shuffled every epoch.
+class Destinations(NamedTuple):
+    """What a batch is made from: destinations, and the seed of its masks."""
+
+    nodes: NDArray[np.int64]
+    seed: int
+
+
+class BlockSampler(Sampler[Destinations]):
+    """Cut destinations into compact blocks; in training the cuts move and the blocks are shuffled every epoch.
 
     Parameters
     ----------
@@ -67,16 +78,6 @@ class BlockLoader:
     parts
         Compact blocks, from anywhere in the tissue, that make up a batch. One block has the smallest halo, but its
         cells are alike: steps over one domain at a time pull the weights to and fro.
-    n_layers
-        Number of layers, hence hops of the halo.
-    n_tokens
-        Token budget per cell.
-    mask_ratio
-        Smallest and largest share of entries hidden for masked prediction; ``None`` hides nothing.
-    gene_mask_ratio
-        Largest share of genes hidden in all cells of a block.
-    mask_cells
-        Probability that a cell is masked at all.
     shuffle
         Whether cuts, order and masks change every epoch. Without it they are the same in every pass.
     random_state
@@ -89,83 +90,162 @@ class BlockLoader:
         indices: NDArray[np.int64],
         *,
         batch_size: int,
-        n_layers: int,
-        n_tokens: int,
         parts: int = 1,
-        mask_ratio: tuple[float, float] | None = None,
-        gene_mask_ratio: float = 0.0,
-        mask_cells: float = 1.0,
         shuffle: bool = False,
         random_state: int = 0,
     ) -> None:
         self.data = data
         self.indices = np.asarray(indices, dtype=np.int64)
-        self.batch_size = batch_size
+        self.block_size = max(batch_size // parts, 1)
         self.parts = parts
+        self.shuffle = shuffle
+        self.random_state = random_state
+        self._epoch = 0
+        counts = np.unique(data.library[self.indices], return_counts=True)[1]
+        self._n_batches = -(-int((-(-counts // self.block_size)).sum()) // parts)
+
+    def __len__(self) -> int:
+        return self._n_batches
+
+    def __iter__(self) -> Iterator[Destinations]:
+        rng = np.random.default_rng((self.random_state, self._epoch if self.shuffle else 0))
+        blocks = self._cut(rng if self.shuffle else None)
+        if self.shuffle:
+            self._epoch += 1
+            rng.shuffle(blocks)
+        for i in range(0, len(blocks), self.parts):
+            yield Destinations(np.concatenate(blocks[i : i + self.parts]), int(rng.integers(2**62)))
+
+    def _cut(self, rng: np.random.Generator | None) -> list[NDArray[np.int64]]:
+        if not len(self.indices):
+            return []
+        data, nodes = self.data, self.indices
+        block = spatial_blocks(data.coordinates[nodes], self.block_size, library=data.library[nodes], random_state=rng)
+        # Along the curve within a block: consecutive destinations share neighbours, whose keys and values then stay
+        # in the cache.
+        order = np.lexsort((data.rank[nodes], block))
+        return np.split(nodes[order], np.flatnonzero(np.diff(block[order])) + 1)
+
+
+class BlockDataset(Dataset["Batch"]):
+    """Make the batch of any destinations: their halo, values, masks and tokens.
+
+    A batch holds its destinations and the halo that ``n_layers`` layers read, so its result equals that of the whole
+    graph.
+
+    Parameters
+    ----------
+    data
+        What blocks are made of.
+    n_layers
+        Number of layers, hence hops of the halo.
+    n_tokens
+        Token budget per cell.
+    mask_ratio
+        Smallest and largest share of genes hidden for masked prediction; ``None`` hides nothing.
+    gene_mask_ratio
+        Largest share of genes hidden in all cells of a batch.
+    mask_cells
+        Probability that a cell is masked at all.
+    """
+
+    def __init__(
+        self,
+        data: GraphData,
+        *,
+        n_layers: int,
+        n_tokens: int,
+        mask_ratio: tuple[float, float] | None = None,
+        gene_mask_ratio: float = 0.0,
+        mask_cells: float = 1.0,
+    ) -> None:
+        self.data = data
         self.n_layers = n_layers
         self.n_tokens = n_tokens
         self.mask_ratio = mask_ratio
         self.gene_mask_ratio = gene_mask_ratio
         self.mask_cells = mask_cells
-        self.shuffle = shuffle
-        self.random_state = random_state
-        self._epoch = 0
-        self._n_batches = -(-len(self._cut(None)) // parts)
 
-    def __len__(self) -> int:
-        return self._n_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        seed = (self.random_state, self._epoch if self.shuffle else 0)
-        rng = np.random.default_rng(seed)
-        blocks = self._cut(rng if self.shuffle else None)
-        if self.shuffle:
-            self._epoch += 1
-            rng.shuffle(blocks)
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        for i in range(0, len(blocks), self.parts):
-            yield self._batch(np.concatenate(blocks[i : i + self.parts]), generator)
-
-    def _cut(self, rng: np.random.Generator | None) -> list[NDArray[np.int64]]:
-        if not len(self.indices):
-            return []
-        block = spatial_blocks(
-            self.data.coordinates[self.indices],
-            max(self.batch_size // self.parts, 1),
-            library=self.data.library[self.indices],
-            random_state=rng,
-        )
-        order = np.argsort(block, kind="stable")
-        return np.split(self.indices[order], np.flatnonzero(np.diff(block[order])) + 1)
-
-    def _batch(self, destinations: NDArray[np.int64], generator: torch.Generator) -> Batch:
-        data = self.data
+    def __getitem__(self, item: Destinations) -> Batch:
+        data, (destinations, seed) = self.data, item
         block = data.graph.block(destinations, self.n_layers)
-        n_dst = len(destinations)
-        expression = torch.from_numpy(data.source.rows(block.nodes))
-        observed = torch.from_numpy(data.source.observed(block.nodes))
-        visible = observed
-        if self.mask_ratio is not None:
-            visible = hide_entries(
-                observed,
-                self.mask_ratio,
-                gene_ratio=self.gene_mask_ratio,
-                cell_share=self.mask_cells,
-                generator=generator,
-            )
-        feature_id, padding = choose_tokens(expression, visible, self.n_tokens, data.gene_rank)
-        centred = expression - torch.from_numpy(data.source.center[data.source.batch[block.nodes]])
+        nodes, n_dst = block.nodes, len(destinations)
+        rows = data.source.sparse_rows(nodes)
+        visible, pattern, hidden = self._masks(nodes, n_dst, seed)
+        feature_id, padding = choose_tokens(rows, visible, pattern, self.n_tokens, data.gene_rank)
+
+        values = rows.toarray()
+        code = data.source.batch[nodes]
+        for batch in np.unique(code):
+            mine = code == batch
+            values[slice(None) if mine.all() else mine] -= data.source.center[batch]
+        profile = torch.from_numpy(values)
+        target = profile[:n_dst].clone()
+        if self.mask_ratio is not None or not visible.all():
+            profile.mul_(visible.float().index_select(0, pattern))
         return {
-            "nodes": torch.from_numpy(block.nodes),
+            "nodes": torch.from_numpy(nodes),
             "n_nodes": block.n_nodes,
             "indptr": [torch.from_numpy(part) for part in block.indptr],
             "indices": [torch.from_numpy(part) for part in block.indices],
             "feature_id": feature_id,
-            "value": centred.gather(1, feature_id).masked_fill_(padding, 0.0),
+            "value": profile.gather(1, feature_id).masked_fill_(padding, 0.0),
             "padding": padding,
-            "profile": centred * visible,
+            "profile": profile,
             "visible": visible,
-            "target": centred[:n_dst],
-            "target_mask": observed[:n_dst] & ~visible[:n_dst],
+            "pattern": pattern,
+            "target": target,
+            "target_mask": hidden,
             "label": torch.from_numpy(data.label[destinations]),
         }
+
+    def _masks(self, nodes: NDArray[np.int64], n_dst: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return visible genes of each pattern, the pattern of each node, and what is hidden of the destinations."""
+        source = self.data.source
+        # Copies: with Dask's workers the arrays of a source cannot be written to, which tensors must be.
+        observed, pattern = (torch.from_numpy(part.copy()) for part in source.observed(nodes))
+        visible = observed
+        if self.mask_ratio is not None:
+            visible, drawn = hide_genes(
+                observed.any(0),
+                len(nodes),
+                self.mask_ratio,
+                gene_ratio=self.gene_mask_ratio,
+                cell_share=self.mask_cells,
+                generator=torch.Generator().manual_seed(seed),
+            )
+            if len(observed) > 1:
+                visible, drawn = observed[pattern] & visible[drawn], torch.arange(len(nodes))
+            observed, pattern = observed.expand(len(visible), -1), drawn
+        return visible, pattern, (observed & ~visible)[pattern[:n_dst]]
+
+
+def block_loader(
+    dataset: BlockDataset, sampler: BlockSampler, *, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader[Batch]:
+    """Return a loader of the sampler's blocks.
+
+    Parameters
+    ----------
+    dataset, sampler
+        Where batches come from, and which.
+    num_workers
+        Processes that make batches ahead of their use. 0 makes them in this process.
+    pin_memory
+        Whether batches are put into page-locked memory, from where they reach a GPU faster.
+    """
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        collate_fn=_as_made,
+        # Of its own: the loader draws a seed whenever it is iterated, and would take it from the global state.
+        generator=torch.Generator(),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+    )
+
+
+def _as_made(batch: Any) -> Any:
+    return batch

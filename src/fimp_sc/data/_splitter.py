@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import numpy as np
 
-from fimp_sc.data._loader import BlockLoader
+from fimp_sc.data._loader import BlockDataset, BlockSampler, block_loader
 from fimp_sc.data._splits import spatial_blocks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch.utils.data import DataLoader
 
+    from fimp_sc.data._batch import Batch
     from fimp_sc.data._loader import GraphData
 
 # Blocks small enough to sample the whole section, large enough that most validation cells have no training neighbour.
@@ -69,25 +71,44 @@ class BlockSplitter(pl.LightningDataModule):
     train_idx, val_idx
         Destinations of each part. Cells of the other part may appear in a halo: their expression is seen, their
         loss and label are not.
-    **loader_kwargs
-        Passed to :class:`BlockLoader`.
+    batch_size, parts, random_state
+        See :class:`BlockSampler`.
+    num_workers, pin_memory
+        See :func:`block_loader`.
+    **dataset_kwargs
+        Passed to :class:`BlockDataset`.
     """
 
     def __init__(
-        self, data: GraphData, train_idx: NDArray[np.int64], val_idx: NDArray[np.int64], **loader_kwargs: Any
+        self,
+        data: GraphData,
+        train_idx: NDArray[np.int64],
+        val_idx: NDArray[np.int64],
+        *,
+        batch_size: int,
+        parts: int = 1,
+        random_state: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        **dataset_kwargs: Any,
     ) -> None:
         super().__init__()
         self.data = data
         self.train_idx, self.val_idx, self.test_idx = train_idx, val_idx, np.empty(0, dtype=np.int64)
         self.n_train, self.n_val = len(train_idx), len(val_idx)
-        self._loader_kwargs = loader_kwargs
+        self._cuts: dict[str, Any] = {"batch_size": batch_size, "random_state": random_state}
+        self._parts = parts
+        self._how: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self._dataset_kwargs = dataset_kwargs
 
-    def train_dataloader(self) -> BlockLoader:
-        return BlockLoader(self.data, self.train_idx, shuffle=True, **self._loader_kwargs)
+    def train_dataloader(self) -> DataLoader[Batch]:
+        sampler = BlockSampler(self.data, self.train_idx, parts=self._parts, shuffle=True, **self._cuts)
+        return block_loader(BlockDataset(self.data, **self._dataset_kwargs), sampler, **self._how)
 
-    def val_dataloader(self) -> BlockLoader | list[Any]:
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         if not self.n_val:
             return []
         # Validation does not need small steps, and hides nothing for whole genes: it asks how well the panel at
         # hand is predicted.
-        return BlockLoader(self.data, self.val_idx, **{**self._loader_kwargs, "parts": 1, "gene_mask_ratio": 0.0})
+        dataset = BlockDataset(self.data, **{**self._dataset_kwargs, "gene_mask_ratio": 0.0})
+        return block_loader(dataset, BlockSampler(self.data, self.val_idx, **self._cuts), **self._how)

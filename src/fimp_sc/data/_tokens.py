@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from scipy import sparse
     from torch import Tensor
 
+# Masks of a batch. Enough for cells to differ, few enough to cost nothing beside the values themselves.
+_N_PATTERNS = 64
 
-def choose_tokens(expression: Tensor, observed: Tensor, n_tokens: int, gene_rank: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose the genes that become tokens: the highest observed values of each cell.
+
+def choose_tokens(
+    expression: sparse.csr_matrix, visible: Tensor, pattern: Tensor, n_tokens: int, gene_rank: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Choose the genes that become tokens: the highest visible values of each cell.
 
     Equal values (counts are full of them) are ordered by ``gene_rank``, a seeded permutation, so that the choice is
     reproducible and favours no gene by its position in the file. Zeros carry no token, unless the whole panel fits
@@ -21,8 +29,9 @@ def choose_tokens(expression: Tensor, observed: Tensor, n_tokens: int, gene_rank
     ----------
     expression
         ``(n_nodes, n_genes)`` float32, log-normalised, not negative.
-    observed
-        ``(n_nodes, n_genes)`` bool. Genes that are hidden or not measured never become tokens.
+    visible, pattern
+        ``(n_patterns, n_genes)`` bool and ``(n_nodes,)`` int64: which genes each node shows. Genes that are hidden
+        or not measured never become tokens.
     n_tokens
         Token budget per cell.
     gene_rank
@@ -31,56 +40,95 @@ def choose_tokens(expression: Tensor, observed: Tensor, n_tokens: int, gene_rank
     Returns
     -------
     feature_id
-        ``(n_nodes, min(n_tokens, n_genes))`` int64 gene of each token.
+        ``(n_nodes, length)`` int64 gene of each token, best first; ``length`` is that of the longest sequence, as
+        columns that are padding in every cell cost attention and carry nothing.
     padding
         The same shape, bool, True where there is no token.
     """
-    n_genes = expression.shape[1]
-    candidates = observed if n_genes <= n_tokens else observed & (expression > 0)
-    # Ranks are spread over less than the distance between float32 values of expression that really differ.
-    score = expression + gene_rank * (1e-4 / n_genes)
-    score = torch.where(candidates, score, -1.0)
-    best, feature_id = score.topk(min(n_tokens, n_genes), dim=1)
-    padding = best < 0
-    # Trailing columns that are padding in every cell cost attention and carry nothing.
-    length = max(int((~padding).sum(1).max()), 1) if len(padding) else 1
-    return feature_id[:, :length], padding[:, :length]
+    n_nodes, n_genes = expression.shape
+    value, gene, length = expression.data, expression.indices, np.diff(expression.indptr)
+    if n_genes <= n_tokens:
+        value, gene = expression.toarray().ravel(), np.tile(np.arange(n_genes, dtype=gene.dtype), n_nodes)
+        length = np.full(n_nodes, n_genes)
+    row = np.repeat(np.arange(n_nodes, dtype=gene.dtype), length)
+    first_of_pattern = (pattern * n_genes).numpy().astype(gene.dtype)
+    shown = visible.numpy().ravel()
+
+    def seen(entries: NDArray[np.int64]) -> NDArray[np.int64]:
+        return entries[shown.take(first_of_pattern.take(row.take(entries)) + gene.take(entries))]
+
+    if n_genes <= n_tokens:
+        entries = np.arange(len(value))
+    else:
+        # Most counts of a cell are ones. Where enough higher ones are visible, these need not be ranked.
+        lowest = np.zeros(n_nodes, dtype=value.dtype)
+        lowest[length > 0] = np.minimum.reduceat(value, expression.indptr[:-1][length > 0]) if len(value) else 0
+        candidate = value > np.repeat(lowest, length)
+        higher = row.take(seen(np.flatnonzero(candidate)))
+        scarce = np.bincount(higher, minlength=n_nodes) < n_tokens
+        candidate |= np.repeat(scarce, length) & (value > 0)
+        entries = np.flatnonzero(candidate)
+    # Positions rather than masks: taking is several times faster than compressing.
+    entries = seen(entries)
+    value, gene, row = value.take(entries), gene.take(entries), row.take(entries)
+
+    length = np.bincount(row, minlength=n_nodes)
+    width = max(int(length.max(initial=0)), 1)
+    place = np.arange(len(row)) + (np.arange(n_nodes) * width - np.cumsum(length) + length)[row]
+    # Ranks are spread over less than the distance between values of expression that really differ. In float64 no two
+    # of them coincide, so that the choice does not depend on what else is in the batch.
+    score = np.full(n_nodes * width, -1.0)
+    score[place] = value.astype(np.float64) + gene_rank.numpy()[gene] * (1e-4 / n_genes)
+    genes = np.zeros(n_nodes * width, dtype=np.int64)
+    genes[place] = gene
+    best, chosen = torch.from_numpy(score).view(n_nodes, width).topk(min(n_tokens, width), dim=1)
+    return torch.from_numpy(genes).view(n_nodes, width).gather(1, chosen), best < 0
 
 
-def hide_entries(
-    observed: Tensor,
+def hide_genes(
+    measured: Tensor,
+    n_nodes: int,
     ratio: tuple[float, float],
     *,
     gene_ratio: float = 0.0,
     cell_share: float = 1.0,
     generator: torch.Generator,
-) -> Tensor:
-    """Hide entries for masked prediction, independently of their value.
+) -> tuple[Tensor, Tensor]:
+    """Hide genes for masked prediction, independently of their value.
+
+    Masks are drawn per batch and dealt out to its cells: a mask for every cell would cost more than all else in
+    making a batch of whole transcriptomes.
 
     Parameters
     ----------
-    observed
-        ``(n_nodes, n_genes)`` bool, what is known.
+    measured
+        ``(n_genes,)`` bool, what is known.
+    n_nodes
+        Cells to serve.
     ratio
-        Smallest and largest share of hidden entries; each cell draws its own.
+        Smallest and largest share of hidden genes; each mask draws its own.
     gene_ratio
-        Largest share of genes hidden in *all* cells at once, drawn for each block, as in a section with another
-        panel.
+        Largest share of genes hidden in *all* cells at once, as in a section with another panel.
     cell_share
-        Probability that a cell has hidden entries at all, and that a block has hidden genes.
+        Probability that a cell has a mask at all, and that genes are hidden in all cells.
     generator
         Source of randomness.
 
     Returns
     -------
-    ``(n_nodes, n_genes)`` bool, what stays visible.
+    visible
+        ``(n_patterns, n_genes)`` bool, what stays visible. The first pattern hides nothing of its own.
+    pattern
+        ``(n_nodes,)`` int64, the pattern of each cell.
     """
-    n_nodes, n_genes = observed.shape
-    low, high = ratio
-    share = low + (high - low) * torch.rand(n_nodes, 1, generator=generator)
-    share *= torch.rand(n_nodes, 1, generator=generator) < cell_share
-    visible = observed & (torch.rand(n_nodes, n_genes, generator=generator) >= share)
+    n_genes, (low, high) = len(measured), ratio
+    share = low + (high - low) * torch.rand(_N_PATTERNS, 1, generator=generator)
+    visible = torch.ones(_N_PATTERNS + 1, n_genes, dtype=torch.bool)
+    visible[1:] = torch.rand(_N_PATTERNS, n_genes, generator=generator) >= share
+    visible &= measured
+    pattern = torch.randint(1, _N_PATTERNS + 1, (n_nodes,), generator=generator)
+    pattern *= torch.rand(n_nodes, generator=generator) < cell_share
     if float(torch.rand(1, generator=generator)) < cell_share:
         share = gene_ratio * torch.rand(1, generator=generator)
         visible &= torch.rand(n_genes, generator=generator) >= share
-    return visible
+    return visible, pattern

@@ -37,15 +37,17 @@ class FeatureEmbedding(nn.Module):
         nn.init.zeros_(last.bias)
         self.value_code = nn.Sequential(nn.Linear(1, 32), nn.GELU(), last)
 
-    def forward(self, feature_id: Tensor, value: Tensor, profile: Tensor, visible: Tensor) -> Tensor:
+    def forward(self, feature_id: Tensor, value: Tensor, profile: Tensor, visible: Tensor, pattern: Tensor) -> Tensor:
         """Return the tokens of each node, its summary first.
 
         Parameters
         ----------
         feature_id, value
             ``(n, f)`` gene and centred value of each token.
-        profile, visible
-            ``(n, g)`` centred values of all genes (0 where not visible), and which are visible.
+        profile
+            ``(n, g)`` centred values of all genes, 0 where not visible.
+        visible, pattern
+            ``(n_patterns, g)`` bool and ``(n,)`` int64, which genes are visible in each node.
 
         Returns
         -------
@@ -54,7 +56,8 @@ class FeatureEmbedding(nn.Module):
         energy = self.loading.detach().square()
         total = energy.sum(0)
         seen = visible.to(energy.dtype) @ energy
-        summary = (profile @ self.loading) * (total / seen.clamp(min=1e-3 * total).clamp(min=1e-12))
+        missing = total / seen.clamp(min=1e-3 * total).clamp(min=1e-12)
+        summary = (profile @ self.loading) * missing.index_select(0, pattern)
         value = value.unsqueeze(2)
         tokens = (
             value * nn.functional.embedding(feature_id, self.loading)

@@ -74,11 +74,21 @@ class FIMPNetwork(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return ``(n_dst, d_model)``: the summary token of each destination after the last layer.
+        """Return ``(n_dst, d_model)``: the summary token of each destination after the last layer."""
+        tokens, padding = self.tokens(batch)
+        return self.read(run_layers(self.layers, tokens, padding, batch, n_queries=1))
+
+    def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the tokens of all nodes of a block, ``(n, 1 + f, d_model)``, and their padding, ``(n, 1 + f)``."""
+        tokens = self.embedding(
+            batch["feature_id"], batch["value"], batch["profile"], batch["visible"], batch["pattern"]
+        )
+        padding = batch["padding"]
+        return tokens, torch.cat([padding.new_zeros(len(padding), 1), padding], dim=1)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Return the embedding of each node from its tokens after the last layer.
 
         The vector that marks summary tokens is taken off again, so that an embedding is centred like the values.
         """
-        tokens = self.embedding(batch["feature_id"], batch["value"], batch["profile"], batch["visible"])
-        padding = batch["padding"]
-        padding = torch.cat([padding.new_zeros(len(padding), 1), padding], dim=1)
-        return run_layers(self.layers, tokens, padding, batch, n_queries=1)[:, 0] - self.embedding.summary
+        return tokens[:, 0] - self.embedding.summary
