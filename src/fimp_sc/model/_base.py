@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scvi.model.base import BaseModelClass
 
-from fimp_sc.data import BlockLoader, ExpressionSource, GeneStatistics, GraphData, NodeGraph
-from fimp_sc.data._checks import check_coordinates, check_obs_key, check_values, get_matrix
+from fimp_sc.data import ExpressionSource, GeneStatistics, GraphData, NodeGraph
+from fimp_sc.data._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs
 from fimp_sc.model._fields import BATCH_KEY, LABELS_KEY, LIBRARY_KEY, X_KEY, ExpressionField, LabelField, match_columns
+from fimp_sc.model._inference import infer
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
     from scipy import sparse
-    from torch import Tensor
 
+    from fimp_sc.model._inference import Read
     from fimp_sc.model._module import FIMPModule
-
-_INFERENCE_BATCH = 512
 
 
 class GraphModel(BaseModelClass):
@@ -77,11 +74,8 @@ class GraphModel(BaseModelClass):
             )
         }
         matrix = get_matrix(adata, setup["layer"])
-        graph = NodeGraph(adata.obsp[setup["connectivities_key"]], self_loops=self.self_loops)
-        where = "adata.X" if setup["layer"] is None else f"adata.layers[{setup['layer']!r}]"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said when the object was registered
-            scale = check_values(matrix, where=where, input_scale=setup["input_scale"])
+        graph = NodeGraph(get_graph(adata, setup["connectivities_key"]), self_loops=self.self_loops)
+        scale = manager.registry["field_registries"][X_KEY]["state_registry"][ExpressionField.SCALE]
         source = ExpressionSource(
             matrix,
             match_columns(self.genes, adata),
@@ -96,7 +90,8 @@ class GraphModel(BaseModelClass):
         )
         label = np.full(adata.n_obs, -1, dtype=np.int64)
         if self.classes and setup["labels_key"] in adata.obs:
-            text = adata.obs[setup["labels_key"]].astype(object).map(str, na_action="ignore")
+            labels = get_obs(adata, [setup["labels_key"]])[setup["labels_key"]]
+            text = labels.astype(object).map(str, na_action="ignore")
             label = pd.Index(self.classes).get_indexer(pd.Index(text)).astype(np.int64)
         return GraphData(source, graph, coordinates, codes[LIBRARY_KEY], label, self.module.gene_rank.cpu())
 
@@ -108,34 +103,18 @@ class GraphModel(BaseModelClass):
             module.gene_mean.cpu().numpy(), module.gene_fraction.cpu().numpy(), float(module.target_sum)
         )
 
-    @torch.inference_mode()
     def _collect(
         self,
         adata: AnnData | None,
         indices: Sequence[int] | None,
-        batch_size: int | None,
-        read: Callable[[Tensor], Tensor],
+        read: Read,
+        how: dict[str, Any],
         data: GraphData | None = None,
     ) -> NDArray[np.float32]:
         self._check_if_trained(warn=False)
         adata = self._validate_anndata(adata)
-        nodes = self._indices(adata, indices)
-        wanted, inverse = np.unique(nodes, return_inverse=True)
-        loader = BlockLoader(
-            data or self._graph_data(adata),
-            wanted,
-            batch_size=batch_size or _INFERENCE_BATCH,
-            n_layers=self.n_layers,
-            n_tokens=self.n_tokens,
-        )
+        nodes, inverse = np.unique(self._indices(adata, indices), return_inverse=True)
         self.module.eval()
-        row = np.empty(adata.n_obs, dtype=np.int64)
-        row[wanted] = np.arange(len(wanted))
-        out: NDArray[np.float32] | None = None
-        for batch in loader:
-            part = read(self.module.inference(batch)["embedding"]).float().cpu().numpy()
-            out = np.empty((len(wanted), part.shape[1]), dtype=np.float32) if out is None else out
-            out[row[batch["nodes"][: len(part)].cpu().numpy()]] = part
-        if out is None:
-            raise ValueError("indices is empty: there is nothing to compute.")
+        data = data or self._graph_data(adata)
+        out = infer(self.module, data, nodes, read, n_layers=self.n_layers, n_tokens=self.n_tokens, **how)
         return out if indices is None else out[inverse]

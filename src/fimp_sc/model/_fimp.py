@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from scipy import sparse
 
+    from fimp_sc.model._inference import Strategy
+
 
 class FIMP(TrainableModel):
     """Foundation-informed message passing between cells (arXiv 2210.09475), FIMP-base.
@@ -171,7 +173,13 @@ class FIMP(TrainableModel):
         cls.register_manager(manager)
 
     def get_latent_representation(
-        self, adata: AnnData | None = None, indices: Sequence[int] | None = None, batch_size: int | None = None
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        *,
+        batch_size: int | None = None,
+        strategy: Strategy = "auto",
+        distribute: bool = False,
     ) -> NDArray[np.float32]:
         """Embed cells.
 
@@ -182,26 +190,38 @@ class FIMP(TrainableModel):
         indices
             Cells to embed; all by default. Their neighbours are read from the whole object.
         batch_size
-            Destinations per block; changes speed and memory, not the result.
+            Destinations per block; by default what fits into some hundred MB. Like ``strategy`` and ``distribute`` it
+            changes speed and memory, not the result.
+        strategy
+            ``"blocks"`` computes blocks of cells with the neighbourhood that all layers read, ``"layers"`` one layer
+            for all cells before the next; ``"auto"`` takes what is less work for the graph at hand.
+        distribute
+            Compute blocks as Dask tasks: on the workers of a ``dask.distributed.Client`` where one is open, else on
+            Dask's default scheduler. Workers read expression that is stored in files by themselves, under the same
+            path; expression in memory is sent to them.
 
         Returns
         -------
         ``(len(indices), n_latent)`` float32.
         """
-        return self._collect(adata, indices, batch_size, lambda z: z)
+        how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
+        return self._collect(adata, indices, lambda module, z: z, how)
 
     def predict(
         self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
+        *,
         soft: bool = False,
         batch_size: int | None = None,
+        strategy: Strategy = "auto",
+        distribute: bool = False,
     ) -> NDArray[Any] | pd.DataFrame:
         """Predict labels.
 
         Parameters
         ----------
-        adata, indices, batch_size
+        adata, indices, batch_size, strategy, distribute
             As in :meth:`get_latent_representation`.
         soft
             Return probabilities instead of the most probable label.
@@ -220,26 +240,30 @@ class FIMP(TrainableModel):
                 "This model was trained without labels: call FIMP.setup_anndata(adata, labels_key=...) and train anew."
             )
         adata = self._validate_anndata(adata)
-        logits = self._collect(adata, indices, batch_size, lambda z: self.module.generative(z)["logits"].softmax(-1))
+        how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
+        probability = self._collect(adata, indices, lambda module, z: module.generative(z)["logits"].softmax(-1), how)
         if not soft:
-            return np.asarray(self.classes, dtype=object)[logits.argmax(1)]
+            return np.asarray(self.classes, dtype=object)[probability.argmax(1)]
         names = adata.obs_names if indices is None else adata.obs_names[np.asarray(indices)]
-        return pd.DataFrame(logits, index=names, columns=self.classes)
+        return pd.DataFrame(probability, index=names, columns=self.classes)
 
     def get_expression(
         self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
+        *,
         genes: Sequence[str] | None = None,
         scale: Literal["log", "counts"] = "log",
         hidden: sparse.spmatrix | NDArray[np.bool_] | None = None,
         batch_size: int | None = None,
+        strategy: Strategy = "auto",
+        distribute: bool = False,
     ) -> NDArray[np.float32]:
         """Predict expression from a cell's visible genes and its neighbours.
 
         Parameters
         ----------
-        adata, indices, batch_size
+        adata, indices, batch_size, strategy, distribute
             As in :meth:`get_latent_representation`.
         genes
             Genes to predict, of those that the model knows, measured in ``adata`` or not. By default the genes of
@@ -267,8 +291,9 @@ class FIMP(TrainableModel):
             raise KeyError(f"Not among the {len(self.genes)} genes of the model: {list(names[known < 0][:5])}")
         data = self._graph_data(adata, hidden)
         features = torch.from_numpy(known[known >= 0]).to(self.device)
+        how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
         values = self._collect(
-            adata, indices, batch_size, lambda z: self.module.generative(z, features)["value"], data=data
+            adata, indices, lambda module, z: module.generative(z, features)["value"], how, data=data
         )
         nodes = self._indices(adata, indices)
         values += data.source.center[data.source.batch[nodes]][:, known[known >= 0]]

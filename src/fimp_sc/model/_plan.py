@@ -62,7 +62,7 @@ class FIMPTrainingPlan(pl.LightningModule):
 
     def _step(self, batch: Batch, mode: str) -> torch.Tensor:
         _, _, losses = self.module(batch)
-        how = {"on_step": False, "on_epoch": True, "batch_size": losses.n_obs_minibatch}
+        how = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": losses.n_obs_minibatch}
         self.log(f"{mode}_loss", losses.loss, prog_bar=True, **how)
         self.log_dict({f"{name}_{mode}": value for name, value in losses.extra_metrics.items()}, **how)
         return losses.loss

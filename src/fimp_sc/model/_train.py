@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,12 @@ _STEPS = 600
 _MIN_EPOCHS, _MAX_EPOCHS = 8, 100
 # Compact blocks that make up a batch: small enough for a batch to hold cells of several domains.
 _CELLS_PER_PART = 64
+# The masked loss is relative to gene means, so that a smaller gain is one that no result shows.
+_LEAST_GAIN = 2e-4
 _MOST_CELLS_TO_START = 4096
+_MOST_CELLS_FOR_COMPONENTS = 50_000
+# Enough to keep an accelerator busy; on a CPU making batches and training would only take turns.
+_WORKERS_ACCELERATOR = 4
 # Weights used are an exponential average over some tens of steps, which evens out what single blocks ask for.
 _AVERAGING = 0.97
 
@@ -69,6 +75,7 @@ class TrainableModel(GraphModel):
         *,
         accelerator: str = "auto",
         devices: int | list[int] | str = "auto",
+        num_workers: int | None = None,
         validation_size: float = 0.1,
         train_indices: Sequence[int] | None = None,
         validation_indices: Sequence[int] | None = None,
@@ -78,7 +85,7 @@ class TrainableModel(GraphModel):
         mask_cells: float | None = None,
         class_balance: float = 0.5,
         early_stopping: bool = True,
-        early_stopping_patience: int = 8,
+        early_stopping_patience: int = 4,
         plan_kwargs: dict[str, Any] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
@@ -89,7 +96,11 @@ class TrainableModel(GraphModel):
         max_epochs
             Upper limit of epochs; by default as many as make about 600 steps, between 8 and 100.
         accelerator, devices
-            As in Lightning; ``"auto"`` takes a GPU when there is one.
+            As in Lightning; ``"auto"`` takes a GPU when there is one. With several devices give ``strategy="ddp"``
+            too: every device then takes its share of the blocks of an epoch, so that a step covers ``devices`` times
+            ``batch_size`` cells.
+        num_workers
+            Processes that make batches ahead of their use; by default up to 4 with a GPU, none without.
         validation_size
             Share of cells held out for validation in whole spatial blocks.
         train_indices, validation_indices
@@ -106,8 +117,8 @@ class TrainableModel(GraphModel):
         class_balance
             0 weighs cells alike, 1 classes alike, in the label loss.
         early_stopping
-            Stop when the validation loss has not improved for ``early_stopping_patience`` epochs. With validation
-            cells the weights of the best epoch are kept in any case.
+            Stop when the validation loss has not improved by more than 0.0002 for ``early_stopping_patience`` epochs.
+            With validation cells the weights of the best epoch are kept in any case.
         plan_kwargs
             Passed to the training plan (``lr``, ``weight_decay``, ...).
         **trainer_kwargs
@@ -138,6 +149,8 @@ class TrainableModel(GraphModel):
             gene_mask_ratio=gene_mask_ratio,
             mask_cells=mask_cells if mask_cells is not None else 0.5 if self.classes else 1.0,
             random_state=self.random_state,
+            num_workers=_workers(accelerator) if num_workers is None else num_workers,
+            pin_memory=_on_gpu(accelerator),
         )
         if max_epochs is None:
             per_epoch = max(len(splitter.train_dataloader()), 1)
@@ -151,6 +164,8 @@ class TrainableModel(GraphModel):
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*number of training batches.*")
             warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+            # scvi-tools disables its own early stopping there; ours asks all processes.
+            warnings.filterwarnings("ignore", message=".*automatically disabled due to the use of DDP.*")
             # Lightning's own use of torch.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*", category=FutureWarning)
             best = _BestWeights()
@@ -167,7 +182,7 @@ class TrainableModel(GraphModel):
                 callbacks=[
                     *trainer_kwargs.pop("callbacks", []),
                     *([best] if validated else []),
-                    *([EarlyStopping("validation_loss", patience=early_stopping_patience)] if stopping else []),
+                    *([_stopping(early_stopping_patience)] if stopping else []),
                     EMAWeightAveraging(decay=_AVERAGING, use_buffers=False),
                 ],
                 **{"default_root_dir": folder, **trainer_kwargs},
@@ -207,8 +222,12 @@ class TrainableModel(GraphModel):
         seen = val_idx[data.graph.degree[val_idx] > 0][:_MOST_CELLS_TO_START]
         mean_of = data.graph.averaging(seen, self.n_layers)
         sources = np.unique(mean_of.indices)
+        some = train_idx
+        if len(train_idx) > _MOST_CELLS_FOR_COMPONENTS:
+            rng = np.random.default_rng(self.random_state)
+            some = np.sort(rng.choice(train_idx, _MOST_CELLS_FOR_COMPONENTS, replace=False))
         self.module.start_from_data(
-            data.source.sparse_rows(train_idx),
+            data.source.sparse_rows(some),
             data.source.sparse_rows(seen),
             mean_of[:, sources] @ data.source.sparse_rows(sources),
             statistics,
@@ -217,3 +236,15 @@ class TrainableModel(GraphModel):
             random_state=self.random_state,
         )
         return self._graph_data(self.adata)
+
+
+def _stopping(patience: int) -> EarlyStopping:
+    return EarlyStopping("validation_loss", min_delta=_LEAST_GAIN, patience=patience)
+
+
+def _on_gpu(accelerator: str) -> bool:
+    return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+
+
+def _workers(accelerator: str) -> int:
+    return min(_WORKERS_ACCELERATOR, max((os.cpu_count() or 1) - 1, 1)) if _on_gpu(accelerator) else 0

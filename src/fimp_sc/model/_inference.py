@@ -1,0 +1,207 @@
+"""Exact results for any nodes of a graph: block by block or layer by layer, here or on the workers of Dask."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from fimp_sc.data import BlockDataset, BlockSampler, Destinations, block_loader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from fimp_sc.data import GraphData
+    from fimp_sc.model._module import FIMPModule
+
+Strategy: TypeAlias = Literal["auto", "blocks", "layers"]
+Read: TypeAlias = "Callable[[FIMPModule, Tensor], Tensor]"
+
+# Numbers that the dense values and the tokens of one block may take: 256 MB on a CPU.
+_NUMBERS_CPU, _NUMBERS_ACCELERATOR = 1 << 26, 1 << 29
+_SAMPLED_BLOCKS = 8
+# Layer by layer stores tokens in between, which must pay.
+_GAIN = 1.5
+_LARGEST_IN_MEMORY = 1 << 28
+
+
+class BlockRunner:
+    """Compute one block: what is read off the embeddings of its destinations.
+
+    Parameters
+    ----------
+    module
+        Network and heads, in evaluation mode.
+    dataset
+        Makes the batch of the block.
+    read
+        From the module and the embeddings, ``(n_dst, n_latent)``, to a tensor of as many rows.
+    """
+
+    def __init__(self, module: FIMPModule, dataset: BlockDataset, read: Read) -> None:
+        self.module, self.dataset, self.read = module, dataset, read
+
+    def __call__(self, item: Destinations) -> NDArray[np.float32]:
+        return self.run(self.dataset[item])
+
+    @torch.inference_mode()
+    def run(self, batch: Any) -> NDArray[np.float32]:
+        """Compute a batch that is made already."""
+        return self.read(self.module, self.module.inference(batch)["embedding"]).float().cpu().numpy()
+
+
+def infer(
+    module: FIMPModule,
+    data: GraphData,
+    nodes: NDArray[np.int64],
+    read: Read,
+    *,
+    n_layers: int,
+    n_tokens: int,
+    batch_size: int | None = None,
+    strategy: Strategy = "auto",
+    distribute: bool = False,
+) -> NDArray[np.float32]:
+    """Compute ``read`` for ``nodes``.
+
+    Parameters
+    ----------
+    module
+        Network and heads, in evaluation mode.
+    data
+        Tokens and graph.
+    nodes
+        Distinct nodes.
+    read
+        What to return of a block's embeddings, see :class:`BlockRunner`.
+    n_layers, n_tokens
+        Of the model.
+    batch_size
+        Destinations per block; by default what fits into some hundred MB.
+    strategy
+        ``"blocks"`` computes every block with the halo that all layers read. ``"layers"`` computes one layer for all
+        nodes before the next and keeps tokens in a temporary file: less work where halos are larger than blocks, as
+        in graphs that are not spatial, or with many layers. ``"auto"`` counts and takes what is less work.
+    distribute
+        Whether blocks are Dask tasks, computed by its active scheduler, rather than computed here one by one.
+
+    Returns
+    -------
+    ``(len(nodes), ...)`` float32, in the order of ``nodes``.
+
+    Raises
+    ------
+    ValueError
+        When ``strategy`` is unknown, or cannot be distributed.
+    """
+    if strategy not in ("auto", "blocks", "layers"):
+        raise ValueError(f"strategy must be 'auto', 'blocks' or 'layers', found {strategy!r}")
+    if distribute and strategy == "layers":
+        raise ValueError("strategy='layers' cannot be distributed: every layer reads what all blocks have written.")
+    on_cpu = module.device.type == "cpu"
+    if batch_size is None:
+        n_genes, width = module.value_head.loading.shape
+        budget = _NUMBERS_CPU if on_cpu else _NUMBERS_ACCELERATOR
+        batch_size = int(np.clip(budget // (4 * n_genes + 16 * (n_tokens + 1) * width), 64, 1 << 14))
+    sampler = BlockSampler(data, nodes, batch_size=batch_size)
+    runner = BlockRunner(module, BlockDataset(data, n_layers=n_layers, n_tokens=n_tokens), read)
+    if strategy == "auto":
+        strategy = "layers" if not distribute and n_layers > 1 and _layers_pay(data, sampler, n_layers) else "blocks"
+    if strategy == "layers":
+        parts = _by_layer(runner, nodes, batch_size)
+    elif distribute:
+        parts = _by_dask(runner, sampler)
+    else:
+        # Only an accelerator computes a block faster than this process makes the next one.
+        loader = block_loader(runner.dataset, sampler, num_workers=0 if on_cpu else 2, pin_memory=not on_cpu)
+        parts = ((batch["nodes"][: batch["n_nodes"][-1]].numpy(), runner.run(batch)) for batch in loader)
+
+    place = np.argsort(nodes)
+    out: NDArray[np.float32] | None = None
+    for destinations, part in parts:
+        if out is None:
+            out = np.empty((len(nodes), *part.shape[1:]), dtype=np.float32)
+        out[place[np.searchsorted(nodes, destinations, sorter=place)]] = part
+    if out is None:
+        raise ValueError("indices is empty: there is nothing to compute.")
+    return out
+
+
+def _layers_pay(data: GraphData, sampler: BlockSampler, n_layers: int) -> bool:
+    """Compare the nodes that layers update per destination, in some blocks and layer by layer."""
+    n_blocks = len(sampler)
+    wanted = set(np.linspace(0, n_blocks - 1, min(_SAMPLED_BLOCKS, n_blocks)).astype(int).tolist())
+    blocks = [data.graph.block(item.nodes, n_layers) for i, item in enumerate(sampler) if i in wanted]
+    by_block = sum(sum(block.n_nodes[1:]) for block in blocks) / max(sum(block.n_nodes[-1] for block in blocks), 1)
+    by_layer = sum(map(len, _needed(data, sampler.indices, n_layers))) / max(len(sampler.indices), 1)
+    return by_block > _GAIN * by_layer
+
+
+def _needed(data: GraphData, nodes: NDArray[np.int64], n_layers: int) -> list[NDArray[np.int64]]:
+    """Return the nodes that each layer must update."""
+    needed = [np.unique(nodes)]
+    while len(needed) < n_layers:
+        inner = needed[0]
+        everybody = len(inner) == data.graph.csr.shape[0]
+        needed.insert(0, inner if everybody else np.union1d(inner, data.graph.csr[inner].indices).astype(np.int64))
+    return needed
+
+
+def _by_layer(
+    runner: BlockRunner, nodes: NDArray[np.int64], batch_size: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    data, n_tokens, n_layers = runner.dataset.data, runner.dataset.n_tokens, runner.dataset.n_layers
+    network = runner.module.network
+    shape = (data.graph.csr.shape[0], n_tokens + 1, network.embedding.summary.shape[0])
+    first = BlockDataset(data, n_layers=1, n_tokens=n_tokens)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        previous, padded = None, np.ones(shape[:2], dtype=bool)
+        for level, update in enumerate(_needed(data, nodes, n_layers)):
+            last = level == n_layers - 1
+            following = None if last else _storage(shape, Path(folder, f"{level}.npy"))
+            for item in BlockSampler(data, update, batch_size=batch_size):
+                n_dst = len(item.nodes)
+                if previous is None:
+                    batch = first[item]
+                    indptr, indices = batch["indptr"][0], batch["indices"][0]
+                    tokens, padding = network.tokens(_to_device(batch, runner.module.device))
+                    padded[item.nodes, : padding.shape[1]] = padding[:n_dst].cpu().numpy()
+                else:
+                    block = data.graph.block(item.nodes, 1)
+                    indptr, indices = torch.from_numpy(block.indptr[0]), torch.from_numpy(block.indices[0])
+                    tokens, padding = torch.from_numpy(previous[block.nodes]), torch.from_numpy(padded[block.nodes])
+                parts = (part.to(runner.module.device) for part in (tokens, padding, indptr, indices))
+                tokens = network.layers[level](*parts, 1 if last else None)
+                if following is None:
+                    result = runner.read(runner.module, network.read(tokens))
+                    yield item.nodes, result.float().cpu().numpy()
+                else:
+                    following[item.nodes, : tokens.shape[1]] = tokens.float().cpu().numpy()
+            previous = following
+
+
+def _storage(shape: tuple[int, ...], path: Path) -> NDArray[np.float32]:
+    if np.prod(shape) <= _LARGEST_IN_MEMORY:
+        return np.zeros(shape, dtype=np.float32)
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+def _by_dask(runner: BlockRunner, sampler: BlockSampler) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    from dask.base import compute
+    from dask.delayed import delayed
+
+    items = list(sampler)
+    task = delayed(runner, pure=False, traverse=False)
+    results = compute(*(task(item) for item in items))
+    return ((item.nodes, result) for item, result in zip(items, results, strict=True))

@@ -1,0 +1,90 @@
+"""Training spread over processes by Lightning, and over worker processes by torch's loader."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+SCRIPT = """
+import json, os, sys
+import anndata, numpy as np, torch
+import fimp_sc
+from lightning.pytorch import Callback
+from scipy import sparse
+
+torch.set_num_threads(1)
+
+class Seen(Callback):
+    def __init__(self):
+        self.nodes, self.steps = [], 0
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.steps += 1
+        if trainer.current_epoch == 0:
+            self.nodes += batch["nodes"][: batch["n_nodes"][-1]].tolist()
+
+if __name__ == "__main__":
+    rng = np.random.default_rng(0)
+    adata = anndata.AnnData(sparse.csr_matrix(rng.poisson(1.0, (400, 30)).astype(np.float32)))
+    adata.obsm["spatial"] = rng.random((400, 2))
+    fimp_sc.pp.spatial_graph(adata)
+    fimp_sc.model.FIMP.setup_anndata(adata)
+    model = fimp_sc.model.FIMP(adata, n_latent=16, n_heads=2)
+    seen = Seen()
+    model.train(
+        2, accelerator="cpu", devices=2, strategy="ddp", batch_size=64, enable_progress_bar=False, callbacks=[seen]
+    )
+    rank = os.environ.get("LOCAL_RANK", "0")
+    weights = [float(p.detach().double().abs().sum()) for p in model.module.parameters()]
+    result = {
+        "weights": weights, "nodes": seen.nodes, "steps": seen.steps, "train": model.train_indices.tolist(),
+        "embedding": float(np.abs(model.get_latent_representation()).sum()),
+    }
+    with open(os.path.join(sys.argv[1], f"rank{rank}.json"), "w") as file:
+        json.dump(result, file)
+"""
+
+
+def test_two_processes_share_the_blocks_and_end_with_the_same_weights(tmp_path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(tmp_path)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    np.testing.assert_allclose(first["weights"], second["weights"], rtol=1e-6)
+    assert first["embedding"] == pytest.approx(second["embedding"], rel=1e-5)
+    # Each process takes half of the blocks; together they see every training cell, and no other.
+    blocks = -(-len(first["train"]) // 64)
+    assert first["steps"] == second["steps"] == 2 * -(-blocks // 2)
+    assert set(first["nodes"]) | set(second["nodes"]) == set(first["train"])
+    assert set(first["nodes"]) != set(second["nodes"])
+    overlap = len(set(first["nodes"]) & set(second["nodes"]))
+    assert overlap <= 64, "at most one block is repeated, to give both as many"
+
+
+def test_worker_processes_do_not_change_the_result(tissue, make_model, train) -> None:
+    def embedding(num_workers: int) -> np.ndarray:
+        return train(make_model(tissue.copy()), max_epochs=1, num_workers=num_workers).get_latent_representation()
+
+    np.testing.assert_allclose(embedding(1), embedding(0), atol=1e-5)
+
+
+def test_bf16_mixed_precision_trains_to_nearly_the_same(tissue, make_model, train) -> None:
+    def run(**kwargs) -> tuple[float, np.ndarray]:
+        model = train(make_model(tissue.copy()), **kwargs)
+        assert all(p.dtype == torch.float32 for p in model.module.parameters())
+        return float(model.history["train_loss"].iloc[-1, 0]), model.get_latent_representation()
+
+    (half_loss, half), (full_loss, full) = run(precision="bf16-mixed"), run()
+    assert half_loss == pytest.approx(full_loss, rel=0.02)
+    assert np.corrcoef(half.ravel(), full.ravel())[0, 1] > 0.99
