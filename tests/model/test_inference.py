@@ -250,6 +250,26 @@ def test_every_block_is_a_task_of_its_own() -> None:
     assert len(set(keys)) == len(keys) == len(BlockSampler(data, np.arange(N), batch_size=20)) > 4
 
 
+@pytest.mark.parametrize("with_hidden", [False, True])
+@pytest.mark.parametrize("strategy", ["blocks", "layers"])
+def test_arrays_that_cannot_be_written_to_are_enough(strategy: str, with_hidden: bool) -> None:
+    """As workers may receive them."""
+    hidden = np.random.default_rng(3).random((N, GENES)) < 0.4 if with_hidden else None
+    data, module = make_data(spatial(), hidden=hidden), make_module()
+    expected = run(module, data, strategy=strategy)
+    csr, source = data.graph.csr, data.source
+    arrays = [csr.data, csr.indices, csr.indptr, data.coordinates, data.library, data.label, data.rank]
+    arrays += [source.measured, source.batch, source.center, source.factor]
+    for array in arrays:
+        array.flags.writeable = False
+    torch.set_warn_always(True)
+    try:
+        found = run(module, data, strategy=strategy)
+    finally:
+        torch.set_warn_always(False)
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder in which temporary folders are made."""

@@ -50,6 +50,7 @@ def choose_tokens(
     if n_genes <= n_tokens:
         value, gene = expression.toarray().ravel(), np.tile(np.arange(n_genes, dtype=gene.dtype), n_nodes)
         length = np.full(n_nodes, n_genes)
+    gene = gene.astype(np.int32 if visible.numel() < 2**31 else np.int64, copy=False)
     row = np.repeat(np.arange(n_nodes, dtype=gene.dtype), length)
     first_of_pattern = (pattern * n_genes).numpy().astype(gene.dtype)
     shown = visible.numpy().ravel()

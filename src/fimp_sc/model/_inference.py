@@ -158,32 +158,38 @@ def _by_layer(
     runner: BlockRunner, nodes: NDArray[np.int64], batch_size: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     data, n_tokens, n_layers = runner.dataset.data, runner.dataset.n_tokens, runner.dataset.n_layers
-    network = runner.module.network
+    network, device = runner.module.network, runner.module.device
     shape = (data.graph.csr.shape[0], n_tokens + 1, network.embedding.summary.shape[0])
     first = BlockDataset(data, n_layers=1, n_tokens=n_tokens)
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        previous, padded = None, np.ones(shape[:2], dtype=bool)
+    padded = np.ones(shape[:2], dtype=bool)
+
+    @torch.inference_mode()
+    def run(level: int, nodes: NDArray[np.int64], stored: NDArray[np.float32] | None) -> Tensor:
+        if stored is None:
+            batch = first[Destinations(nodes, 0)]
+            indptr, indices = batch["indptr"][0], batch["indices"][0]
+            tokens, padding = network.tokens(_to_device(batch, device))
+            padded[nodes, : padding.shape[1]] = padding[: len(nodes)].cpu().numpy()
+        else:
+            block = data.graph.block(nodes, 1)
+            indptr, indices = torch.from_numpy(block.indptr[0]), torch.from_numpy(block.indices[0])
+            tokens, padding = torch.from_numpy(stored[block.nodes]), torch.from_numpy(padded[block.nodes])
+        parts = (part.to(device) for part in (tokens, padding, indptr, indices))
+        if level < n_layers - 1:
+            return network.layers[level](*parts)
+        return runner.read(runner.module, network.read(network.layers[level](*parts, 1)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        previous = following = None
         for level, update in enumerate(_needed(data, nodes, n_layers)):
             last = level == n_layers - 1
             following = None if last else _storage(shape, Path(folder, f"{level}.npy"))
             for item in BlockSampler(data, update, batch_size=batch_size):
-                n_dst = len(item.nodes)
-                if previous is None:
-                    batch = first[item]
-                    indptr, indices = batch["indptr"][0], batch["indices"][0]
-                    tokens, padding = network.tokens(_to_device(batch, runner.module.device))
-                    padded[item.nodes, : padding.shape[1]] = padding[:n_dst].cpu().numpy()
-                else:
-                    block = data.graph.block(item.nodes, 1)
-                    indptr, indices = torch.from_numpy(block.indptr[0]), torch.from_numpy(block.indices[0])
-                    tokens, padding = torch.from_numpy(previous[block.nodes]), torch.from_numpy(padded[block.nodes])
-                parts = (part.to(runner.module.device) for part in (tokens, padding, indptr, indices))
-                tokens = network.layers[level](*parts, 1 if last else None)
+                result = run(level, item.nodes, previous).float().cpu().numpy()
                 if following is None:
-                    result = runner.read(runner.module, network.read(tokens))
-                    yield item.nodes, result.float().cpu().numpy()
+                    yield item.nodes, result
                 else:
-                    following[item.nodes, : tokens.shape[1]] = tokens.float().cpu().numpy()
+                    following[item.nodes, : result.shape[1]] = result
             previous = following
 
 

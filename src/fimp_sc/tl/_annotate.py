@@ -36,6 +36,7 @@ def annotate(
     copy: bool = False,
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
+    inference_kwargs: dict[str, Any] | None = None,
 ) -> AnnData | None:
     """Label every cell: learn from the labeled ones, or apply a trained model to a new section.
 
@@ -52,7 +53,7 @@ def annotate(
         As in :func:`embed`.
     key_added
         Name of the results; ``fimp_{labels_key}`` by default.
-    model, max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs
+    model, max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs, inference_kwargs
         As in :func:`embed`. A given model must have been trained with labels.
 
     Returns
@@ -80,7 +81,7 @@ def annotate(
             adata, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
         )  # fmt: skip
-        soft = cast("pd.DataFrame", fitted.predict(soft=True))
+        soft = cast("pd.DataFrame", fitted.predict(soft=True, **(inference_kwargs or {})))
         probabilities = soft.to_numpy(dtype=np.float32)
         finite_or_raise(probabilities, "prediction")
         classes = np.asarray(soft.columns, dtype=object)

@@ -31,6 +31,7 @@ def embed(
     copy: bool = False,
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
+    inference_kwargs: dict[str, Any] | None = None,
 ) -> AnnData | None:
     """Embed each cell from its own genes and those of its neighbours.
 
@@ -69,6 +70,9 @@ def embed(
         Return a copy with the results instead of writing to ``adata``.
     model_kwargs, train_kwargs
         Passed to :class:`fimp_sc.model.FIMP` and its ``train``.
+    inference_kwargs
+        How results are computed (``batch_size``, ``strategy``, ``distribute``); see
+        :meth:`fimp_sc.model.FIMP.get_latent_representation`.
 
     Returns
     -------
@@ -90,7 +94,7 @@ def embed(
             adata, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
         )  # fmt: skip
-        embedding = fitted.get_latent_representation()
+        embedding = fitted.get_latent_representation(**(inference_kwargs or {}))
         finite_or_raise(embedding, "embedding")
         with write_back(adata, work, inputs, fitted):
             adata.obsm[key_added] = embedding

@@ -39,6 +39,7 @@ def impute(
     copy: bool = False,
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
+    inference_kwargs: dict[str, Any] | None = None,
 ) -> AnnData | None:
     """Predict the expression of every cell from its own genes and those of its neighbours.
 
@@ -59,7 +60,7 @@ def impute(
         As in :func:`embed`.
     key_added
         Where to write in ``layers`` (all genes) or ``obsm`` (with ``genes``), and in ``uns``.
-    model, max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs
+    model, max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs, inference_kwargs
         As in :func:`embed`.
 
     Returns
@@ -83,7 +84,7 @@ def impute(
             adata, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
         )  # fmt: skip
-        expression = fitted.get_expression(genes=genes, scale=scale)
+        expression = fitted.get_expression(genes=genes, scale=scale, **(inference_kwargs or {}))
         names = np.array(adata.var_names if genes is None else list(genes), dtype=object)
         unknown = ~np.isin(names.astype(str), fitted.genes.astype(str))
         if unknown.any():
