@@ -1,6 +1,6 @@
 """Cross-node attention, layers, token embeddings, heads and the network made of them."""
 
-from fimp_sc.nn._attention import cross_node_attention
+from fimp_sc.nn._attention import attention_backend, cross_node_attention
 from fimp_sc.nn._embedding import FeatureEmbedding
 from fimp_sc.nn._heads import LabelHead, ValueHead
 from fimp_sc.nn._network import FIMPNetwork
@@ -14,6 +14,7 @@ __all__ = [
     "PaperLayer",
     "TransformerLayer",
     "ValueHead",
+    "attention_backend",
     "cross_node_attention",
     "run_layers",
 ]

@@ -7,25 +7,44 @@ For a graph in compressed sparse rows (row = destination) and a sequence of toke
     O_i = \sum_{j \in N(i)} w_{ij} \, \mathrm{softmax}\!\left(Q_i K_j^\top / \sqrt{d}\right) V_j
 
 with one softmax per edge. Queries, keys and values are projected once per *node*, so that nothing of size
-edges x tokens x width or edges x tokens² is ever kept: the forward pass goes through the graph in slots (the first
-neighbour of every node, the second one, ...) and the backward pass computes the attention weights again.
+edges x tokens x width or edges x tokens² need ever be kept. Several backends compute it; this module checks the
+arguments, turns the reduction into one factor per edge and chooses among them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from fimp_sc.nn._chunked import _without_autocast, chunked_attention
+from fimp_sc.nn._dense import dense_attention
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Scores held at once. About 1 MB of fp32 stays in the cache of one CPU core; accelerators want much larger products.
-_SCORES_PER_CHUNK_CPU = 1 << 18
-_SCORES_PER_CHUNK_ACCELERATOR = 1 << 26
-# Above this batch size CUDA's batched products have failed.
-_MAX_BATCH = 65_535
+Backend = Literal["auto", "triton", "chunked", "dense"]
+
+_DEFAULT: ContextVar[Backend] = ContextVar("attention_backend", default="auto")
+
+
+@contextmanager
+def attention_backend(backend: Backend) -> Iterator[None]:
+    """Use one backend for all attention in a ``with`` block, for instance to compare backends on a whole model.
+
+    Parameters
+    ----------
+    backend
+        As in :func:`cross_node_attention`; a backend other than ``"auto"`` given there wins.
+    """
+    token = _DEFAULT.set(_known(backend))
+    try:
+        yield
+    finally:
+        _DEFAULT.reset(token)
 
 
 def cross_node_attention(
@@ -38,6 +57,7 @@ def cross_node_attention(
     edge_weight: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     reduce: str = "mean",
+    backend: Backend = "auto",
     chunk_size: int | None = None,
 ) -> Tensor:
     """Attend from the tokens of each destination to the tokens of each of its sources, and reduce over the sources.
@@ -59,18 +79,23 @@ def cross_node_attention(
         padding sends a message of zeros.
     reduce
         ``"mean"`` or ``"sum"`` over the sources.
+    backend
+        ``"triton"``: fused kernels for CUDA. ``"chunked"``: batched products over parts of the graph, on any device.
+        ``"dense"``: the definition, a reference for tests whose memory grows with edges x tokens². ``"auto"``: triton
+        where it runs, else chunked, unless :func:`attention_backend` says otherwise.
     chunk_size
-        Destinations handled at once. Chosen from the device and the number of tokens by default; changes speed and
-        memory, not the result.
+        Edges that the chunked backend handles at once. Chosen from the device and the number of tokens by default;
+        changes speed and memory, not the result.
 
     Returns
     -------
-    Tensor of the shape and dtype of ``query``. A destination without sources gets zeros.
+    Tensor of the shape and dtype of ``query``, also under :class:`torch.autocast`. Sums over edges of half precision
+    inputs are made in single precision. A destination without sources gets zeros.
 
     Raises
     ------
     ValueError
-        When shapes do not fit or ``reduce`` is unknown.
+        When shapes or dtypes do not fit, ``reduce`` or ``backend`` is unknown, or ``backend="triton"`` cannot run.
 
     Notes
     -----
@@ -78,126 +103,53 @@ def cross_node_attention(
     predecessor's code, as the paper does not state one.
     """
     _check_shapes(query, key, value, indptr, indices, edge_weight, key_padding_mask)
-    degree = indptr.diff()
+    weight = _edge_factor(query, indptr, indices, edge_weight, reduce)
+    if key_padding_mask is not None:
+        # No backend has a softmax over nothing: whatever it makes of such a source counts zero.
+        weight = weight * ~key_padding_mask.all(1).index_select(0, indices)
+    backend = _resolve(backend, query, key)
+    with _without_autocast(query.device.type):
+        if backend == "triton":
+            from fimp_sc.nn._triton import triton_attention
+
+            return triton_attention(query, key, value, indptr, indices, weight, key_padding_mask)
+        if backend == "dense":
+            return dense_attention(query, key, value, indptr, indices, weight, key_padding_mask)
+        return chunked_attention(query, key, value, indptr, indices, weight, key_padding_mask, chunk_size)
+
+
+def _edge_factor(query: Tensor, indptr: Tensor, indices: Tensor, edge_weight: Tensor | None, reduce: str) -> Tensor:
+    """Return the factor of each message in at least single precision."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    given = None if edge_weight is None else edge_weight.to(dtype)
     if reduce == "mean":
-        weight = degree.clamp(min=1).to(query.dtype).reciprocal().repeat_interleave(degree)
-        weight = weight if edge_weight is None else weight * edge_weight
-    elif reduce == "sum":
-        weight = query.new_ones(indices.shape[0]) if edge_weight is None else edge_weight
-    else:
-        raise ValueError(f"reduce must be 'mean' or 'sum', found {reduce!r}")
-
-    bias = None
-    if key_padding_mask is not None and bool(key_padding_mask.any()):
-        # Finite, so that a source with padding only gives a uniform softmax over zeros instead of NaN.
-        lowest = torch.finfo(query.dtype).min / 2
-        bias = torch.zeros_like(key_padding_mask, dtype=query.dtype).masked_fill_(key_padding_mask, lowest)
-        value = value.masked_fill(key_padding_mask[:, None, :, None], 0.0)
-
-    # Slot r serves the nodes with more than r sources: sorted by degree these are a prefix, so that queries and
-    # results are views and only keys and values are gathered.
-    degree, order = degree.sort(descending=True, stable=True)
-    if chunk_size is None:
-        scores = _SCORES_PER_CHUNK_CPU if query.device.type == "cpu" else _SCORES_PER_CHUNK_ACCELERATOR
-        chunk_size = scores // max(query.shape[1] * query.shape[2] * key.shape[2], 1)
-    chunk_size = max(min(chunk_size, _MAX_BATCH // query.shape[1]), 1)
-    out = _SlotAttention.apply(
-        query.index_select(0, order),
-        key.contiguous(),
-        value.contiguous(),
-        weight,
-        bias,
-        indptr[:-1].index_select(0, order),
-        degree.tolist(),
-        indices,
-        chunk_size,
-    )
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return out.index_select(0, inverse)
+        degree = indptr.diff()
+        # The number of edges is known: without it, repeating waits for the device.
+        share = degree.clamp(min=1).to(dtype).reciprocal().repeat_interleave(degree, output_size=len(indices))
+        return share if given is None else share * given
+    if reduce == "sum":
+        return query.new_ones(len(indices), dtype=dtype) if given is None else given
+    raise ValueError(f"reduce must be 'mean' or 'sum', found {reduce!r}")
 
 
-class _SlotAttention(torch.autograd.Function):
-    """Destinations sorted by descending degree; saves the inputs and recomputes the attention weights in backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        start: Tensor,
-        degree: list[int],
-        indices: Tensor,
-        chunk_size: int,
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value, weight, bias, start, indices)
-        ctx.degree, ctx.chunk_size = degree, chunk_size
-        out = torch.zeros_like(query)
-        for begin, end, edges in _slots(start, degree, chunk_size):
-            sources = indices.index_select(0, edges)
-            attention = _attention_weights(query[begin:end], key, bias, sources)
-            message = torch.bmm(attention, _gather(value, sources))
-            _flat(out, begin, end).addcmul_(message, _per_row(weight, edges, query.shape[1]))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, weight, bias, start, indices = ctx.saved_tensors
-        grad = grad_outputs[0].contiguous()
-        heads, scale = query.shape[1], query.shape[-1] ** -0.5
-        d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[3] else None
-        for begin, end, edges in _slots(start, ctx.degree, ctx.chunk_size):
-            sources = indices.index_select(0, edges)
-            shape = (end - begin, heads, key.shape[2], key.shape[3])
-            attention = _attention_weights(query[begin:end], key, bias, sources)
-            d_message = _flat(grad, begin, end) * _per_row(weight, edges, heads)
-            d_value.index_add_(0, sources, torch.bmm(attention.transpose(1, 2), d_message).view(shape))
-            d_attention = torch.bmm(d_message, _gather(value, sources).transpose(1, 2))
-            if d_weight is not None:
-                # <message, grad>, from the parts at hand: the message itself was not kept.
-                plain = torch.bmm(_flat(grad, begin, end), _gather(value, sources).transpose(1, 2))
-                d_weight[edges] = (attention * plain).view(end - begin, -1).sum(1)
-            d_scores = torch._softmax_backward_data(d_attention, attention, -1, attention.dtype)
-            _flat(d_query, begin, end).baddbmm_(d_scores, _gather(key, sources), alpha=scale)
-            d_keys = torch.bmm(d_scores.transpose(1, 2), _flat(query, begin, end)).mul_(scale)
-            d_key.index_add_(0, sources, d_keys.view(shape))
-        return d_query, d_key, d_value, d_weight, None, None, None, None, None
+def _known(backend: Backend) -> Backend:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, found {backend!r}")
+    return backend
 
 
-def _slots(start: Tensor, degree: list[int], chunk_size: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield ``(begin, end, edges)``: one edge for each of the destinations ``begin:end``."""
-    for begin in range(0, len(degree), chunk_size):
-        end = min(begin + chunk_size, len(degree))
-        for slot in range(degree[begin]):
-            while degree[end - 1] <= slot:
-                end -= 1
-            yield begin, end, start[begin:end] + slot
+def _resolve(backend: Backend, query: Tensor, key: Tensor) -> Backend:
+    if _known(backend) == "auto":
+        backend = _DEFAULT.get()
+    if backend == "triton" or (backend == "auto" and query.device.type == "cuda"):
+        from fimp_sc.nn._triton import unsupported
 
-
-def _attention_weights(query: Tensor, key: Tensor, bias: Tensor | None, sources: Tensor) -> Tensor:
-    n, heads, tokens, dim = query.shape
-    rows, keys = query.reshape(n * heads, tokens, dim), _gather(key, sources).transpose(1, 2)
-    if bias is None:
-        scores = torch.bmm(rows, keys).mul_(dim**-0.5)
-    else:
-        added = bias.index_select(0, sources).repeat_interleave(heads, 0).unsqueeze(1)
-        scores = torch.baddbmm(added, rows, keys, alpha=dim**-0.5)
-    return torch.softmax(scores, -1)
-
-
-def _gather(nodes: Tensor, sources: Tensor) -> Tensor:
-    return nodes.index_select(0, sources).view(-1, *nodes.shape[2:])
-
-
-def _flat(nodes: Tensor, begin: int, end: int) -> Tensor:
-    return nodes[begin:end].view(-1, *nodes.shape[2:])
-
-
-def _per_row(weight: Tensor, edges: Tensor, heads: int) -> Tensor:
-    return weight.index_select(0, edges).repeat_interleave(heads).view(-1, 1, 1)
+        reason = unsupported(query, key)
+        if reason is None:
+            return "triton"
+        if backend == "triton":
+            raise ValueError(f"backend 'triton' cannot run: {reason}. Use backend='auto' or 'chunked'.")
+    return "chunked" if backend == "auto" else backend
 
 
 def _check_shapes(
@@ -217,6 +169,10 @@ def _check_shapes(
     if query.shape[1] != key.shape[1] or query.shape[3] != key.shape[3]:
         raise ValueError(
             f"query and key differ in heads or head_dim: found {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"query, key and value must have one dtype; found {query.dtype}, {key.dtype} and {value.dtype}"
         )
     if indptr.shape != (query.shape[0] + 1,):
         raise ValueError(
