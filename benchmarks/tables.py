@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pandas as pd
 
-SCORES = ["accuracy", "macro_f1", "r2", "r2_gene", "mse", "embed_s", "total_s", "peak_gb"]
+SCORES = ["accuracy", "macro_f1", "r2", "r2_gene", "mse"]
+COSTS = ["forward_s", "both_s", "step_ms", "first_s", "graph_s", "embed_s", "us_per_cell", "total_s"]
+MEMORY = ["peak_mb", "before_gb", "peak_gb", "result_gb"]
 
 
 def table(path: Path) -> str:
     """Mean ± standard deviation over seeds of the scores in one CSV."""
     rows = pd.read_csv(path)
     keys = [rows.columns[0], "method"] if "method" in rows else [rows.columns[0]]
-    scores = [name for name in SCORES if name in rows]
+    scores = [name for name in (*SCORES, *COSTS, *MEMORY) if name in rows]
     lines = [f"### {path.stem}", "", "| " + " | ".join([*keys, *scores, "seeds"]) + " |"]
     lines.append("|---" * (len(keys) + len(scores) + 1) + "|")
     for names, group in rows.groupby(keys, sort=False):

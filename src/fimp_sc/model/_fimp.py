@@ -50,7 +50,7 @@ class FIMP(TrainableModel):
     reduce
         ``"mean"`` or ``"sum"`` over neighbours.
     dropout
-        Rate on messages, in feed-forward parts and before the label head.
+        Rate on messages, on what feed-forward parts add and before the label head.
     label_weight
         Weight of the label loss beside the masked-expression loss.
     random_state

@@ -85,7 +85,7 @@ class TrainableModel(GraphModel):
         mask_cells: float | None = None,
         class_balance: float = 0.5,
         early_stopping: bool = True,
-        early_stopping_patience: int = 4,
+        early_stopping_patience: int = 3,
         plan_kwargs: dict[str, Any] | None = None,
         **trainer_kwargs: Any,
     ) -> None:

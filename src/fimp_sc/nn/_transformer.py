@@ -92,7 +92,7 @@ class TransformerLayer(nn.Module):
     activation
         ``"gelu"`` or ``"relu"``.
     dropout
-        Rate on messages and in the feed-forward part.
+        Rate on messages and on what the feed-forward part adds.
     eps
         Of the layer norms.
     reduce
@@ -186,7 +186,7 @@ class TransformerLayer(nn.Module):
         attention.output.weight[received, received] += scale
 
     def _feedforward(self, tokens: Tensor) -> Tensor:
-        return self.contract(self.dropout(self.activation(self.expand(tokens))))
+        return self.contract(self.activation(self.expand(tokens)))
 
 
 class PaperLayer(nn.Module):
