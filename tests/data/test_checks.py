@@ -63,8 +63,12 @@ def test_missing_key_error_reads_as_text_and_is_a_key_error():
 
 
 def test_good_object_and_view_pass():
-    check_anndata(make_adata())
-    check_anndata(make_adata()[:5, 2:])
+    adata, view = make_adata(), make_adata()[:5, 2:]
+    for good in (adata, view):
+        before = good.copy()
+        check_anndata(good)
+        np.testing.assert_array_equal(good.to_df(), before.to_df())
+    assert view.is_view, "looking at a view does not copy it"
 
 
 @pytest.mark.parametrize("thing", [None, pd.DataFrame(), np.ones((2, 2))])
@@ -353,8 +357,11 @@ def test_class_with_one_cell_warns_and_names_it():
 
 @pytest.mark.parametrize("form", ["csr", "csc", "coo"])
 def test_good_graph_need_not_be_symmetric(form):
-    check_connectivities(ring().asformat(form), 12)
-    check_connectivities(ring().asformat(form).astype(bool), 12)
+    for graph in (ring().asformat(form), ring().asformat(form).astype(bool)):
+        assert (graph != graph.T).nnz, "the ring goes one way"
+        before = graph.copy()
+        check_connectivities(graph, 12)
+        assert not (graph != before).nnz
 
 
 def test_missing_graph():

@@ -86,6 +86,8 @@ def test_own_key(tissue, quick, unchanged) -> None:
     }  # fmt: skip
     with unchanged(tissue, **written):
         fimp_sc.tl.annotate(tissue, "label", key_added="mine", **quick)
+    classes = tissue.uns["mine"]["classes"][tissue.obsm["mine_probabilities"].argmax(1)]
+    np.testing.assert_array_equal(tissue.obs["mine"].astype(str), classes.astype(str))
 
 
 def test_copy_and_view(tissue, quick, unchanged) -> None:

@@ -130,7 +130,8 @@ class FIMP(TrainableModel):
         Parameters
         ----------
         adata
-            Cells with a graph (:func:`fimp_sc.pp.spatial_graph`).
+            Cells with a graph (:func:`fimp_sc.pp.spatial_graph`). Expression may be in memory, in a file (backed or
+            lazy objects) or in a dask array. It is checked now: values changed in place later are not checked again.
         layer
             Layer with expression; ``None`` for ``X``.
         labels_key

@@ -150,7 +150,7 @@ class TrainableModel(GraphModel):
             mask_cells=mask_cells if mask_cells is not None else 0.5 if self.classes else 1.0,
             random_state=self.random_state,
             num_workers=_workers(accelerator) if num_workers is None else num_workers,
-            pin_memory=_on_gpu(accelerator),
+            pin_memory=on_gpu(accelerator),
         )
         if max_epochs is None:
             per_epoch = max(len(splitter.train_dataloader()), 1)
@@ -242,9 +242,10 @@ def _stopping(patience: int) -> EarlyStopping:
     return EarlyStopping("validation_loss", min_delta=_LEAST_GAIN, patience=patience)
 
 
-def _on_gpu(accelerator: str) -> bool:
+def on_gpu(accelerator: str) -> bool:
+    """Tell whether ``accelerator``, as Lightning names it, means a CUDA device on this machine."""
     return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
 
 
 def _workers(accelerator: str) -> int:
-    return min(_WORKERS_ACCELERATOR, max((os.cpu_count() or 1) - 1, 1)) if _on_gpu(accelerator) else 0
+    return min(_WORKERS_ACCELERATOR, max((os.cpu_count() or 1) - 1, 1)) if on_gpu(accelerator) else 0

@@ -39,6 +39,11 @@ def attention_backend(backend: Backend) -> Iterator[None]:
     ----------
     backend
         As in :func:`cross_node_attention`; a backend other than ``"auto"`` given there wins.
+
+    Raises
+    ------
+    ValueError
+        When ``backend`` is unknown.
     """
     token = _DEFAULT.set(_known(backend))
     try:

@@ -31,6 +31,7 @@ from fimp_sc.data._checks import (
 )
 from fimp_sc.data._stored import identity, storage
 from fimp_sc.model import FIMP
+from fimp_sc.model._train import on_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -229,10 +230,7 @@ def _checksum(matrix: Any) -> int:
 
 
 def _report(model: FIMP, work: AnnData, accelerator: str) -> None:
-    import torch
-
     graph = work.obsp[model.registry["setup_args"]["connectivities_key"]]
-    gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     weights = sum(p.numel() for p in model.module.parameters()) * 16
     # A block of training: about twice its destinations with the halo, a dozen dense copies of its expression, and
     # a few dozen copies of its tokens.
@@ -244,7 +242,7 @@ def _report(model: FIMP, work: AnnData, accelerator: str) -> None:
     logger.info(
         "%s cells, %s genes, %.1f neighbours per cell, %d classes; training on %s, about %.1f GB of memory.",
         f"{work.n_obs:,}", f"{work.n_vars:,}", graph.nnz / work.n_obs, len(model.classes),
-        "GPU" if gpu else "CPU", (weights + block + matrix) / 1e9 + 0.6,
+        "GPU" if on_gpu(accelerator) else "CPU", (weights + block + matrix) / 1e9 + 0.6,
     )  # fmt: skip
 
 
