@@ -29,11 +29,14 @@ def prepare(adata, library_key: str | None, *, shuffle_seed: int | None = None):
 
 
 def train(adata, args: argparse.Namespace, seed: int, **setup):
-    """Train FIMP with its defaults on `adata`; `setup` goes to ``FIMP.setup_anndata``."""
+    """Train FIMP with its defaults on `adata`; `setup` goes to ``FIMP.setup_anndata``.
+
+    ``args.model``, where a script sets it, holds arguments of the model other than its defaults.
+    """
     from fimp_sc.model import FIMP
 
     FIMP.setup_anndata(adata, **setup)
-    model = FIMP(adata, random_state=seed)
+    model = FIMP(adata, random_state=seed, **getattr(args, "model", {}))
     model.train(max_epochs=args.max_epochs, accelerator=args.accelerator)
     return model
 

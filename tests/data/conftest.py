@@ -6,7 +6,7 @@ import torch
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-from fimp_sc.data import ExpressionSource, GraphData, NodeGraph
+from fimp_sc.data import CentredTokens, ExpressionSource, GraphData, NodeGraph
 
 
 def make_graph_data(
@@ -35,7 +35,7 @@ def make_graph_data(
         coordinates=coordinates,
         library=library,
         label=rng.integers(-1, 3, n),
-        gene_rank=torch.from_numpy(rng.permutation(n_genes)),
+        tokens=CentredTokens(torch.from_numpy(rng.permutation(n_genes))),
     )
 
 

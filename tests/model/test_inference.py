@@ -15,7 +15,7 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from fimp_sc.data import BlockDataset, BlockSampler, Destinations, ExpressionSource, GraphData, NodeGraph
+from fimp_sc.data import BlockDataset, BlockSampler, CentredTokens, Destinations, ExpressionSource, GraphData, NodeGraph
 from fimp_sc.model import _inference as inference
 from fimp_sc.model._inference import infer
 from fimp_sc.model._module import FIMPModule
@@ -74,7 +74,7 @@ def make_data(graph: sparse.csr_matrix, *, self_loops=True, points=None, hidden=
         coordinates=positions(n) if points is None else points,
         library=np.sort(rng.integers(0, 2, n)) if points is None else np.zeros(n, dtype=np.int64),
         label=np.full(n, -1),
-        gene_rank=torch.from_numpy(rng.permutation(GENES)),
+        tokens=CentredTokens(torch.from_numpy(rng.permutation(GENES))),
     )
 
 

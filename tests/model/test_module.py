@@ -11,7 +11,7 @@ from torch import nn
 
 from fimp_sc.data import GeneStatistics
 from fimp_sc.model import FIMPModule
-from fimp_sc.model._module import linear_smoother
+from fimp_sc.model._smoother import linear_smoother
 
 GENES = 12
 
@@ -101,7 +101,9 @@ def start(module: FIMPModule, train, validation=None, around=None, **kwargs) -> 
     validation = train[:0] if validation is None else validation
     around = validation if around is None else around
     parts = (sparse.csr_matrix(part) for part in (train, validation, around))
-    module.start_from_data(*parts, statistics, **kwargs)
+    train, *others = parts
+    module.set_statistics(statistics, train, **{k: kwargs.pop(k) for k in tuple(kwargs) if k != "random_state"})
+    module.start_as_smoother(train, *others, statistics.mean, **kwargs)
 
 
 def half_scaled_pca(train: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,7 +11,16 @@ from scipy import sparse
 from scipy.spatial import Delaunay, cKDTree
 from torch.utils.data import DataLoader
 
-from fimp_sc.data import Batch, BlockDataset, BlockSampler, ExpressionSource, GraphData, NodeGraph, block_loader
+from fimp_sc.data import (
+    Batch,
+    BlockDataset,
+    BlockSampler,
+    CentredTokens,
+    ExpressionSource,
+    GraphData,
+    NodeGraph,
+    block_loader,
+)
 from fimp_sc.nn import FIMPNetwork
 
 N, GENES, LAYERS, TOKENS = 60, 14, 2, 6
@@ -57,7 +66,7 @@ def make_data(graph: sparse.csr_matrix, *, self_loops: bool, order=None, matrix=
         coordinates=points()[order],
         library=np.zeros(N, dtype=np.int64),
         label=np.full(N, -1),
-        gene_rank=torch.from_numpy(rng.permutation(GENES)),
+        tokens=CentredTokens(torch.from_numpy(rng.permutation(GENES))),
     )
 
 

@@ -7,20 +7,24 @@ from fimp_sc.data._loader import BlockDataset, BlockSampler, Destinations, Graph
 from fimp_sc.data._rows import MatrixRows, open_rows
 from fimp_sc.data._splits import curve_rank, spatial_blocks
 from fimp_sc.data._splitter import BlockSplitter, split_by_blocks
+from fimp_sc.data._token_sources import BinnedTokens, CentredTokens, TokenSource
 from fimp_sc.data._tokens import choose_tokens, hide_genes
 
 __all__ = [
     "Batch",
+    "BinnedTokens",
     "Block",
     "BlockDataset",
     "BlockSampler",
     "BlockSplitter",
+    "CentredTokens",
     "Destinations",
     "ExpressionSource",
     "GeneStatistics",
     "GraphData",
     "MatrixRows",
     "NodeGraph",
+    "TokenSource",
     "block_loader",
     "choose_tokens",
     "curve_rank",

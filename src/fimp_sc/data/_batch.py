@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ class Batch(TypedDict):
     feature_id: Tensor
     """``(n, f)`` int64, feature of each token."""
     value: Tensor
-    """``(n, f)`` float32, centred value of each token."""
+    """``(n, f)`` float32, value of each token: centred for FIMP-base, binned for foundation models of expression."""
     padding: Tensor
     """``(n, f)`` bool, True where there is no token."""
     profile: Tensor
@@ -41,3 +41,9 @@ class Batch(TypedDict):
     """``(n_dst, g)`` bool, entries of ``target`` that were hidden on purpose."""
     label: Tensor
     """``(n_dst,)`` int64 class, -1 where unlabeled."""
+    query_id: NotRequired[Tensor]
+    """``(n_dst, q)`` int64, hidden features that a decoder learns to predict."""
+    query_bin: NotRequired[Tensor]
+    """``(n_dst, q)`` float32, their true bins."""
+    query_padding: NotRequired[Tensor]
+    """``(n_dst, q)`` bool, True where a node has no more of them."""

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fimp_sc.data._splits import curve_rank, spatial_blocks
-from fimp_sc.data._tokens import choose_tokens, hide_genes
+from fimp_sc.data._token_sources import BinnedTokens
+from fimp_sc.data._tokens import hide_genes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fimp_sc.data._batch import Batch
     from fimp_sc.data._expression import ExpressionSource
     from fimp_sc.data._graph import NodeGraph
+    from fimp_sc.data._token_sources import TokenSource
 
 
 @dataclass
@@ -31,7 +33,7 @@ class GraphData:
     Attributes
     ----------
     source
-        Token source.
+        Expression.
     graph
         Neighbours of every node.
     coordinates
@@ -40,8 +42,8 @@ class GraphData:
         ``(n_obs,)`` int64 sample of each node.
     label
         ``(n_obs,)`` int64 class of each node, -1 where unlabeled.
-    gene_rank
-        ``(n_genes,)`` int64 permutation that orders equal values.
+    tokens
+        Which genes of a cell become tokens, with which values.
     """
 
     source: ExpressionSource
@@ -49,7 +51,7 @@ class GraphData:
     coordinates: NDArray[np.floating]
     library: NDArray[np.int64]
     label: NDArray[np.int64]
-    gene_rank: Tensor
+    tokens: TokenSource
 
     @cached_property
     def rank(self) -> NDArray[np.int64]:
@@ -172,8 +174,6 @@ class BlockDataset(Dataset["Batch"]):
         nodes, n_dst = block.nodes, len(destinations)
         rows = data.source.sparse_rows(nodes)
         visible, pattern, hidden = self._masks(nodes, n_dst, seed)
-        feature_id, padding = choose_tokens(rows, visible, pattern, self.n_tokens, data.gene_rank)
-
         values = rows.toarray()
         code = data.source.batch[nodes]
         for batch in np.unique(code):
@@ -183,13 +183,14 @@ class BlockDataset(Dataset["Batch"]):
         target = profile[:n_dst].clone()
         if self.mask_ratio is not None or not visible.all():
             profile.mul_(visible.float().index_select(0, pattern))
-        return {
+        feature_id, value, padding = data.tokens(nodes, rows, profile, visible, pattern, self.n_tokens)
+        made: Batch = {
             "nodes": torch.from_numpy(nodes),
             "n_nodes": block.n_nodes,
             "indptr": [torch.from_numpy(part) for part in block.indptr],
             "indices": [torch.from_numpy(part) for part in block.indices],
             "feature_id": feature_id,
-            "value": profile.gather(1, feature_id).masked_fill_(padding, 0.0),
+            "value": value,
             "padding": padding,
             "profile": profile,
             "visible": visible,
@@ -198,6 +199,11 @@ class BlockDataset(Dataset["Batch"]):
             "target_mask": hidden,
             "label": torch.from_numpy(data.label[destinations]),
         }
+        if self.mask_ratio is not None and isinstance(data.tokens, BinnedTokens) and data.tokens.n_queries:
+            generator = torch.Generator().manual_seed(seed)
+            queries = data.tokens.queries(destinations, rows[:n_dst], visible, pattern[:n_dst], hidden, generator)
+            made["query_id"], made["query_bin"], made["query_padding"] = queries
+        return made
 
     def _masks(self, nodes: NDArray[np.int64], n_dst: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return visible genes of each pattern, the pattern of each node, and what is hidden of the destinations."""

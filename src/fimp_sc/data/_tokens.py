@@ -17,7 +17,13 @@ _N_PATTERNS = 64
 
 
 def choose_tokens(
-    expression: sparse.csr_matrix, visible: Tensor, pattern: Tensor, n_tokens: int, gene_rank: Tensor
+    expression: sparse.csr_matrix,
+    visible: Tensor,
+    pattern: Tensor,
+    n_tokens: int,
+    gene_rank: Tensor,
+    *,
+    zeros: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Choose the genes that become tokens: the highest visible values of each cell.
 
@@ -36,6 +42,8 @@ def choose_tokens(
         Token budget per cell.
     gene_rank
         ``(n_genes,)`` int64 permutation.
+    zeros
+        Whether genes that are not expressed become tokens where the whole panel fits into the budget.
 
     Returns
     -------
@@ -47,7 +55,8 @@ def choose_tokens(
     """
     n_nodes, n_genes = expression.shape
     value, gene, length = expression.data, expression.indices, np.diff(expression.indptr)
-    if n_genes <= n_tokens:
+    whole = zeros and n_genes <= n_tokens
+    if whole:
         value, gene = expression.toarray().ravel(), np.tile(np.arange(n_genes, dtype=gene.dtype), n_nodes)
         length = np.full(n_nodes, n_genes)
     gene = gene.astype(np.int32 if visible.numel() < 2**31 else np.int64, copy=False)
@@ -58,7 +67,7 @@ def choose_tokens(
     def seen(entries: NDArray[np.int64]) -> NDArray[np.int64]:
         return entries[shown.take(first_of_pattern.take(row.take(entries)) + gene.take(entries))]
 
-    if n_genes <= n_tokens:
+    if whole:
         entries = np.arange(len(value))
     else:
         # Most counts of a cell are ones. Where enough higher ones are visible, these need not be ranked.

@@ -9,18 +9,24 @@ import numpy as np
 import pandas as pd
 from scvi.model.base import BaseModelClass
 
-from fimp_sc.data import ExpressionSource, GeneStatistics, GraphData, NodeGraph
+from fimp_sc.data import BinnedTokens, CentredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs
 from fimp_sc.model._fields import BATCH_KEY, LABELS_KEY, LIBRARY_KEY, X_KEY, ExpressionField, LabelField, match_columns
 from fimp_sc.model._inference import infer
+from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
     from scipy import sparse
+    from torch import Tensor
 
+    from fimp_sc.data import TokenSource
     from fimp_sc.model._inference import Read
     from fimp_sc.model._module import FIMPModule
+
+# Hidden genes of a cell that the decoder of a foundation model learns from: a fraction of its tokens.
+_QUERIES = 32
 
 
 class GraphModel(BaseModelClass):
@@ -53,7 +59,7 @@ class GraphModel(BaseModelClass):
     def _state(self, registry_key: str) -> dict:
         return self.registry["field_registries"].get(registry_key, {}).get("state_registry", {})
 
-    def _indices(self, adata: AnnData, indices: Sequence[int] | None) -> NDArray[np.int64]:
+    def _indices(self, adata: AnnData, indices: Sequence[int] | NDArray[np.int64] | None) -> NDArray[np.int64]:
         nodes = np.arange(adata.n_obs) if indices is None else np.asarray(indices)
         if nodes.dtype == bool:
             if nodes.shape != (adata.n_obs,):
@@ -74,7 +80,9 @@ class GraphModel(BaseModelClass):
             )
         }
         matrix = get_matrix(adata, setup["layer"])
-        graph = NodeGraph(get_graph(adata, setup["connectivities_key"]), self_loops=self.self_loops)
+        # The stack of a foundation model adds self-loops itself.
+        self_loops = self.self_loops and not isinstance(self.module.network, FoundationNetwork)
+        graph = NodeGraph(get_graph(adata, setup["connectivities_key"]), self_loops=self_loops)
         scale = manager.registry["field_registries"][X_KEY]["state_registry"][ExpressionField.SCALE]
         source = ExpressionSource(
             matrix,
@@ -93,7 +101,17 @@ class GraphModel(BaseModelClass):
             labels = get_obs(adata, [setup["labels_key"]])[setup["labels_key"]]
             text = labels.astype(object).map(str, na_action="ignore")
             label = pd.Index(self.classes).get_indexer(pd.Index(text)).astype(np.int64)
-        return GraphData(source, graph, coordinates, codes[LIBRARY_KEY], label, self.module.gene_rank.cpu())
+        return GraphData(source, graph, coordinates, codes[LIBRARY_KEY], label, self._token_source())
+
+    def _token_source(self) -> TokenSource:
+        gene_rank: Tensor = self.module.gene_rank.cpu()  # type: ignore[operator, union-attr]
+        network = self.module.network
+        if not isinstance(network, FoundationNetwork):
+            return CentredTokens(gene_rank)
+        n_queries = 0 if network.frozen or network.decoder is None else _QUERIES
+        return BinnedTokens(
+            gene_rank, network.embedding.known.cpu(), int(network.n_bins or 0), self.random_state, n_queries
+        )
 
     def _statistics(self) -> GeneStatistics | None:
         module = self.module
@@ -106,15 +124,19 @@ class GraphModel(BaseModelClass):
     def _collect(
         self,
         adata: AnnData | None,
-        indices: Sequence[int] | None,
+        indices: Sequence[int] | NDArray[np.int64] | None,
         read: Read,
         how: dict[str, Any],
         data: GraphData | None = None,
+        *,
+        untrained: bool = False,
+        genes: Tensor | None = None,
     ) -> NDArray[np.float32]:
-        self._check_if_trained(warn=False)
+        if not untrained:
+            self._check_if_trained(warn=False)
         adata = self._validate_anndata(adata)
         nodes, inverse = np.unique(self._indices(adata, indices), return_inverse=True)
         self.module.eval()
         data = data or self._graph_data(adata)
-        out = infer(self.module, data, nodes, read, n_layers=self.n_layers, n_tokens=self.n_tokens, **how)
+        out = infer(self.module, data, nodes, read, n_layers=self.n_layers, n_tokens=self.n_tokens, genes=genes, **how)
         return out if indices is None else out[inverse]

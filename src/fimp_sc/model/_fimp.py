@@ -10,9 +10,14 @@ import pandas as pd
 import torch
 from scvi.data import AnnDataManager
 
+from fimp_sc.data._access import missing_key
+from fimp_sc.model._build import foundation_network, gene_vectors
+from fimp_sc.model._decode import decoded_expression
 from fimp_sc.model._fields import BATCH_KEY, LIBRARY_KEY, ExpressionField, GraphField, GroupField, LabelField
 from fimp_sc.model._module import FIMPModule
+from fimp_sc.model._pretrained import read_pretrained, write_pretrained
 from fimp_sc.model._train import TrainableModel
+from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,37 +29,75 @@ if TYPE_CHECKING:
     from fimp_sc.model._inference import Strategy
 
 
+_TOKENS, _TOKENS_FOUNDATION = 32, 200
+
+
 class FIMP(TrainableModel):
-    """Foundation-informed message passing between cells (arXiv 2210.09475), FIMP-base.
+    """Foundation-informed message passing between cells (arXiv 2210.09475).
 
     A cell is a sequence of gene tokens; over each edge of the graph the tokens of the destination attend to those of
     the source, messages are averaged over neighbours and combined with the cell's own tokens. The model learns to
     predict hidden expression and, where labels are given, labels.
+
+    What makes the messages is learnt from scratch (FIMP-base), or it is the transformer stack of a foundation model
+    whose self-attention runs between cells (``foundation=``). FIMP-base can start from pretrained vectors of genes
+    (``gene_embeddings=``).
 
     Parameters
     ----------
     adata
         Object registered with :meth:`setup_anndata`.
     n_latent
-        Width of tokens and of the embedding.
+        Width of tokens and of the embedding. A foundation model brings its own, as it does layers and heads.
     n_layers
-        Message-passing layers; a cell sees as many hops.
+        Message-passing layers; a cell sees as many hops. A foundation model reads one hop.
     n_heads
         Attention heads; must divide ``n_latent``.
     n_tokens
-        Token budget: the highest values of a cell become tokens, all genes enter the summary token.
+        Token budget: the highest values of a cell become tokens; in FIMP-base all genes enter the summary token. By
+        default 32, or 200 for a foundation model.
     layer
-        ``"practical"`` (pre-norm transformer layer with residuals) or ``"paper"`` (messages added, one projection).
+        Of FIMP-base: ``"practical"`` (pre-norm transformer layer with residuals) or ``"paper"`` (messages added, one
+        projection).
     self_loops
         Whether a cell also attends to its own genes.
     reduce
-        ``"mean"`` or ``"sum"`` over neighbours.
+        ``"mean"`` or ``"sum"`` over neighbours, in FIMP-base.
     dropout
         Rate on messages, on what feed-forward parts add and before the label head.
     label_weight
         Weight of the label loss beside the masked-expression loss.
+    gene_embeddings
+        Pretrained vectors of genes for FIMP-base, projected to the width of tokens; GenePT, or any other table: a file,
+        mapping or data frame as :func:`fimp_sc.pretrained.read_gene_vectors` reads it. Genes without a vector learn
+        one.
+    foundation
+        ``"scgpt"``: the stack of scGPT makes the messages.
+    checkpoint
+        Folder with the files of the foundation model, or the name of a repository on the Hugging Face hub.
+    train_foundation
+        What training changes of the foundation model: ``"frozen"`` (nothing, only heads are trained), ``"full"``,
+        ``"last:N"`` (its last N layers) or ``"lora"`` (``"lora:RANK"``, a low-rank change of queries and values).
+    source, aggregate
+        How a stack makes messages, see :class:`fimp_sc.nn.TransformerStack`: sources send their evolving
+        (``"evolving"``) or first (``"static"``) hidden states; messages are averaged after every layer
+        (``"layer"``) or every edge runs the whole stack (``"final"``, dearer by the number of neighbours).
+    species, orthologs
+        Of the genes, ``"human"`` or ``"mouse"``; mouse genes are matched with a human vocabulary by a table of
+        orthologs. See :func:`fimp_sc.pp.match_genes`.
+    vocabulary_key
+        Column of ``var`` with ids from :func:`fimp_sc.pp.match_genes`; by default genes are matched now.
     random_state
         Seed of initialisation, splits, blocks and masks. The global random state is not touched.
+    architecture
+        What a saved model is built from in place of ``gene_embeddings`` and ``checkpoint``, which then are names only.
+
+    Raises
+    ------
+    CheckpointError
+        When files of a foundation model or of gene vectors cannot be used; a :class:`ValueError`.
+    ValueError
+        When an argument is out of its range, or no gene is known to the foundation model.
 
     Examples
     --------
@@ -75,24 +118,49 @@ class FIMP(TrainableModel):
         n_latent: int = 64,
         n_layers: int = 2,
         n_heads: int = 4,
-        n_tokens: int = 32,
+        n_tokens: int | None = None,
         layer: Literal["practical", "paper"] = "practical",
         self_loops: bool = True,
         reduce: Literal["mean", "sum"] = "mean",
         dropout: float = 0.2,
         label_weight: float = 1.0,
+        gene_embeddings: Any = None,
+        foundation: Literal["scgpt"] | None = None,
+        checkpoint: str | Path | None = None,
+        train_foundation: str = "frozen",
+        source: Literal["evolving", "static"] = "evolving",
+        aggregate: Literal["layer", "final"] = "layer",
+        species: Literal["human", "mouse"] = "human",
+        orthologs: Any = None,
+        vocabulary_key: str | None = None,
         random_state: int = 0,
+        architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(adata, registry)
+        n_tokens = n_tokens or (_TOKENS if foundation is None else _TOKENS_FOUNDATION)
         _check_choice("layer", layer, ("practical", "paper"))
         _check_choice("reduce", reduce, ("mean", "sum"))
         for name, number in (("n_latent", n_latent), ("n_layers", n_layers), ("n_tokens", n_tokens)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, found {number}")
-        self.n_tokens, self.n_layers = n_tokens, n_layers
+        _check_foundation(foundation, checkpoint, gene_embeddings, architecture)
+        self.foundation, self.n_tokens = foundation, n_tokens
         self.self_loops, self.random_state = self_loops, random_state
+        stored = architecture or {}
+        network, vectors, known = None, None, None
         with torch.random.fork_rng():
             torch.manual_seed(random_state)
+            match = {"species": species, "orthologs": orthologs}
+            if foundation is not None:
+                network, config = foundation_network(
+                    foundation, self.genes, checkpoint, self._vocabulary_rows(vocabulary_key),
+                    stored.get("foundation"), trained=train_foundation, source=source, aggregate=aggregate,
+                    self_loops=self_loops, dropout=dropout, **match,
+                )  # fmt: skip
+                stored = {"foundation": config}
+            elif gene_embeddings is not None and architecture is None:
+                vectors, known = gene_vectors(self.genes, gene_embeddings, **match)
+                stored = {"vector_width": vectors.shape[1]}
             self.module = FIMPModule(
                 n_features=self.summary_stats.n_vars,
                 n_labels=len(self.classes),
@@ -104,12 +172,34 @@ class FIMP(TrainableModel):
                 dropout=dropout,
                 label_weight=label_weight,
                 random_state=random_state,
+                vector_width=stored.get("vector_width"),
+                network=network,
             )
+            if vectors is not None and known is not None:
+                self.module.start_from_vectors(vectors, known)
+        self.n_layers = self.module.network.n_hops
+        kind = f"{layer} layers: {n_layers}, n_latent: {n_latent}, n_heads: {n_heads}"
+        if foundation is not None:
+            kind = f"{foundation}, {train_foundation}, source: {source}, aggregate: {aggregate}"
         self._model_summary_string = (
-            f"FIMP with {layer} layers: {n_layers}, n_latent: {n_latent}, n_heads: {n_heads}, n_tokens: {n_tokens}, "
-            f"genes: {self.summary_stats.n_vars}, classes: {len(self.classes)}"
+            f"FIMP with {kind}, n_tokens: {n_tokens}, genes: {self.summary_stats.n_vars}, classes: {len(self.classes)}"
         )
         self.init_params_ = self._get_init_params(locals())
+        # A saved model must not need the files again, which may have moved.
+        self.init_params_["non_kwargs"] |= {
+            "gene_embeddings": _name_of(gene_embeddings),
+            "checkpoint": _name_of(checkpoint),
+            "orthologs": _name_of(orthologs),
+            "architecture": stored or None,
+        }
+
+    def _vocabulary_rows(self, key: str | None) -> NDArray[np.int64] | None:
+        if key is None or self.adata is None:
+            return None
+        if key not in self.adata.var:
+            advice = "fimp_sc.pp.match_genes(adata, checkpoint) writes it."
+            raise missing_key(key, "adata.var", self.adata.var, advice)
+        return self.adata.var[key].to_numpy(dtype=np.int64)
 
     @classmethod
     def setup_anndata(
@@ -203,10 +293,11 @@ class FIMP(TrainableModel):
 
         Returns
         -------
-        ``(len(indices), n_latent)`` float32.
+        ``(len(indices), n_latent)`` float32. A foundation model gives embeddings of length 1, as scGPT does, and gives
+        them before any training too ("zero-shot").
         """
         how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
-        return self._collect(adata, indices, lambda module, z: z, how)
+        return self._collect(adata, indices, _latent, how, untrained=self.foundation is not None)
 
     def predict(
         self,
@@ -256,6 +347,7 @@ class FIMP(TrainableModel):
         genes: Sequence[str] | None = None,
         scale: Literal["log", "counts"] = "log",
         hidden: sparse.spmatrix | NDArray[np.bool_] | None = None,
+        decoder: bool = False,
         batch_size: int | None = None,
         strategy: Strategy = "auto",
         distribute: bool = False,
@@ -274,6 +366,10 @@ class FIMP(TrainableModel):
             total of each cell (for input on the log scale: ``expm1``). Not negative.
         hidden
             ``(n_obs, n_vars)`` boolean, True for entries that the model must not see.
+        decoder
+            Read values with the expression decoder of the foundation model instead of the head that training fits;
+            possible without training. Every gene becomes a token with a hidden value, so that cost grows with the
+            number of genes: name ``genes``. Bins come back on the scale of the cell's own visible genes.
 
         Returns
         -------
@@ -283,6 +379,8 @@ class FIMP(TrainableModel):
         ------
         KeyError
             When a gene of ``genes`` is not known to the model.
+        ValueError
+            When there is no decoder.
         """
         _check_choice("scale", scale, ("log", "counts"))
         adata = self._validate_anndata(adata)
@@ -293,11 +391,15 @@ class FIMP(TrainableModel):
         data = self._graph_data(adata, hidden)
         features = torch.from_numpy(known[known >= 0]).to(self.device)
         how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
-        values = self._collect(
-            adata, indices, lambda module, z: module.generative(z, features)["value"], how, data=data
-        )
         nodes = self._indices(adata, indices)
-        values += data.source.center[data.source.batch[nodes]][:, known[known >= 0]]
+        if decoder:
+            values = decoded_expression(
+                data, nodes, known[known >= 0],
+                lambda genes: self._collect(adata, nodes, _latent, how, data, untrained=True, genes=genes),
+            )  # fmt: skip
+        else:
+            values = self._collect(adata, nodes, lambda module, z: module.generative(z, features)["value"], how, data)
+            values += data.source.center[data.source.batch[nodes]][:, known[known >= 0]]
         np.maximum(values, 0.0, out=values)
         if scale == "counts":
             np.expm1(values, out=values)
@@ -332,6 +434,78 @@ class FIMP(TrainableModel):
         model.is_trained_ = reference.is_trained
         model._validate_anndata(adata)
         return model
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the model to a folder to share: ``config.json``, ``model.safetensors``, ``genes.txt``, ``README.md``.
+
+        The folder holds plain data, no pickled objects, no cells and no paths, and needs no other file: a foundation
+        model or gene vectors that the model was made from are in its weights. It is written completely or not at all.
+
+        Parameters
+        ----------
+        folder
+            Where to. It may hold nothing else.
+        overwrite
+            Replace a model that is there.
+
+        Raises
+        ------
+        FileExistsError
+            The folder holds a model and ``overwrite`` is not set, or it holds other files.
+        ValueError
+            Weights are NaN or infinite, or names of genes cannot be lines of a file.
+        """
+        write_pretrained(self, folder, overwrite=overwrite)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder_or_hub_id: str | Path, adata: AnnData | None = None, *, accelerator: str = "auto"
+    ) -> FIMP:
+        """Read a model that :meth:`save_pretrained` wrote. No code in its files is run.
+
+        Parameters
+        ----------
+        folder_or_hub_id
+            Folder, or name of a repository on the Hugging Face hub, which takes the package huggingface_hub.
+        adata
+            Object with a graph to bind the model to, as :meth:`load_query_data` does. Without it the model serves
+            :meth:`load_query_data` and the functions of :mod:`fimp_sc.tl`.
+        accelerator
+            ``"auto"`` takes a GPU when there is one.
+
+        Raises
+        ------
+        CheckpointError
+            A file is missing, damaged, of a newer version, or does not fit the others; a :class:`ValueError`.
+        """
+        return read_pretrained(cls, folder_or_hub_id, adata, accelerator)
+
+
+def _latent(module: FIMPModule, embedding: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(embedding) if isinstance(module.network, FoundationNetwork) else embedding
+
+
+def _check_foundation(foundation: str | None, checkpoint: Any, gene_embeddings: Any, architecture: Any) -> None:
+    if foundation is None:
+        if checkpoint is not None:
+            raise ValueError(f"checkpoint={str(checkpoint)!r} needs foundation=, the name of the model that it holds.")
+        return
+    if foundation in ("vit", "brainlm"):
+        raise ValueError(f"foundation={foundation!r} does not read gene expression: choose 'scgpt'.")
+    _check_choice("foundation", foundation, ("scgpt",))
+    if gene_embeddings is not None:
+        raise ValueError("gene_embeddings are for FIMP-base: a foundation model brings its own. Leave one of them out.")
+    if checkpoint is None and architecture is None:
+        raise ValueError(
+            f"foundation={foundation!r} needs checkpoint=, the folder with args.json, vocab.json and best_model.pt; "
+            "the authors of scGPT link it from their repository."
+        )
+
+
+def _name_of(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, Path) else type(value).__name__
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -43,10 +43,12 @@ class BlockRunner:
         Makes the batch of the block.
     read
         From the module and the embeddings, ``(n_dst, n_latent)``, to a tensor of as many rows.
+    genes
+        ``(q,)`` int64: return the bins of these genes from a foundation model's decoder instead.
     """
 
-    def __init__(self, module: FIMPModule, dataset: BlockDataset, read: Read) -> None:
-        self.module, self.dataset, self.read = module, dataset, read
+    def __init__(self, module: FIMPModule, dataset: BlockDataset, read: Read, genes: Tensor | None = None) -> None:
+        self.module, self.dataset, self.read, self.genes = module, dataset, read, genes
 
     def __call__(self, item: Destinations) -> NDArray[np.float32]:
         return self.run(self.dataset[item])
@@ -54,7 +56,9 @@ class BlockRunner:
     @torch.inference_mode()
     def run(self, batch: Any) -> NDArray[np.float32]:
         """Compute a batch that is made already."""
-        return self.read(self.module, self.module.inference(batch)["embedding"]).float().cpu().numpy()
+        outputs = self.module.inference(batch, self.genes)
+        result = self.read(self.module, outputs["embedding"]) if self.genes is None else outputs["bin"]
+        return result.float().cpu().numpy()
 
 
 def infer(
@@ -68,6 +72,7 @@ def infer(
     batch_size: int | None = None,
     strategy: Strategy = "auto",
     distribute: bool = False,
+    genes: Tensor | None = None,
 ) -> NDArray[np.float32]:
     """Compute ``read`` for ``nodes``.
 
@@ -91,6 +96,8 @@ def infer(
         in graphs that are not spatial, or with many layers. ``"auto"`` counts and takes what is less work.
     distribute
         Whether blocks are Dask tasks, computed by its active scheduler, rather than computed here one by one.
+    genes
+        See :class:`BlockRunner`.
 
     Returns
     -------
@@ -111,9 +118,11 @@ def infer(
         budget = _NUMBERS_CPU if on_cpu else _NUMBERS_ACCELERATOR
         batch_size = int(np.clip(budget // (4 * n_genes + 16 * (n_tokens + 1) * width), 64, 1 << 14))
     sampler = BlockSampler(data, nodes, batch_size=batch_size)
-    runner = BlockRunner(module, BlockDataset(data, n_layers=n_layers, n_tokens=n_tokens), read)
+    runner = BlockRunner(module, BlockDataset(data, n_layers=n_layers, n_tokens=n_tokens), read, genes)
+    if n_layers == 1:
+        strategy = "blocks"
     if strategy == "auto":
-        strategy = "layers" if not distribute and n_layers > 1 and _layers_pay(data, sampler, n_layers) else "blocks"
+        strategy = "layers" if not distribute and _layers_pay(data, sampler, n_layers) else "blocks"
     if strategy == "layers":
         parts = _by_layer(runner, nodes, batch_size)
     elif distribute:
@@ -158,7 +167,8 @@ def _by_layer(
     runner: BlockRunner, nodes: NDArray[np.int64], batch_size: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     data, n_tokens, n_layers = runner.dataset.data, runner.dataset.n_tokens, runner.dataset.n_layers
-    network, device = runner.module.network, runner.module.device
+    network: Any = runner.module.network
+    device = runner.module.device
     shape = (data.graph.csr.shape[0], n_tokens + 1, network.embedding.summary.shape[0])
     first = BlockDataset(data, n_layers=1, n_tokens=n_tokens)
     padded = np.ones(shape[:2], dtype=bool)

@@ -11,13 +11,14 @@ from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from fimp_sc.nn import FIMPNetwork, LabelHead, ValueHead
+from fimp_sc.model._smoother import linear_smoother
+from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
 
 if TYPE_CHECKING:
     from fimp_sc.data import Batch, GeneStatistics
 
 
-_HIDDEN = 0.15
+_LEAST_VARIANCE = 1e-8
 
 
 class FIMPModule(BaseModuleClass):
@@ -35,7 +36,14 @@ class FIMPModule(BaseModuleClass):
         Weight of the label loss beside the masked-value loss.
     random_state
         Seed of the order of equal values.
+    vector_width
+        Width of pretrained vectors of the genes, if there are any.
+    network
+        A foundation model instead of FIMP-base, which makes the parameters of the network above meaningless.
     """
+
+    embedding_mean: Tensor
+    embedding_std: Tensor
 
     def __init__(
         self,
@@ -50,12 +58,21 @@ class FIMPModule(BaseModuleClass):
         dropout: float = 0.1,
         label_weight: float = 1.0,
         random_state: int = 0,
+        vector_width: int | None = None,
+        network: FoundationNetwork | None = None,
     ) -> None:
         super().__init__()
         self.label_weight = label_weight
-        self.network = FIMPNetwork(n_features, n_latent, n_layers, n_heads, layer=layer, reduce=reduce, dropout=dropout)
-        self.value_head = ValueHead(n_features, n_latent)
-        self.label_head = LabelHead(n_latent, n_labels, dropout) if n_labels else None
+        self.network: FIMPNetwork | FoundationNetwork = network or FIMPNetwork(
+            n_features, n_latent, n_layers, n_heads, layer=layer, reduce=reduce, dropout=dropout,
+            vector_width=vector_width,
+        )  # fmt: skip
+        self.n_bins = 0 if network is None else int(network.n_bins or 0)
+        width = self.network.width
+        self.value_head = ValueHead(n_features, width)
+        self.label_head = LabelHead(width, n_labels, dropout) if n_labels else None
+        self.register_buffer("embedding_mean", torch.zeros(width))
+        self.register_buffer("embedding_std", torch.ones(width))
         order = np.random.default_rng(random_state).permutation(n_features)
         self.register_buffer("gene_rank", torch.from_numpy(order))
         self.register_buffer("gene_mean", torch.zeros(n_features))
@@ -71,13 +88,26 @@ class FIMPModule(BaseModuleClass):
         return {"embedding": inference_outputs["embedding"]}
 
     @auto_move_data
-    def inference(self, batch: Batch) -> dict[str, Tensor]:
-        """Return ``{"embedding": (n_dst, n_latent)}``."""
-        return {"embedding": self.network(batch)}
+    def inference(self, batch: Batch, genes: Tensor | None = None) -> dict[str, Tensor]:
+        """Return ``"embedding"`` ``(n_dst, n_latent)`` and, for genes that a decoder predicts, their ``"bin"``.
+
+        These are ``genes``, ``(q,)`` int64, or in training those that the batch names.
+        """
+        if genes is not None:
+            queries = genes.expand(batch["n_nodes"][-1], -1)
+        elif "query_id" in batch:
+            queries = batch["query_id"]
+        else:
+            return {"embedding": self.network(batch)}
+        if not isinstance(self.network, FoundationNetwork):
+            raise TypeError("FIMP-base has no decoder of bins.")
+        embedding, bins = self.network.decode(batch, queries)
+        return {"embedding": embedding, "bin": bins}
 
     @auto_move_data
     def generative(self, embedding: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
         """Return centred ``"value"`` ``(n, g)`` and, with a label head, ``"logits"`` ``(n, n_labels)``."""
+        embedding = (embedding - self.embedding_mean) / self.embedding_std
         out = {"value": self.value_head(embedding, features)}
         if self.label_head is not None:
             out["logits"] = self.label_head(embedding)
@@ -88,7 +118,8 @@ class FIMPModule(BaseModuleClass):
 
         The masked-value loss is the mean squared error over hidden entries divided by the variance of an entry
         around its gene's mean, so that 1 is what predicting gene means achieves. The label loss is the
-        cross-entropy over labeled destinations.
+        cross-entropy over labeled destinations. The decoder of a foundation model that is trained has the mean squared
+        error of bins, on the scale from 0 to 1.
         """
         hidden = tensors["target_mask"]
         n_obs = tensors["label"].shape[0]
@@ -96,6 +127,11 @@ class FIMPModule(BaseModuleClass):
         masked = (error * hidden).sum() / hidden.sum().clamp(min=1) / self.value_variance
         parts = {"masked_loss": masked}
         loss = masked
+        if "query_id" in tensors:
+            parts["decoder_loss"] = _bin_loss(
+                inference_outputs["bin"], tensors["query_bin"], tensors["query_padding"], self.n_bins - 1
+            )
+            loss = loss + parts["decoder_loss"]
         if self.label_head is not None:
             labels = tensors["label"]
             labeled = (labels >= 0).sum().clamp(min=1)
@@ -113,18 +149,70 @@ class FIMPModule(BaseModuleClass):
         raise TypeError("FIMP has no distribution to sample from; use get_expression for predicted means.")
 
     @torch.no_grad()
-    def start_from_data(
+    def set_statistics(
+        self,
+        statistics: GeneStatistics,
+        train: sparse.csr_matrix,
+        label_counts: np.ndarray | None = None,
+        class_balance: float = 0.0,
+    ) -> None:
+        """Set what the training cells tell about genes and classes.
+
+        Parameters
+        ----------
+        statistics
+            Of the training cells.
+        train
+            ``(n_cells, n_features)`` CSR log-normalised expression of training cells.
+        label_counts
+            ``(n_labels,)`` training cells per class.
+        class_balance
+            0 weighs cells alike, 1 classes alike.
+        """
+        self.gene_mean.copy_(torch.from_numpy(statistics.mean))
+        self.gene_fraction.copy_(torch.from_numpy(statistics.fraction))
+        self.target_sum.fill_(statistics.target_sum)
+        variance = float(train.power(2).mean()) - float(np.square(statistics.mean).mean())
+        self.value_variance.fill_(max(variance, _LEAST_VARIANCE))
+        if label_counts is not None:
+            counts = np.maximum(label_counts, 1)
+            weight = (counts / counts.mean()) ** -class_balance
+            self.class_weight.copy_(torch.from_numpy(weight * counts.sum() / (weight * counts).sum()))
+
+    def start_from_vectors(self, vectors: np.ndarray, known: np.ndarray) -> None:
+        """Use pretrained vectors of genes, see :meth:`~fimp_sc.nn.FeatureEmbedding.start_from_vectors`."""
+        if not isinstance(self.network, FIMPNetwork):
+            raise TypeError("A foundation model has vectors of its own.")
+        self.network.embedding.start_from_vectors(vectors, known)
+
+    @torch.no_grad()
+    def start_from_embeddings(self, embedding: np.ndarray) -> None:
+        """Let the heads of a foundation model see standardised embeddings, and start by predicting gene means.
+
+        Embeddings of one tissue differ little from each other beside their common mean, which would hide from a
+        linear map what they say about a cell.
+
+        Parameters
+        ----------
+        embedding
+            ``(n_cells, width)`` of some training cells.
+        """
+        std = embedding.std(0)
+        self.embedding_mean.copy_(torch.from_numpy(embedding.mean(0)))
+        self.embedding_std.copy_(torch.from_numpy(np.maximum(std, 1e-3 * max(float(std.max()), 1e-6))))
+        nn.init.zeros_(self.value_head.loading)
+
+    @torch.no_grad()
+    def start_as_smoother(
         self,
         train: sparse.csr_matrix,
         validation: sparse.csr_matrix,
         around: sparse.csr_matrix,
-        statistics: GeneStatistics,
+        mean: np.ndarray,
         *,
-        label_counts: np.ndarray | None = None,
-        class_balance: float = 0.0,
         random_state: int = 0,
     ) -> None:
-        """Set gene statistics, and let training start as the best linear smoother of principal components.
+        """Let training start as the best linear smoother of principal components.
 
         The gene loadings become the leading principal components of the training cells, so the summary token of a
         cell is its vector of PCA scores, beside which the layers write the scores of its neighbours' mean. How much a
@@ -137,29 +225,16 @@ class FIMPModule(BaseModuleClass):
             ``(n_cells, n_features)`` CSR log-normalised expression.
         around
             ``(n_validation, n_features)`` CSR, mean expression around each validation cell.
-        statistics
-            Of the training cells.
-        label_counts
-            ``(n_labels,)`` training cells per class.
-        class_balance
-            0 weighs cells alike, 1 classes alike.
+        mean
+            ``(n_features,)`` mean expression of the training cells.
         random_state
             Seed.
         """
-        mean = statistics.mean
-        self.gene_mean.copy_(torch.from_numpy(mean))
-        self.gene_fraction.copy_(torch.from_numpy(statistics.fraction))
-        self.target_sum.fill_(statistics.target_sum)
-        variance = float(train.power(2).mean()) - float(np.square(mean).mean())
-        self.value_variance.fill_(max(variance, 1e-8))
-        if label_counts is not None:
-            counts = np.maximum(label_counts, 1)
-            weight = (counts / counts.mean()) ** -class_balance
-            self.class_weight.copy_(torch.from_numpy(weight * counts.sum() / (weight * counts).sum()))
-
+        if not isinstance(self.network, FIMPNetwork):
+            raise TypeError("A foundation model does not start from principal components.")
         n_own, n_neighbourhood = self.network.n_own, self.network.n_neighbourhood
         n_components = min(n_own, min(train.shape) - 1)
-        if n_components < 1 or variance < 1e-8:
+        if n_components < 1 or float(self.value_variance) <= _LEAST_VARIANCE:
             return
         deviation = np.sqrt(np.maximum(np.asarray(train.power(2).mean(0)).ravel() - mean**2, 0.0))
         # Halfway between covariance, where a few strong genes decide, and correlation, where noise does.
@@ -188,51 +263,6 @@ class FIMPModule(BaseModuleClass):
             self.label_head.start_from(deviations)
 
 
-def linear_smoother(
-    cells: sparse.csr_matrix,
-    around: sparse.csr_matrix,
-    mean: np.ndarray,
-    encode: np.ndarray,
-    decode: np.ndarray,
-    n_neighbourhood: int,
-    random_state: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Fit hidden entries by each component of the cell's visible entries and of its neighbours' mean.
-
-    Parameters
-    ----------
-    cells, around
-        ``(n_cells, n_features)`` expression of cells and mean expression of their neighbours.
-    mean
-        ``(n_features,)``.
-    encode, decode
-        ``(n_features, k)`` loadings to scores, and from scores back.
-    n_neighbourhood
-        Number of leading components of which the neighbours' mean is used.
-    random_state
-        Seed of the hidden entries.
-
-    Returns
-    -------
-    Two non-negative vectors, ``(k,)`` and ``(n_neighbourhood,)``: factors of the cell's and of the neighbours'
-    scores, fitted component by component with least squares.
-    """
-    rng = np.random.default_rng(random_state)
-    square = np.zeros((encode.shape[1], 2, 2))
-    product = np.zeros((encode.shape[1], 2))
-    for i in range(0, cells.shape[0], 512):
-        centred = cells[i : i + 512].toarray() - mean
-        hidden = rng.random(centred.shape) < _HIDDEN
-        own = np.where(hidden, 0.0, centred) @ encode / (1.0 - _HIDDEN)
-        scores = np.stack([own, (around[i : i + 512].toarray() - mean) @ encode], axis=2)
-        weight = hidden.astype(np.float32) @ decode**2
-        square += np.einsum("nk,nka,nkb->kab", weight, scores, scores)
-        product += np.einsum("nka,nk->ka", scores, np.where(hidden, centred, 0.0) @ decode)
-    single = np.maximum(product, 0.0) / np.maximum(np.diagonal(square, axis1=1, axis2=2), 1e-12)
-    ridge = 1e-6 * np.trace(square, axis1=1, axis2=2)[:, None, None] + 1e-12
-    both = np.linalg.solve(square + ridge * np.eye(2), product[..., None])[..., 0]
-    # Where the joint fit is negative, the one that explains more on its own is the non-negative solution.
-    better = (single * product).argmax(1)[:, None] == np.arange(2)
-    fitted = np.where(both.min(1, keepdims=True) >= 0, both, np.where(better, single, 0.0))
-    fitted[n_neighbourhood:, 0] = single[n_neighbourhood:, 0]
-    return fitted[:, 0], fitted[:n_neighbourhood, 1]
+def _bin_loss(predicted: Tensor, bins: Tensor, padding: Tensor, largest: int) -> Tensor:
+    error = ((predicted - bins) / largest).square().masked_fill(padding, 0.0)
+    return error.sum() / (~padding).sum().clamp(min=1)

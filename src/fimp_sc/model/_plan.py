@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
+from fimp_sc.nn import FoundationNetwork
+
 if TYPE_CHECKING:
     from fimp_sc.data import Batch
     from fimp_sc.model._module import FIMPModule
@@ -30,6 +32,8 @@ class FIMPTrainingPlan(pl.LightningModule):
     lr_head
         Peak learning rate of the label head. It is a linear map that starts at zero: at the common rate it would be
         the layers below that bend to it.
+    lr_foundation
+        Peak learning rate of what is trained of a foundation model.
     weight_decay
         Of all weights but the tables of genes.
     gradient_clip
@@ -43,12 +47,13 @@ class FIMPTrainingPlan(pl.LightningModule):
         lr: float = 5e-4,
         lr_loadings: float = 2e-3,
         lr_head: float = 5e-3,
+        lr_foundation: float = 1e-4,
         weight_decay: float = 1e-2,
         gradient_clip: float = 1.0,
     ) -> None:
         super().__init__()
         self.module = module
-        self.lr, self.lr_loadings, self.lr_head = lr, lr_loadings, lr_head
+        self.lr, self.lr_loadings, self.lr_head, self.lr_foundation = lr, lr_loadings, lr_head, lr_foundation
         self.weight_decay = weight_decay
         self.gradient_clip = gradient_clip
         self.n_obs_training: int | None = None
@@ -72,10 +77,16 @@ class FIMPTrainingPlan(pl.LightningModule):
             "weights": {"lr": self.lr, "weight_decay": self.weight_decay},
             "tables": {"lr": self.lr, "weight_decay": 0.0},
             "head": {"lr": self.lr_head, "weight_decay": self.weight_decay},
+            "foundation": {"lr": self.lr_foundation, "weight_decay": self.weight_decay},
         }
+        foundation = isinstance(self.module.network, FoundationNetwork)
         members: dict[str, list[torch.nn.Parameter]] = {name: [] for name in groups}
         for name, parameter in self.module.named_parameters():
-            if name.endswith("loading"):
+            if not parameter.requires_grad:
+                continue
+            if foundation and name.startswith("network."):
+                members["foundation"].append(parameter)
+            elif name.endswith("loading"):
                 # A table that starts at zero must be able to leave it.
                 size = max(float(parameter.detach().square().mean().sqrt()), 0.1 * len(parameter) ** -0.5)
                 groups[name] = {"lr": self.lr_loadings * size, "weight_decay": 0.0}
@@ -84,7 +95,9 @@ class FIMPTrainingPlan(pl.LightningModule):
                 members["tables"].append(parameter)
             else:
                 members["head" if name.startswith("label_head") else "weights"].append(parameter)
-        optimizer = torch.optim.AdamW([{"params": members[name], **group} for name, group in groups.items()])
+        optimizer = torch.optim.AdamW(
+            [{"params": members[name], **group} for name, group in groups.items() if members[name]]
+        )
         total = max(int(self.trainer.estimated_stepping_batches), 1)
 
         def rate(step: int) -> float:

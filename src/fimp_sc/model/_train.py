@@ -16,7 +16,9 @@ from scvi.train import TrainRunner
 
 from fimp_sc.data import BlockSplitter, split_by_blocks
 from fimp_sc.model._base import GraphModel
+from fimp_sc.model._inference import infer
 from fimp_sc.model._plan import FIMPTrainingPlan
+from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +38,7 @@ _CELLS_PER_PART = 64
 _LEAST_GAIN = 2e-4
 _MOST_CELLS_TO_START = 4096
 _MOST_CELLS_FOR_COMPONENTS = 50_000
+_CELLS_TO_STANDARDISE = 256
 # Enough to keep an accelerator busy; on a CPU making batches and training would only take turns.
 _WORKERS_ACCELERATOR = 4
 # Weights used are an exponential average over some tens of steps, which evens out what single blocks ask for.
@@ -217,24 +220,27 @@ class TrainableModel(GraphModel):
     def _start_from_data(
         self, data: GraphData, train_idx: np.ndarray, val_idx: np.ndarray, class_balance: float
     ) -> GraphData:
-        statistics = data.source.gene_statistics(train_idx)
-        counts = np.bincount(data.label[train_idx][data.label[train_idx] >= 0], minlength=len(self.classes))
-        seen = val_idx[data.graph.degree[val_idx] > 0][:_MOST_CELLS_TO_START]
-        mean_of = data.graph.averaging(seen, self.n_layers)
-        sources = np.unique(mean_of.indices)
+        module, rng = self.module, np.random.default_rng(self.random_state)
         some = train_idx
         if len(train_idx) > _MOST_CELLS_FOR_COMPONENTS:
-            rng = np.random.default_rng(self.random_state)
             some = np.sort(rng.choice(train_idx, _MOST_CELLS_FOR_COMPONENTS, replace=False))
-        self.module.start_from_data(
-            data.source.sparse_rows(some),
-            data.source.sparse_rows(seen),
-            mean_of[:, sources] @ data.source.sparse_rows(sources),
-            statistics,
-            label_counts=counts if self.classes else None,
-            class_balance=class_balance,
-            random_state=self.random_state,
-        )
+        rows = data.source.sparse_rows(some)
+        statistics = data.source.gene_statistics(train_idx)
+        counts = np.bincount(data.label[train_idx][data.label[train_idx] >= 0], minlength=len(self.classes))
+        module.set_statistics(statistics, rows, counts if self.classes else None, class_balance)
+        if isinstance(module.network, FoundationNetwork):
+            few = np.sort(rng.permutation(train_idx)[:_CELLS_TO_STANDARDISE])
+            module.eval()
+            module.start_from_embeddings(
+                infer(module, data, few, lambda module, z: z, n_layers=self.n_layers, n_tokens=self.n_tokens)
+            )
+        else:
+            seen = val_idx[data.graph.degree[val_idx] > 0][:_MOST_CELLS_TO_START]
+            mean_of = data.graph.averaging(seen, self.n_layers)
+            sources = np.unique(mean_of.indices)
+            around = mean_of[:, sources] @ data.source.sparse_rows(sources)
+            own = data.source.sparse_rows(seen)
+            module.start_as_smoother(rows, own, around, statistics.mean, random_state=self.random_state)
         return self._graph_data(self.adata)
 
 

@@ -2,17 +2,21 @@
 
 from fimp_sc.nn._attention import attention_backend, cross_node_attention
 from fimp_sc.nn._embedding import FeatureEmbedding
+from fimp_sc.nn._foundation import FoundationNetwork
 from fimp_sc.nn._heads import LabelHead, ValueHead
 from fimp_sc.nn._network import FIMPNetwork
+from fimp_sc.nn._stack import TransformerStack
 from fimp_sc.nn._transformer import CrossNodeAttention, PaperLayer, TransformerLayer, run_layers
 
 __all__ = [
     "CrossNodeAttention",
     "FIMPNetwork",
     "FeatureEmbedding",
+    "FoundationNetwork",
     "LabelHead",
     "PaperLayer",
     "TransformerLayer",
+    "TransformerStack",
     "ValueHead",
     "attention_backend",
     "cross_node_attention",

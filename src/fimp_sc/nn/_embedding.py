@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+# Size of the entries of random identities.
+_IDENTITY = 0.3
 
 
 class FeatureEmbedding(nn.Module):
@@ -25,17 +29,26 @@ class FeatureEmbedding(nn.Module):
         Number of features (genes).
     d_model
         Width of a token.
+    vector_width
+        Width of pretrained vectors of the features, if there are any: ``identity[gene]`` then is ``own[gene] +
+        project(vector[gene])``, and ``own`` starts at zero where a vector is known.
     """
 
-    def __init__(self, n_features: int, d_model: int) -> None:
+    vectors: Tensor
+
+    def __init__(self, n_features: int, d_model: int, vector_width: int | None = None) -> None:
         super().__init__()
         self.loading = nn.Parameter(torch.randn(n_features, d_model) * n_features**-0.5)
-        self.identity = nn.Parameter(torch.randn(n_features, d_model) * 0.3)
+        self.identity = nn.Parameter(torch.randn(n_features, d_model) * _IDENTITY)
         self.summary = nn.Parameter(torch.randn(d_model))
         last = nn.Linear(32, d_model)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.value_code = nn.Sequential(nn.Linear(1, 32), nn.GELU(), last)
+        self.project: nn.Linear | None = None
+        if vector_width is not None:
+            self.project = nn.Linear(vector_width, d_model, bias=False)
+            self.register_buffer("vectors", torch.zeros(n_features, vector_width))
 
     def forward(self, feature_id: Tensor, value: Tensor, profile: Tensor, visible: Tensor, pattern: Tensor) -> Tensor:
         """Return the tokens of each node, its summary first.
@@ -61,10 +74,39 @@ class FeatureEmbedding(nn.Module):
         value = value.unsqueeze(2)
         tokens = (
             value * nn.functional.embedding(feature_id, self.loading)
-            + nn.functional.embedding(feature_id, self.identity)
+            + nn.functional.embedding(feature_id, self.identities())
             + self.value_code(value)
         )
         return torch.cat([(summary + self.summary).unsqueeze(1), tokens], dim=1)
+
+    def identities(self) -> Tensor:
+        """Return ``(n_features, d_model)``, what tells features apart."""
+        return self.identity if self.project is None else self.identity + self.project(self.vectors)
+
+    @torch.no_grad()
+    def start_from_vectors(self, vectors: NDArray[np.float32], known: NDArray[np.bool_]) -> None:
+        """Use pretrained vectors of features; they stay as they are, their projection is learnt.
+
+        Parameters
+        ----------
+        vectors
+            ``(n_features, vector_width)``. Centred and scaled here; the projection starts at their principal
+            components, at the size that random identities have.
+        known
+            ``(n_features,)``, where there is a vector. The others keep an identity of their own.
+        """
+        if self.project is None:
+            raise ValueError("The embedding was made without vectors: pass vector_width.")
+        values = np.zeros(vectors.shape, dtype=np.float32)
+        values[known] = vectors[known] - vectors[known].mean(0)
+        values /= max(float(np.linalg.norm(values[known], axis=1).mean()), 1e-12)
+        self.vectors.copy_(torch.from_numpy(values))
+        components = torch.linalg.svd(self.vectors, full_matrices=False)[2][: len(self.summary)]
+        self.project.weight.zero_()
+        self.project.weight[: len(components)] = components
+        projected = self.project(self.vectors)[torch.from_numpy(known)]
+        self.project.weight *= _IDENTITY / projected.square().mean().sqrt().clamp(min=1e-12)
+        self.identity[torch.from_numpy(known)] = 0.0
 
     @torch.no_grad()
     def start_from(self, loading: NDArray) -> None:

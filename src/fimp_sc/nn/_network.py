@@ -38,6 +38,8 @@ class FIMPNetwork(nn.Module):
         ``"mean"`` or ``"sum"`` over neighbours.
     dropout
         Rate in practical layers.
+    vector_width
+        Width of pretrained vectors of the features, see :class:`FeatureEmbedding`.
     """
 
     def __init__(
@@ -50,13 +52,15 @@ class FIMPNetwork(nn.Module):
         layer: Literal["practical", "paper"] = "practical",
         reduce: str = "mean",
         dropout: float = 0.1,
+        vector_width: int | None = None,
     ) -> None:
         super().__init__()
+        self.width, self.n_hops = d_model, n_layers
         # Columns of the embedding where training starts: the cell's own components, then those of its neighbours'
         # mean; the rest is free. Kept apart, neither blurs the other.
         self.n_own, self.n_neighbourhood = d_model * 5 // 8, d_model // 4
         neighbourhood = slice(self.n_own, self.n_own + self.n_neighbourhood)
-        self.embedding = FeatureEmbedding(n_features, d_model)
+        self.embedding = FeatureEmbedding(n_features, d_model, vector_width)
         self.embedding.mark_summary_outside(slice(self.n_neighbourhood), neighbourhood)
         layers: list[nn.Module] = []
         for _ in range(n_layers):

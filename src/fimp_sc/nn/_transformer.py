@@ -31,9 +31,20 @@ class CrossNodeAttention(nn.Module):
         ``"mean"`` or ``"sum"`` over sources.
     project_output
         Whether the reduced messages pass an output projection.
+    value_kernel
+        Width of a depthwise convolution along the tokens of each source's values, odd, whose result joins its message
+        (position by position: destination and source tokens must correspond). Nyströmformers have it.
     """
 
-    def __init__(self, d_model: int, n_heads: int, *, reduce: str = "mean", project_output: bool = True) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        reduce: str = "mean",
+        project_output: bool = True,
+        value_kernel: int | None = None,
+    ) -> None:
         super().__init__()
         if d_model % n_heads:
             raise ValueError(f"n_heads must divide the width: {d_model} is not a multiple of {n_heads}")
@@ -43,6 +54,11 @@ class CrossNodeAttention(nn.Module):
         self.key = nn.Linear(d_model, d_model)
         self.value = nn.Linear(d_model, d_model)
         self.output: Any = nn.Linear(d_model, d_model) if project_output else nn.Identity()
+        self.value_convolution: nn.Conv2d | None = None
+        if value_kernel is not None:
+            self.value_convolution = nn.Conv2d(
+                n_heads, n_heads, (value_kernel, 1), padding=(value_kernel // 2, 0), groups=n_heads, bias=False
+            )
 
     def forward(self, queries: Tensor, tokens: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
         """Return the reduced messages.
@@ -62,17 +78,34 @@ class CrossNodeAttention(nn.Module):
         -------
         ``(n_destinations, n_queries, d_model)``.
         """
+        value = self._heads(self.value(tokens))
         messages = cross_node_attention(
             self._heads(self.query(queries)),
             self._heads(self.key(tokens)),
-            self._heads(self.value(tokens)),
+            value,
             indptr,
             indices,
             key_padding_mask=padding,
             reduce=self.reduce,
         )
+        if self.value_convolution is not None:
+            messages = messages + self._convolved(value, padding, indptr, indices)[:, :, : messages.shape[2]]
         connected = (indptr.diff() > 0).to(messages.dtype)[:, None, None]
         return self.output(messages.transpose(1, 2).flatten(2)) * connected
+
+    def _convolved(self, value: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+        """Return the part of the reduced messages that is convolved values, ``(n_destinations, heads, f, head_dim)``.
+
+        One row per edge is held: sequences that are convolved are short.
+        """
+        convolved = self.value_convolution(value.masked_fill(padding[:, None, :, None], 0.0))  # type: ignore[misc]
+        degree = indptr.diff()
+        destination = torch.repeat_interleave(degree, output_size=len(indices))
+        total = convolved.new_zeros(len(degree), *convolved.shape[1:])
+        total = total.index_add(0, destination, convolved.index_select(0, indices))
+        if self.reduce == "sum":
+            return total
+        return total / degree.clamp(min=1).to(total.dtype)[:, None, None, None]
 
     def _heads(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
@@ -97,6 +130,8 @@ class TransformerLayer(nn.Module):
         Of the layer norms.
     reduce
         ``"mean"`` or ``"sum"`` over sources.
+    value_kernel
+        See :class:`CrossNodeAttention`.
     """
 
     def __init__(
@@ -110,10 +145,11 @@ class TransformerLayer(nn.Module):
         dropout: float = 0.1,
         eps: float = 1e-5,
         reduce: str = "mean",
+        value_kernel: int | None = None,
     ) -> None:
         super().__init__()
         self.norm_first = norm_first
-        self.attention = CrossNodeAttention(d_model, n_heads, reduce=reduce)
+        self.attention = CrossNodeAttention(d_model, n_heads, reduce=reduce, value_kernel=value_kernel)
         self.attention_norm = nn.LayerNorm(d_model, eps=eps)
         self.expand = nn.Linear(d_model, d_feedforward)
         self.activation = _ACTIVATIONS[activation]()
@@ -122,29 +158,39 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, tokens: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor, n_queries: int | None = None
+        self,
+        tokens: Tensor,
+        padding: Tensor,
+        indptr: Tensor,
+        indices: Tensor,
+        n_queries: int | None = None,
+        *,
+        own: Tensor | None = None,
     ) -> Tensor:
         """Update the tokens of the destinations.
 
         Parameters
         ----------
         tokens
-            ``(n_nodes, n_tokens, d_model)``, destinations first.
+            ``(n_nodes, n_tokens, d_model)`` tokens that sources send; destinations first, unless ``own`` is given.
         padding
             ``(n_nodes, n_tokens)`` bool.
         indptr, indices
             Compressed sparse rows over the destinations.
         n_queries
             Update (and return) only the first tokens of each destination.
+        own
+            ``(n_destinations, n_tokens, d_model)`` tokens of the destinations, where they are not what these send.
 
         Returns
         -------
         ``(n_destinations, n_queries or n_tokens, d_model)``.
         """
-        own = tokens[: len(indptr) - 1, :n_queries]
+        apart = own is not None
+        own = (tokens[: len(indptr) - 1] if own is None else own)[:, :n_queries]
         if self.norm_first:
             normed = self.attention_norm(tokens)
-            queries = normed[: len(indptr) - 1, :n_queries]
+            queries = self.attention_norm(own) if apart else normed[: len(indptr) - 1, :n_queries]
             own = own + self.dropout(self.attention(queries, normed, padding, indptr, indices))
             return own + self.dropout(self._feedforward(self.feedforward_norm(own)))
         own = self.attention_norm(own + self.dropout(self.attention(own, tokens, padding, indptr, indices)))

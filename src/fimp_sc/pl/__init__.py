@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from fimp_sc.pl._gene_match import gene_match
 from fimp_sc.pl._history import history
 from fimp_sc.pl._spatial import spatial
 
-__all__ = ["history", "spatial"]
+__all__ = ["gene_match", "history", "spatial"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fimp_sc.pp._gene_match import GeneMatch
+from fimp_sc.pp._match_genes import match_genes
 from fimp_sc.pp._spatial_graph import spatial_graph
 
-__all__ = ["spatial_graph"]
+__all__ = ["GeneMatch", "match_genes", "spatial_graph"]

@@ -31,6 +31,7 @@ from fimp_sc.data._checks import (
 )
 from fimp_sc.data._stored import identity, storage
 from fimp_sc.model import FIMP
+from fimp_sc.model._pretrained import is_pretrained
 from fimp_sc.model._train import on_gpu
 
 if TYPE_CHECKING:
@@ -111,16 +112,23 @@ def fitted_model(
     verbose: bool,
     model_kwargs: dict[str, Any] | None,
     train_kwargs: dict[str, Any] | None,
+    zero_shot: bool = False,
 ) -> FIMP:
-    """Return a trained model for the working copy: the given one, the remembered one, or one trained now."""
+    """Return a model for the working copy: the given one, the remembered one, or one trained (or just built) now."""
     if isinstance(model, str | Path):
-        if not Path(model, "model.pt").is_file():
-            raise FileNotFoundError(f"No saved model in {str(model)!r}: model.save(folder) writes model.pt there.")
-        given: FIMP | None = FIMP.load(str(model), adata=False, accelerator=accelerator)
+        given: FIMP | None
+        if is_pretrained(model):
+            given = FIMP.from_pretrained(model, accelerator=accelerator)
+        elif Path(model, "model.pt").is_file():
+            given = FIMP.load(str(model), adata=False, accelerator=accelerator)
+        else:
+            raise FileNotFoundError(
+                f"No saved model in {str(model)!r}: model.save_pretrained(folder) or model.save(folder) writes one."
+            )
     else:
         given = model
     if given is not None:
-        if not given.is_trained:
+        if not given.is_trained and given.foundation is None:
             raise ValueError("The model is not trained: call model.train() first, or leave model out.")
         unused = [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]
         if unused:
@@ -129,12 +137,16 @@ def fitted_model(
     mark = _fingerprint(work, inputs)
     remembered = _models.get(id(adata))
     known = remembered is not None and remembered[0]() is adata and remembered[1] == mark
-    if remembered is not None and known and reuse and not model_kwargs and not train_kwargs:
+    usable = remembered is not None and known and remembered[2].is_trained
+    if remembered is not None and usable and reuse and not model_kwargs and not train_kwargs:
         logger.info("Using the model trained before on this object.")
         return remembered[2]
     FIMP.setup_anndata(work, **(asdict(inputs) | {"layer": None}))
     fresh = FIMP(work, **{"random_state": random_state, **(model_kwargs or {})})
-    _report(fresh, work, accelerator)
+    _report(fresh, work, accelerator, zero_shot)
+    if zero_shot:
+        fresh.to_device(_device(accelerator))
+        return fresh
     fresh.train(max_epochs, accelerator=accelerator, **{"enable_progress_bar": verbose, **(train_kwargs or {})})
     return fresh
 
@@ -229,7 +241,13 @@ def _checksum(matrix: Any) -> int:
     return check
 
 
-def _report(model: FIMP, work: AnnData, accelerator: str) -> None:
+def _device(accelerator: str) -> str:
+    if accelerator == "auto":
+        return "cuda:0" if on_gpu(accelerator) else "cpu"
+    return {"gpu": "cuda:0", "cuda": "cuda:0"}.get(accelerator, accelerator)
+
+
+def _report(model: FIMP, work: AnnData, accelerator: str, zero_shot: bool) -> None:
     graph = work.obsp[model.registry["setup_args"]["connectivities_key"]]
     weights = sum(p.numel() for p in model.module.parameters()) * 16
     # A block of training: about twice its destinations with the halo, a dozen dense copies of its expression, and
@@ -240,9 +258,10 @@ def _report(model: FIMP, work: AnnData, accelerator: str) -> None:
     if storage(work.X) == "memory":
         matrix = 3 * (work.X.nnz * 8 if sparse.issparse(work.X) else work.X.nbytes)
     logger.info(
-        "%s cells, %s genes, %.1f neighbours per cell, %d classes; training on %s, about %.1f GB of memory.",
+        "%s cells, %s genes, %.1f neighbours per cell, %d classes; %s on %s, about %.1f GB of memory.",
         f"{work.n_obs:,}", f"{work.n_vars:,}", graph.nnz / work.n_obs, len(model.classes),
-        "GPU" if on_gpu(accelerator) else "CPU", (weights + block + matrix) / 1e9 + 0.6,
+        "computing" if zero_shot else "training", "GPU" if on_gpu(accelerator) else "CPU",
+        (weights + block + matrix) / 1e9 + 0.6,
     )  # fmt: skip
 
 

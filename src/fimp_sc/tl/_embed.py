@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fimp_sc._logging import user_messages
 from fimp_sc.tl._common import Inputs, finite_or_raise, fitted_model, record, working_copy, write_back
@@ -23,6 +23,10 @@ def embed(
     connectivities_key: str = "spatial_connectivities",
     input_scale: str = "auto",
     key_added: str = "X_fimp",
+    gene_embeddings: Any = None,
+    foundation: Literal["scgpt"] | None = None,
+    checkpoint: str | Path | None = None,
+    zero_shot: bool = False,
     model: FIMP | str | Path | None = None,
     max_epochs: int | None = None,
     accelerator: str = "auto",
@@ -35,8 +39,8 @@ def embed(
 ) -> AnnData | None:
     """Embed each cell from its own genes and those of its neighbours.
 
-    Builds a graph of 6 nearest neighbours when there is none, trains FIMP-base on masked expression, and writes the
-    embedding.
+    Builds a graph of 6 nearest neighbours when there is none, trains a model on masked expression (FIMP-base, unless
+    ``foundation`` names another), and writes the embedding.
 
     Parameters
     ----------
@@ -56,6 +60,15 @@ def embed(
         ``"counts"``, ``"normalized"``, ``"log"`` or ``"auto"``; see :meth:`fimp_sc.model.FIMP.setup_anndata`.
     key_added
         Where to write in ``obsm`` and ``uns``.
+    gene_embeddings
+        Pretrained vectors of genes that FIMP-base starts from, for instance the file of GenePT; see
+        :class:`fimp_sc.model.FIMP`.
+    foundation, checkpoint
+        A foundation model that makes the messages, and the folder of its files: ``foundation="scgpt",
+        checkpoint="scGPT_human/"``.
+    zero_shot
+        Use the foundation model as it is, without training. A foundation model that stays frozen embeds alike with and
+        without training, which then only concerns labels and expression.
     model
         A trained model, or the folder of a saved one, to apply without training; its genes are matched by name.
     max_epochs
@@ -84,15 +97,20 @@ def embed(
     KeyError
         When a key is missing.
     ValueError
-        When values or graph cannot be used.
+        When values or graph cannot be used, or files of a foundation model or of gene vectors.
     """
     adata = adata.copy() if copy else adata
     inputs = Inputs(layer, library_key, batch_key, spatial_key, connectivities_key, input_scale)
+    if zero_shot and foundation is None and model is None:
+        raise ValueError("zero_shot=True needs a foundation model: pass foundation='scgpt' and checkpoint=.")
+    given = {"gene_embeddings": gene_embeddings, "foundation": foundation, "checkpoint": checkpoint}
+    model_kwargs = {name: value for name, value in given.items() if value is not None} | (model_kwargs or {})
     with user_messages(verbose=verbose):
         work = working_copy(adata, inputs)
         fitted = fitted_model(
             adata, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
+            zero_shot=zero_shot,
         )  # fmt: skip
         embedding = fitted.get_latent_representation(**(inference_kwargs or {}))
         finite_or_raise(embedding, "embedding")

@@ -1,0 +1,160 @@
+"""What a foundation model in the size of scGPT whole-human costs: reading, embedding without training, fine-tuning.
+
+Without --checkpoint a checkpoint of that size (60,697 genes, 512 wide, 8 heads, 12 layers) is written with random
+weights first: costs are those of the real one, embeddings mean nothing. Every row is a fresh process. `read_s` is the
+time to read the checkpoint alone; `embed_s` covers the whole call of `tl.embed` (graph, reading, embedding) with a
+frozen model; `epoch_s` is the mean time of a training epoch over --train-cells cells, `trained` the number of trained
+parameters of the foundation model, heads left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from _common import DATA, Results, load, parse, parser
+
+CHILD = """
+import json, resource, sys, time, warnings
+import anndata, torch
+import fimp_sc
+from fimp_sc.pretrained import read_foundation
+task = json.loads(sys.argv[1])
+torch.set_num_threads(task["threads"])
+warnings.filterwarnings("ignore")
+adata = anndata.read_h5ad(task["path"])[: task["cells"]].copy()
+unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is in bytes on macOS, in KiB on Linux
+out = {"before_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+start = time.perf_counter()
+if task["kind"] == "read":
+    read_foundation("scgpt", task["checkpoint"])
+    out["read_s"] = time.perf_counter() - start
+elif task["kind"] == "embed":
+    fimp_sc.tl.embed(
+        adata, foundation="scgpt", checkpoint=task["checkpoint"], zero_shot=True, accelerator=task["accelerator"],
+        verbose=False, model_kwargs=task["model"],
+    )
+    out["embed_s"] = time.perf_counter() - start
+    out["ms_per_cell"] = 1000 * out["embed_s"] / adata.n_obs
+else:
+    fimp_sc.pp.spatial_graph(adata)
+    fimp_sc.model.FIMP.setup_anndata(adata)
+    model = fimp_sc.model.FIMP(adata, foundation="scgpt", checkpoint=task["checkpoint"], **task["model"])
+    out["trained"] = sum(p.numel() for p in model.module.network.parameters() if p.requires_grad)
+    out["heads"] = sum(p.numel() for p in model.module.value_head.parameters())
+    times = []
+
+    from lightning.pytorch import Callback
+
+    class Clock(Callback):
+        def on_train_epoch_start(self, *args):
+            times.append(-time.perf_counter())
+
+        def on_train_epoch_end(self, *args):
+            times[-1] += time.perf_counter()
+
+    model.train(task["epochs"], accelerator=task["accelerator"], enable_progress_bar=False, early_stopping=False,
+                validation_size=0.0, callbacks=[Clock()], batch_size=task["batch_size"])
+    out["epoch_s"] = sum(times) / len(times)
+    out["last_loss"] = float(model.history["train_loss"].iloc[-1, 0])
+out["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+print(json.dumps(out))
+"""
+
+
+def write_checkpoint(folder: Path, genes: list[str], *, width: int, layers: int, heads: int, n_genes: int) -> None:
+    """Write a checkpoint with random weights in the released format; its vocabulary begins with `genes`."""
+    import torch
+
+    names = [*genes, *(f"GENE{i}" for i in range(n_genes - 3 - len(genes))), "<pad>", "<cls>", "<eoc>"]
+    args = {"embsize": width, "nheads": heads, "d_hid": width, "nlayers": layers, "n_bins": 51, "pad_value": -2}
+    args |= {"mask_value": -1, "dropout": 0.2, "input_emb_style": "continuous", "max_seq_len": 1200}
+    (folder / "args.json").write_text(json.dumps(args))
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    generator = torch.Generator().manual_seed(0)
+
+    def linear(name: str, n_out: int, n_in: int) -> None:
+        tensors[f"{name}weight"] = torch.randn(n_out, n_in, generator=generator) * n_in**-0.5
+        tensors[f"{name}bias"] = torch.zeros(n_out)
+
+    def norm(name: str) -> None:
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = torch.ones(width), torch.zeros(width)
+
+    tensors = {"encoder.embedding.weight": torch.randn(len(names), width, generator=generator)}
+    norm("encoder.enc_norm")
+    linear("value_encoder.linear1.", width, 1)
+    linear("value_encoder.linear2.", width, width)
+    norm("value_encoder.norm")
+    for i in range(layers):
+        layer = f"transformer_encoder.layers.{i}"
+        linear(f"{layer}.self_attn.Wqkv.", 3 * width, width)
+        linear(f"{layer}.self_attn.out_proj.", width, width)
+        linear(f"{layer}.linear1.", width, width)
+        linear(f"{layer}.linear2.", width, width)
+        norm(f"{layer}.norm1")
+        norm(f"{layer}.norm2")
+    for i, n_out in ((0, width), (2, width), (4, 1)):
+        linear(f"decoder.fc.{i}.", n_out, width)
+    torch.save(tensors, folder / "best_model.pt")
+
+
+def run(task: dict, env: dict[str, str]) -> dict[str, float]:
+    """Run one task in a fresh process."""
+    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(task)], env=env, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{task['kind']} failed (exit status {done.returncode}); its message is above.")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    """Measure and write the table."""
+    p = parser(__doc__)
+    p.add_argument("--checkpoint", type=Path, help="folder of a scGPT checkpoint; default: random weights")
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--tokens", type=int, default=200)
+    p.add_argument("--cells", type=int, default=None, help="cells to embed with aggregate='layer'; default: all")
+    p.add_argument("--cells-final", type=int, default=256, help="cells to embed with aggregate='final'")
+    p.add_argument("--train-cells", type=int, default=256)
+    p.add_argument("--train-tokens", type=int, default=64)
+    p.add_argument("--kinds", nargs="+", default=["read", "embed", "train"], choices=["read", "embed", "train"])
+    args = parse(p)
+    results = Results("foundation", args)
+    size = {"width": 512, "layers": 12, "heads": 8, "n_genes": 60_697}
+    if args.quick:
+        size = {"width": 32, "layers": 2, "heads": 4, "n_genes": 9000}
+        args.cells, args.cells_final, args.train_cells, args.tokens = 128, 64, 64, 16
+    adata = load("dlpfc", args.data)
+    path = str((Path(args.data) / DATA["dlpfc"].file).resolve())
+    env = {**os.environ, **{f"{v}_NUM_THREADS": str(args.threads) for v in ("OMP", "MKL", "OPENBLAS", "NUMBA")}}
+    common = {"path": path, "threads": args.threads, "accelerator": args.accelerator, "cells": None}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.checkpoint is None:
+            write_checkpoint(Path(folder), list(map(str, adata.var_names)), **size)
+        common["checkpoint"] = str(args.checkpoint or folder)
+        if "read" in args.kinds:
+            for seed in range(args.seeds):
+                results.add("dlpfc", "read", seed, run({**common, "kind": "read"}, env))
+        if "embed" in args.kinds:
+            for aggregate in ("layer", "final"):
+                for source in ("evolving", "static"):
+                    cells = args.cells if aggregate == "layer" else args.cells_final
+                    model = {"aggregate": aggregate, "source": source, "n_tokens": args.tokens}
+                    scores = run({**common, "kind": "embed", "cells": cells, "model": model}, env)
+                    title = f"embed, {aggregate}, {source}, {cells or adata.n_obs} cells, {args.tokens} tokens"
+                    results.add("dlpfc", title, 0, scores)
+        if "train" in args.kinds:
+            for trained in ("frozen", "last:2", "lora", "full"):
+                model = {"train_foundation": trained, "n_tokens": args.train_tokens}
+                task = {"kind": "train", "cells": args.train_cells, "model": model, "epochs": 1 if args.quick else 2}
+                scores = run({**common, **task, "batch_size": 64}, env)
+                title = f"train {trained}, {args.train_cells} cells, {args.train_tokens} tokens"
+                results.add("dlpfc", title, 0, scores)
+    results.finish()
+
+
+if __name__ == "__main__":
+    main()

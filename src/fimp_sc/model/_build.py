@@ -1,0 +1,146 @@
+"""What a model is built from besides its data: pretrained vectors of genes, or a foundation model."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fimp_sc.data._access import shorten
+from fimp_sc.nn import FoundationNetwork
+from fimp_sc.pretrained import GeneVectors, build_foundation, read_foundation, read_gene_vectors
+from fimp_sc.pretrained._files import checkpoint_folder
+from fimp_sc.pretrained._genes import match_names
+from fimp_sc.pretrained._vocabulary import read_vocabulary
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from fimp_sc.pretrained import Foundation
+
+logger = logging.getLogger(__name__)
+
+_FEW = 0.5
+
+
+def vocabulary_rows(genes: NDArray[Any], vocabulary: Any, what: str, **how: Any) -> NDArray[np.int64]:
+    """Return the row of each of ``genes`` in a vocabulary, -1 where there is none.
+
+    Parameters
+    ----------
+    genes
+        Names.
+    vocabulary
+        See :func:`~fimp_sc.pretrained._vocabulary.read_vocabulary`.
+    what
+        Whose vocabulary it is, for messages.
+    **how
+        ``species`` and ``orthologs``, see :func:`~fimp_sc.pretrained._genes.match_names`.
+
+    Raises
+    ------
+    ValueError
+        When no gene is found.
+    """
+    known = read_vocabulary(vocabulary)
+    rows = match_names([str(gene) for gene in genes], known, **how)["id"].to_numpy(dtype=np.int64)
+    found = rows >= 0
+    if not found.any():
+        raise ValueError(
+            f"{what} knows none of the {len(genes):,} genes of the object: found names like {shorten(list(known))} "
+            f"there, the object's are like {shorten([str(gene) for gene in genes[:5]])}. fimp_sc.pp.match_genes says "
+            "gene by gene why; species= and orthologs= match mouse genes with human ones."
+        )
+    missing = [str(gene) for gene in genes[~found]]
+    level = logging.WARNING if found.mean() < _FEW else logging.INFO
+    logger.log(
+        level, "%s knows %s of %s genes%s.", what, f"{found.sum():,}", f"{len(genes):,}",
+        f"; not {shorten(missing)}" if missing else "",
+    )  # fmt: skip
+    return rows
+
+
+def gene_vectors(genes: NDArray[Any], source: Any, **how: Any) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Read a table of gene vectors and find those of ``genes``.
+
+    Parameters
+    ----------
+    genes
+        Names.
+    source
+        See :func:`~fimp_sc.pretrained.read_gene_vectors`.
+    **how
+        See :func:`vocabulary_rows`.
+
+    Returns
+    -------
+    ``(n_genes, width)`` float32, zeros where there is none, and ``(n_genes,)`` bool, where there is one.
+
+    Raises
+    ------
+    CheckpointError
+        When the table cannot be read.
+    ValueError
+        When it has a vector for none of the genes.
+    """
+    table = source if isinstance(source, GeneVectors) else read_gene_vectors(source)
+    rows = vocabulary_rows(genes, [str(name) for name in table.names], "gene_embeddings", **how)
+    known = rows >= 0
+    vectors = np.zeros((len(genes), table.values.shape[1]), dtype=np.float32)
+    vectors[known] = table.values[rows[known]]
+    return vectors, known
+
+
+def foundation_network(
+    name: str,
+    genes: NDArray[Any],
+    checkpoint: Any,
+    rows: NDArray[np.int64] | None,
+    stored: Mapping[str, Any] | None,
+    *,
+    trained: str,
+    species: str,
+    orthologs: Any,
+    **stack: Any,
+) -> tuple[FoundationNetwork, dict[str, Any]]:
+    """Read a foundation model from its checkpoint, or build it from what a saved model says of it.
+
+    Parameters
+    ----------
+    name
+        Of the foundation model; one that reads expression.
+    genes
+        Names of the genes of the model.
+    checkpoint
+        Folder, or hub id.
+    rows
+        ``(n_genes,)`` int64, row of each gene in the vocabulary, -1 where there is none; by default found by name.
+    stored
+        Configuration in a saved model, whose weights are loaded afterwards.
+    trained
+        See :func:`~fimp_sc.nn._foundation.choose_trained`.
+    species, orthologs
+        See :func:`~fimp_sc.pretrained._genes.match_names`.
+    **stack
+        See :class:`~fimp_sc.nn.TransformerStack`.
+
+    Returns
+    -------
+    The network, and the configuration from which it can be built again.
+    """
+    if stored is not None:
+        found: Foundation = build_foundation(name, stored, **stack)
+    else:
+        folder = checkpoint_folder(checkpoint)
+        if rows is None:
+            rows = vocabulary_rows(
+                genes, folder, f"The checkpoint {str(checkpoint)!r}", species=species, orthologs=orthologs
+            )
+        found = read_foundation(name, folder, rows=rows, **stack)
+    network = FoundationNetwork(
+        found.embedding, found.stack, found.decoder, trained=trained, n_bins=found.config["n_bins"]
+    )
+    return network, dict(found.config)

@@ -1,0 +1,62 @@
+"""The linear smoother that FIMP-base starts from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from scipy import sparse
+
+_HIDDEN = 0.15
+
+
+def linear_smoother(
+    cells: sparse.csr_matrix,
+    around: sparse.csr_matrix,
+    mean: np.ndarray,
+    encode: np.ndarray,
+    decode: np.ndarray,
+    n_neighbourhood: int,
+    random_state: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit hidden entries by each component of the cell's visible entries and of its neighbours' mean.
+
+    Parameters
+    ----------
+    cells, around
+        ``(n_cells, n_features)`` expression of cells and mean expression of their neighbours.
+    mean
+        ``(n_features,)``.
+    encode, decode
+        ``(n_features, k)`` loadings to scores, and from scores back.
+    n_neighbourhood
+        Number of leading components of which the neighbours' mean is used.
+    random_state
+        Seed of the hidden entries.
+
+    Returns
+    -------
+    Two non-negative vectors, ``(k,)`` and ``(n_neighbourhood,)``: factors of the cell's and of the neighbours'
+    scores, fitted component by component with least squares.
+    """
+    rng = np.random.default_rng(random_state)
+    square = np.zeros((encode.shape[1], 2, 2))
+    product = np.zeros((encode.shape[1], 2))
+    for i in range(0, cells.shape[0], 512):
+        centred = cells[i : i + 512].toarray() - mean
+        hidden = rng.random(centred.shape) < _HIDDEN
+        own = np.where(hidden, 0.0, centred) @ encode / (1.0 - _HIDDEN)
+        scores = np.stack([own, (around[i : i + 512].toarray() - mean) @ encode], axis=2)
+        weight = hidden.astype(np.float32) @ decode**2
+        square += np.einsum("nk,nka,nkb->kab", weight, scores, scores)
+        product += np.einsum("nka,nk->ka", scores, np.where(hidden, centred, 0.0) @ decode)
+    single = np.maximum(product, 0.0) / np.maximum(np.diagonal(square, axis1=1, axis2=2), 1e-12)
+    ridge = 1e-6 * np.trace(square, axis1=1, axis2=2)[:, None, None] + 1e-12
+    both = np.linalg.solve(square + ridge * np.eye(2), product[..., None])[..., 0]
+    # Where the joint fit is negative, the one that explains more on its own is the non-negative solution.
+    better = (single * product).argmax(1)[:, None] == np.arange(2)
+    fitted = np.where(both.min(1, keepdims=True) >= 0, both, np.where(better, single, 0.0))
+    fitted[n_neighbourhood:, 0] = single[n_neighbourhood:, 0]
+    return fitted[:, 0], fitted[:n_neighbourhood, 1]

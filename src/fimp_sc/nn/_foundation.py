@@ -1,0 +1,159 @@
+"""The network around a foundation model, and which of its weights are trained."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from fimp_sc.data._batch import Batch
+    from fimp_sc.nn._stack import TransformerStack
+
+_RANK = 8
+_PROJECTIONS = ("query", "value")
+
+
+class FoundationNetwork(nn.Module):
+    """Tokens of a block in, embeddings of its destinations out: a foundation model run across one hop of the graph.
+
+    Parameters
+    ----------
+    embedding
+        Makes tokens, ``(feature_id, value, padding) -> (tokens, padding)``; the first token of a node is its summary.
+    stack
+        The layers.
+    decoder
+        Reads values off tokens, where the foundation model can.
+    trained
+        What is trained, see :func:`choose_trained`.
+    n_bins
+        Bins into which the values of tokens are put, where the foundation model reads bins.
+    """
+
+    n_hops = 1
+    embedding: Any
+    decoder: Any
+    width: int
+
+    def __init__(
+        self,
+        embedding: nn.Module,
+        stack: TransformerStack,
+        decoder: nn.Module | None = None,
+        *,
+        trained: str = "frozen",
+        n_bins: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.embedding, self.stack, self.decoder, self.n_bins = embedding, stack, decoder, n_bins
+        self.width = stack.d_model
+        choose_trained(self, trained)
+        self.frozen = trained == "frozen"
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return ``(n_dst, width)``: the summary token of each destination after the last layer."""
+        tokens, padding = self.tokens(batch)
+        return self.stack(tokens, padding, batch["indptr"][0], batch["indices"][0], 1)[:, 0]
+
+    def decode(self, batch: Batch, genes: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict hidden values with the decoder of the foundation model.
+
+        A hidden gene is a token of its cell whose value is the foundation model's mask. It reads the cell and its
+        neighbours, and is not sent to them.
+
+        Parameters
+        ----------
+        batch
+            A block.
+        genes
+            ``(n_dst, q)`` int64, the genes to predict in each destination.
+
+        Returns
+        -------
+        Embeddings as from :meth:`forward`, now of cells that have these tokens too, and ``(n_dst, q)`` predicted bins.
+        """
+        if self.decoder is None:
+            raise ValueError("This checkpoint has no expression decoder: use the head that training fits.")
+        tokens, padding = self.tokens(batch)
+        n_dst, n_genes = genes.shape
+        more = tokens.new_zeros(len(tokens), n_genes, tokens.shape[2])
+        more = torch.cat([self.embedding.query_tokens(genes), more[n_dst:]])
+        tokens = torch.cat([tokens, more], dim=1)
+        sent = torch.cat([padding, padding.new_ones(len(padding), n_genes)], dim=1)
+        own = torch.cat([padding[:n_dst], padding.new_zeros(n_dst, n_genes)], dim=1)
+        states = self.stack(tokens, sent, batch["indptr"][0], batch["indices"][0], own_padding=own)
+        return states[:, 0], self.decoder(states[:, -n_genes:])
+
+    def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the tokens of all nodes of a block, ``(n, 1 + f, width)``, and their padding, ``(n, 1 + f)``."""
+        return self.embedding(batch["feature_id"], batch["value"], batch["padding"])
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation; a frozen foundation model stays in evaluation."""
+        return super().train(mode and not self.frozen)
+
+
+def choose_trained(network: FoundationNetwork, what: str) -> None:
+    """Choose the weights of a foundation model that training changes.
+
+    Parameters
+    ----------
+    network
+        Whose parameters are marked.
+    what
+        ``"frozen"``: none. ``"full"``: all. ``"last:2"``: the last two layers (any number) and the final norm.
+        ``"lora"`` or ``"lora:8"``: of each layer's queries and values only a low-rank change (of rank 8), as in
+        arXiv 2106.09685. Where anything is trained, a decoder is trained too.
+
+    Raises
+    ------
+    ValueError
+        When ``what`` is none of these.
+    """
+    match = re.fullmatch(r"frozen|full|last:(\d+)|lora(?::(\d+))?", what)
+    layers = network.stack.layers
+    if match is None or (what.startswith("last") and not 1 <= int(match[1]) <= len(layers)) or what == "lora:0":
+        raise ValueError(
+            f"train_foundation must be 'frozen', 'full', 'last:N' with N from 1 to {len(layers)}, 'lora' or "
+            f"'lora:RANK'; found {what!r}"
+        )
+    for parameter in network.parameters():
+        parameter.requires_grad_(what == "full")
+    if network.decoder is not None:
+        network.decoder.requires_grad_(what != "frozen")
+    if what.startswith("last"):
+        for module in (*layers[-int(match[1]) :], network.stack.norm):
+            module.requires_grad_(True)
+    if what.startswith("lora"):
+        width, rank = network.width, int(match[2] or _RANK)
+        for layer in layers:
+            for name in _PROJECTIONS:
+                linear = layer.get_submodule(f"attention.{name}")
+                register_parametrization(linear, "weight", LowRankChange(width, width, rank))
+
+
+class LowRankChange(nn.Module):
+    """Weight of a linear map plus a trained change of low rank, which starts at zero.
+
+    Parameters
+    ----------
+    n_out, n_in
+        Shape of the weight.
+    rank
+        Rank of the change.
+    """
+
+    def __init__(self, n_out: int, n_in: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, n_in) * n_in**-0.5)
+        self.up = nn.Parameter(torch.zeros(n_out, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the changed weight."""
+        return weight + self.up @ self.down

@@ -1,0 +1,234 @@
+"""The transformer stack of a foundation model, its self-attention run across the edges of a graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fimp_sc.nn._transformer import TransformerLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Source: TypeAlias = Literal["evolving", "static"]
+Aggregate: TypeAlias = Literal["layer", "final"]
+
+# Edges whose whole stack runs at once with aggregate="final".
+_EDGES = 256
+
+
+class TransformerStack(nn.Module):
+    r"""All layers of a transformer as the creator of messages.
+
+    Node :math:`i` has tokens :math:`H_i`; :math:`S_j^\ell` are the tokens that node :math:`j` sends to layer
+    :math:`\ell`, and layer :math:`\ell` with queries from :math:`D`, keys and values from :math:`S` is
+    :math:`T_\ell(D \mid S)`. One pass reads one hop of the graph, however many layers there are.
+
+    ``aggregate="layer"``: messages are averaged after the attention of every layer, so that norms and feed-forward
+    part run once per node,
+
+    .. math:: D_i^{\ell+1} = T_\ell\bigl(D_i^\ell \mid \{S_j^\ell\}_{j \in N(i)}\bigr), \qquad D_i^0 = H_i.
+
+    ``aggregate="final"``: the paper's text taken literally. Every edge runs the whole stack by itself, and the last
+    hidden states are averaged,
+
+    .. math:: D_{ij}^{\ell+1} = T_\ell(D_{ij}^\ell \mid S_j^\ell), \qquad D_i = \mathrm{mean}_j \, D_{ij}^L.
+
+    ``source="evolving"``: :math:`S_j^{\ell+1} = T_\ell(S_j^\ell \mid S_j^\ell)`, the hidden states that the foundation
+    model itself has of node :math:`j`. ``source="static"``: :math:`S_j^\ell = H_j`; cheaper, but layers above the first
+    read tokens of a kind that they never saw in pretraining.
+
+    With ``self_loops`` a node is one of its own neighbours and sends what it is at that moment, :math:`D_i^\ell` (or
+    :math:`D_{ii}^\ell`). Without other neighbours the result then is exactly that of the foundation model.
+
+    Cost of one layer in units of a node's projections and feed-forward part, with :math:`k` neighbours: ``"layer"``
+    2 + k attentions, or about 1.5 + k attentions with static sources; ``"final"`` 2 + k and as many attentions. The
+    attention of an edge costs :math:`f / (6 d)` units for :math:`f` tokens of width :math:`d` where the feed-forward
+    part is as wide as the tokens.
+
+    Parameters
+    ----------
+    d_model, n_heads, n_layers
+        Width of a token, attention heads, layers.
+    d_feedforward, norm_first, activation, dropout, eps, value_kernel
+        See :class:`TransformerLayer`.
+    final_norm
+        Whether a norm follows the last layer.
+    source, aggregate, self_loops
+        How messages are made, see above.
+
+    Notes
+    -----
+    Source: arXiv 2210.09475. The paper states neither which tokens sources send to later layers nor where messages
+    are averaged.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        n_layers: int,
+        *,
+        d_feedforward: int,
+        norm_first: bool = False,
+        activation: Literal["gelu", "relu"] = "gelu",
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        final_norm: bool = False,
+        value_kernel: int | None = None,
+        source: Source = "evolving",
+        aggregate: Aggregate = "layer",
+        self_loops: bool = True,
+    ) -> None:
+        super().__init__()
+        if source not in ("evolving", "static"):
+            raise ValueError(f"source must be 'evolving' or 'static', found {source!r}")
+        if aggregate not in ("layer", "final"):
+            raise ValueError(f"aggregate must be 'layer' or 'final', found {aggregate!r}")
+        self.source, self.aggregate, self.self_loops = source, aggregate, self_loops
+        self.d_model = d_model
+        self.layers = nn.ModuleList(
+            TransformerLayer(
+                d_model,
+                n_heads,
+                d_feedforward=d_feedforward,
+                norm_first=norm_first,
+                activation=activation,
+                dropout=dropout,
+                eps=eps,
+                value_kernel=value_kernel,
+            )
+            for _ in range(n_layers)
+        )
+        self.norm = nn.LayerNorm(d_model, eps=eps) if final_norm else nn.Identity()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        padding: Tensor,
+        indptr: Tensor,
+        indices: Tensor,
+        n_queries: int | None = None,
+        own_padding: Tensor | None = None,
+    ) -> Tensor:
+        """Return the tokens of the destinations after the last layer.
+
+        Parameters
+        ----------
+        tokens
+            ``(n_nodes, f, d_model)``, destinations first.
+        padding
+            ``(n_nodes, f)`` bool, True where there is no token.
+        indptr, indices
+            The graph over the destinations in compressed sparse rows, without self-loops.
+        n_queries
+            Return only the first tokens of each destination.
+        own_padding
+            ``(n_destinations, f)`` bool, where a destination has tokens for itself that it does not send to others.
+
+        Returns
+        -------
+        ``(n_destinations, n_queries or f, d_model)``. Without neighbours and without self-loops there is no message:
+        ``aggregate="final"`` then gives zeros.
+        """
+        own, n_dst = tokens[: len(indptr) - 1], len(indptr) - 1
+        own_padding = padding[:n_dst] if own_padding is None else own_padding
+        if self.aggregate == "final":
+            return self._per_edge(tokens, padding, indptr, indices, n_queries, own_padding)
+        sent = tokens if len(indices) else tokens[:0]
+        all_padding = padding[: len(sent)]
+        if self.self_loops:
+            indptr, indices = _with_own(indptr, indices, len(sent))
+            all_padding = torch.cat([all_padding, own_padding])
+        states = self._sent(sent, padding[: len(sent)])
+        for level, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            last = level == len(self.layers) - 1
+            sources = torch.cat([state, own]) if self.self_loops else state
+            own = layer(sources, all_padding, indptr, indices, n_queries if last else None, own=own)
+        return self.norm(own)
+
+    def alone(self, tokens: Tensor, padding: Tensor) -> Tensor:
+        """Return ``(n_nodes, f, d_model)``, the foundation model's own output for every node by itself."""
+        *_, last = self.alone_states(tokens, padding)
+        return self.norm(last)
+
+    def alone_states(self, tokens: Tensor, padding: Tensor) -> Iterator[Tensor]:
+        """Yield the hidden states after each layer, ``(n_nodes, f, d_model)``, of every node by itself."""
+        nodes = torch.arange(len(tokens) + 1, device=tokens.device)
+        for layer in self.layers:
+            tokens = layer(tokens, padding, nodes, nodes[:-1])
+            yield tokens
+
+    def _sent(self, tokens: Tensor, padding: Tensor) -> Iterator[Tensor]:
+        """Yield what sources send to each layer; the last layer of their own pass is never computed."""
+        if self.source == "static" or not len(tokens):
+            yield from (tokens for _ in self.layers)
+            return
+        yield tokens
+        states = self.alone_states(tokens, padding)
+        yield from (next(states) for _ in range(len(self.layers) - 1))
+
+    def _per_edge(
+        self,
+        tokens: Tensor,
+        padding: Tensor,
+        indptr: Tensor,
+        indices: Tensor,
+        n_queries: int | None,
+        own_padding: Tensor,
+    ) -> Tensor:
+        n_dst = len(indptr) - 1
+        sent = tokens if len(indices) else tokens[:0]
+        states = list(self._sent(sent, padding[: len(sent)]))
+        if self.self_loops:
+            indptr, indices = _with_own(indptr, indices, len(sent))
+        paddings = padding[: len(sent)], own_padding
+        degree = indptr.diff()
+        destination = torch.repeat_interleave(degree, output_size=len(indices))
+        total = tokens.new_zeros(n_dst, tokens[:, :n_queries].shape[1], tokens.shape[2])
+        for i in range(0, len(indices), _EDGES):
+            part = destination[i : i + _EDGES], indices[i : i + _EDGES]
+            run = self._run_edges
+            if torch.is_grad_enabled():
+                # Of an edge only its message is kept, the stack is run again in backward.
+                message = checkpoint(run, tokens, paddings, states, *part, n_queries, use_reentrant=False)
+            else:
+                message = run(tokens, paddings, states, *part, n_queries)
+            total = total.index_add(0, part[0], message.to(total.dtype))
+        return total / degree.clamp(min=1).to(total.dtype)[:, None, None]
+
+    def _run_edges(
+        self,
+        tokens: Tensor,
+        paddings: tuple[Tensor, Tensor],
+        states: list[Tensor],
+        destination: Tensor,
+        source: Tensor,
+        n_queries: int | None,
+    ) -> Tensor:
+        """Return the last hidden state of each edge, ``(n_edges, n_queries or f, d_model)``."""
+        own = tokens.index_select(0, destination)
+        edges = torch.arange(len(source) + 1, device=source.device)
+        n_sent = len(states[0])
+        # A node's own edge reads what that edge has come to.
+        source = torch.where(source < n_sent, source, n_sent + edges[:-1])
+        all_padding = torch.cat([paddings[0], paddings[1].index_select(0, destination)])
+        for level, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            last = level == len(self.layers) - 1
+            own = layer(torch.cat([state, own]), all_padding, edges, source, n_queries if last else None, own=own)
+        return self.norm(own)
+
+
+def _with_own(indptr: Tensor, indices: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Put an edge from ``first + i`` before the other edges of each destination ``i``."""
+    nodes = torch.arange(len(indptr) - 1, device=indptr.device)
+    own = indptr[:-1] + nodes
+    out = indices.new_empty(len(indices) + len(nodes))
+    others = torch.ones(len(out), dtype=torch.bool, device=indptr.device)
+    others[own] = False
+    out[own] = first + nodes
+    out[others] = indices
+    return indptr + torch.arange(len(indptr), device=indptr.device), out

@@ -1,0 +1,107 @@
+"""Genes that a vocabulary knows, and those that it does not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fimp_sc.pp import GeneMatch
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; what is not used is grey. Labels are black or
+# white, whichever is easier to read on them.
+_STYLES = {
+    "exact": ("#0072b2", "white"),
+    "case": ("#56b4e9", "black"),
+    "alias": ("#009e73", "white"),
+    "ortholog": ("#e69f00", "black"),
+    "uppercase": ("#f0e442", "black"),
+    "ambiguous, chosen": ("#cc79a7", "black"),
+    "ambiguous, not used": ("#666666", "white"),
+    "lost": ("#d9d9d9", "black"),
+}
+_LABELLED = 0.045
+
+
+def gene_match(
+    match: GeneMatch, *, ax: Axes | None = None, show: bool | None = None, return_fig: bool = False
+) -> Axes | Figure | None:
+    """Draw the shares of genes, and of counts, that each step of the matching found, and what is lost.
+
+    Parameters
+    ----------
+    match
+        Result of :func:`fimp_sc.pp.match_genes`.
+    ax
+        Axes to draw into; by default a new figure.
+    show
+        Show the figure and return nothing; by default if neither `ax` nor `return_fig` is given.
+    return_fig
+        Return the figure instead of the axes.
+
+    Returns
+    -------
+    None if the figure is shown; else the figure if `return_fig`, else the axes.
+
+    Raises
+    ------
+    TypeError
+        If `match` is no result of :func:`fimp_sc.pp.match_genes`.
+    ValueError
+        If both `show` and `return_fig` are True.
+    """
+    from matplotlib import pyplot as plt
+
+    from fimp_sc.pp import GeneMatch as Result
+
+    if not isinstance(match, Result):
+        raise TypeError(f"match must be what fimp_sc.pp.match_genes returns, found {type(match).__name__}.")
+    if show and return_fig:
+        raise ValueError("A figure that is shown is not returned: pass show=True or return_fig=True.")
+    numbers, shares = _parts(match)
+    # A bar without a length says nothing: the object may hold no counts at all.
+    bars = {"genes": shares[0]} | ({"counts": shares[1]} if np.isfinite(shares[1]).all() else {})
+    show = (ax is None and not return_fig) if show is None else show
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6.5, 2.4), layout="constrained")
+    rows = np.arange(len(bars))
+    left = np.zeros(len(bars))
+    for i, (name, (colour, ink)) in enumerate(_STYLES.items()):
+        width = np.array([shares[i] for shares in bars.values()])
+        if not numbers[i]:
+            continue
+        label = f"{name} ({numbers[i]:,})"
+        ax.barh(rows, width, 0.7, left=left, color=colour, edgecolor="white", linewidth=0.8, label=label)
+        for row, start, share in zip(rows, left, width, strict=True):
+            if share >= _LABELLED:
+                middle = start + share / 2
+                ax.text(middle, float(row), f"{share:.0%}", color=ink, ha="center", va="center", fontsize="small")
+        left += width
+    ax.set_xlim(0, 1)
+    ax.set_yticks(rows, list(bars))
+    ax.set_ylim(len(bars) - 0.5, -0.5)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    ax.set_xlabel(f"Share of {len(match.table):,} genes" + (" and of their counts" if len(bars) > 1 else ""))
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small")
+    if show:
+        plt.show()
+        return None
+    return cast("Figure", ax.figure) if return_fig else ax
+
+
+def _parts(match: GeneMatch) -> tuple[list[int], np.ndarray]:
+    """Return the number of genes in each part, and their shares ``(2, n_parts)`` of genes and of counts."""
+    table = match.table
+    unused = np.where(table["id"] >= 0, "ambiguous, chosen", "ambiguous, not used")
+    part = np.where(
+        table["status"] == "ambiguous", unused, np.where(table["status"] == "lost", "lost", table["method"])
+    )
+    members = [part == name for name in _STYLES]
+    counts = table["share_of_counts"].to_numpy()
+    return [int(m.sum()) for m in members], np.array([[m.mean() for m in members], [counts[m].sum() for m in members]])
