@@ -105,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     embed = _add_tool(commands, "embed", "train on a section and write an embedding of its cells")
+    embed.add_argument("--gene-embeddings", metavar="FILE", help="pretrained vectors of genes to start from")
+    embed.add_argument("--foundation", choices=("scgpt",), help="foundation model that makes the messages")
+    embed.add_argument("--checkpoint", metavar="DIR", help="folder of the foundation model")
+    embed.add_argument("--zero-shot", action="store_true", help="use the foundation model without training")
     _add_common(embed)
 
     annotate = _add_tool(commands, "annotate", "predict the labels of unlabelled cells, with confidence")

@@ -111,7 +111,6 @@ def test_vectors_of_genes(tissue, section, make_model, train, tmp_path) -> None:
     assert loaded.init_params_["non_kwargs"]["architecture"] == {"vector_width": 6}
 
 
-@pytest.mark.filterwarnings("ignore:Found .* in eval mode")  # a frozen stack is, by design
 @pytest.mark.parametrize("trained_part", ["frozen", "lora:2"])
 def test_foundation_model_without_its_checkpoint(
     tissue, section, make_model, train, shared_data, tmp_path, trained_part: str
@@ -175,8 +174,9 @@ def test_weights_that_share_memory_are_saved(tissue, section, make_model, train,
     check_round_trip(model, tmp_path / "model", section)
 
 
-def test_training_curves_come_back(trained, saved) -> None:
-    history = FIMP.from_pretrained(saved, accelerator="cpu").history
+@pytest.mark.parametrize("bound", [False, True])
+def test_training_curves_come_back(trained, saved, section, bound: bool) -> None:
+    history = FIMP.from_pretrained(saved, section.copy() if bound else None, accelerator="cpu").history
     assert history.keys() == trained.history.keys()
     for name, frame in trained.history.items():
         pd.testing.assert_frame_equal(history[name], frame.astype(float))

@@ -210,3 +210,19 @@ def test_half_precision(aggregate: str) -> None:
 def test_unknown_mode(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be .* found '{value}'"):
         make_stack(**{name: value})
+
+
+@MODES
+def test_training_computes_layers_again(mode: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients in training equal those without recomputation, with the same dropout."""
+    gradients = []
+    for again in (True, False):
+        stack = make_stack(dropout=0.2, **mode).train()
+        if not again:
+            monkeypatch.setattr(stack_module, "checkpoint", lambda run, *args, use_reentrant, **kw: run(*args, **kw))
+        tokens, padding, indptr, indices = make_inputs()
+        torch.manual_seed(5)
+        stack(tokens.requires_grad_(), padding, indptr, indices).square().sum().backward()
+        gradients.append([tokens.grad, *(parameter.grad for parameter in stack.parameters())])
+    for recomputed, kept in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, kept)

@@ -15,7 +15,7 @@ from fimp_sc.model._build import foundation_network, gene_vectors
 from fimp_sc.model._decode import decoded_expression
 from fimp_sc.model._fields import BATCH_KEY, LIBRARY_KEY, ExpressionField, GraphField, GroupField, LabelField
 from fimp_sc.model._module import FIMPModule
-from fimp_sc.model._pretrained import read_pretrained, write_pretrained
+from fimp_sc.model._pretrained import is_pretrained, read_pretrained, write_pretrained
 from fimp_sc.model._train import TrainableModel
 from fimp_sc.nn import FoundationNetwork
 
@@ -137,7 +137,8 @@ class FIMP(TrainableModel):
         architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(adata, registry)
-        n_tokens = n_tokens or (_TOKENS if foundation is None else _TOKENS_FOUNDATION)
+        if n_tokens is None:
+            n_tokens = _TOKENS if foundation is None else _TOKENS_FOUNDATION
         _check_choice("layer", layer, ("practical", "paper"))
         _check_choice("reduce", reduce, ("mean", "sum"))
         for name, number in (("n_latent", n_latent), ("n_layers", n_layers), ("n_tokens", n_tokens)):
@@ -420,16 +421,19 @@ class FIMP(TrainableModel):
             New section with a graph. Genes are matched by name: those unknown to the model are dropped, those that
             it lacks are treated as not measured.
         reference_model
-            A trained model, or the folder of a saved one.
+            A trained model, or the folder of one that :meth:`save` or :meth:`save_pretrained` wrote.
         """
-        if isinstance(reference_model, str | Path):
-            reference: FIMP = cls.load(str(reference_model), adata=False)
+        if not isinstance(reference_model, str | Path):
+            reference: FIMP = reference_model
+        elif is_pretrained(reference_model):
+            reference = cls.from_pretrained(reference_model)
         else:
-            reference = reference_model
+            reference = cls.load(str(reference_model), adata=False)
         registry = reference.registry
         cls.setup_anndata(adata, source_registry=registry, **registry["setup_args"])
         model = cls(None, registry=registry, **reference.init_params_["non_kwargs"])
         model.module.load_state_dict(reference.module.state_dict())
+        model.to_device(reference.device)
         model.module.eval()
         model.is_trained_ = reference.is_trained
         model._validate_anndata(adata)

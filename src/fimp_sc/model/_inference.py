@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fimp_sc.data import BlockDataset, BlockSampler, Destinations, block_loader
+from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,7 +117,9 @@ def infer(
     if batch_size is None:
         n_genes, width = module.value_head.loading.shape
         budget = _NUMBERS_CPU if on_cpu else _NUMBERS_ACCELERATOR
-        batch_size = int(np.clip(budget // (4 * n_genes + 16 * (n_tokens + 1) * width), 64, 1 << 14))
+        # A foundation model computes the neighbours of a block too: small blocks would mostly be halo.
+        least = 128 if isinstance(module.network, FoundationNetwork) else 64
+        batch_size = int(np.clip(budget // (4 * n_genes + 16 * (n_tokens + 1) * width), least, 1 << 14))
     sampler = BlockSampler(data, nodes, batch_size=batch_size)
     runner = BlockRunner(module, BlockDataset(data, n_layers=n_layers, n_tokens=n_tokens), read, genes)
     if n_layers == 1:

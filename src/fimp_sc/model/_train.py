@@ -169,6 +169,8 @@ class TrainableModel(GraphModel):
             warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
             # scvi-tools disables its own early stopping there; ours asks all processes.
             warnings.filterwarnings("ignore", message=".*automatically disabled due to the use of DDP.*")
+            # A frozen foundation model stays in evaluation.
+            warnings.filterwarnings("ignore", message=".*in eval mode.*")
             # Lightning's own use of torch.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*", category=FutureWarning)
             best = _BestWeights()
@@ -228,6 +230,7 @@ class TrainableModel(GraphModel):
         statistics = data.source.gene_statistics(train_idx)
         counts = np.bincount(data.label[train_idx][data.label[train_idx] >= 0], minlength=len(self.classes))
         module.set_statistics(statistics, rows, counts if self.classes else None, class_balance)
+        data = self._graph_data(self.adata)
         if isinstance(module.network, FoundationNetwork):
             few = np.sort(rng.permutation(train_idx)[:_CELLS_TO_STANDARDISE])
             module.eval()
@@ -241,7 +244,7 @@ class TrainableModel(GraphModel):
             around = mean_of[:, sources] @ data.source.sparse_rows(sources)
             own = data.source.sparse_rows(seen)
             module.start_as_smoother(rows, own, around, statistics.mean, random_state=self.random_state)
-        return self._graph_data(self.adata)
+        return data
 
 
 def _stopping(patience: int) -> EarlyStopping:

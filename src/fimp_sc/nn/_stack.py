@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,11 @@ class TransformerStack(nn.Module):
     With ``self_loops`` a node is one of its own neighbours and sends what it is at that moment, :math:`D_i^\ell` (or
     :math:`D_{ii}^\ell`). Without other neighbours the result then is exactly that of the foundation model.
 
-    Cost of one layer in units of a node's projections and feed-forward part, with :math:`k` neighbours: ``"layer"``
-    2 + k attentions, or about 1.5 + k attentions with static sources; ``"final"`` 2 + k and as many attentions. The
-    attention of an edge costs :math:`f / (6 d)` units for :math:`f` tokens of width :math:`d` where the feed-forward
-    part is as wide as the tokens.
+    Cost of one layer for a node with :math:`k` neighbours, where 1 is what the layer costs a node by itself without
+    attention (its projections and feed-forward part): ``"layer"`` with evolving sources 2.5, with static ones 1.5;
+    ``"final"`` with evolving sources about k + 2, with static ones k + 1. To this each comes the attention of k + 1
+    edges, :math:`f / (3 d)` per edge for :math:`f` tokens of width :math:`d` where the feed-forward part is as wide as
+    the tokens, and evolving sources one more. In training what layers compute is computed again in backward.
 
     Parameters
     ----------
@@ -147,7 +148,7 @@ class TransformerStack(nn.Module):
         for level, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             last = level == len(self.layers) - 1
             sources = torch.cat([state, own]) if self.self_loops else state
-            own = layer(sources, all_padding, indptr, indices, n_queries if last else None, own=own)
+            own = self._run(layer, sources, all_padding, indptr, indices, n_queries if last else None, own=own)
         return self.norm(own)
 
     def alone(self, tokens: Tensor, padding: Tensor) -> Tensor:
@@ -159,8 +160,14 @@ class TransformerStack(nn.Module):
         """Yield the hidden states after each layer, ``(n_nodes, f, d_model)``, of every node by itself."""
         nodes = torch.arange(len(tokens) + 1, device=tokens.device)
         for layer in self.layers:
-            tokens = layer(tokens, padding, nodes, nodes[:-1])
+            tokens = self._run(layer, tokens, padding, nodes, nodes[:-1])
             yield tokens
+
+    def _run(self, layer: nn.Module, *inputs: Any, **kwargs: Any) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            # A dozen wide layers, twice: what they compute is not kept but computed again in backward.
+            return checkpoint(layer, *inputs, use_reentrant=False, **kwargs)
+        return layer(*inputs, **kwargs)
 
     def _sent(self, tokens: Tensor, padding: Tensor) -> Iterator[Tensor]:
         """Yield what sources send to each layer; the last layer of their own pass is never computed."""
