@@ -79,7 +79,7 @@ def write_checkpoint(folder: Path, genes: list[str], *, width: int, layers: int,
 
     def linear(name: str, n_out: int, n_in: int) -> None:
         tensors[f"{name}weight"] = torch.randn(n_out, n_in, generator=generator) * n_in**-0.5
-        tensors[f"{name}bias"] = torch.zeros(n_out)
+        tensors[f"{name}bias"] = 0.1 * torch.randn(n_out, generator=generator)
 
     def norm(name: str) -> None:
         tensors[f"{name}.weight"], tensors[f"{name}.bias"] = torch.ones(width), torch.zeros(width)

@@ -193,3 +193,32 @@ def test_demo_for_real(tmp_path, capsys) -> None:
     assert {"niche", "niche_truth", "fimp_niche", "fimp_niche_confidence"} <= set(done.obs)
     assert done.layers["fimp"].shape == done.shape
     assert (folder / "toy_tissue.png").stat().st_size > 10_000
+
+
+def test_foundation_options_reach_the_tool(tmp_path, section, small_toy, scgpt_checkpoint) -> None:
+    checkpoint, output = scgpt_checkpoint(list(small_toy.var_names)), tmp_path / "out.h5ad"
+    options = [
+        "--foundation",
+        "scgpt",
+        "--checkpoint",
+        str(checkpoint),
+        "--zero-shot",
+        "--accelerator",
+        "cpu",
+        "--quiet",
+    ]
+    assert cli.main(["embed", str(section), "--output", str(output), *options]) == 0
+    written = ad.read_h5ad(output)
+    assert written.uns["X_fimp"]["model"]["foundation"] == "scgpt"
+    np.testing.assert_allclose(np.linalg.norm(written.obsm["X_fimp"], axis=1), 1.0, rtol=1e-5)
+
+
+def test_broken_checkpoint_is_one_line(tmp_path, section, capsys) -> None:
+    output, folder = tmp_path / "out.h5ad", tmp_path / "without_files"
+    folder.mkdir()
+    options = ["--foundation", "scgpt", "--checkpoint", str(folder), "--zero-shot", "--quiet"]
+    assert cli.main(["embed", str(section), "--output", str(output), *options]) == 2
+    message = capsys.readouterr().err
+    assert "without_files" in message
+    assert message.count("\n") == 1
+    assert not output.exists()

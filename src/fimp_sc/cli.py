@@ -105,9 +105,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     embed = _add_tool(commands, "embed", "train on a section and write an embedding of its cells")
-    embed.add_argument("--gene-embeddings", metavar="FILE", help="pretrained vectors of genes to start from")
-    embed.add_argument("--foundation", choices=("scgpt",), help="foundation model that makes the messages")
-    embed.add_argument("--checkpoint", metavar="DIR", help="folder of the foundation model")
     embed.add_argument("--zero-shot", action="store_true", help="use the foundation model without training")
     _add_common(embed)
 
@@ -149,6 +146,9 @@ def _add_common(tool: argparse.ArgumentParser) -> None:
     tool.add_argument("--connectivities-key", metavar="KEY", help="key of .obsp with the graph; built if missing")
     tool.add_argument("--input-scale", choices=("auto", "counts", "normalized", "log"), help="what the values are")
     tool.add_argument("--key-added", metavar="KEY", help="name of what is written")
+    tool.add_argument("--gene-embeddings", metavar="FILE", help="pretrained vectors of genes to start from")
+    tool.add_argument("--foundation", choices=("scgpt",), help="foundation model that makes the messages")
+    tool.add_argument("--checkpoint", metavar="DIR", help="folder of the foundation model")
     tool.add_argument("--model", metavar="DIR", help="saved model to apply instead of training one")
     tool.add_argument("--save-model", type=Path, metavar="DIR", help="new folder to save the model to")
     tool.add_argument("--max-epochs", type=_positive, metavar="N", help="upper limit of passes over the data")

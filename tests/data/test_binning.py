@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import sparse
 
 from fimp_sc.data import _binning
-from fimp_sc.data._binning import bin_edges, bin_values, unbin
+from fimp_sc.data._binning import bin_edges, bin_values, content_key, unbin
 
 cells = st.lists(
     st.one_of(
@@ -142,3 +143,15 @@ def test_between_bins_values_are_interpolated() -> None:
 def test_options_that_make_no_sense(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bin_values([1.0, 2.0], [0, 2], **options)
+
+
+def test_content_key_tells_sets_of_entries_apart() -> None:
+    rng = np.random.default_rng(0)
+    cells = sparse.csr_matrix((rng.random((60, 9)) < 0.4) * rng.random((60, 9)))
+    keys = content_key(cells)
+    sets = [tuple(row.indices) for row in cells]
+    assert len(set(keys.tolist())) == len(set(sets)) > 20
+    assert all(keys[i] == keys[j] for i in range(60) for j in range(60) if sets[i] == sets[j])
+    np.testing.assert_array_equal(content_key(cells * 3.0), keys)
+    np.testing.assert_array_equal(content_key(cells[::-1]), keys[::-1])
+    assert content_key(sparse.csr_matrix((2, 9))).tolist() == [0, 0]

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from fimp_sc.model import FIMPModule, FIMPTrainingPlan
+from fimp_sc.nn import FoundationNetwork, TransformerStack
+from fimp_sc.pretrained._scgpt_modules import ScGPTDecoder, ScGPTTokens
 
 
 def make_plan(steps: int = 200, *, module: FIMPModule | None = None, **kwargs):
@@ -97,3 +99,37 @@ def test_gradients_are_clipped_by_their_norm() -> None:
     plan.clip_gradients = lambda optimizer, **kwargs: asked.update(kwargs)
     plan.configure_gradient_clipping(torch.optim.SGD(plan.module.parameters(), lr=1.0))
     assert asked == {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "norm"}
+
+
+def foundation_module(trained: str, *, decoder: bool = True) -> FIMPModule:
+    network = FoundationNetwork(
+        ScGPTTokens(8, 10),
+        TransformerStack(8, 2, 2, d_feedforward=8),
+        ScGPTDecoder(8) if decoder else None,
+        trained=trained,
+        n_bins=5,
+    )
+    return FIMPModule(10, 3, network=network)
+
+
+@pytest.mark.parametrize("trained", ["frozen", "full", "last:1", "lora:2"])
+def test_what_trains_of_a_foundation_model_has_a_rate_of_its_own(trained: str) -> None:
+    module = foundation_module(trained)
+    plan, configured = make_plan(module=module, lr=1e-2, lr_head=0.1, lr_foundation=3e-3, weight_decay=0.5)
+    group_of = {id(p): group for group in configured["optimizer"].param_groups for p in group["params"]}
+    assert len(group_of) == sum(len(group["params"]) for group in configured["optimizer"].param_groups)
+    for name, parameter in plan.module.named_parameters():
+        assert (id(parameter) in group_of) == parameter.requires_grad, name
+        if name.startswith("network.") and parameter.requires_grad:
+            group = group_of[id(parameter)]
+            assert (group["initial_lr"], group["weight_decay"]) == (3e-3, 0.5), name
+    rates = {group["initial_lr"] for group in configured["optimizer"].param_groups}
+    assert (3e-3 in rates) == (trained != "frozen")
+    # Heads are trained as those of FIMP-base are.
+    heads = {name for name, _ in module.named_parameters() if not name.startswith("network.")}
+    assert {"value_head.loading", "value_head.bias", "label_head.score.weight"} < heads
+    for name in heads:
+        initial = group_of[id(module.get_parameter(name))]["initial_lr"]
+        assert initial != 3e-3, name
+        assert name != "label_head.score.weight" or initial == 0.1
+        assert name != "value_head.bias" or initial == 1e-2

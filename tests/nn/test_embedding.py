@@ -72,3 +72,94 @@ def test_hiding_a_random_half_of_the_genes_keeps_the_size_of_the_summary() -> No
     whole = embedding(ids, zeros, profile, torch.ones_like(visible), torch.arange(50))[0, 0]
     half = embedding(ids, zeros, profile * visible, visible, torch.arange(50))[:, 0].mean(0)
     torch.testing.assert_close(half, whole, rtol=0.1, atol=0.05)
+
+
+# Vectors of genes -----------------------------------------------------------------------------------------------------
+
+KNOWN = np.array([True, True, False, True, True, True, True, False, True, True])
+
+
+def some_vectors(width: int = 4, seed: int = 0) -> np.ndarray:
+    """Vectors far from zero, of which two components are larger than the others; NaN where there is none."""
+    vectors = np.random.default_rng(seed).standard_normal((10, width)) * np.linspace(3, 1, width) + 7
+    vectors[~KNOWN] = np.nan
+    return vectors.astype(np.float32)
+
+
+def from_vectors(vectors: np.ndarray, d_model: int = 6) -> FeatureEmbedding:
+    torch.manual_seed(0)
+    embedding = FeatureEmbedding(10, d_model, vector_width=vectors.shape[1])
+    embedding.start_from_vectors(vectors, KNOWN)
+    return embedding
+
+
+def gram(embedding: FeatureEmbedding) -> np.ndarray:
+    identities = embedding.identities().detach().numpy()[KNOWN]
+    return identities @ identities.T
+
+
+@pytest.mark.parametrize(("width", "d_model"), [(4, 6), (4, 4), (4, 2), (15, 6)])
+def test_identities_start_as_principal_components_of_the_vectors(width: int, d_model: int) -> None:
+    vectors = some_vectors(width)
+    embedding = from_vectors(vectors, d_model)
+    identities = embedding.identities().detach().numpy()
+    centred = vectors[KNOWN] - vectors[KNOWN].mean(0)
+    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    kept = min(d_model, width)
+    scores = u[:, :kept] * s[:kept]
+    scores *= 0.3 / np.sqrt(np.square(scores).sum() / (KNOWN.sum() * d_model))
+    np.testing.assert_allclose(identities[KNOWN] @ identities[KNOWN].T, scores @ scores.T, atol=1e-4)
+    assert np.sqrt(np.square(identities[KNOWN]).mean()) == pytest.approx(0.3, rel=1e-5)
+
+
+def test_genes_without_a_vector_keep_an_identity_of_their_own() -> None:
+    vectors = some_vectors()
+    torch.manual_seed(0)
+    own = FeatureEmbedding(10, 6, vector_width=4).identity.detach().numpy()
+    embedding = from_vectors(vectors)
+    identities = embedding.identities().detach().numpy()
+    np.testing.assert_array_equal(identities[~KNOWN], own[~KNOWN])
+    assert (embedding.identity.detach().numpy()[KNOWN] == 0).all()
+    assert np.linalg.matrix_rank(identities[KNOWN], tol=1e-4) == 4
+
+
+def test_rotation_scale_and_origin_of_vectors_do_not_matter() -> None:
+    vectors = some_vectors()
+    rotation = np.linalg.qr(np.random.default_rng(1).standard_normal((4, 4)))[0]
+    moved = (25 * vectors @ rotation + np.arange(4)).astype(np.float32)
+    for d_model in (6, 2):
+        expected = gram(from_vectors(vectors, d_model))
+        np.testing.assert_allclose(gram(from_vectors(moved, d_model)), expected, atol=1e-4)
+        assert np.abs(gram(from_vectors(some_vectors(seed=1), d_model)) - expected).max() > 0.05
+
+
+def test_vectors_of_other_genes_give_other_identities() -> None:
+    vectors = some_vectors()
+    shuffled = vectors.copy()
+    shuffled[KNOWN] = np.roll(vectors[KNOWN], 1, axis=0)
+    assert np.abs(gram(from_vectors(shuffled)) - gram(from_vectors(vectors))).max() > 0.05
+
+
+def test_tokens_have_the_identities_of_the_vectors_whose_projection_alone_learns() -> None:
+    embedding = from_vectors(some_vectors())
+    feature_id, value = torch.tensor([[4, 2, 9]]), torch.zeros(1, 3)
+    everything = torch.ones(1, 10, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)
+    tokens = embedding(feature_id, value, torch.zeros(1, 10), *everything)[0, 1:]
+    torch.testing.assert_close(tokens, embedding.identities()[feature_id[0]])
+    tokens.square().sum().backward()
+    assert embedding.project.weight.grad.any()
+    assert embedding.identity.grad.any()
+    assert "vectors" not in dict(embedding.named_parameters())
+    assert "vectors" in embedding.state_dict()
+
+
+def test_vectors_of_equal_direction_and_of_one_gene_are_finite() -> None:
+    one = np.ones((10, 4), dtype=np.float32)
+    embedding = from_vectors(one)
+    assert torch.isfinite(embedding.identities()).all()
+    assert embedding.project.weight.abs().max() < 1e3
+
+
+def test_embedding_without_room_for_vectors_refuses_them() -> None:
+    with pytest.raises(ValueError, match="pass vector_width"):
+        FeatureEmbedding(10, 6).start_from_vectors(some_vectors(), KNOWN)

@@ -4,6 +4,8 @@ from fimp_sc.data._batch import Batch
 from fimp_sc.data._expression import ExpressionSource, GeneStatistics
 from fimp_sc.data._graph import Block, NodeGraph
 from fimp_sc.data._loader import BlockDataset, BlockSampler, Destinations, GraphData, block_loader
+from fimp_sc.data._modality import describe_modality
+from fimp_sc.data._pixels import read_pixels
 from fimp_sc.data._rows import MatrixRows, open_rows
 from fimp_sc.data._splits import curve_rank, spatial_blocks
 from fimp_sc.data._splitter import BlockSplitter, split_by_blocks
@@ -28,8 +30,10 @@ __all__ = [
     "block_loader",
     "choose_tokens",
     "curve_rank",
+    "describe_modality",
     "hide_genes",
     "open_rows",
+    "read_pixels",
     "spatial_blocks",
     "split_by_blocks",
 ]

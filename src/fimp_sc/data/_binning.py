@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import ArrayLike, NDArray
+    from scipy import sparse
     from torch import Tensor
 
 # Entries worked on at once: temporary arrays stay in the tens of megabytes however many cells there are.
@@ -74,7 +75,7 @@ def bin_values(
     value, indptr, n_bins
         See :func:`bin_edges`.
     gene, cell
-        ``(n_values,)`` and ``(n_cells,)`` int64 identities, needed with ``ties="spread"``.
+        ``(n_values,)`` and ``(n_cells,)`` integer identities, needed with ``ties="spread"``.
     ties
         ``"spread"`` draws :math:`u` from ``[0, 1)``, so that equal values fill their bins evenly, as scGPT was trained.
         It depends on nothing but the seed, the cell and the gene, hence not on what else is in a batch. ``"middle"``
@@ -116,6 +117,16 @@ def bin_values(
             u = _draws(random_state, np.asarray(cell)[cells], row, np.asarray(gene)[entries])
         bins[entries] = np.ceil(u * (low - high) + high) * (values[entries] != 0)
     return bins
+
+
+def content_key(cells: sparse.csr_matrix) -> NDArray[np.uint64]:
+    """Return a number for each cell that depends only on which entries it has: an identity for :func:`bin_values`."""
+    key = np.zeros(cells.shape[0], dtype=np.uint64)
+    filled = np.flatnonzero(np.diff(cells.indptr))
+    if len(filled):
+        entries = _mix(cells.indices.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+        key[filled] = np.add.reduceat(entries, cells.indptr[filled])
+    return key
 
 
 def unbin(bins: Tensor, edges: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class ExpressionSource:
             self.target_sum = float(np.median(total[total > 0]))
             if input_scale != "log":
                 self.factor = _factor(total, self.target_sum)
-            self.center = np.zeros((1, len(columns)), np.float32)
+            self.center = np.zeros((int(self.batch.max(initial=0)) + 1, len(columns)), np.float32)
         else:
             self.target_sum = statistics.target_sum
             self.center = self._factors_and_centers(statistics)

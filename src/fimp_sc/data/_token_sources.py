@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from fimp_sc.data._binning import bin_edges, bin_values
+from fimp_sc.data._binning import bin_edges, bin_values, content_key
 from fimp_sc.data._tokens import choose_tokens
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ class BinnedTokens:
     """The expressed genes that a vocabulary knows, their values as quantile bins of the cell: what scGPT reads.
 
     Bins are made from all visible expressed genes of the vocabulary, before the highest become tokens. They depend on
-    the order of values only, so that neither scaling nor logarithm matters.
+    the order of values only, so that neither scaling nor logarithm matters; equal values are spread over their bins by
+    draws that depend on which genes the cell expresses, so that its place in the object does not matter either.
 
     Attributes
     ----------
@@ -117,7 +118,7 @@ class BinnedTokens:
         expressed = self._expressed(rows, shown, pattern)
         feature_id, padding = choose_tokens(expressed, shown, pattern, n_tokens, self.gene_rank, zeros=False)
         expressed.data = bin_values(
-            expressed.data, expressed.indptr, self.n_bins, cell=nodes, gene=expressed.indices,
+            expressed.data, expressed.indptr, self.n_bins, cell=content_key(expressed), gene=expressed.indices,
             random_state=self.random_state,
         )  # fmt: skip
         bins = torch.from_numpy(expressed.toarray())
@@ -157,9 +158,10 @@ class BinnedTokens:
         best, genes = score.topk(min(self.n_queries, score.shape[1]), dim=1)
         values = rows.toarray()[np.arange(len(nodes))[:, None], genes.numpy()]
         indptr = np.arange(len(nodes) + 1) * genes.shape[1]
+        expressed = self._expressed(rows, visible & self.known, pattern)
         bins = bin_values(
-            values.ravel(), indptr, self.n_bins, cell=nodes, gene=genes.numpy().ravel(),
-            random_state=self.random_state, edges=self.edges(rows, visible, pattern),
+            values.ravel(), indptr, self.n_bins, cell=content_key(expressed), gene=genes.numpy().ravel(),
+            random_state=self.random_state, edges=bin_edges(expressed.data, expressed.indptr, self.n_bins),
         )  # fmt: skip
         return genes, torch.from_numpy(bins).view(genes.shape), best < 0
 

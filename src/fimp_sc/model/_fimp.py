@@ -6,33 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from scvi.data import AnnDataManager
 
 from fimp_sc.data._access import missing_key
 from fimp_sc.model._build import foundation_network, gene_vectors
-from fimp_sc.model._decode import decoded_expression
 from fimp_sc.model._fields import BATCH_KEY, LIBRARY_KEY, ExpressionField, GraphField, GroupField, LabelField
 from fimp_sc.model._module import FIMPModule
+from fimp_sc.model._predict import PredictiveModel, check_choice
 from fimp_sc.model._pretrained import is_pretrained, read_pretrained, write_pretrained
 from fimp_sc.model._train import TrainableModel
-from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from anndata import AnnData
     from numpy.typing import NDArray
-    from scipy import sparse
-
-    from fimp_sc.model._inference import Strategy
 
 
 _TOKENS, _TOKENS_FOUNDATION = 32, 200
 
 
-class FIMP(TrainableModel):
+class FIMP(TrainableModel, PredictiveModel):
     """Foundation-informed message passing between cells (arXiv 2210.09475).
 
     A cell is a sequence of gene tokens; over each edge of the graph the tokens of the destination attend to those of
@@ -139,12 +132,14 @@ class FIMP(TrainableModel):
         super().__init__(adata, registry)
         if n_tokens is None:
             n_tokens = _TOKENS if foundation is None else _TOKENS_FOUNDATION
-        _check_choice("layer", layer, ("practical", "paper"))
-        _check_choice("reduce", reduce, ("mean", "sum"))
+        check_choice("layer", layer, ("practical", "paper"))
+        check_choice("reduce", reduce, ("mean", "sum"))
         for name, number in (("n_latent", n_latent), ("n_layers", n_layers), ("n_tokens", n_tokens)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, found {number}")
         _check_foundation(foundation, checkpoint, gene_embeddings, architecture)
+        if foundation is None and (train_foundation, source, aggregate) != ("frozen", "evolving", "layer"):
+            raise ValueError("train_foundation, source and aggregate concern foundation models: name one, foundation=.")
         self.foundation, self.n_tokens = foundation, n_tokens
         self.self_loops, self.random_state = self_loops, random_state
         stored = architecture or {}
@@ -154,7 +149,7 @@ class FIMP(TrainableModel):
             match = {"species": species, "orthologs": orthologs}
             if foundation is not None:
                 network, config = foundation_network(
-                    foundation, self.genes, checkpoint, self._vocabulary_rows(vocabulary_key),
+                    foundation, self.genes, checkpoint, None if stored else self._vocabulary_rows(vocabulary_key),
                     stored.get("foundation"), trained=train_foundation, source=source, aggregate=aggregate,
                     self_loops=self_loops, dropout=dropout, **match,
                 )  # fmt: skip
@@ -264,153 +259,6 @@ class FIMP(TrainableModel):
         manager.register_fields(adata, **kwargs)
         cls.register_manager(manager)
 
-    def get_latent_representation(
-        self,
-        adata: AnnData | None = None,
-        indices: Sequence[int] | None = None,
-        *,
-        batch_size: int | None = None,
-        strategy: Strategy = "auto",
-        distribute: bool = False,
-    ) -> NDArray[np.float32]:
-        """Embed cells.
-
-        Parameters
-        ----------
-        adata
-            Object to embed; the training object by default. It may have other genes, and needs a graph.
-        indices
-            Cells to embed; all by default. Their neighbours are read from the whole object.
-        batch_size
-            Destinations per block; by default what fits into some hundred MB. Like ``strategy`` and ``distribute`` it
-            changes speed and memory, not the result.
-        strategy
-            ``"blocks"`` computes blocks of cells with the neighbourhood that all layers read, ``"layers"`` one layer
-            for all cells before the next; ``"auto"`` takes what is less work for the graph at hand.
-        distribute
-            Compute blocks as Dask tasks: on the workers of a ``dask.distributed.Client`` where one is open, else on
-            Dask's default scheduler. Workers read expression that is stored in files by themselves, under the same
-            path; expression in memory is sent to them.
-
-        Returns
-        -------
-        ``(len(indices), n_latent)`` float32. A foundation model gives embeddings of length 1, as scGPT does, and gives
-        them before any training too ("zero-shot").
-        """
-        how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
-        return self._collect(adata, indices, _latent, how, untrained=self.foundation is not None)
-
-    def predict(
-        self,
-        adata: AnnData | None = None,
-        indices: Sequence[int] | None = None,
-        *,
-        soft: bool = False,
-        batch_size: int | None = None,
-        strategy: Strategy = "auto",
-        distribute: bool = False,
-    ) -> NDArray[Any] | pd.DataFrame:
-        """Predict labels.
-
-        Parameters
-        ----------
-        adata, indices, batch_size, strategy, distribute
-            As in :meth:`get_latent_representation`.
-        soft
-            Return probabilities instead of the most probable label.
-
-        Returns
-        -------
-        ``(len(indices),)`` array of labels, or a data frame cells x classes of probabilities with ``soft=True``.
-
-        Raises
-        ------
-        ValueError
-            When the model was set up without labels.
-        """
-        if not self.classes:
-            raise ValueError(
-                "This model was trained without labels: call FIMP.setup_anndata(adata, labels_key=...) and train anew."
-            )
-        adata = self._validate_anndata(adata)
-        how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
-        probability = self._collect(adata, indices, lambda module, z: module.generative(z)["logits"].softmax(-1), how)
-        if not soft:
-            return np.asarray(self.classes, dtype=object)[probability.argmax(1)]
-        names = adata.obs_names if indices is None else adata.obs_names[np.asarray(indices)]
-        return pd.DataFrame(probability, index=names, columns=self.classes)
-
-    def get_expression(
-        self,
-        adata: AnnData | None = None,
-        indices: Sequence[int] | None = None,
-        *,
-        genes: Sequence[str] | None = None,
-        scale: Literal["log", "counts"] = "log",
-        hidden: sparse.spmatrix | NDArray[np.bool_] | None = None,
-        decoder: bool = False,
-        batch_size: int | None = None,
-        strategy: Strategy = "auto",
-        distribute: bool = False,
-    ) -> NDArray[np.float32]:
-        """Predict expression from a cell's visible genes and its neighbours.
-
-        Parameters
-        ----------
-        adata, indices, batch_size, strategy, distribute
-            As in :meth:`get_latent_representation`.
-        genes
-            Genes to predict, of those that the model knows, measured in ``adata`` or not. By default the genes of
-            ``adata``; columns of genes that the model does not know are NaN.
-        scale
-            ``"log"``: ``log1p`` of values scaled to the model's common total; ``"counts"``: scaled back to the
-            total of each cell (for input on the log scale: ``expm1``). Not negative.
-        hidden
-            ``(n_obs, n_vars)`` boolean, True for entries that the model must not see.
-        decoder
-            Read values with the expression decoder of the foundation model instead of the head that training fits;
-            possible without training. Every gene becomes a token with a hidden value, so that cost grows with the
-            number of genes: name ``genes``. Bins come back on the scale of the cell's own visible genes.
-
-        Returns
-        -------
-        ``(len(indices), len(genes))`` float32.
-
-        Raises
-        ------
-        KeyError
-            When a gene of ``genes`` is not known to the model.
-        ValueError
-            When there is no decoder.
-        """
-        _check_choice("scale", scale, ("log", "counts"))
-        adata = self._validate_anndata(adata)
-        names = pd.Index(adata.var_names.astype(str) if genes is None else [str(gene) for gene in genes])
-        known = pd.Index(self.genes).get_indexer(names)
-        if genes is not None and (known < 0).any():
-            raise KeyError(f"Not among the {len(self.genes)} genes of the model: {list(names[known < 0][:5])}")
-        data = self._graph_data(adata, hidden)
-        features = torch.from_numpy(known[known >= 0]).to(self.device)
-        how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
-        nodes = self._indices(adata, indices)
-        if decoder:
-            values = decoded_expression(
-                data, nodes, known[known >= 0],
-                lambda genes: self._collect(adata, nodes, _latent, how, data, untrained=True, genes=genes),
-            )  # fmt: skip
-        else:
-            values = self._collect(adata, nodes, lambda module, z: module.generative(z, features)["value"], how, data)
-            values += data.source.center[data.source.batch[nodes]][:, known[known >= 0]]
-        np.maximum(values, 0.0, out=values)
-        if scale == "counts":
-            np.expm1(values, out=values)
-            values /= data.source.factor[nodes, None]
-        if (known >= 0).all():
-            return values
-        out = np.full((len(nodes), len(names)), np.nan, dtype=np.float32)
-        out[:, known >= 0] = values
-        return out
-
     @classmethod
     def load_query_data(cls, adata: AnnData, reference_model: FIMP | str | Path) -> FIMP:
         """Return a copy of a trained model bound to a new object, with the same weights and no further training.
@@ -485,10 +333,6 @@ class FIMP(TrainableModel):
         return read_pretrained(cls, folder_or_hub_id, adata, accelerator)
 
 
-def _latent(module: FIMPModule, embedding: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(embedding) if isinstance(module.network, FoundationNetwork) else embedding
-
-
 def _check_foundation(foundation: str | None, checkpoint: Any, gene_embeddings: Any, architecture: Any) -> None:
     if foundation is None:
         if checkpoint is not None:
@@ -496,7 +340,7 @@ def _check_foundation(foundation: str | None, checkpoint: Any, gene_embeddings: 
         return
     if foundation in ("vit", "brainlm"):
         raise ValueError(f"foundation={foundation!r} does not read gene expression: choose 'scgpt'.")
-    _check_choice("foundation", foundation, ("scgpt",))
+    check_choice("foundation", foundation, ("scgpt",))
     if gene_embeddings is not None:
         raise ValueError("gene_embeddings are for FIMP-base: a foundation model brings its own. Leave one of them out.")
     if checkpoint is None and architecture is None:
@@ -510,8 +354,3 @@ def _name_of(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     return str(value) if isinstance(value, Path) else type(value).__name__
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}")

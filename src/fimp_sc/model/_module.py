@@ -93,15 +93,16 @@ class FIMPModule(BaseModuleClass):
 
         These are ``genes``, ``(q,)`` int64, or in training those that the batch names.
         """
+        absent = None
         if genes is not None:
             queries = genes.expand(batch["n_nodes"][-1], -1)
         elif "query_id" in batch:
-            queries = batch["query_id"]
+            queries, absent = batch["query_id"], batch["query_padding"]
         else:
             return {"embedding": self.network(batch)}
         if not isinstance(self.network, FoundationNetwork):
             raise TypeError("FIMP-base has no decoder of bins.")
-        embedding, bins = self.network.decode(batch, queries)
+        embedding, bins = self.network.decode(batch, queries, absent)
         return {"embedding": embedding, "bin": bins}
 
     @auto_move_data

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from scvi.train import TrainRunner
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fimp_sc.data import BlockSplitter, split_by_blocks
 from fimp_sc.model._base import GraphModel
@@ -58,7 +59,10 @@ class _BestWeights(Callback):
         self._validated: dict[str, torch.Tensor] = {}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validated = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
+        # What never changes, which is nearly all of a frozen foundation model, need not be kept.
+        fixed = {name for name, parameter in pl_module.named_parameters() if not parameter.requires_grad}
+        weights = {name: value for name, value in pl_module.state_dict().items() if name not in fixed}
+        self._validated = {name: value.detach().cpu().clone() for name, value in weights.items()}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = float(trainer.callback_metrics["validation_loss"])
@@ -188,13 +192,14 @@ class TrainableModel(GraphModel):
                     *trainer_kwargs.pop("callbacks", []),
                     *([best] if validated else []),
                     *([_stopping(early_stopping_patience)] if stopping else []),
-                    EMAWeightAveraging(decay=_AVERAGING, use_buffers=False),
+                    # This form of averaging leaves weights that do not change as they are, to the bit.
+                    WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGING)),
                 ],
                 **{"default_root_dir": folder, **trainer_kwargs},
             )
             runner()
             if best.weights:
-                plan.load_state_dict(best.weights)
+                plan.load_state_dict(best.weights, strict=False)
         self.module.eval()
 
     def _split(

@@ -105,7 +105,7 @@ class FeatureEmbedding(nn.Module):
         self.project.weight.zero_()
         self.project.weight[: len(components)] = components
         projected = self.project(self.vectors)[torch.from_numpy(known)]
-        self.project.weight *= _IDENTITY / projected.square().mean().sqrt().clamp(min=1e-12)
+        self.project.weight *= _IDENTITY / projected.square().mean().sqrt().clamp(min=1e-3)
         self.identity[torch.from_numpy(known)] = 0.0
 
     @torch.no_grad()

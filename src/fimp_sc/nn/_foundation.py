@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
 
 if TYPE_CHECKING:
     from typing import Self
@@ -61,7 +60,7 @@ class FoundationNetwork(nn.Module):
         tokens, padding = self.tokens(batch)
         return self.stack(tokens, padding, batch["indptr"][0], batch["indices"][0], 1)[:, 0]
 
-    def decode(self, batch: Batch, genes: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, batch: Batch, genes: Tensor, absent: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Predict hidden values with the decoder of the foundation model.
 
         A hidden gene is a token of its cell whose value is the foundation model's mask. It reads the cell and its
@@ -73,6 +72,8 @@ class FoundationNetwork(nn.Module):
             A block.
         genes
             ``(n_dst, q)`` int64, the genes to predict in each destination.
+        absent
+            ``(n_dst, q)`` bool, True where there is no gene to predict: such tokens are padding.
 
         Returns
         -------
@@ -86,7 +87,8 @@ class FoundationNetwork(nn.Module):
         more = torch.cat([self.embedding.query_tokens(genes), more[n_dst:]])
         tokens = torch.cat([tokens, more], dim=1)
         sent = torch.cat([padding, padding.new_ones(len(padding), n_genes)], dim=1)
-        own = torch.cat([padding[:n_dst], padding.new_zeros(n_dst, n_genes)], dim=1)
+        absent = padding.new_zeros(n_dst, n_genes) if absent is None else absent
+        own = torch.cat([padding[:n_dst], absent], dim=1)
         states = self.stack(tokens, sent, batch["indptr"][0], batch["indices"][0], own_padding=own)
         return states[:, 0], self.decoder(states[:, -n_genes:])
 
@@ -118,7 +120,8 @@ def choose_trained(network: FoundationNetwork, what: str) -> None:
     """
     match = re.fullmatch(r"frozen|full|last:(\d+)|lora(?::(\d+))?", what)
     layers = network.stack.layers
-    if match is None or (what.startswith("last") and not 1 <= int(match[1]) <= len(layers)) or what == "lora:0":
+    n_last, rank = (int(match[i] or default) for i, default in ((1, 1), (2, _RANK))) if match else (0, 0)
+    if not (1 <= n_last <= len(layers) and rank >= 1):
         raise ValueError(
             f"train_foundation must be 'frozen', 'full', 'last:N' with N from 1 to {len(layers)}, 'lora' or "
             f"'lora:RANK'; found {what!r}"
@@ -128,32 +131,33 @@ def choose_trained(network: FoundationNetwork, what: str) -> None:
     if network.decoder is not None:
         network.decoder.requires_grad_(what != "frozen")
     if what.startswith("last"):
-        for module in (*layers[-int(match[1]) :], network.stack.norm):
+        for module in (*layers[-n_last:], network.stack.norm):
             module.requires_grad_(True)
     if what.startswith("lora"):
-        width, rank = network.width, int(match[2] or _RANK)
         for layer in layers:
             for name in _PROJECTIONS:
-                linear = layer.get_submodule(f"attention.{name}")
-                register_parametrization(linear, "weight", LowRankChange(width, width, rank))
+                attention = layer.get_submodule("attention")
+                setattr(attention, name, LowRankLinear(attention.get_submodule(name), rank))
 
 
-class LowRankChange(nn.Module):
-    """Weight of a linear map plus a trained change of low rank, which starts at zero.
+class LowRankLinear(nn.Module):
+    """Linear map plus a trained change of low rank, which starts at zero.
 
     Parameters
     ----------
-    n_out, n_in
-        Shape of the weight.
+    linear
+        The map, whose weight and bias are taken over.
     rank
         Rank of the change.
     """
 
-    def __init__(self, n_out: int, n_in: int, rank: int) -> None:
+    def __init__(self, linear: Any, rank: int) -> None:
         super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        n_out, n_in = linear.weight.shape
         self.down = nn.Parameter(torch.randn(rank, n_in) * n_in**-0.5)
         self.up = nn.Parameter(torch.zeros(n_out, rank))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the changed weight."""
-        return weight + self.up @ self.down
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the changed map."""
+        return nn.functional.linear(x, self.weight + self.up @ self.down, self.bias)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from fimp_sc.pp._features import features
+from fimp_sc.pp._fmri import fmri
 from fimp_sc.pp._gene_match import GeneMatch
+from fimp_sc.pp._images import images
 from fimp_sc.pp._match_genes import match_genes
+from fimp_sc.pp._pyg import from_pyg, to_pyg
 from fimp_sc.pp._spatial_graph import spatial_graph
 
-__all__ = ["GeneMatch", "match_genes", "spatial_graph"]
+__all__ = ["GeneMatch", "features", "fmri", "from_pyg", "images", "match_genes", "spatial_graph", "to_pyg"]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,9 @@ def annotate(
     connectivities_key: str = "spatial_connectivities",
     input_scale: str = "auto",
     key_added: str | None = None,
+    gene_embeddings: Any = None,
+    foundation: Literal["scgpt"] | None = None,
+    checkpoint: str | Path | None = None,
     model: FIMP | str | Path | None = None,
     max_epochs: int | None = None,
     accelerator: str = "auto",
@@ -53,7 +56,9 @@ def annotate(
         As in :func:`embed`.
     key_added
         Name of the results; ``fimp_{labels_key}`` by default.
-    model, max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs, inference_kwargs
+    gene_embeddings, foundation, checkpoint, model
+        As in :func:`embed`.
+    max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs, inference_kwargs
         As in :func:`embed`. A given model must have been trained with labels.
 
     Returns
@@ -80,6 +85,7 @@ def annotate(
         fitted = fitted_model(
             adata, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
+            gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
         )  # fmt: skip
         soft = cast("pd.DataFrame", fitted.predict(soft=True, **(inference_kwargs or {})))
         probabilities = soft.to_numpy(dtype=np.float32)

@@ -33,6 +33,7 @@ from fimp_sc.data._stored import identity, storage
 from fimp_sc.model import FIMP
 from fimp_sc.model._pretrained import is_pretrained
 from fimp_sc.model._train import on_gpu
+from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,9 +113,14 @@ def fitted_model(
     verbose: bool,
     model_kwargs: dict[str, Any] | None,
     train_kwargs: dict[str, Any] | None,
+    gene_embeddings: Any = None,
+    foundation: str | None = None,
+    checkpoint: str | Path | None = None,
     zero_shot: bool = False,
 ) -> FIMP:
     """Return a model for the working copy: the given one, the remembered one, or one trained (or just built) now."""
+    what = {"gene_embeddings": gene_embeddings, "foundation": foundation, "checkpoint": checkpoint}
+    arguments = {name: value for name, value in what.items() if value is not None} | (model_kwargs or {})
     if isinstance(model, str | Path):
         given: FIMP | None
         if is_pretrained(model):
@@ -130,7 +136,8 @@ def fitted_model(
     if given is not None:
         if not given.is_trained and given.foundation is None:
             raise ValueError("The model is not trained: call model.train() first, or leave model out.")
-        unused = [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]
+        unused = [name for name, value in what.items() if value is not None]
+        unused += [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]
         if unused:
             raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
         return FIMP.load_query_data(with_model_keys(work, given, inputs), given)
@@ -138,11 +145,14 @@ def fitted_model(
     remembered = _models.get(id(adata))
     known = remembered is not None and remembered[0]() is adata and remembered[1] == mark
     usable = remembered is not None and known and remembered[2].is_trained
-    if remembered is not None and usable and reuse and not model_kwargs and not train_kwargs:
+    if remembered is not None and usable and reuse and not arguments and not train_kwargs:
         logger.info("Using the model trained before on this object.")
         return remembered[2]
+    ids = arguments.get("vocabulary_key")
+    if ids is not None and ids in adata.var:
+        work.var[ids] = np.asarray(adata.var[ids])
     FIMP.setup_anndata(work, **(asdict(inputs) | {"layer": None}))
-    fresh = FIMP(work, **{"random_state": random_state, **(model_kwargs or {})})
+    fresh = FIMP(work, **{"random_state": random_state, **arguments})
     _report(fresh, work, accelerator, zero_shot)
     if zero_shot:
         fresh.to_device(_device(accelerator))
@@ -249,11 +259,16 @@ def _device(accelerator: str) -> str:
 
 def _report(model: FIMP, work: AnnData, accelerator: str, zero_shot: bool) -> None:
     graph = work.obsp[model.registry["setup_args"]["connectivities_key"]]
-    weights = sum(p.numel() for p in model.module.parameters()) * 16
-    # A block of training: about twice its destinations with the halo, a dozen dense copies of its expression, and
-    # a few dozen copies of its tokens.
-    width = model.module.value_head.loading.shape[1]
-    block = 2 * 256 * (12 * work.n_vars + 40 * (model.n_tokens + 1) * width) * 4
+    # With what the optimiser keeps of those that are trained.
+    weights = sum(p.numel() * (16 if p.requires_grad and not zero_shot else 4) for p in model.module.parameters())
+    # A block: about twice its destinations with the halo, a dozen dense copies of its expression, and copies of its
+    # tokens, a few dozen in training; a stack that computes its layers again in backward keeps two for each.
+    network, n_nodes, copies = model.module.network, 2 * 256, 40
+    if isinstance(network, FoundationNetwork):
+        n_nodes, copies = (
+            (2 * 128, 12) if zero_shot or network.frozen else (n_nodes, 24 + 2 * len(network.stack.layers))
+        )
+    block = n_nodes * (12 * work.n_vars + copies * (model.n_tokens + 1) * network.width) * 4
     matrix = 0
     if storage(work.X) == "memory":
         matrix = 3 * (work.X.nnz * 8 if sparse.issparse(work.X) else work.X.nbytes)

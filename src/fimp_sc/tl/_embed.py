@@ -101,16 +101,14 @@ def embed(
     """
     adata = adata.copy() if copy else adata
     inputs = Inputs(layer, library_key, batch_key, spatial_key, connectivities_key, input_scale)
-    if zero_shot and foundation is None and model is None:
+    if zero_shot and not (foundation or model or (model_kwargs or {}).get("foundation")):
         raise ValueError("zero_shot=True needs a foundation model: pass foundation='scgpt' and checkpoint=.")
-    given = {"gene_embeddings": gene_embeddings, "foundation": foundation, "checkpoint": checkpoint}
-    model_kwargs = {name: value for name, value in given.items() if value is not None} | (model_kwargs or {})
     with user_messages(verbose=verbose):
         work = working_copy(adata, inputs)
         fitted = fitted_model(
             adata, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
-            zero_shot=zero_shot,
+            gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint, zero_shot=zero_shot,
         )  # fmt: skip
         embedding = fitted.get_latent_representation(**(inference_kwargs or {}))
         finite_or_raise(embedding, "embedding")

@@ -31,6 +31,9 @@ def impute(
     connectivities_key: str = "spatial_connectivities",
     input_scale: str = "auto",
     key_added: str = "fimp",
+    gene_embeddings: Any = None,
+    foundation: Literal["scgpt"] | None = None,
+    checkpoint: str | Path | None = None,
     model: FIMP | str | Path | None = None,
     max_epochs: int | None = None,
     accelerator: str = "auto",
@@ -60,7 +63,9 @@ def impute(
         As in :func:`embed`.
     key_added
         Where to write in ``layers`` (all genes) or ``obsm`` (with ``genes``), and in ``uns``.
-    model, max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs, inference_kwargs
+    gene_embeddings, foundation, checkpoint, model
+        As in :func:`embed`.
+    max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs, inference_kwargs
         As in :func:`embed`.
 
     Returns
@@ -83,6 +88,7 @@ def impute(
         fitted = fitted_model(
             adata, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
+            gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
         )  # fmt: skip
         expression = fitted.get_expression(genes=genes, scale=scale, **(inference_kwargs or {}))
         names = np.array(adata.var_names if genes is None else list(genes), dtype=object)

@@ -1,0 +1,503 @@
+"""FIMP with a foundation model as the creator of messages, and FIMP-base with pretrained vectors of genes."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+
+import fimp_sc
+from fimp_sc.model import FIMP
+from fimp_sc.nn import FoundationNetwork
+from fimp_sc.pretrained import CheckpointError, read_foundation
+
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+QUICK = {"max_epochs": 1, "accelerator": "cpu", "batch_size": 64, "enable_progress_bar": False}
+
+
+@pytest.fixture
+def distinct(tissue):
+    """The tissue with log-normalised values of which no two of a cell are equal: bins then depend on nothing else."""
+    rng = np.random.default_rng(0)
+    values = np.log1p(tissue.X.toarray()) + rng.random(tissue.shape) * 0.3
+    tissue.X = sparse.csr_matrix(np.where(tissue.X.toarray() > 0, values, 0).astype(np.float32))
+    return tissue
+
+
+@pytest.fixture(scope="session")
+def checkpoint(scgpt_checkpoint, _model_tissue):
+    """A checkpoint that knows all genes of the tissue but every seventh, and some others."""
+    genes = [gene for i, gene in enumerate(_model_tissue.var_names) if i % 7]
+    return scgpt_checkpoint(["OTHER1", *genes[::-1], "OTHER2"])
+
+
+@pytest.fixture
+def make(checkpoint):
+    """Set up and make a model around the foundation model."""
+
+    def build(adata, setup=None, **kwargs) -> FIMP:
+        FIMP.setup_anndata(adata, **(setup or {}))
+        return FIMP(adata, **{"foundation": "scgpt", "checkpoint": checkpoint, "n_tokens": 10, **kwargs})
+
+    return build
+
+
+def naive_tokens(adata, genes: list[str], known: set[str], n_tokens: int) -> list[dict[str, float]]:
+    """Bins of the highest expressed known genes of each cell, for distinct values."""
+    cells = []
+    for values in np.asarray(adata[:, genes].X.todense()):
+        shown = [i for i, gene in enumerate(genes) if gene in known and values[i] > 0]
+        edges = np.quantile(values[shown], np.linspace(0, 1, 8))
+        best = sorted(shown, key=lambda i: -values[i])[:n_tokens]
+        cells.append({genes[i]: float(np.digitize(values[i], edges)) for i in best})
+    return cells
+
+
+@torch.no_grad()
+def by_hand(adata, checkpoint, *, alone=False, **stack) -> np.ndarray:
+    """The embedding from a dense table of tokens of the whole vocabulary, without blocks."""
+    model = read_foundation("scgpt", checkpoint, **stack)
+    cells = naive_tokens(adata, list(map(str, adata.var_names)), set(model.vocabulary), 10)
+    width = max(map(len, cells))
+    ids, values = torch.zeros(len(cells), width, dtype=torch.int64), torch.zeros(len(cells), width)
+    padding = torch.ones(len(cells), width, dtype=torch.bool)
+    for i, cell in enumerate(cells):
+        ids[i, : len(cell)] = torch.tensor([model.vocabulary[gene] for gene in cell])
+        values[i, : len(cell)] = torch.tensor(list(cell.values()))
+        padding[i, : len(cell)] = False
+    tokens, padding = model.embedding(ids, values, padding)
+    graph = sparse.csr_matrix(adata.obsp["spatial_connectivities"])
+    indptr, indices = (torch.from_numpy(part.astype(np.int64)) for part in (graph.indptr, graph.indices))
+    out = model.stack.alone(tokens, padding) if alone else model.stack(tokens, padding, indptr, indices)
+    return (out[:, 0] / out[:, 0].norm(dim=1, keepdim=True)).numpy()
+
+
+# Zero-shot ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["evolving", "static"])
+@pytest.mark.parametrize("aggregate", ["layer", "final"])
+def test_embedding_without_training_equals_tokens_and_stack(distinct, make, checkpoint, source, aggregate) -> None:
+    mode = {"source": source, "aggregate": aggregate}
+    model = make(distinct, **mode)
+    assert not model.is_trained
+    z = model.get_latent_representation()
+    assert z.shape == (120, 16)
+    assert z.dtype == np.float32
+    np.testing.assert_allclose(z, by_hand(distinct, checkpoint, **mode), **TOLERANCE)
+    np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-5)
+
+
+def test_modes_differ(distinct, make) -> None:
+    modes = [{}, {"source": "static"}, {"aggregate": "final"}, {"self_loops": False}, {"n_tokens": 4}]
+    results = [make(distinct, **mode).get_latent_representation() for mode in modes]
+    for i, one in enumerate(results):
+        for other in results[i + 1 :]:
+            assert np.abs(one - other).max() > 1e-2
+
+
+def test_without_edges_a_cell_is_what_the_foundation_model_makes_of_it(distinct, make, checkpoint) -> None:
+    graph = sparse.lil_matrix((120, 120))
+    graph[0, 1] = 1.0
+    distinct.obsp["spatial_connectivities"] = graph.tocsr()
+    with pytest.warns(UserWarning, match="119 of 120 cells have no neighbours"):
+        model = make(distinct)
+    z = model.get_latent_representation()
+    expected = by_hand(distinct, checkpoint, alone=True)
+    np.testing.assert_allclose(z[1:], expected[1:], **TOLERANCE)
+    assert np.abs(z[0] - expected[0]).max() > 1e-3
+
+
+def test_stored_self_loops_are_not_counted_twice(distinct, make) -> None:
+    expected = make(distinct).get_latent_representation()
+    distinct.obsp["spatial_connectivities"] = sparse.csr_matrix(
+        distinct.obsp["spatial_connectivities"] + sparse.identity(120)
+    )
+    np.testing.assert_allclose(make(distinct).get_latent_representation(), expected, **TOLERANCE)
+
+
+def test_samples_and_batches_do_not_matter_but_for_edges(tissue, make) -> None:
+    """Bins are made of values that are not centred."""
+    expected = make(tissue).get_latent_representation()
+    setup = {"library_key": "section", "batch_key": "batch"}
+    tissue.obs["batch"] = np.array(["x", "y", "z"])[np.arange(120) % 3]
+    np.testing.assert_allclose(make(tissue, setup).get_latent_representation(), expected, **TOLERANCE)
+
+
+def test_cells_without_a_known_gene_have_an_embedding(distinct, make) -> None:
+    values = distinct.X.toarray()
+    values[:5] = 0
+    values[:5, [0, 7]] = 1.0
+    distinct.X = sparse.csr_matrix(values)
+    graph = sparse.lil_matrix(distinct.obsp["spatial_connectivities"])
+    graph[:2] = 0
+    distinct.obsp["spatial_connectivities"] = graph.tocsr()
+    with pytest.warns(UserWarning, match="have no neighbours"):
+        z = make(distinct).get_latent_representation(batch_size=1)
+    assert np.isfinite(z).all()
+    # Nothing is left of them but <cls>.
+    np.testing.assert_allclose(z[0], z[1], **TOLERANCE)
+
+
+def test_order_of_cells_and_genes_does_not_matter(distinct, make) -> None:
+    rng = np.random.default_rng(0)
+    cells, genes = rng.permutation(120), rng.permutation(40)
+    moved = distinct[cells, genes].copy()
+    expected = make(distinct).get_latent_representation()[cells]
+    np.testing.assert_allclose(make(moved).get_latent_representation(), expected, **TOLERANCE)
+
+
+def test_scale_of_the_values_does_not_matter(tissue, make) -> None:
+    expected = make(tissue).get_latent_representation()
+    tissue.X = tissue.X.log1p() * np.float32(0.7)
+    np.testing.assert_allclose(make(tissue, {"input_scale": "log"}).get_latent_representation(), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("how", [{"batch_size": 7}, {"strategy": "layers"}, {"strategy": "blocks", "distribute": True}])
+def test_how_it_is_computed_does_not_matter(tissue, make, how: dict) -> None:
+    for mode in ({}, {"aggregate": "final"}):
+        model = make(tissue, **mode)
+        np.testing.assert_allclose(
+            model.get_latent_representation(**how), model.get_latent_representation(), **TOLERANCE
+        )
+    rows = [5, 90, 5, 1]
+    np.testing.assert_allclose(
+        model.get_latent_representation(indices=rows, **how), model.get_latent_representation()[rows], **TOLERANCE
+    )
+
+
+def test_what_needs_training_says_so_before_it(tissue, make) -> None:
+    model = make(tissue, {"labels_key": "label"})
+    model.get_latent_representation()
+    for ask in (model.predict, model.get_expression):
+        with pytest.raises(Exception, match="train"):
+            ask()
+    assert not model.is_trained
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+MAY_CHANGE = {
+    "frozen": (),
+    "full": ("embedding.", "stack.", "decoder."),
+    "last:1": ("stack.layers.1.", "decoder."),
+    "lora:2": ("decoder.", ".up", ".down"),
+}
+
+
+@pytest.mark.parametrize("trained", MAY_CHANGE)
+def test_training_changes_what_it_says(tissue, make, trained: str) -> None:
+    model = make(tissue, {"labels_key": "label"}, train_foundation=trained)
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    zero_shot = model.get_latent_representation()
+    model.train(**QUICK)
+    assert model.is_trained
+    assert np.isfinite(model.history["train_loss"].to_numpy(dtype=float)).all()
+    assert ("decoder_loss_train" in model.history) == (trained != "frozen")
+    changed = {name for name, value in model.module.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"value_head.loading", "label_head.score.weight", "embedding_mean"} <= changed
+    inner = {name.removeprefix("network.") for name in changed if name.startswith("network.")}
+    allowed = MAY_CHANGE[trained]
+    assert {name for name in inner if not name.startswith(allowed) and not name.endswith(allowed)} == set()
+    for part in allowed:
+        assert any(name.startswith(part) or name.endswith(part) for name in inner), part
+    difference = np.abs(model.get_latent_representation() - zero_shot).max()
+    assert (difference < 1e-6) == (trained == "frozen")
+    assert model.predict(soft=True).shape == (120, 4)
+    expression = model.get_expression()
+    assert expression.shape == tissue.shape
+    assert np.isfinite(expression).all()
+
+
+def test_checkpoint_without_a_decoder_trains(tissue, make, scgpt_checkpoint) -> None:
+    folder = scgpt_checkpoint(list(tissue.var_names), decoder=False)
+    model = make(tissue, checkpoint=folder, train_foundation="last:1")
+    with pytest.raises(ValueError, match="no expression decoder"):
+        model.get_expression(decoder=True)
+    model.train(**QUICK)
+    assert "decoder_loss_train" not in model.history
+    assert np.isfinite(model.get_expression()).all()
+
+
+def test_cells_that_hide_nothing_are_trained_on_as_they_are_embedded(tissue, make) -> None:
+    """Without hidden genes there is nothing to ask for: tokens that ask would change the cell."""
+    model = make(tissue, train_foundation="full")
+    splitter = fimp_sc.data.BlockDataset(
+        model._graph_data(tissue), n_layers=1, n_tokens=10, mask_ratio=(0.0, 0.0), mask_cells=0.0
+    )
+    batch = splitter[fimp_sc.data.Destinations(np.arange(20), 0)]
+    assert batch["query_padding"].all()
+    model.module.eval()
+    with torch.no_grad():
+        z = torch.nn.functional.normalize(model.module.inference(batch)["embedding"])
+    np.testing.assert_allclose(z, model.get_latent_representation(indices=range(20)), **TOLERANCE)
+
+
+def test_frozen_model_learns_labels(tissue, make) -> None:
+    """Two halves of the tissue that differ in ten genes."""
+    kind = (tissue.obsm["spatial"][:, 0] > np.median(tissue.obsm["spatial"][:, 0])).astype(int)
+    values = tissue.X.toarray()
+    values[:, 1:20:2] += 30 * kind[:, None]
+    tissue.X = sparse.csr_matrix(values)
+    tissue.obs["kind"] = pd.Categorical(np.array(["a", "b"])[kind])
+    model = make(tissue, {"labels_key": "kind"}, n_tokens=40)
+    test = np.arange(0, 120, 3)
+    model.train(
+        30, accelerator="cpu", batch_size=32, enable_progress_bar=False, plan_kwargs={"lr_head": 0.05},
+        train_indices=np.setdiff1d(np.arange(120), test),
+    )  # fmt: skip
+    right = model.predict(indices=test) == tissue.obs["kind"].to_numpy()[test]
+    assert right.mean() > 0.9
+
+
+def test_labelled_model_is_the_same_with_the_same_seed(tissue, make) -> None:
+    results = []
+    for seed in (0, 0, 1):
+        model = make(tissue, {"labels_key": "label"}, train_foundation="lora", random_state=seed)
+        model.train(**QUICK)
+        results.append(model.predict(soft=True).to_numpy())
+    np.testing.assert_array_equal(results[0], results[1])
+    assert np.abs(results[0] - results[2]).max() > 1e-4
+
+
+# Decoder --------------------------------------------------------------------------------------------------------------
+
+
+def test_decoder_predicts_known_genes_without_training(tissue, make) -> None:
+    model = make(tissue, {"library_key": "section"})
+    expression = model.get_expression(decoder=True)
+    unknown = np.arange(40) % 7 == 0
+    assert expression.shape == tissue.shape
+    assert expression.dtype == np.float32
+    assert np.isnan(expression[:, unknown]).all()
+    assert np.isfinite(expression[:, ~unknown]).all()
+    assert (expression[:, ~unknown] >= 0).all()
+    # On the scale of the cell: up to its largest visible value.
+    data = model._graph_data(tissue)
+    assert (expression[:, ~unknown].max(1) <= data.source.rows(np.arange(120))[:, ~unknown].max(1) + 1e-4).all()
+    genes = [tissue.var_names[i] for i in (9, 7, 2)]
+    few = model.get_expression(decoder=True, genes=genes, batch_size=11)
+    assert np.isnan(few[:, 1]).all()
+    assert np.isfinite(few[:, [0, 2]]).all()
+    assert few[:, 0].std() > 0
+    assert np.isnan(model.get_expression(decoder=True, genes=[tissue.var_names[7]])).all()
+    rows = [30, 2, 30]
+    np.testing.assert_allclose(model.get_expression(indices=rows, decoder=True, genes=genes), few[rows], **TOLERANCE)
+    counts = model.get_expression(indices=rows, decoder=True, genes=genes, scale="counts")
+    factor = data.source.factor[rows, None]
+    np.testing.assert_allclose(counts, np.expm1(few[rows]) / factor, rtol=1e-3, atol=1e-4)
+
+
+def test_decoded_values_are_bins_between_edges_of_what_is_visible(distinct, make) -> None:
+    model = make(distinct, {"input_scale": "log"})
+    genes = [distinct.var_names[i] for i in (9, 2)]
+    hidden = np.zeros(distinct.shape, dtype=bool)
+    hidden[:, [9, 2, 20]] = True
+    data = model._graph_data(distinct, hidden)
+    asked = {"untrained": True, "genes": torch.tensor([9, 2])}
+    bins = model._collect(None, None, lambda module, z: z, {}, data, **asked)
+    values = np.where(hidden, 0, distinct.X.toarray())
+    values[:, np.arange(40) % 7 == 0] = 0
+    expected = np.empty((120, 2))
+    for cell in range(120):
+        shown = values[cell][values[cell] > 0]
+        edges = np.concatenate([[0], np.quantile(shown, np.linspace(0, 1, 8))])
+        expected[cell] = np.interp(bins[cell], np.arange(9), edges)
+    found = model.get_expression(decoder=True, genes=genes, hidden=hidden)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_values_do_not_reach_the_decoder(distinct, make) -> None:
+    model = make(distinct, {"input_scale": "log"})
+    hidden = np.random.default_rng(0).random(distinct.shape) < 0.3
+    genes = list(distinct.var_names[:12])
+    found = model.get_expression(decoder=True, hidden=hidden, genes=genes)
+    spoilt = distinct.copy()
+    spoilt.X = sparse.csr_matrix(np.where(hidden, 3.3, distinct.X.toarray()).astype(np.float32))
+    FIMP.setup_anndata(spoilt, input_scale="log")
+    np.testing.assert_allclose(
+        model.get_expression(spoilt, decoder=True, hidden=hidden, genes=genes), found, equal_nan=True, **TOLERANCE
+    )
+
+
+def test_fimp_base_has_no_decoder(trained: FIMP) -> None:
+    with pytest.raises(ValueError, match="FIMP-base has none"):
+        trained.get_expression(decoder=True)
+
+
+# Genes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_ids_from_match_genes_are_used(distinct, make, checkpoint) -> None:
+    expected = make(distinct).get_latent_representation()
+    fimp_sc.pp.match_genes(distinct, checkpoint, key_added="id")
+    renamed = distinct.copy()
+    renamed.var_names = [f"ENSG{i:011d}" for i in range(40)]
+    model = make(renamed, vocabulary_key="id")
+    np.testing.assert_allclose(model.get_latent_representation(), expected, **TOLERANCE)
+    # A gene is what its id says: with the ids of other genes cells are others.
+    renamed.var["id"] = np.roll(renamed.var["id"], 1)
+    assert np.abs(make(renamed, vocabulary_key="id").get_latent_representation() - expected).max() > 1e-2
+    with pytest.raises(KeyError, match=r"'nothing' is not in adata\.var.*match_genes"):
+        make(renamed, vocabulary_key="nothing")
+
+
+def test_saved_model_does_not_need_the_ids_again(distinct, make, checkpoint, tmp_path) -> None:
+    fimp_sc.pp.match_genes(distinct, checkpoint, key_added="id")
+    model = make(distinct, vocabulary_key="id")
+    model.save(str(tmp_path / "model"))
+    del distinct.var["id"]
+    loaded = FIMP.load(str(tmp_path / "model"), adata=distinct, accelerator="cpu")
+    np.testing.assert_allclose(loaded.get_latent_representation(), model.get_latent_representation(), **TOLERANCE)
+
+
+def test_mouse_genes_are_matched_by_a_table(distinct, make, tmp_path) -> None:
+    expected = make(distinct).get_latent_representation()
+    mouse = distinct.copy()
+    mouse.var_names = [f"Mouse{i}x" for i in range(40)]
+    table = pd.DataFrame({"mouse_symbol": mouse.var_names, "human_symbol": distinct.var_names})
+    table.to_csv(tmp_path / "orthologs.tsv", sep="\t", index=False)
+    model = make(mouse, species="mouse", orthologs=tmp_path / "orthologs.tsv")
+    np.testing.assert_allclose(model.get_latent_representation(), expected, **TOLERANCE)
+    assert model.init_params_["non_kwargs"]["orthologs"] == str(tmp_path / "orthologs.tsv")
+
+
+def test_no_gene_known_is_an_error(tissue, make) -> None:
+    tissue.var_names = [f"nothing{i}" for i in range(40)]
+    with pytest.raises(ValueError, match=r"knows none of the 40 genes.*like.*nothing0.*match_genes"):
+        make(tissue)
+    with pytest.raises(ValueError, match="gene_embeddings knows none of the 40 genes"):
+        FIMP(tissue, gene_embeddings={"TP53": [1.0, 2.0]})
+
+
+# Vectors of genes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["dict", "npz", "frame"])
+def test_fimp_base_starts_from_vectors_of_genes(tissue, train, tmp_path, form: str) -> None:
+    known = np.arange(40) % 5 > 0
+    genes = tissue.var_names[known].to_numpy(dtype=str)[::-1]
+    vectors = np.random.default_rng(0).standard_normal((len(genes), 6)).astype(np.float32) + 3
+    given = {
+        "dict": dict(zip(genes, vectors, strict=True)),
+        "frame": pd.DataFrame(vectors, index=genes),
+        "npz": tmp_path / "vectors.npz",
+    }[form]
+    np.savez(tmp_path / "vectors.npz", names=genes, vectors=vectors)
+    FIMP.setup_anndata(tissue)
+    model = FIMP(tissue, gene_embeddings=given, n_latent=16, n_heads=2, n_tokens=12)
+    identities = model.module.network.embedding.identities().detach().numpy()
+    centred = vectors[::-1] - vectors.mean(0)
+    expected = centred @ centred.T
+    found = identities[known] @ identities[known].T
+    np.testing.assert_allclose(found / np.trace(found), expected / np.trace(expected), atol=1e-5)
+    # Genes without a vector have an identity of their own.
+    own = identities[~known]
+    assert np.linalg.matrix_rank(own) == len(own)
+    train(model)
+    assert model.init_params_["non_kwargs"]["gene_embeddings"] in ("dict", "DataFrame", str(tmp_path / "vectors.npz"))
+    expected = model.get_latent_representation()
+    (tmp_path / "vectors.npz").unlink()
+    model.save(str(tmp_path / "model"))
+    loaded = FIMP.load(str(tmp_path / "model"), adata=tissue, accelerator="cpu")
+    np.testing.assert_allclose(loaded.get_latent_representation(), expected, **TOLERANCE)
+    query = FIMP.load_query_data(tissue.copy(), loaded)
+    np.testing.assert_allclose(query.get_latent_representation(), expected, **TOLERANCE)
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", ["untrained", "frozen", "lora:2"])
+def test_saved_model_does_not_need_the_checkpoint_again(tissue, make, checkpoint, tmp_path, trained: str) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    how = {} if trained == "untrained" else {"train_foundation": trained}
+    model = make(tissue, checkpoint=folder, source="static", **how)
+    if how:
+        model.train(**QUICK)
+    shutil.rmtree(folder)
+    expected = model.get_latent_representation()
+    model.save(str(tmp_path / "model"))
+    loaded = FIMP.load(str(tmp_path / "model"), adata=tissue, accelerator="cpu")
+    assert loaded.is_trained == model.is_trained == bool(how)
+    np.testing.assert_allclose(loaded.get_latent_representation(), expected, **TOLERANCE)
+    shuffled = tissue[:, ::-1].copy()
+    for reference in (model, tmp_path / "model"):
+        query = FIMP.load_query_data(tissue.copy(), reference)
+        np.testing.assert_allclose(query.get_latent_representation(), expected, **TOLERANCE)
+        other = FIMP.load_query_data(shuffled, reference)
+        np.testing.assert_allclose(other.get_latent_representation(), expected, **TOLERANCE)
+    if how:
+        np.testing.assert_allclose(loaded.get_expression(), model.get_expression(), **TOLERANCE)
+
+
+def contents(value):
+    """Yield whatever is in nested containers."""
+    yield value
+    if isinstance(value, dict):
+        for part in value.items():
+            yield from contents(list(part))
+    elif isinstance(value, list | tuple | set):
+        for part in value:
+            yield from contents(part)
+
+
+def test_parameters_that_are_saved_are_plain(tissue, make, checkpoint) -> None:
+    vectors = {gene: np.ones(3) + i for i, gene in enumerate(tissue.var_names)}
+    for model in (make(tissue), FIMP(tissue, gene_embeddings=vectors)):
+        for value in contents(model.init_params_):
+            assert isinstance(value, str | int | float | bool | dict | list | tuple | set | None), value
+    assert make(tissue).init_params_["non_kwargs"]["checkpoint"] == str(checkpoint)
+
+
+@pytest.mark.parametrize("trained", ["frozen", "lora"])
+def test_module_can_be_sent_to_workers(tissue, make, trained: str) -> None:
+    module = make(tissue, train_foundation=trained).module
+    again = pickle.loads(pickle.dumps(module))
+    assert isinstance(again.network, FoundationNetwork)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"foundation": None}, r"checkpoint='.*' needs foundation="),
+        ({"checkpoint": None}, r"needs checkpoint=, the folder with args\.json"),
+        ({"foundation": "scGPT"}, "foundation must be one of 'scgpt', found 'scGPT'"),
+        ({"foundation": "vit"}, "'vit' does not read gene expression"),
+        ({"foundation": "brainlm"}, "'brainlm' does not read gene expression"),
+        ({"gene_embeddings": {"A": [1.0]}}, "gene_embeddings are for FIMP-base"),
+        ({"train_foundation": "half"}, "train_foundation must be .* found 'half'"),
+        ({"train_foundation": "last:3"}, "N from 1 to 2"),
+        ({"source": "other"}, "source must be"),
+        ({"aggregate": "other"}, "aggregate must be"),
+        ({"n_tokens": 0}, "n_tokens must be at least 1, found 0"),
+        ({"species": "rat"}, "species"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(tissue, make, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tissue, **arguments)
+
+
+def test_missing_and_damaged_checkpoints_are_refused(tissue, make, checkpoint, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="missing_folder"):
+        make(tissue, checkpoint=tmp_path / "missing_folder")
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    weights = (folder / "best_model.pt").read_bytes()
+    (folder / "best_model.pt").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(CheckpointError, match=r"best_model\.pt"):
+        make(tissue, checkpoint=folder)
+
+
+def test_budget_of_tokens_is_larger_for_a_foundation_model(tissue, make) -> None:
+    assert make(tissue, n_tokens=None).n_tokens == 200
+    assert FIMP(tissue).n_tokens == 32
