@@ -7,8 +7,18 @@ from pathlib import Path
 import pandas as pd
 
 SCORES = ["accuracy", "macro_f1", "r2", "r2_gene", "mse"]
-COSTS = ["forward_s", "both_s", "step_ms", "first_s", "graph_s", "embed_s", "us_per_cell", "total_s"]
+COSTS = ["forward_s", "both_s", "step_ms", "first_s", "graph_s", "read_s", "embed_s", "us_per_cell", "ms_per_cell"]
+COSTS += ["epoch_s", "total_s", "trained", "heads"]
 MEMORY = ["peak_mb", "before_gb", "peak_gb", "result_gb"]
+
+
+def cell(values: pd.Series) -> str:
+    """Mean ± standard deviation, or nothing where the method has no such figure."""
+    if values.isna().all():
+        return ""
+    if values.mean() >= 10_000:
+        return f"{values.mean():,.0f}"
+    return f"{values.mean():.3f} ± {values.std(ddof=0):.3f}"
 
 
 def table(path: Path) -> str:
@@ -19,7 +29,7 @@ def table(path: Path) -> str:
     lines = [f"### {path.stem}", "", "| " + " | ".join([*keys, *scores, "seeds"]) + " |"]
     lines.append("|---" * (len(keys) + len(scores) + 1) + "|")
     for names, group in rows.groupby(keys, sort=False):
-        cells = [f"{group[name].mean():.3f} ± {group[name].std(ddof=0):.3f}" for name in scores]
+        cells = [cell(group[name]) for name in scores]
         lines.append("| " + " | ".join([*map(str, names), *cells, str(len(group))]) + " |")
     return "\n".join(lines)
 

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fimp_sc.data._access import shorten
 from fimp_sc.nn import FoundationNetwork
 from fimp_sc.pretrained import GeneVectors, build_foundation, read_foundation, read_gene_vectors
 from fimp_sc.pretrained._files import checkpoint_folder
-from fimp_sc.pretrained._genes import match_names
+from fimp_sc.pretrained._genes import advice, match_names
 from fimp_sc.pretrained._vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FEW = 0.5
+_MATCH = "fimp_sc.pp.match_genes has these options and tells gene by gene; its column goes into vocabulary_key=."
 
 
 def vocabulary_rows(genes: NDArray[Any], vocabulary: Any, what: str, **how: Any) -> NDArray[np.int64]:
@@ -46,19 +46,17 @@ def vocabulary_rows(genes: NDArray[Any], vocabulary: Any, what: str, **how: Any)
         When no gene is found.
     """
     known = read_vocabulary(vocabulary)
-    rows = match_names([str(gene) for gene in genes], known, **how)["id"].to_numpy(dtype=np.int64)
-    found = rows >= 0
-    if not found.any():
-        raise ValueError(
-            f"{what} knows none of the {len(genes):,} genes of the object: found names like {shorten(list(known))} "
-            f"there, the object's are like {shorten([str(gene) for gene in genes[:5]])}. fimp_sc.pp.match_genes says "
-            "gene by gene why; species= and orthologs= match mouse genes with human ones."
-        )
-    missing = [str(gene) for gene in genes[~found]]
-    level = logging.WARNING if found.mean() < _FEW else logging.INFO
+    table = match_names([str(gene) for gene in genes], known, **how)
+    rows = table["id"].to_numpy(dtype=np.int64)
+    found = int((rows >= 0).sum())
+    hint = ""
+    if found <= _FEW * len(genes):
+        hint = f" {advice(table, known, how.get('species', 'human'))} {_MATCH}"
+    if not found:
+        raise ValueError(f"{what} knows none of the {len(genes):,} genes of the object.{hint}")
     logger.log(
-        level, "%s knows %s of %s genes%s.", what, f"{found.sum():,}", f"{len(genes):,}",
-        f"; not {shorten(missing)}" if missing else "",
+        logging.WARNING if hint else logging.INFO, "%s knows %s of %s genes.%s", what, f"{found:,}", f"{len(genes):,}",
+        hint,
     )  # fmt: skip
     return rows
 
