@@ -83,13 +83,11 @@ class FoundationNetwork(nn.Module):
             raise ValueError("This checkpoint has no expression decoder: use the head that training fits.")
         tokens, padding = self.tokens(batch)
         n_dst, n_genes = genes.shape
-        more = tokens.new_zeros(len(tokens), n_genes, tokens.shape[2])
-        more = torch.cat([self.embedding.query_tokens(genes), more[n_dst:]])
-        tokens = torch.cat([tokens, more], dim=1)
-        sent = torch.cat([padding, padding.new_ones(len(padding), n_genes)], dim=1)
-        absent = padding.new_zeros(n_dst, n_genes) if absent is None else absent
-        own = torch.cat([padding[:n_dst], absent], dim=1)
-        states = self.stack(tokens, sent, batch["indptr"][0], batch["indices"][0], own_padding=own)
+        absent = torch.zeros_like(genes, dtype=torch.bool) if absent is None else absent
+        own = torch.cat([tokens[:n_dst], self.embedding.query_tokens(genes)], dim=1)
+        own_padding = torch.cat([padding[:n_dst], absent], dim=1)
+        graph = batch["indptr"][0], batch["indices"][0]
+        states = self.stack(tokens, padding, *graph, own=own, own_padding=own_padding)
         return states[:, 0], self.decoder(states[:, -n_genes:])
 
     def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:

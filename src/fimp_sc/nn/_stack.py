@@ -113,6 +113,8 @@ class TransformerStack(nn.Module):
         indptr: Tensor,
         indices: Tensor,
         n_queries: int | None = None,
+        *,
+        own: Tensor | None = None,
         own_padding: Tensor | None = None,
     ) -> Tensor:
         """Return the tokens of the destinations after the last layer.
@@ -127,27 +129,30 @@ class TransformerStack(nn.Module):
             The graph over the destinations in compressed sparse rows, without self-loops.
         n_queries
             Return only the first tokens of each destination.
-        own_padding
-            ``(n_destinations, f)`` bool, where a destination has tokens for itself that it does not send to others.
+        own, own_padding
+            ``(n_destinations, f + q, d_model)`` and ``(n_destinations, f + q)``, where destinations have tokens for
+            themselves that they do not send to others: the same as in ``tokens``, followed by these.
 
         Returns
         -------
-        ``(n_destinations, n_queries or f, d_model)``. Without neighbours and without self-loops there is no message:
-        ``aggregate="final"`` then gives zeros.
+        ``(n_destinations, n_queries or f + q, d_model)``. Without neighbours and without self-loops there is no
+        message: ``aggregate="final"`` then gives zeros.
         """
-        own, n_dst = tokens[: len(indptr) - 1], len(indptr) - 1
-        own_padding = padding[:n_dst] if own_padding is None else own_padding
-        if self.aggregate == "final":
-            return self._per_edge(tokens, padding, indptr, indices, n_queries, own_padding)
+        n_dst = len(indptr) - 1
+        if own is None or own_padding is None:
+            own, own_padding = tokens[:n_dst], padding[:n_dst]
         sent = tokens if len(indices) else tokens[:0]
-        all_padding = padding[: len(sent)]
+        sent_padding = padding[: len(sent)]
+        if self.aggregate == "final":
+            return self._per_edge(sent, sent_padding, own, own_padding, indptr, indices, n_queries)
+        all_padding = sent_padding
         if self.self_loops:
             indptr, indices = _with_own(indptr, indices, len(sent))
-            all_padding = torch.cat([all_padding, own_padding])
-        states = self._sent(sent, padding[: len(sent)])
+            all_padding = _joined(sent_padding, own_padding, True)
+        states = self._sent(sent, sent_padding)
         for level, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             last = level == len(self.layers) - 1
-            sources = torch.cat([state, own]) if self.self_loops else state
+            sources = _joined(state, own, 0.0) if self.self_loops else state
             own = self._run(layer, sources, all_padding, indptr, indices, n_queries if last else None, own=own)
         return self.norm(own)
 
@@ -180,53 +185,60 @@ class TransformerStack(nn.Module):
 
     def _per_edge(
         self,
-        tokens: Tensor,
-        padding: Tensor,
+        sent: Tensor,
+        sent_padding: Tensor,
+        own: Tensor,
+        own_padding: Tensor,
         indptr: Tensor,
         indices: Tensor,
         n_queries: int | None,
-        own_padding: Tensor,
     ) -> Tensor:
-        n_dst = len(indptr) - 1
-        sent = tokens if len(indices) else tokens[:0]
-        states = list(self._sent(sent, padding[: len(sent)]))
+        states = list(self._sent(sent, sent_padding))
         if self.self_loops:
             indptr, indices = _with_own(indptr, indices, len(sent))
-        paddings = padding[: len(sent)], own_padding
         degree = indptr.diff()
         destination = torch.repeat_interleave(degree, output_size=len(indices))
-        total = tokens.new_zeros(n_dst, tokens[:, :n_queries].shape[1], tokens.shape[2])
+        total = torch.zeros_like(own[:, :n_queries])
         for i in range(0, len(indices), _EDGES):
             part = destination[i : i + _EDGES], indices[i : i + _EDGES]
             run = self._run_edges
             if torch.is_grad_enabled():
                 # Of an edge only its message is kept, the stack is run again in backward.
-                message = checkpoint(run, tokens, paddings, states, *part, n_queries, use_reentrant=False)
+                message = checkpoint(run, states, sent_padding, own, own_padding, *part, n_queries, use_reentrant=False)
             else:
-                message = run(tokens, paddings, states, *part, n_queries)
+                message = run(states, sent_padding, own, own_padding, *part, n_queries)
             total = total.index_add(0, part[0], message.to(total.dtype))
         return total / degree.clamp(min=1).to(total.dtype)[:, None, None]
 
     def _run_edges(
         self,
-        tokens: Tensor,
-        paddings: tuple[Tensor, Tensor],
         states: list[Tensor],
+        sent_padding: Tensor,
+        own: Tensor,
+        own_padding: Tensor,
         destination: Tensor,
         source: Tensor,
         n_queries: int | None,
     ) -> Tensor:
         """Return the last hidden state of each edge, ``(n_edges, n_queries or f, d_model)``."""
-        own = tokens.index_select(0, destination)
+        own = own.index_select(0, destination)
         edges = torch.arange(len(source) + 1, device=source.device)
         n_sent = len(states[0])
         # A node's own edge reads what that edge has come to.
         source = torch.where(source < n_sent, source, n_sent + edges[:-1])
-        all_padding = torch.cat([paddings[0], paddings[1].index_select(0, destination)])
+        all_padding = _joined(sent_padding, own_padding.index_select(0, destination), True)
         for level, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             last = level == len(self.layers) - 1
-            own = layer(torch.cat([state, own]), all_padding, edges, source, n_queries if last else None, own=own)
+            own = layer(_joined(state, own, 0.0), all_padding, edges, source, n_queries if last else None, own=own)
         return self.norm(own)
+
+
+def _joined(sent: Tensor, own: Tensor, fill: float) -> Tensor:
+    """Put what nodes have for themselves after what they send, which is filled up to the same number of tokens."""
+    more = own.shape[1] - sent.shape[1]
+    if more:
+        sent = nn.functional.pad(sent, [0, 0] * (sent.ndim - 2) + [0, more], value=fill)
+    return torch.cat([sent, own])
 
 
 def _with_own(indptr: Tensor, indices: Tensor, first: int) -> tuple[Tensor, Tensor]:
