@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 import _fimp
@@ -58,7 +59,7 @@ def told(section, vectors) -> float:
     mean = np.asarray(x.mean(axis=0)).ravel()
     scale = np.sqrt(np.sqrt(np.maximum(np.asarray(x.power(2).mean(axis=0)).ravel() - mean**2, 1e-12)))
     loading = PCA(40, svd_solver="arpack", random_state=0).fit(x @ sp.diags(1 / scale)).components_.T
-    values, known = vectors.for_genes(section.var_names)
+    values, known = vectors.rows(pd.Index(vectors.names).get_indexer(section.var_names.astype(str)))
     given = StandardScaler().fit_transform(values[known])
     ridge = RidgeCV(alphas=10.0 ** np.arange(0, 7))
     predicted = cross_val_predict(ridge, given, loading[known], cv=KFold(5, shuffle=True, random_state=0))

@@ -184,7 +184,9 @@ def test_equals_the_loop_over_edges_with_all_gradients(engine, dim, padded) -> N
 )
 def test_several_tiles(engine, tokens, source_tokens, padded) -> None:
     rows = [[0, 1], [], [2, 1, 1]]
-    check(engine, problem(rows, 3, heads=1, tokens=tokens, source_tokens=source_tokens, padded=padded))
+    out, *_ = check(engine, problem(rows, 3, heads=1, tokens=tokens, source_tokens=source_tokens, padded=padded))
+    assert out.shape[2] == tokens
+    assert not out[1].any(), "a node without sources"
 
 
 NEEDS_BFLOAT16 = pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter cannot multiply bfloat16")

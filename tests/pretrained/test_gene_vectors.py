@@ -118,14 +118,14 @@ def test_scgpt_table_of_another_model(tmp_path: Path) -> None:
         read_gene_vectors(folder)
 
 
-def test_rows_for_genes() -> None:
-    vectors = read_gene_vectors({"TP53": [1.0], "Actb": [2.0], "ACTB": [3.0], "Fos": [4.0], "FOS": [4.0]})
-    values, found = vectors.for_genes(["ACTB", "tp53", "absent", "actb", "Actb", "fos", "ACTB"])
-    assert found.tolist() == [True, True, False, False, True, True, True]
+def test_rows_of_genes() -> None:
+    vectors = read_gene_vectors({"TP53": [1.0, 5.0], "ACTB": [3.0, 6.0]})
+    values, found = vectors.rows(np.array([1, -1, 0, 1]))
+    assert found.tolist() == [True, False, True, True]
     assert values.dtype == np.float32
-    assert values[:, 0].tolist() == [3.0, 1.0, 0.0, 0.0, 2.0, 4.0, 3.0]
-    values, found = vectors.for_genes([])
-    assert values.shape == (0, 1)
+    assert values.tolist() == [[3.0, 6.0], [0.0, 0.0], [1.0, 5.0], [3.0, 6.0]]
+    values, found = vectors.rows(np.array([], dtype=np.int64))
+    assert values.shape == (0, 2)
     assert found.shape == (0,)
 
 
@@ -224,6 +224,6 @@ def test_real_tables(shared_data: Path) -> None:
         pytest.skip(f"{path} is absent")
     with np.load(path) as archive:
         names, expected = archive["gene_symbols"], archive["embeddings"].astype(np.float32)
-    values, found = read_gene_vectors(path).for_genes(names.tolist())
-    np.testing.assert_array_equal(found, expected.any(axis=1))
-    np.testing.assert_array_equal(values, expected)
+    vectors, there = read_gene_vectors(path), expected.any(axis=1)
+    np.testing.assert_array_equal(vectors.names, names[there])
+    np.testing.assert_array_equal(vectors.values, expected[there])

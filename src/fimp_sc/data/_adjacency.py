@@ -124,15 +124,6 @@ def drop_self(indices: NDArray[np.integer], *others: NDArray[Any]) -> list[NDArr
     return [values[~own].reshape(len(indices), -1) for values in (indices, *others)]
 
 
-def nearest_points(points: NDArray[np.float64], n_neighbors: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Return the graph of the nearest points (Euclidean) and the lengths of its edges."""
-    from scipy.spatial import cKDTree
-
-    distances, indices = cKDTree(points).query(points, k=n_neighbors + 1)
-    indices, distances = drop_self(indices, distances)
-    return neighbour_lists(list(indices), list(distances))
-
-
 def euclidean_lengths(graph: sparse.csr_matrix, points: NDArray[np.float64]) -> sparse.csr_matrix:
     """Return the lengths of the edges of ``graph``; edges of length 0 are stored too."""
     row = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))

@@ -183,7 +183,7 @@ class BlockDataset(Dataset["Batch"]):
         target = profile[:n_dst].clone()
         if self.mask_ratio is not None or not visible.all():
             profile.mul_(visible.float().index_select(0, pattern))
-        feature_id, value, padding = data.tokens(nodes, rows, profile, visible, pattern, self.n_tokens)
+        feature_id, value, padding = data.tokens(rows, profile, visible, pattern, self.n_tokens)
         made: Batch = {
             "nodes": torch.from_numpy(nodes),
             "n_nodes": block.n_nodes,
@@ -201,7 +201,7 @@ class BlockDataset(Dataset["Batch"]):
         }
         if self.mask_ratio is not None and isinstance(data.tokens, BinnedTokens) and data.tokens.n_queries:
             generator = torch.Generator().manual_seed(seed)
-            queries = data.tokens.queries(destinations, rows[:n_dst], visible, pattern[:n_dst], hidden, generator)
+            queries = data.tokens.queries(rows[:n_dst], visible, pattern[:n_dst], hidden, generator)
             made["query_id"], made["query_bin"], made["query_padding"] = queries
         return made
 

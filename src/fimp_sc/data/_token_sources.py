@@ -22,7 +22,6 @@ class TokenSource(Protocol):
 
     def __call__(
         self,
-        nodes: NDArray[np.int64],
         rows: sparse.csr_matrix,
         profile: Tensor,
         visible: Tensor,
@@ -33,8 +32,6 @@ class TokenSource(Protocol):
 
         Parameters
         ----------
-        nodes
-            ``(n,)`` the cells.
         rows
             ``(n, g)`` log-normalised expression.
         profile
@@ -64,7 +61,6 @@ class CentredTokens:
 
     def __call__(
         self,
-        nodes: NDArray[np.int64],
         rows: sparse.csr_matrix,
         profile: Tensor,
         visible: Tensor,
@@ -106,7 +102,6 @@ class BinnedTokens:
 
     def __call__(
         self,
-        nodes: NDArray[np.int64],
         rows: sparse.csr_matrix,
         profile: Tensor,
         visible: Tensor,
@@ -131,7 +126,6 @@ class BinnedTokens:
 
     def queries(
         self,
-        nodes: NDArray[np.int64],
         rows: sparse.csr_matrix,
         visible: Tensor,
         pattern: Tensor,
@@ -142,7 +136,7 @@ class BinnedTokens:
 
         Parameters
         ----------
-        nodes, rows, visible, pattern
+        rows, visible, pattern
             As above, of the cells to predict in.
         hidden
             ``(n, g)`` bool, where the truth is known but was hidden.
@@ -156,8 +150,8 @@ class BinnedTokens:
         """
         score = torch.rand(hidden.shape, generator=generator).masked_fill_(~(hidden & self.known), -1.0)
         best, genes = score.topk(min(self.n_queries, score.shape[1]), dim=1)
-        values = rows.toarray()[np.arange(len(nodes))[:, None], genes.numpy()]
-        indptr = np.arange(len(nodes) + 1) * genes.shape[1]
+        values = rows.toarray()[np.arange(rows.shape[0])[:, None], genes.numpy()]
+        indptr = np.arange(rows.shape[0] + 1) * genes.shape[1]
         expressed = self._expressed(rows, visible & self.known, pattern)
         bins = bin_values(
             values.ravel(), indptr, self.n_bins, cell=content_key(expressed), gene=genes.numpy().ravel(),

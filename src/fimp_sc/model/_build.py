@@ -85,11 +85,7 @@ def gene_vectors(genes: NDArray[Any], source: Any, **how: Any) -> tuple[NDArray[
         When it has a vector for none of the genes.
     """
     table = source if isinstance(source, GeneVectors) else read_gene_vectors(source)
-    rows = vocabulary_rows(genes, [str(name) for name in table.names], "gene_embeddings", **how)
-    known = rows >= 0
-    vectors = np.zeros((len(genes), table.values.shape[1]), dtype=np.float32)
-    vectors[known] = table.values[rows[known]]
-    return vectors, known
+    return table.rows(vocabulary_rows(genes, table.names.tolist(), "gene_embeddings", **how))
 
 
 def foundation_network(

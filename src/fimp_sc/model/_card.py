@@ -24,7 +24,7 @@ fimp_sc.tl.embed(adata, model=model)  # adata: cells with expression and coordin
 
 `pip install fimp-sc`; a name on the hub takes `pip install huggingface_hub` too. Genes are matched by name. The folder
 holds JSON, text and safetensors only: loading it runs no code of its own."""
-_CITATION = """Rizvi et al., FIMP: Foundation Model-Informed Message Passing for Graph Neural Networks,
+_CITATION = """FIMP: Foundation Model-Informed Message Passing for Graph Neural Networks,
 [arXiv:2210.09475](https://arxiv.org/abs/2210.09475)."""
 
 

@@ -20,6 +20,8 @@ from fimp_sc.data._checks import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from anndata import AnnData
     from numpy.typing import NDArray
 
@@ -191,3 +193,14 @@ class LabelField(_Field):
 
     def get_summary_stats(self, state_registry: dict) -> dict:
         return {"n_labels": len(state_registry.get(self.CLASSES, ()))}
+
+
+def registered_fields(setup: Mapping[str, Any]) -> list[_Field]:
+    """Return what FIMP registers, from the arguments of its ``setup_anndata``."""
+    return [
+        ExpressionField(setup["layer"], setup["input_scale"]),
+        GraphField(setup["connectivities_key"], setup["library_key"]),
+        LabelField(setup["labels_key"], setup["unlabeled_category"]),
+        GroupField(LIBRARY_KEY, setup["library_key"], "library"),
+        GroupField(BATCH_KEY, setup["batch_key"] or setup["library_key"], "batch"),
+    ]

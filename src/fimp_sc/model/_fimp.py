@@ -11,7 +11,7 @@ from scvi.data import AnnDataManager
 
 from fimp_sc.data._access import missing_key
 from fimp_sc.model._build import foundation_network, gene_vectors
-from fimp_sc.model._fields import BATCH_KEY, LIBRARY_KEY, ExpressionField, GraphField, GroupField, LabelField
+from fimp_sc.model._fields import registered_fields
 from fimp_sc.model._module import FIMPModule
 from fimp_sc.model._predict import PredictiveModel, check_choice
 from fimp_sc.model._pretrained import is_pretrained, read_pretrained, write_pretrained
@@ -247,13 +247,7 @@ class FIMP(TrainableModel, PredictiveModel):
         """
         method_args = cls._get_setup_method_args(**{k: v for k, v in locals().items() if k != "kwargs"})
         manager = AnnDataManager(
-            fields=[
-                ExpressionField(layer, input_scale),
-                GraphField(connectivities_key, library_key),
-                LabelField(labels_key, unlabeled_category),
-                GroupField(LIBRARY_KEY, library_key, "library"),
-                GroupField(BATCH_KEY, batch_key or library_key, "batch"),
-            ],
+            fields=registered_fields(method_args["setup_args"]),
             setup_method_args=method_args,
         )
         manager.register_fields(adata, **kwargs)

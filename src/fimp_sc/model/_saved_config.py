@@ -13,16 +13,7 @@ import numpy as np
 import pandas as pd
 
 import fimp_sc
-from fimp_sc.model._fields import (
-    BATCH_KEY,
-    LABELS_KEY,
-    LIBRARY_KEY,
-    X_KEY,
-    ExpressionField,
-    GraphField,
-    GroupField,
-    LabelField,
-)
+from fimp_sc.model._fields import LABELS_KEY, X_KEY, ExpressionField, LabelField, registered_fields
 from fimp_sc.pretrained._weights import CheckpointError
 
 if TYPE_CHECKING:
@@ -143,15 +134,8 @@ def make_registry(config: Mapping[str, Any], genes: Sequence[str]) -> dict[str, 
     }
     if config["classes"] is not None:
         states[LABELS_KEY] = {LabelField.CLASSES: np.array(config["classes"], dtype=object)}
-    fields = [
-        ExpressionField(setup["layer"], setup["input_scale"]),
-        GraphField(setup["connectivities_key"], setup["library_key"]),
-        LabelField(setup["labels_key"], setup["unlabeled_category"]),
-        GroupField(LIBRARY_KEY, setup["library_key"], "library"),
-        GroupField(BATCH_KEY, setup["batch_key"] or setup["library_key"], "batch"),
-    ]
     registries = {}
-    for field in fields:
+    for field in registered_fields(setup):
         state = states.get(field.registry_key, {})
         registries[field.registry_key] = {
             "data_registry": field.get_data_registry(),

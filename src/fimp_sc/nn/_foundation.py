@@ -33,6 +33,11 @@ class FoundationNetwork(nn.Module):
         What is trained, see :func:`choose_trained`.
     n_bins
         Bins into which the values of tokens are put, where the foundation model reads bins.
+
+    Raises
+    ------
+    ValueError
+        When ``trained`` is unknown.
     """
 
     n_hops = 1
@@ -78,6 +83,11 @@ class FoundationNetwork(nn.Module):
         Returns
         -------
         Embeddings as from :meth:`forward`, now of cells that have these tokens too, and ``(n_dst, q)`` predicted bins.
+
+        Raises
+        ------
+        ValueError
+            When the checkpoint has no decoder.
         """
         if self.decoder is None:
             raise ValueError("This checkpoint has no expression decoder: use the head that training fits.")

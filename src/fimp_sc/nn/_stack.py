@@ -61,6 +61,11 @@ class TransformerStack(nn.Module):
     source, aggregate, self_loops
         How messages are made, see above.
 
+    Raises
+    ------
+    ValueError
+        When ``source`` or ``aggregate`` is unknown, or ``n_heads`` does not divide ``d_model``.
+
     Notes
     -----
     Source: arXiv 2210.09475. The paper states neither which tokens sources send to later layers nor where messages

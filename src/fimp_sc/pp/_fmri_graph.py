@@ -11,7 +11,8 @@ import numpy as np
 from scipy import sparse
 
 from fimp_sc.data._access import shorten
-from fimp_sc.data._adjacency import check_adjacency, nearest_points, strongest_edges
+from fimp_sc.data._adjacency import check_adjacency, strongest_edges
+from fimp_sc.pp._spatial_graph import build_graph
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,7 +65,8 @@ def region_graphs(
         parameters["n_neighbors"] = int(n_neighbors)
         if chosen == "coordinates" and coordinates is not None:
             own = [coordinates] if coordinates.ndim == 2 else list(coordinates)
-            graphs = [nearest_points(points, n_neighbors)[0] for points in own]
+            built = [build_graph("knn", {"n_neighs": int(n_neighbors)}, points) for points in own]
+            graphs = [light.obsp["spatial_connectivities"] for light in built]
         else:
             rows = _positions(train_recordings or (), names)
             parameters["train_recordings"] = [names[row] for row in rows]

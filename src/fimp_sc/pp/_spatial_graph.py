@@ -135,7 +135,7 @@ def spatial_graph(
     groups = {"": np.arange(adata.n_obs)} if library is None else _groups(library)
     _check_library_sizes(method, n_neighbors, coordinates, groups, library_key)
 
-    built = _build(method, arguments, coordinates, library)
+    built = build_graph(method, arguments, coordinates, library)
     connectivities: csr_matrix = built.obsp["spatial_connectivities"].tocsr().astype(np.float32)
     distances: csr_matrix = built.obsp["spatial_distances"].tocsr()
     connectivities.sort_indices()
@@ -237,8 +237,24 @@ def _check_library_sizes(
             )
 
 
-def _build(method: str, arguments: dict[str, Any], coordinates: np.ndarray, library: pd.Categorical | None) -> AnnData:
-    """Let squidpy write the graph to an object of its own, so that the user's is untouched if it fails."""
+def build_graph(
+    method: str, arguments: dict[str, Any], coordinates: np.ndarray, library: pd.Categorical | None = None
+) -> AnnData:
+    """Let squidpy write the graph to an object of its own, so that the user's is untouched if it fails.
+
+    Parameters
+    ----------
+    method, arguments
+        Which builder of squidpy, and what it takes.
+    coordinates
+        ``(n, 2)`` or ``(n, 3)``, checked.
+    library
+        ``(n,)`` samples, which are built one by one.
+
+    Returns
+    -------
+    Object with ``obsp["spatial_connectivities"]``, ``obsp["spatial_distances"]`` and ``uns["spatial_neighbors"]``.
+    """
     from anndata import AnnData
 
     obs = pd.DataFrame(index=pd.RangeIndex(len(coordinates)).astype(str))

@@ -71,7 +71,22 @@ def read_foundation(name: str, checkpoint: str | Path, **options: Any) -> Founda
 
 
 def build_foundation(name: str, config: Mapping[str, Any], **options: Any) -> Foundation:
-    """Build a foundation model with random weights from :attr:`Foundation.config`."""
+    """Build a foundation model with random weights, as for a saved model whose own weights are loaded next.
+
+    Parameters
+    ----------
+    name
+        ``"scgpt"``, ``"vit"`` or ``"brainlm"``.
+    config
+        :attr:`Foundation.config` of what :func:`read_foundation` returned.
+    **options
+        How messages are made, see :class:`~fimp_sc.nn.TransformerStack`.
+
+    Raises
+    ------
+    ValueError
+        When ``name`` is none of these.
+    """
     return getattr(_module(name), f"build_{name}")(dict(config), **options)
 
 

@@ -17,7 +17,7 @@ from fimp_sc.pretrained._files import CheckpointError
 from fimp_sc.pretrained._gene_tables import read_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -39,38 +39,22 @@ class GeneVectors:
     names: NDArray[np.str_]
     values: NDArray[np.float32]
 
-    def for_genes(self, genes: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Return the vectors of some genes, found by name.
-
-        A gene is found by its exact name; else by its name in other case, unless that fits several genes here whose
-        vectors differ.
+    def rows(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Return vectors by their place here.
 
         Parameters
         ----------
-        genes
-            Names of genes.
+        rows
+            ``(n_genes,)`` int64, -1 for a gene that has no vector.
 
         Returns
         -------
-        Vectors ``(len(genes), width)``, zero for genes that are absent, and a mask ``(len(genes),)`` of those found.
+        ``(n_genes, width)`` float32, zero where there is none, and ``(n_genes,)`` bool, where there is one.
         """
-        wanted = pd.Index(np.asarray(genes, dtype=object))
-        rows = pd.Index(self.names.astype(object)).get_indexer(wanted)
-        folded = self._rows_by_folded_name()
-        for i in np.flatnonzero(rows < 0):
-            rows[i] = folded.get(str(wanted[i]).casefold(), -1)
         found = rows >= 0
-        values = np.zeros((len(wanted), self.values.shape[1]), dtype=np.float32)
+        values = np.zeros((len(rows), self.values.shape[1]), dtype=np.float32)
         values[found] = self.values[rows[found]]
         return values, found
-
-    def _rows_by_folded_name(self) -> dict[str, int]:
-        rows: dict[str, int] = {}
-        for row, name in enumerate(self.names.tolist()):
-            first = rows.setdefault(name.casefold(), row)
-            if first not in (row, -1) and not np.array_equal(self.values[first], self.values[row]):
-                rows[name.casefold()] = -1
-        return rows
 
 
 def read_gene_vectors(source: str | Path | Mapping[str, ArrayLike] | pd.DataFrame) -> GeneVectors:
