@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
+from scipy import sparse
 
 import fimp_sc
 from fimp_sc.model import FIMP
@@ -65,3 +69,44 @@ def train():
         return model
 
     return run
+
+
+@pytest.fixture(scope="session")
+def saved(trained, tmp_path_factory) -> Path:
+    """The trained model of this folder's tests, saved; not to be changed."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    trained.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(saved, tmp_path / "copied"))
+
+
+@pytest.fixture
+def distinct(tissue):
+    """The tissue with log-normalised values of which no two of a cell are equal: bins then depend on nothing else."""
+    rng = np.random.default_rng(0)
+    values = np.log1p(tissue.X.toarray()) + rng.random(tissue.shape) * 0.3
+    tissue.X = sparse.csr_matrix(np.where(tissue.X.toarray() > 0, values, 0).astype(np.float32))
+    return tissue
+
+
+@pytest.fixture(scope="session")
+def checkpoint(scgpt_checkpoint, _model_tissue):
+    """A checkpoint that knows all genes of the tissue but every seventh, and some others."""
+    genes = [gene for i, gene in enumerate(_model_tissue.var_names) if i % 7]
+    return scgpt_checkpoint(["OTHER1", *genes[::-1], "OTHER2"])
+
+
+@pytest.fixture
+def make(checkpoint):
+    """Set up and make a model around the foundation model."""
+
+    def build(adata, setup=None, **kwargs) -> FIMP:
+        FIMP.setup_anndata(adata, **(setup or {}))
+        return FIMP(adata, **{"foundation": "scgpt", "checkpoint": checkpoint, "n_tokens": 10, **kwargs})
+
+    return build

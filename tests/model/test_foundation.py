@@ -1,4 +1,4 @@
-"""FIMP with a foundation model as the creator of messages, and FIMP-base with pretrained vectors of genes."""
+"""FIMP with a foundation model as the creator of messages: embedding, training, saving."""
 
 from __future__ import annotations
 
@@ -14,37 +14,10 @@ from scipy import sparse
 import fimp_sc
 from fimp_sc.model import FIMP
 from fimp_sc.nn import FoundationNetwork
-from fimp_sc.pretrained import CheckpointError, read_foundation
+from fimp_sc.pretrained import read_foundation
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 QUICK = {"max_epochs": 1, "accelerator": "cpu", "batch_size": 64, "enable_progress_bar": False}
-
-
-@pytest.fixture
-def distinct(tissue):
-    """The tissue with log-normalised values of which no two of a cell are equal: bins then depend on nothing else."""
-    rng = np.random.default_rng(0)
-    values = np.log1p(tissue.X.toarray()) + rng.random(tissue.shape) * 0.3
-    tissue.X = sparse.csr_matrix(np.where(tissue.X.toarray() > 0, values, 0).astype(np.float32))
-    return tissue
-
-
-@pytest.fixture(scope="session")
-def checkpoint(scgpt_checkpoint, _model_tissue):
-    """A checkpoint that knows all genes of the tissue but every seventh, and some others."""
-    genes = [gene for i, gene in enumerate(_model_tissue.var_names) if i % 7]
-    return scgpt_checkpoint(["OTHER1", *genes[::-1], "OTHER2"])
-
-
-@pytest.fixture
-def make(checkpoint):
-    """Set up and make a model around the foundation model."""
-
-    def build(adata, setup=None, **kwargs) -> FIMP:
-        FIMP.setup_anndata(adata, **(setup or {}))
-        return FIMP(adata, **{"foundation": "scgpt", "checkpoint": checkpoint, "n_tokens": 10, **kwargs})
-
-    return build
 
 
 def naive_tokens(adata, genes: list[str], known: set[str], n_tokens: int) -> list[dict[str, float]]:
@@ -265,151 +238,6 @@ def test_labelled_model_is_the_same_with_the_same_seed(tissue, make) -> None:
     assert np.abs(results[0] - results[2]).max() > 1e-4
 
 
-# Decoder --------------------------------------------------------------------------------------------------------------
-
-
-def test_decoder_predicts_known_genes_without_training(tissue, make) -> None:
-    model = make(tissue, {"library_key": "section"})
-    expression = model.get_expression(decoder=True)
-    unknown = np.arange(40) % 7 == 0
-    assert expression.shape == tissue.shape
-    assert expression.dtype == np.float32
-    assert np.isnan(expression[:, unknown]).all()
-    assert np.isfinite(expression[:, ~unknown]).all()
-    assert (expression[:, ~unknown] >= 0).all()
-    # On the scale of the cell: up to its largest visible value.
-    data = model._graph_data(tissue)
-    assert (expression[:, ~unknown].max(1) <= data.source.rows(np.arange(120))[:, ~unknown].max(1) + 1e-4).all()
-    genes = [tissue.var_names[i] for i in (9, 7, 2)]
-    few = model.get_expression(decoder=True, genes=genes, batch_size=11)
-    assert np.isnan(few[:, 1]).all()
-    assert np.isfinite(few[:, [0, 2]]).all()
-    assert few[:, 0].std() > 0
-    assert np.isnan(model.get_expression(decoder=True, genes=[tissue.var_names[7]])).all()
-    rows = [30, 2, 30]
-    np.testing.assert_allclose(model.get_expression(indices=rows, decoder=True, genes=genes), few[rows], **TOLERANCE)
-    counts = model.get_expression(indices=rows, decoder=True, genes=genes, scale="counts")
-    factor = data.source.factor[rows, None]
-    np.testing.assert_allclose(counts, np.expm1(few[rows]) / factor, rtol=1e-3, atol=1e-4)
-
-
-def test_decoded_values_are_bins_between_edges_of_what_is_visible(distinct, make) -> None:
-    model = make(distinct, {"input_scale": "log"})
-    genes = [distinct.var_names[i] for i in (9, 2)]
-    hidden = np.zeros(distinct.shape, dtype=bool)
-    hidden[:, [9, 2, 20]] = True
-    data = model._graph_data(distinct, hidden)
-    asked = {"untrained": True, "genes": torch.tensor([9, 2])}
-    bins = model._collect(None, None, lambda module, z: z, {}, data, **asked)
-    values = np.where(hidden, 0, distinct.X.toarray())
-    values[:, np.arange(40) % 7 == 0] = 0
-    expected = np.empty((120, 2))
-    for cell in range(120):
-        shown = values[cell][values[cell] > 0]
-        edges = np.concatenate([[0], np.quantile(shown, np.linspace(0, 1, 8))])
-        expected[cell] = np.interp(bins[cell], np.arange(9), edges)
-    found = model.get_expression(decoder=True, genes=genes, hidden=hidden)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_hidden_values_do_not_reach_the_decoder(distinct, make) -> None:
-    model = make(distinct, {"input_scale": "log"})
-    hidden = np.random.default_rng(0).random(distinct.shape) < 0.3
-    genes = list(distinct.var_names[:12])
-    found = model.get_expression(decoder=True, hidden=hidden, genes=genes)
-    spoilt = distinct.copy()
-    spoilt.X = sparse.csr_matrix(np.where(hidden, 3.3, distinct.X.toarray()).astype(np.float32))
-    FIMP.setup_anndata(spoilt, input_scale="log")
-    np.testing.assert_allclose(
-        model.get_expression(spoilt, decoder=True, hidden=hidden, genes=genes), found, equal_nan=True, **TOLERANCE
-    )
-
-
-def test_fimp_base_has_no_decoder(trained: FIMP) -> None:
-    with pytest.raises(ValueError, match="FIMP-base has none"):
-        trained.get_expression(decoder=True)
-
-
-# Genes ----------------------------------------------------------------------------------------------------------------
-
-
-def test_ids_from_match_genes_are_used(distinct, make, checkpoint) -> None:
-    expected = make(distinct).get_latent_representation()
-    fimp_sc.pp.match_genes(distinct, checkpoint, key_added="id")
-    renamed = distinct.copy()
-    renamed.var_names = [f"ENSG{i:011d}" for i in range(40)]
-    model = make(renamed, vocabulary_key="id")
-    np.testing.assert_allclose(model.get_latent_representation(), expected, **TOLERANCE)
-    # A gene is what its id says: with the ids of other genes cells are others.
-    renamed.var["id"] = np.roll(renamed.var["id"], 1)
-    assert np.abs(make(renamed, vocabulary_key="id").get_latent_representation() - expected).max() > 1e-2
-    with pytest.raises(KeyError, match=r"'nothing' is not in adata\.var.*match_genes"):
-        make(renamed, vocabulary_key="nothing")
-
-
-def test_saved_model_does_not_need_the_ids_again(distinct, make, checkpoint, tmp_path) -> None:
-    fimp_sc.pp.match_genes(distinct, checkpoint, key_added="id")
-    model = make(distinct, vocabulary_key="id")
-    model.save(str(tmp_path / "model"))
-    del distinct.var["id"]
-    loaded = FIMP.load(str(tmp_path / "model"), adata=distinct, accelerator="cpu")
-    np.testing.assert_allclose(loaded.get_latent_representation(), model.get_latent_representation(), **TOLERANCE)
-
-
-def test_mouse_genes_are_matched_by_a_table(distinct, make, tmp_path) -> None:
-    expected = make(distinct).get_latent_representation()
-    mouse = distinct.copy()
-    mouse.var_names = [f"Mouse{i}x" for i in range(40)]
-    table = pd.DataFrame({"mouse_symbol": mouse.var_names, "human_symbol": distinct.var_names})
-    table.to_csv(tmp_path / "orthologs.tsv", sep="\t", index=False)
-    model = make(mouse, species="mouse", orthologs=tmp_path / "orthologs.tsv")
-    np.testing.assert_allclose(model.get_latent_representation(), expected, **TOLERANCE)
-    assert model.init_params_["non_kwargs"]["orthologs"] == str(tmp_path / "orthologs.tsv")
-
-
-def test_no_gene_known_is_an_error(tissue, make) -> None:
-    tissue.var_names = [f"nothing{i}" for i in range(40)]
-    with pytest.raises(ValueError, match=r"knows none of the 40 genes.*nothing0.*match_genes"):
-        make(tissue)
-    with pytest.raises(ValueError, match="gene_embeddings knows none of the 40 genes"):
-        FIMP(tissue, gene_embeddings={"TP53": [1.0, 2.0]})
-
-
-# Vectors of genes -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", ["dict", "npz", "frame"])
-def test_fimp_base_starts_from_vectors_of_genes(tissue, train, tmp_path, form: str) -> None:
-    known = np.arange(40) % 5 > 0
-    genes = tissue.var_names[known].to_numpy(dtype=str)[::-1]
-    vectors = np.random.default_rng(0).standard_normal((len(genes), 6)).astype(np.float32) + 3
-    given = {
-        "dict": dict(zip(genes, vectors, strict=True)),
-        "frame": pd.DataFrame(vectors, index=genes),
-        "npz": tmp_path / "vectors.npz",
-    }[form]
-    np.savez(tmp_path / "vectors.npz", names=genes, vectors=vectors)
-    FIMP.setup_anndata(tissue)
-    model = FIMP(tissue, gene_embeddings=given, n_latent=16, n_heads=2, n_tokens=12)
-    identities = model.module.network.embedding.identities().detach().numpy()
-    centred = vectors[::-1] - vectors.mean(0)
-    expected = centred @ centred.T
-    found = identities[known] @ identities[known].T
-    np.testing.assert_allclose(found / np.trace(found), expected / np.trace(expected), atol=1e-5)
-    # Genes without a vector have an identity of their own.
-    own = identities[~known]
-    assert np.linalg.matrix_rank(own) == len(own)
-    train(model)
-    assert model.init_params_["non_kwargs"]["gene_embeddings"] in ("dict", "DataFrame", str(tmp_path / "vectors.npz"))
-    expected = model.get_latent_representation()
-    (tmp_path / "vectors.npz").unlink()
-    model.save(str(tmp_path / "model"))
-    loaded = FIMP.load(str(tmp_path / "model"), adata=tissue, accelerator="cpu")
-    np.testing.assert_allclose(loaded.get_latent_representation(), expected, **TOLERANCE)
-    query = FIMP.load_query_data(tissue.copy(), loaded)
-    np.testing.assert_allclose(query.get_latent_representation(), expected, **TOLERANCE)
-
-
 # Saving ---------------------------------------------------------------------------------------------------------------
 
 
@@ -461,43 +289,3 @@ def test_module_can_be_sent_to_workers(tissue, make, trained: str) -> None:
     again = pickle.loads(pickle.dumps(module))
     assert isinstance(again.network, FoundationNetwork)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))
-
-
-# What is refused ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"foundation": None}, r"checkpoint='.*' needs foundation="),
-        ({"checkpoint": None}, r"needs checkpoint=, the folder with args\.json"),
-        ({"foundation": "scGPT"}, "foundation must be one of 'scgpt', found 'scGPT'"),
-        ({"foundation": "vit"}, "'vit' does not read gene expression"),
-        ({"foundation": "brainlm"}, "'brainlm' does not read gene expression"),
-        ({"gene_embeddings": {"A": [1.0]}}, "gene_embeddings are for FIMP-base"),
-        ({"train_foundation": "half"}, "train_foundation must be .* found 'half'"),
-        ({"train_foundation": "last:3"}, "N from 1 to 2"),
-        ({"source": "other"}, "source must be"),
-        ({"aggregate": "other"}, "aggregate must be"),
-        ({"n_tokens": 0}, "n_tokens must be at least 1, found 0"),
-        ({"species": "rat"}, "species"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(tissue, make, arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(tissue, **arguments)
-
-
-def test_missing_and_damaged_checkpoints_are_refused(tissue, make, checkpoint, tmp_path) -> None:
-    with pytest.raises(CheckpointError, match="missing_folder"):
-        make(tissue, checkpoint=tmp_path / "missing_folder")
-    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
-    weights = (folder / "best_model.pt").read_bytes()
-    (folder / "best_model.pt").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(CheckpointError, match=r"best_model\.pt"):
-        make(tissue, checkpoint=folder)
-
-
-def test_budget_of_tokens_is_larger_for_a_foundation_model(tissue, make) -> None:
-    assert make(tissue, n_tokens=None).n_tokens == 200
-    assert FIMP(tissue).n_tokens == 32
