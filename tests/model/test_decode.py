@@ -44,7 +44,7 @@ def test_decoded_values_are_bins_between_edges_of_what_is_visible(distinct, make
     hidden[:, [9, 2, 20]] = True
     data = model._graph_data(distinct, hidden)
     asked = {"untrained": True, "genes": torch.tensor([9, 2])}
-    bins = model._collect(None, None, lambda module, z: z, {}, data, **asked)
+    bins = model._collect(None, None, lambda module, outputs, batch: outputs["bin"], {}, data, **asked)
     values = np.where(hidden, 0, distinct.X.toarray())
     values[:, np.arange(40) % 7 == 0] = 0
     expected = np.empty((120, 2))

@@ -15,7 +15,16 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from fimp_sc.data import BlockDataset, BlockSampler, CentredTokens, Destinations, ExpressionSource, GraphData, NodeGraph
+from fimp_sc.data import (
+    Batch,
+    BlockDataset,
+    BlockSampler,
+    CentredTokens,
+    Destinations,
+    ExpressionSource,
+    GraphData,
+    NodeGraph,
+)
 from fimp_sc.model import _inference as inference
 from fimp_sc.model._inference import infer
 from fimp_sc.model._module import FIMPModule
@@ -87,12 +96,12 @@ def make_module(n_layers=LAYERS, layer="practical") -> FIMPModule:
     return module
 
 
-def embedding(module: FIMPModule, z: Tensor) -> Tensor:
-    return z
+def embedding(module: FIMPModule, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+    return outputs["embedding"]
 
 
-def classes(module: FIMPModule, z: Tensor) -> Tensor:
-    return module.generative(z)["logits"].softmax(-1)
+def classes(module: FIMPModule, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+    return module.generative(outputs["embedding"])["logits"].softmax(-1)
 
 
 def run(module: FIMPModule, data: GraphData, nodes=None, read=embedding, **kwargs) -> np.ndarray:
@@ -159,7 +168,7 @@ def test_hidden_entries_are_seen_by_neither() -> None:
 def test_what_is_read_decides_the_columns(strategy: str) -> None:
     data, module = make_data(spatial()), make_module()
     with torch.no_grad():
-        expected = classes(module, torch.from_numpy(whole_graph(module, data))).numpy()
+        expected = classes(module, {"embedding": torch.from_numpy(whole_graph(module, data))}, {}).numpy()
     found = run(module, data, read=classes, strategy=strategy)
     assert found.shape == (N, 3)
     np.testing.assert_allclose(found, expected, **TOLERANCE)
@@ -233,7 +242,7 @@ def test_dask_computes_in_other_processes() -> None:
     expected = run(module, data, strategy="blocks")
     with dask.config.set(scheduler="processes", num_workers=1):
         # A function of this file, which other processes cannot import, travels with the task.
-        found = run(module, data, read=lambda module, z: 2 * z, distribute=True)
+        found = run(module, data, read=lambda module, outputs, batch: 2 * outputs["embedding"], distribute=True)
     np.testing.assert_allclose(found, 2 * expected, rtol=1e-5, atol=1e-6)
 
 
@@ -285,9 +294,9 @@ def test_tokens_in_files_give_the_same_result_and_no_file_stays(
     data, module = make_data(GRAPHS[graph]()), make_module()
     seen = set()
 
-    def read(module: FIMPModule, z: Tensor) -> Tensor:
+    def read(module: FIMPModule, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         seen.update(path.name for path in temporary.rglob("*.npy"))
-        return z
+        return outputs["embedding"]
 
     for nodes in (np.arange(N), np.array([77, 2, 89])):
         found = run(module, data, nodes, read, strategy="layers")
@@ -299,9 +308,9 @@ def test_tokens_in_files_give_the_same_result_and_no_file_stays(
 def test_small_tokens_stay_in_memory(temporary: Path) -> None:
     data, module = make_data(spatial()), make_module()
 
-    def read(module: FIMPModule, z: Tensor) -> Tensor:
+    def read(module: FIMPModule, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         assert not list(temporary.rglob("*.npy"))
-        return z
+        return outputs["embedding"]
 
     run(module, data, read=read, strategy="layers")
     assert list(temporary.iterdir()) == []
@@ -310,7 +319,7 @@ def test_small_tokens_stay_in_memory(temporary: Path) -> None:
 def test_no_file_stays_after_an_error(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "_LARGEST_IN_MEMORY", 0)
 
-    def fail(module: FIMPModule, z: Tensor) -> Tensor:
+    def fail(module: FIMPModule, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):

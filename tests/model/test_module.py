@@ -102,7 +102,7 @@ def start(module: FIMPModule, train, validation=None, around=None, **kwargs) -> 
     around = validation if around is None else around
     parts = (sparse.csr_matrix(part) for part in (train, validation, around))
     train, *others = parts
-    module.set_statistics(statistics, train, **{k: kwargs.pop(k) for k in tuple(kwargs) if k != "random_state"})
+    module.set_statistics(statistics, train)
     module.start_as_smoother(train, *others, statistics.mean, **kwargs)
 
 
@@ -232,7 +232,7 @@ def test_class_balance() -> None:
     counts = np.array([1, 10, 100])
     alike, half, balanced = make_module(), make_module(), make_module()
     for module, balance in ((alike, 0.0), (half, 0.5), (balanced, 1.0)):
-        start(module, cells(), label_counts=counts, class_balance=balance)
+        module.set_class_weight(counts, balance)
         # On average over the training cells the label loss weighs as much as without weights.
         assert float((module.class_weight * torch.from_numpy(counts)).sum()) / 111 == pytest.approx(1.0, rel=1e-5)
     np.testing.assert_allclose(alike.class_weight, 1.0, rtol=1e-6)

@@ -264,7 +264,7 @@ def test_training_goes_on_where_it_stopped(tissue, make_model, train) -> None:
     model = train(make_model(tissue), max_epochs=1)
     loading, mean = model.module.value_head.loading.detach().clone(), model.module.gene_mean.clone()
     modes = []
-    model.module.network.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    model.module.network.layers[0].register_forward_pre_hook(lambda module, _: modes.append(module.training))
     train(model, max_epochs=1, train_indices=np.arange(60), validation_size=0)
     moved = (model.module.value_head.loading - loading).abs().max()
     assert 0 < moved < 0.1 * loading.abs().max(), "further steps, not a new start"

@@ -1,12 +1,13 @@
 """From the object to batches: values, graph, tokens, blocks, splits."""
 
-from fimp_sc.data._batch import Batch
+from fimp_sc.data._batch import Batch, SequenceBatch
 from fimp_sc.data._expression import ExpressionSource, GeneStatistics
 from fimp_sc.data._graph import Block, NodeGraph
 from fimp_sc.data._loader import BlockDataset, BlockSampler, Destinations, GraphData, block_loader
 from fimp_sc.data._modality import describe_modality
 from fimp_sc.data._pixels import read_pixels
 from fimp_sc.data._rows import MatrixRows, open_rows
+from fimp_sc.data._sequences import SequenceShape, SequenceSource, SequenceStatistics
 from fimp_sc.data._splits import curve_rank, spatial_blocks
 from fimp_sc.data._splitter import BlockSplitter, split_by_blocks
 from fimp_sc.data._token_sources import BinnedTokens, CentredTokens, TokenSource
@@ -26,6 +27,10 @@ __all__ = [
     "GraphData",
     "MatrixRows",
     "NodeGraph",
+    "SequenceBatch",
+    "SequenceShape",
+    "SequenceSource",
+    "SequenceStatistics",
     "TokenSource",
     "block_loader",
     "choose_tokens",

@@ -8,11 +8,33 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class SequenceBatch(TypedDict):
+    """Nodes of a block as sequences of ``f`` tokens of ``p`` numbers: segments of a signal, patches of an image."""
+
+    value: Tensor
+    """``(n, f, p)`` float32, standardised; 0 where not seen."""
+    masked: Tensor
+    """``(n, f)`` bool, tokens whose numbers are hidden."""
+    padding: Tensor
+    """``(n, f)`` bool, True where a node has no token."""
+    coordinates: Tensor
+    """``(n, c)`` float32, standardised place of a node."""
+    mean: Tensor
+    """``(n_dst, 1, 1)`` float32, what was taken off."""
+    std: Tensor
+    """``(n_dst, 1, 1)`` float32, by what numbers were divided."""
+    target: Tensor
+    """``(n_dst, f, p)`` float32, standardised numbers to predict."""
+    target_mask: Tensor
+    """``(n_dst, f)`` bool, tokens that were hidden on purpose."""
+
+
 class Batch(TypedDict):
     """Tensors of one block: destinations first, then their halo.
 
     ``n`` is the number of nodes loaded, ``n_dst`` the number of destinations, ``f`` the number of tokens per node
-    and ``g`` the number of features (genes) of the model.
+    and ``g`` the number of features (genes) of the model. What is not required is there for expression only, or for
+    sequences only.
     """
 
     nodes: Tensor
@@ -23,21 +45,21 @@ class Batch(TypedDict):
     """One per layer, int64: compressed sparse rows over the nodes that the layer updates."""
     indices: list[Tensor]
     """One per layer, int64: sources, as positions in ``nodes``."""
-    feature_id: Tensor
+    feature_id: NotRequired[Tensor]
     """``(n, f)`` int64, feature of each token."""
-    value: Tensor
+    value: NotRequired[Tensor]
     """``(n, f)`` float32, value of each token: centred for FIMP-base, binned for foundation models of expression."""
-    padding: Tensor
+    padding: NotRequired[Tensor]
     """``(n, f)`` bool, True where there is no token."""
-    profile: Tensor
+    profile: NotRequired[Tensor]
     """``(n, g)`` float32, centred values of all features, 0 where not visible."""
-    visible: Tensor
+    visible: NotRequired[Tensor]
     """``(n_patterns, g)`` bool, features whose value may be used."""
-    pattern: Tensor
+    pattern: NotRequired[Tensor]
     """``(n,)`` int64, which pattern of ``visible`` holds for each node."""
-    target: Tensor
+    target: NotRequired[Tensor]
     """``(n_dst, g)`` float32, centred values to predict."""
-    target_mask: Tensor
+    target_mask: NotRequired[Tensor]
     """``(n_dst, g)`` bool, entries of ``target`` that were hidden on purpose."""
     label: Tensor
     """``(n_dst,)`` int64 class, -1 where unlabeled."""
@@ -47,3 +69,5 @@ class Batch(TypedDict):
     """``(n_dst, q)`` float32, their true bins."""
     query_padding: NotRequired[Tensor]
     """``(n_dst, q)`` bool, True where a node has no more of them."""
+    sequences: NotRequired[dict[str, SequenceBatch]]
+    """By modality."""

@@ -47,9 +47,9 @@ class ExpressionSource:
 
     Counts and normalised values are divided by the cell's total over the genes that the model knows, multiplied by
     ``target_sum`` (times the share that these genes have in the training data, when some are not measured) and
-    ``log1p`` transformed; values on the log scale are used as they are. The user's matrix is never changed and
-    stays where it is, in memory or on disk: one pass over it finds totals and means, after which only the rows of a
-    block are read, and only they become dense.
+    ``log1p`` transformed; values on the log scale, and real numbers, are used as they are. The user's matrix is never
+    changed and stays where it is, in memory or on disk: one pass over it finds totals and means, after which only the
+    rows of a block are read, and only they become dense.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class ExpressionSource:
     columns
         ``(n_genes,)`` int64, column of each gene of the model in ``matrix``, -1 where it is not measured.
     input_scale
-        ``"counts"``, ``"normalized"`` or ``"log"``.
+        ``"counts"``, ``"normalized"``, ``"log"`` or ``"real"``.
     statistics
         Of the training cells; ``None`` while these are computed.
     batch
@@ -67,6 +67,8 @@ class ExpressionSource:
     hidden
         ``(n_obs, n_vars)`` boolean CSR or array, True where a value is to be treated as not seen. Size factors are
         computed from all entries.
+    absent
+        ``(n_obs,)`` bool, nodes that were not measured at all; their rows are empty.
     """
 
     def __init__(
@@ -77,8 +79,10 @@ class ExpressionSource:
         statistics: GeneStatistics | None,
         batch: NDArray[np.int64] | None = None,
         hidden: sparse.spmatrix | NDArray[np.bool_] | None = None,
+        absent: NDArray[np.bool_] | None = None,
     ) -> None:
         self._rows = open_rows(matrix)
+        self.absent = absent
         self._scale = input_scale
         self.measured = columns >= 0
         n_obs, n_vars = self._rows.shape
@@ -99,8 +103,8 @@ class ExpressionSource:
         self.factor = np.ones(n_obs, dtype=np.float32)
         if statistics is None:
             total = self._totals()
-            self.target_sum = float(np.median(total[total > 0]))
-            if input_scale != "log":
+            self.target_sum = float(np.median(total[total > 0])) if input_scale != "real" else 1.0
+            if input_scale not in ("log", "real"):
                 self.factor = _factor(total, self.target_sum)
             self.center = np.zeros((int(self.batch.max(initial=0)) + 1, len(columns)), np.float32)
         else:
@@ -133,9 +137,12 @@ class ExpressionSource:
         -------
         ``(n_patterns, n_genes)`` bool and ``(len(nodes),)`` int64. Without hidden entries there is one pattern.
         """
-        if self._hidden is None:
+        absent = np.zeros(len(nodes), dtype=bool) if self.absent is None else self.absent[nodes]
+        if self._hidden is not None:
+            return self.measured & ~self._hidden[nodes].toarray() & ~absent[:, None], np.arange(len(nodes))
+        if not absent.any():
             return self.measured[None], np.zeros(len(nodes), dtype=np.int64)
-        return self.measured & ~self._hidden[nodes].toarray(), np.arange(len(nodes))
+        return np.stack([self.measured, np.zeros_like(self.measured)]), absent.astype(np.int64)
 
     def gene_statistics(self, nodes: NDArray[np.int64]) -> GeneStatistics:
         """Compute mean and share of counts of each gene over ``nodes``."""
@@ -143,13 +150,18 @@ class ExpressionSource:
         counts = np.zeros(self.n_genes, dtype=np.float64)
         for part in (nodes[i : i + _ROWS] for i in range(0, len(nodes), _ROWS)):
             raw = self._in_genes(self._rows.read(part))
-            counts += _gene_sums(_apply(raw, np.expm1) if self._scale == "log" else raw)
+            if self._scale != "real":
+                counts += _gene_sums(_apply(raw, np.expm1) if self._scale == "log" else raw)
             mean += _gene_sums(self._normalised(raw, part))
         return GeneStatistics(
             mean=(mean / len(nodes)).astype(np.float32),
-            fraction=(counts / counts.sum()).astype(np.float32),
+            fraction=(counts / max(float(counts.sum()), 1e-12)).astype(np.float32),
             target_sum=self.target_sum,
         )
+
+    def present(self, nodes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return those of ``nodes`` that were measured."""
+        return nodes if self.absent is None else nodes[~self.absent[nodes]]
 
     def _in_genes(self, block: Any) -> Any:
         """Return a block of rows with the genes of the model as columns; sparse stays sparse."""
@@ -169,7 +181,7 @@ class ExpressionSource:
         return sparse.csr_matrix((block.data[known], gene[known], indptr), shape=(block.shape[0], self.n_genes))
 
     def _normalised(self, raw: Any, nodes: NDArray[np.int64]) -> Any:
-        if self._scale == "log":
+        if self._scale in ("log", "real"):
             return raw.astype(np.float32)
         if sparse.issparse(raw):
             data = raw.data.astype(np.float32)
@@ -193,7 +205,7 @@ class ExpressionSource:
         total = np.zeros((n_batches, self.n_genes))
         seen = np.zeros((n_batches, self.n_genes))
         for nodes, raw in self._stream():
-            if self._scale != "log":
+            if self._scale not in ("log", "real"):
                 self.factor[nodes] = _factor(_cell_sums(raw), self.target_sum * known)
             values = self._normalised(raw, nodes)
             hidden = None if self._hidden is None else self._hidden[nodes]
@@ -204,6 +216,8 @@ class ExpressionSource:
                     values[hidden.nonzero()] = 0.0
             for code in np.unique(self.batch[nodes]):
                 mine = self.batch[nodes] == code
+                if self.absent is not None:
+                    mine &= ~self.absent[nodes]
                 total[code] += _gene_sums(values if mine.all() else values[mine])
                 seen[code] += self.measured * float(mine.sum())
                 if hidden is not None:

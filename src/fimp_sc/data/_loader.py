@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fimp_sc.data._expression_fields import expression_fields
 from fimp_sc.data._splits import curve_rank, spatial_blocks
-from fimp_sc.data._token_sources import BinnedTokens
-from fimp_sc.data._tokens import hide_genes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from fimp_sc.data._batch import Batch
     from fimp_sc.data._expression import ExpressionSource
     from fimp_sc.data._graph import NodeGraph
+    from fimp_sc.data._sequences import SequenceSource
     from fimp_sc.data._token_sources import TokenSource
 
 
@@ -33,7 +32,7 @@ class GraphData:
     Attributes
     ----------
     source
-        Expression.
+        Expression, of cells.
     graph
         Neighbours of every node.
     coordinates
@@ -44,14 +43,17 @@ class GraphData:
         ``(n_obs,)`` int64 class of each node, -1 where unlabeled.
     tokens
         Which genes of a cell become tokens, with which values.
+    sequences
+        By modality: nodes that are sequences of numbers.
     """
 
-    source: ExpressionSource
+    source: ExpressionSource | None
     graph: NodeGraph
     coordinates: NDArray[np.floating]
     library: NDArray[np.int64]
     label: NDArray[np.int64]
-    tokens: TokenSource
+    tokens: TokenSource | None = None
+    sequences: dict[str, SequenceSource] = field(default_factory=dict)
 
     @cached_property
     def rank(self) -> NDArray[np.int64]:
@@ -144,7 +146,7 @@ class BlockDataset(Dataset["Batch"]):
     n_tokens
         Token budget per cell.
     mask_ratio
-        Smallest and largest share of genes hidden for masked prediction; ``None`` hides nothing.
+        Smallest and largest share of genes, or of other tokens, hidden for masked prediction; ``None`` hides nothing.
     gene_mask_ratio
         Largest share of genes hidden in all cells of a batch.
     mask_cells
@@ -172,58 +174,25 @@ class BlockDataset(Dataset["Batch"]):
         data, (destinations, seed) = self.data, item
         block = data.graph.block(destinations, self.n_layers)
         nodes, n_dst = block.nodes, len(destinations)
-        rows = data.source.sparse_rows(nodes)
-        visible, pattern, hidden = self._masks(nodes, n_dst, seed)
-        values = rows.toarray()
-        code = data.source.batch[nodes]
-        for batch in np.unique(code):
-            mine = code == batch
-            values[slice(None) if mine.all() else mine] -= data.source.center[batch]
-        profile = torch.from_numpy(values)
-        target = profile[:n_dst].clone()
-        if self.mask_ratio is not None or not visible.all():
-            profile.mul_(visible.float().index_select(0, pattern))
-        feature_id, value, padding = data.tokens(rows, profile, visible, pattern, self.n_tokens)
         made: Batch = {
             "nodes": torch.from_numpy(nodes),
             "n_nodes": block.n_nodes,
             "indptr": [torch.from_numpy(part) for part in block.indptr],
             "indices": [torch.from_numpy(part) for part in block.indices],
-            "feature_id": feature_id,
-            "value": value,
-            "padding": padding,
-            "profile": profile,
-            "visible": visible,
-            "pattern": pattern,
-            "target": target,
-            "target_mask": hidden,
             "label": torch.from_numpy(data.label[destinations]),
         }
-        if self.mask_ratio is not None and isinstance(data.tokens, BinnedTokens) and data.tokens.n_queries:
-            generator = torch.Generator().manual_seed(seed)
-            queries = data.tokens.queries(rows[:n_dst], visible, pattern[:n_dst], hidden, generator)
-            made["query_id"], made["query_bin"], made["query_padding"] = queries
+        if data.source is not None and data.tokens is not None:
+            expression = expression_fields(
+                data.source, data.tokens, nodes, n_dst, self.n_tokens, mask_ratio=self.mask_ratio,
+                gene_mask_ratio=self.gene_mask_ratio, mask_cells=self.mask_cells, seed=seed,
+            )  # fmt: skip
+            made |= cast("Batch", expression)
+        if data.sequences:
+            made["sequences"] = {
+                name: source.fields(nodes, n_dst, self.mask_ratio, node_share=self.mask_cells, seed=seed)
+                for name, source in data.sequences.items()
+            }
         return made
-
-    def _masks(self, nodes: NDArray[np.int64], n_dst: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return visible genes of each pattern, the pattern of each node, and what is hidden of the destinations."""
-        source = self.data.source
-        # Copies: with Dask's workers the arrays of a source cannot be written to, which tensors must be.
-        observed, pattern = (torch.from_numpy(part.copy()) for part in source.observed(nodes))
-        visible = observed
-        if self.mask_ratio is not None:
-            visible, drawn = hide_genes(
-                observed.any(0),
-                len(nodes),
-                self.mask_ratio,
-                gene_ratio=self.gene_mask_ratio,
-                cell_share=self.mask_cells,
-                generator=torch.Generator().manual_seed(seed),
-            )
-            if len(observed) > 1:
-                visible, drawn = observed[pattern] & visible[drawn], torch.arange(len(nodes))
-            observed, pattern = observed.expand(len(visible), -1), drawn
-        return visible, pattern, (observed & ~visible)[pattern[:n_dst]]
 
 
 def block_loader(

@@ -51,6 +51,8 @@ class TokenSource(Protocol):
 class CentredTokens:
     """The genes of highest expression, with centred log-normalised values: what FIMP-base reads.
 
+    Of numbers that may be negative, those furthest from zero.
+
     Attributes
     ----------
     gene_rank
@@ -68,7 +70,8 @@ class CentredTokens:
         n_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`TokenSource`."""
-        feature_id, padding = choose_tokens(rows, visible, pattern, n_tokens, self.gene_rank)
+        size = abs(rows) if (rows.data < 0).any() else rows
+        feature_id, padding = choose_tokens(size, visible, pattern, n_tokens, self.gene_rank)
         return feature_id, profile.gather(1, feature_id).masked_fill_(padding, 0.0), padding
 
 

@@ -11,7 +11,7 @@ from scipy import sparse
 
 from fimp_sc.data._rows import PIECE_VALUES, MatrixRows, open_rows
 
-InputScale = Literal["counts", "normalized", "log"]
+InputScale = Literal["counts", "normalized", "log", "real"]
 
 CHUNK_VALUES = PIECE_VALUES
 LOG_MAXIMUM = 20.0
@@ -31,7 +31,7 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
         Where the matrix was found, for messages, for instance ``"adata.X"`` or ``"adata.layers['counts']"``.
     input_scale
         ``"counts"`` (non-negative whole numbers), ``"normalized"`` (non-negative numbers), ``"log"`` (already
-        log-normalised, non-negative), or ``"auto"``, which resolves to
+        log-normalised, non-negative), ``"real"`` (any numbers, used as they are), or ``"auto"``, which resolves to
 
         1. ``"counts"`` if all values are whole numbers, otherwise
         2. ``"normalized"`` if the largest value exceeds 20 (``log1p`` of 485 million), otherwise
@@ -41,7 +41,7 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
 
     Returns
     -------
-    The resolved scale, ``"counts"``, ``"normalized"`` or ``"log"``.
+    The resolved scale, one of the others.
 
     Raises
     ------
@@ -71,13 +71,13 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
         )
     if found.infinite:
         raise ValueError(f"{where} contains {found.count('infinite')} infinite, first at {found.position('infinite')}.")
-    if found.negative:
+    if found.negative and input_scale != "real":
         raise ValueError(
             f"{where} contains {found.count('negative')} below zero (lowest {found.minimum:.4g}), first at "
-            f"{found.position('negative')}. Centred or scaled data cannot be used: pass layer= with counts or "
-            "log-normalised values."
+            f"{found.position('negative')}. Centred or scaled expression cannot be used: pass layer= with counts or "
+            'log-normalised values. For numbers that are no expression pass input_scale="real".'
         )
-    if not found.expressed_in.any():
+    if not found.expressed_in.any() and not found.negative:
         raise ValueError(f"{where} is zero everywhere: pass layer= with the measured expression.")
     if input_scale == "counts" and found.fractional:
         raise ValueError(
@@ -85,7 +85,8 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
             'but input_scale="counts" needs raw counts: pass layer= with the counts, or input_scale="normalized" or '
             '"log".'
         )
-    _warn_empty(found, where)
+    if input_scale != "real":
+        _warn_empty(found, where)
     if input_scale != "auto":
         return cast("InputScale", input_scale)
     return "counts" if not found.fractional else _resolve_fractional(matrix if turned else rows, found)

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 from scvi.model.base import BaseModelClass
 
 from fimp_sc.data import BinnedTokens, CentredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs
-from fimp_sc.model._fields import BATCH_KEY, LABELS_KEY, LIBRARY_KEY, X_KEY, ExpressionField, LabelField, match_columns
+from fimp_sc.data._parts import SEQUENCES, Part, expand_rows, nodes_of, parts_of
+from fimp_sc.data._sequence_sources import sequence_source, token_shape
+from fimp_sc.data._sequences import SequenceStatistics
+from fimp_sc.model._fields import (
+    BATCH_KEY,
+    LABELS_KEY,
+    LIBRARY_KEY,
+    SEQUENCE_KEY,
+    X_KEY,
+    ExpressionField,
+    LabelField,
+    SequenceField,
+    match_columns,
+)
 from fimp_sc.model._inference import infer
 from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
     from numpy.typing import NDArray
-    from scipy import sparse
     from torch import Tensor
 
     from fimp_sc.data import TokenSource
@@ -38,6 +52,8 @@ class GraphModel(BaseModelClass):
         Network and heads.
     n_layers, n_tokens, self_loops, random_state
         See :class:`~fimp_sc.model.FIMP`.
+    token_sizes
+        By modality of signals or images: time points of a segment, or pixels of the side of a patch.
     """
 
     module: FIMPModule
@@ -45,6 +61,7 @@ class GraphModel(BaseModelClass):
     n_tokens: int
     self_loops: bool
     random_state: int
+    token_sizes: dict[str, int]
 
     @property
     def genes(self) -> NDArray[Any]:
@@ -69,39 +86,73 @@ class GraphModel(BaseModelClass):
             raise IndexError(f"indices must be in [0, {adata.n_obs}), found {nodes.min()} to {nodes.max()}")
         return nodes.astype(np.int64)
 
-    def _graph_data(self, adata: AnnData, hidden: sparse.spmatrix | NDArray[np.bool_] | None = None) -> GraphData:
+    def _modality(self, adata: AnnData | MuData) -> Any:
+        return self.get_anndata_manager(adata, required=True).registry["setup_args"].get("modality")
+
+    def _nodes(self, adata: AnnData | MuData) -> AnnData:
+        """Return the object that describes the nodes of a registered one."""
+        return nodes_of(adata, self._modality(adata))
+
+    def _table(self, adata: AnnData | MuData) -> Part | None:
+        """Return the modality of a registered object that has expression or features, if there is one."""
+        return next((part for part in parts_of(adata, self._modality(adata)) if part.kind not in SEQUENCES), None)
+
+    def _sequence_part(self, adata: AnnData | MuData, name: str) -> Part:
+        """Return the modality of a registered object that holds signals or images under ``name``."""
+        return SequenceField(name, "", self._modality(adata)).part(adata)
+
+    def _graph_data(
+        self,
+        adata: AnnData | MuData,
+        hidden: sparse.spmatrix | NDArray[np.bool_] | None = None,
+        hidden_tokens: Mapping[str, NDArray[np.bool_]] | None = None,
+    ) -> GraphData:
         manager = self.get_anndata_manager(adata, required=True)
-        setup = manager.registry["setup_args"]
+        setup, nodes = manager.registry["setup_args"], self._nodes(adata)
         codes = {
-            key: check_obs_key(adata, name, role).codes.astype(np.int64) if name else np.zeros(adata.n_obs, np.int64)
+            key: check_obs_key(nodes, name, role).codes.astype(np.int64) if name else np.zeros(nodes.n_obs, np.int64)
             for key, name, role in (
                 (LIBRARY_KEY, setup["library_key"], "library"),
                 (BATCH_KEY, setup["batch_key"] or setup["library_key"], "batch"),
             )
         }
-        matrix = get_matrix(adata, setup["layer"])
         # The stack of a foundation model adds self-loops itself.
         self_loops = self.self_loops and not isinstance(self.module.network, FoundationNetwork)
-        graph = NodeGraph(get_graph(adata, setup["connectivities_key"]), self_loops=self_loops)
-        scale = manager.registry["field_registries"][X_KEY]["state_registry"][ExpressionField.SCALE]
-        source = ExpressionSource(
-            matrix,
-            match_columns(self.genes, adata),
-            scale,
-            self._statistics(),
-            codes[BATCH_KEY],
-            hidden,
-        )
-        located = setup["spatial_key"] in adata.obsm
-        coordinates = (
-            check_coordinates(adata, setup["spatial_key"]) if located else graph.order()[:, None].astype(np.float64)
-        )
-        label = np.full(adata.n_obs, -1, dtype=np.int64)
-        if self.classes and setup["labels_key"] in adata.obs:
-            labels = get_obs(adata, [setup["labels_key"]])[setup["labels_key"]]
+        graph = NodeGraph(get_graph(nodes, setup["connectivities_key"]), self_loops=self_loops)
+        located = check_coordinates(nodes, setup["spatial_key"]) if setup["spatial_key"] in nodes.obsm else None
+        coordinates = graph.order()[:, None].astype(np.float64) if located is None else located
+        label = np.full(nodes.n_obs, -1, dtype=np.int64)
+        if self.classes and setup["labels_key"] in nodes.obs:
+            labels = get_obs(nodes, [setup["labels_key"]])[setup["labels_key"]]
             text = labels.astype(object).map(str, na_action="ignore")
             label = pd.Index(self.classes).get_indexer(pd.Index(text)).astype(np.int64)
-        return GraphData(source, graph, coordinates, codes[LIBRARY_KEY], label, self._token_source())
+        data = GraphData(None, graph, coordinates, codes[LIBRARY_KEY], label)
+        table = self._table(adata)
+        if table is not None:
+            matrix = get_matrix(table.adata, setup["layer"])
+            if table.rows is not None:
+                matrix = expand_rows(matrix, table.rows, f"mdata[{table.name!r}]")
+                hidden = hidden if hidden is None else expand_rows(sparse.csr_matrix(hidden), table.rows, "hidden")
+            scale = manager.registry["field_registries"][X_KEY]["state_registry"][ExpressionField.SCALE]
+            columns = match_columns(self.genes, table.adata)
+            data.source = ExpressionSource(
+                matrix, columns, scale, self._statistics(), codes[BATCH_KEY], hidden, table.absent
+            )
+            data.tokens = self._token_source()
+        for i, (name, shape) in enumerate(self.module.sequences.items()):
+            state = manager.registry["field_registries"][SEQUENCE_KEY + name]["state_registry"]
+            size = self.token_sizes[name]
+            here = token_shape(state[SequenceField.KIND], state[SequenceField.SIZE], size, shape.n_coordinates)
+            known: Any = self.module.statistics[str(i)]
+            data.sequences[name] = sequence_source(
+                self._sequence_part(adata, name), nodes.n_obs, here, size,
+                coordinates=None if located is None else located[:, : shape.n_coordinates],
+                statistics=SequenceStatistics(
+                    float(known.mean), float(known.std), known.center.cpu().numpy(), known.spread.cpu().numpy()
+                ),
+                hidden=(hidden_tokens or {}).get(name),
+            )  # fmt: skip
+        return data
 
     def _token_source(self) -> TokenSource:
         gene_rank: Tensor = self.module.gene_rank.cpu()  # type: ignore[operator, union-attr]
@@ -123,7 +174,7 @@ class GraphModel(BaseModelClass):
 
     def _collect(
         self,
-        adata: AnnData | None,
+        adata: AnnData | MuData | None,
         indices: Sequence[int] | NDArray[np.int64] | None,
         read: Read,
         how: dict[str, Any],
@@ -131,12 +182,16 @@ class GraphModel(BaseModelClass):
         *,
         untrained: bool = False,
         genes: Tensor | None = None,
+        reconstruct: bool = False,
     ) -> NDArray[np.float32]:
         if not untrained:
             self._check_if_trained(warn=False)
         adata = self._validate_anndata(adata)
-        nodes, inverse = np.unique(self._indices(adata, indices), return_inverse=True)
+        nodes, inverse = np.unique(self._indices(self._nodes(adata), indices), return_inverse=True)
         self.module.eval()
         data = data or self._graph_data(adata)
-        out = infer(self.module, data, nodes, read, n_layers=self.n_layers, n_tokens=self.n_tokens, genes=genes, **how)
+        out = infer(
+            self.module, data, nodes, read, n_layers=self.n_layers, n_tokens=self.n_tokens, genes=genes,
+            reconstruct=reconstruct, **how,
+        )  # fmt: skip
         return out if indices is None else out[inverse]

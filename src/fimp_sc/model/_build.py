@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fimp_sc.data._sequence_sources import default_token_size, left_over, token_shape
+from fimp_sc.model._fields import SEQUENCE_KEY, SequenceField
 from fimp_sc.nn import FoundationNetwork
 from fimp_sc.pretrained import GeneVectors, build_foundation, read_foundation, read_gene_vectors
 from fimp_sc.pretrained._files import checkpoint_folder
@@ -14,10 +18,9 @@ from fimp_sc.pretrained._genes import advice, match_names
 from fimp_sc.pretrained._vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from numpy.typing import NDArray
 
+    from fimp_sc.data import SequenceShape
     from fimp_sc.pretrained import Foundation
 
 logger = logging.getLogger(__name__)
@@ -86,6 +89,46 @@ def gene_vectors(genes: NDArray[Any], source: Any, **how: Any) -> tuple[NDArray[
     """
     table = source if isinstance(source, GeneVectors) else read_gene_vectors(source)
     return table.rows(vocabulary_rows(genes, table.names.tolist(), "gene_embeddings", **how))
+
+
+def sequence_shapes(
+    registry: Mapping[str, Any], token_size: int | Mapping[str, int] | None, *, warn: bool
+) -> tuple[dict[str, SequenceShape], dict[str, int]]:
+    """Return tokens of signals and images, and the time points or pixels of their sides, by modality.
+
+    Parameters
+    ----------
+    registry
+        Of the object.
+    token_size
+        See :class:`~fimp_sc.model.FIMP`.
+    warn
+        Whether to say what is left out.
+
+    Raises
+    ------
+    ValueError
+        When a size does not fit, or is given for what is not there.
+    """
+    states = {
+        key.removeprefix(SEQUENCE_KEY): field["state_registry"]
+        for key, field in registry["field_registries"].items()
+        if key.startswith(SEQUENCE_KEY)
+    }
+    given = token_size if isinstance(token_size, Mapping) else dict.fromkeys(states, token_size)
+    unknown = [name for name in given if name not in states]
+    if unknown or (token_size is not None and not states):
+        raise ValueError(f"token_size is for signals and images, {list(states)} here: found {token_size!r}.")
+    shapes, sizes = {}, {}
+    for name, state in states.items():
+        kind, size = state[SequenceField.KIND], state[SequenceField.SIZE]
+        wanted = given.get(name)
+        sizes[name] = default_token_size(kind, size) if wanted is None else int(wanted)
+        shapes[name] = token_shape(kind, size, sizes[name], state[SequenceField.N_COORDINATES])
+        rest = left_over(kind, size, sizes[name])
+        if rest and warn:
+            warnings.warn(f"{name!r}: {rest}, are left out. Choose another token_size to use them.", stacklevel=4)
+    return shapes, sizes
 
 
 def foundation_network(

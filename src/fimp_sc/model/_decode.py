@@ -45,7 +45,7 @@ def decoded_expression(
     ``(n, g)`` float32 log-normalised expression, NaN for genes that the vocabulary does not know.
     """
     source = data.tokens
-    if not isinstance(source, BinnedTokens):
+    if not isinstance(source, BinnedTokens) or data.source is None:
         raise ValueError("decoder=True needs a foundation model with a decoder: FIMP-base has none.")
     out = np.full((len(nodes), len(genes)), np.nan, dtype=np.float32)
     known = np.flatnonzero(source.known.numpy()[genes])

@@ -11,37 +11,55 @@ from scvi.data.fields import BaseAnnDataField
 
 from fimp_sc.data._checks import (
     check_anndata,
+    check_coordinates,
     check_graph,
     check_labels,
+    check_object,
     check_obs_key,
     check_values,
     get_matrix,
     get_obs,
 )
+from fimp_sc.data._parts import SEQUENCES, Part, check_whole, nodes_of, parts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
+    from mudata import MuData
     from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
 X_KEY = "X"
 GRAPH_KEY = "connectivities"
+SEQUENCE_KEY = "sequence:"
 LABELS_KEY = "labels"
 LIBRARY_KEY = "library"
 BATCH_KEY = "technical_batch"
 
 
 class _Field(BaseAnnDataField):
-    """An attribute of the object that keeps no state: transfer to another object is registration there."""
+    """An attribute of the nodes that keeps no state: transfer to another object is registration there.
+
+    Parameters
+    ----------
+    registry_key, attr_key
+        As in scvi-tools.
+    modality
+        What the model reads of a MuData object, see :func:`~fimp_sc.data._parts.nodes_of`.
+    """
 
     _attr = ""
 
-    def __init__(self, registry_key: str, attr_key: str | None) -> None:
+    def __init__(self, registry_key: str, attr_key: str | None, modality: Any = None) -> None:
         super().__init__()
         self._registry_key, self._attr_key = registry_key, attr_key
+        self._modality = modality
+
+    def nodes(self, data: AnnData | MuData) -> AnnData:
+        """Return the object that describes the nodes."""
+        return nodes_of(data, self._modality)
 
     @property
     def registry_key(self) -> str:
@@ -59,13 +77,13 @@ class _Field(BaseAnnDataField):
     def is_empty(self) -> bool:
         return False
 
-    def validate_field(self, adata: AnnData) -> None:
-        super().validate_field(adata)
+    def validate_field(self, adata: AnnData | MuData) -> None:
+        """Check what is registered."""
 
-    def register_field(self, adata: AnnData) -> dict:
+    def register_field(self, adata: AnnData | MuData) -> dict:
         return super().register_field(adata)
 
-    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
+    def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
         return self.register_field(adata_target)
 
     def get_summary_stats(self, state_registry: dict) -> dict:
@@ -76,44 +94,123 @@ class _Field(BaseAnnDataField):
 
 
 class ExpressionField(_Field):
-    """Expression in ``X`` or a layer. Another object may have other genes, as long as some are shared."""
+    """Expression, or features, in ``X`` or a layer of a modality. Another object may have others, if some are shared.
+
+    Without any such modality (of signals or images only) the field is empty.
+    """
 
     NAMES = "column_names"
     SCALE = "input_scale"
 
-    def __init__(self, layer: str | None, input_scale: str) -> None:
-        super().__init__(X_KEY, layer)
+    def __init__(self, layer: str | None, input_scale: str, modality: Any = None) -> None:
+        super().__init__(X_KEY, layer, modality)
         self._attr = "X" if layer is None else "layers"
         self._input_scale = input_scale
 
-    def validate_field(self, adata: AnnData) -> None:
-        # The values are looked at when they are registered: that reads all of them, and once is enough.
-        check_anndata(adata)
-        get_matrix(adata, self.attr_key)
+    def part(self, data: AnnData | MuData) -> Part | None:
+        """Return the modality with expression or features, if there is one."""
+        return next((part for part in parts_of(data, self._modality) if part.kind not in SEQUENCES), None)
 
-    def register_field(self, adata: AnnData) -> dict:
+    def validate_field(self, adata: AnnData | MuData) -> None:
+        # The values are looked at when they are registered: that reads all of them, and once is enough.
+        part = self.part(adata)
+        if part is None:
+            check_object(self.nodes(adata))
+        else:
+            check_anndata(part.adata)
+            get_matrix(part.adata, self.attr_key)
+
+    def register_field(self, adata: AnnData | MuData) -> dict:
         self.validate_field(adata)
+        part = self.part(adata)
+        if part is None:
+            return {"n_obs": self.nodes(adata).n_obs, "n_vars": 0, self.NAMES: np.array([], dtype=object)}
         where = "adata.X" if self.attr_key is None else f"adata.layers[{self.attr_key!r}]"
+        if part.adata is not adata:
+            where = where.replace("adata", f"mdata[{part.name!r}]")
+        scale = "real" if part.kind == "feature" and self._input_scale == "auto" else self._input_scale
         return {
-            "n_obs": adata.n_obs,
-            "n_vars": adata.n_vars,
-            self.NAMES: np.asarray(adata.var_names.astype(str)),
-            self.SCALE: check_values(get_matrix(adata, self.attr_key), where=where, input_scale=self._input_scale),
+            "n_obs": self.nodes(adata).n_obs,
+            "n_vars": part.adata.n_vars,
+            self.NAMES: np.asarray(part.adata.var_names.astype(str)),
+            self.SCALE: check_values(get_matrix(part.adata, self.attr_key), where=where, input_scale=scale),
         }
 
-    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
+    def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
         self.validate_field(adata_target)
-        n_model = len(state_registry[self.NAMES])
-        shared = int((match_columns(state_registry[self.NAMES], adata_target) >= 0).sum())
-        if shared < max(adata_target.n_vars, n_model):
-            logger.info(
-                "%d of %d genes are known to the model (%d are dropped); %d genes of the model are not measured here.",
-                shared, adata_target.n_vars, adata_target.n_vars - shared, n_model - shared,
-            )  # fmt: skip
+        part, n_model = self.part(adata_target), len(state_registry[self.NAMES])
+        if (part is None) != (n_model == 0):
+            raise ValueError(
+                "The model reads expression or features, and this object has none."
+                if part is None
+                else f"The model reads signals or images only, and {part.name!r} holds a table of values."
+            )
+        if part is not None:
+            _report_shared(state_registry[self.NAMES], part.adata)
         return self.register_field(adata_target)
 
     def get_summary_stats(self, state_registry: dict) -> dict:
         return {"n_cells": state_registry["n_obs"], "n_vars": state_registry["n_vars"]}
+
+
+def _report_shared(genes: NDArray[Any], adata: AnnData) -> None:
+    n_model = len(genes)
+    shared = int((match_columns(genes, adata) >= 0).sum())
+    if shared < max(adata.n_vars, n_model):
+        logger.info(
+            "%d of %d genes are known to the model (%d are dropped); %d genes of the model are not measured here.",
+            shared, adata.n_vars, adata.n_vars - shared, n_model - shared,
+        )  # fmt: skip
+
+
+class SequenceField(_Field):
+    """A modality of signals or images. Another object may have fewer time points, and images of the same size."""
+
+    _attr = "X"
+    KIND, SIZE, N_COORDINATES = "kind", "size", "n_coordinates"
+
+    def __init__(self, part: str, spatial_key: str, modality: Any = None) -> None:
+        super().__init__(SEQUENCE_KEY + part, None, modality)
+        self._part, self._spatial_key = part, spatial_key
+
+    def part(self, data: AnnData | MuData) -> Part:
+        """Return the modality."""
+        found = [part for part in parts_of(data, self._modality) if part.kind in SEQUENCES]
+        named = [part for part in found if part.name == self._part]
+        if not named and len(found) != 1:
+            raise ValueError(f"The model reads the modality {self._part!r} of signals or images, which is not there.")
+        # An object that holds the modality alone does not say its name.
+        return (named or found)[0]
+
+    def register_field(self, adata: AnnData | MuData) -> dict:
+        part = self.part(adata)
+        info = part.info()
+        n_coordinates = 0
+        if part.kind == "signal" and self._spatial_key in self.nodes(adata).obsm:
+            n_coordinates = check_coordinates(self.nodes(adata), self._spatial_key).shape[1]
+        size = [info["n_times"]] if part.kind == "signal" else list(info["image_shape"])
+        return {self.KIND: part.kind, self.SIZE: size, self.N_COORDINATES: n_coordinates}
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
+        new, old = self.register_field(adata_target), state_registry
+        if new[self.KIND] != old[self.KIND]:
+            raise ValueError(f"The model reads a {old[self.KIND]!r} modality, and this one is {new[self.KIND]!r}.")
+        if new[self.N_COORDINATES] < old[self.N_COORDINATES]:
+            raise ValueError(
+                f"The model knows where regions are, by {old[self.N_COORDINATES]} coordinates in "
+                f"obsm[{self._spatial_key!r}]: this object has {new[self.N_COORDINATES]}."
+            )
+        if new[self.KIND] == "patch" and new[self.SIZE] != old[self.SIZE]:
+            raise ValueError(
+                f"The model reads images of {old[self.SIZE]} (height, width, channels), found {new[self.SIZE]}: make "
+                "them that size with fimp_sc.pp.images(size=...)."
+            )
+        if new[self.KIND] == "signal" and new[self.SIZE][0] > old[self.SIZE][0]:
+            raise ValueError(
+                f"The model reads up to {old[self.SIZE][0]:,} time points, found {new[self.SIZE][0]:,}: cut the "
+                "recordings into parts, each a recording of its own."
+            )
+        return new
 
 
 def match_columns(genes: NDArray[Any], adata: AnnData) -> NDArray[np.int64]:
@@ -140,12 +237,14 @@ class GraphField(_Field):
 
     _attr = "obsp"
 
-    def __init__(self, connectivities_key: str, library_key: str | None) -> None:
-        super().__init__(GRAPH_KEY, connectivities_key)
+    def __init__(self, connectivities_key: str, library_key: str | None, modality: Any = None) -> None:
+        super().__init__(GRAPH_KEY, connectivities_key, modality)
         self._library_key = library_key
 
-    def validate_field(self, adata: AnnData) -> None:
-        check_graph(adata, str(self.attr_key), self._library_key)
+    def validate_field(self, adata: AnnData | MuData) -> None:
+        nodes = self.nodes(adata)
+        check_whole(adata, str(self.attr_key), self._modality, nodes)
+        check_graph(nodes, str(self.attr_key), self._library_key)
 
 
 class GroupField(_Field):
@@ -153,16 +252,16 @@ class GroupField(_Field):
 
     _attr = "obs"
 
-    def __init__(self, registry_key: str, obs_key: str | None, role: str) -> None:
-        super().__init__(registry_key, obs_key)
+    def __init__(self, registry_key: str, obs_key: str | None, role: str, modality: Any = None) -> None:
+        super().__init__(registry_key, obs_key, modality)
         self._role = role
 
     @property
     def is_empty(self) -> bool:
         return self.attr_key is None
 
-    def validate_field(self, adata: AnnData) -> None:
-        check_obs_key(adata, str(self.attr_key), self._role)
+    def validate_field(self, adata: AnnData | MuData) -> None:
+        check_obs_key(self.nodes(adata), str(self.attr_key), self._role)
 
 
 class LabelField(_Field):
@@ -171,36 +270,46 @@ class LabelField(_Field):
     _attr = "obs"
     CLASSES = "categorical_mapping"
 
-    def __init__(self, labels_key: str | None, unlabeled_category: str) -> None:
-        super().__init__(LABELS_KEY, labels_key)
+    def __init__(self, labels_key: str | None, unlabeled_category: str, modality: Any = None) -> None:
+        super().__init__(LABELS_KEY, labels_key, modality)
         self._unlabeled = unlabeled_category
 
     @property
     def is_empty(self) -> bool:
         return self.attr_key is None
 
-    def validate_field(self, adata: AnnData) -> None:
-        # An object to predict needs no labels: they are checked where they are learnt from.
-        super().validate_field(adata)
+    def validate_field(self, adata: AnnData | MuData) -> None:
+        """Nothing: an object to predict needs no labels, and they are checked where they are learnt from."""
 
-    def register_field(self, adata: AnnData) -> dict:
-        check_labels(adata, str(self.attr_key), self._unlabeled)
-        labels = get_obs(adata, [str(self.attr_key)])[self.attr_key].dropna().astype(str)
+    def register_field(self, adata: AnnData | MuData) -> dict:
+        nodes = self.nodes(adata)
+        check_labels(nodes, str(self.attr_key), self._unlabeled)
+        labels = get_obs(nodes, [str(self.attr_key)])[self.attr_key].dropna().astype(str)
         return {self.CLASSES: np.array(sorted(set(labels) - {str(self._unlabeled)}), dtype=object)}
 
-    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
+    def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
         return {self.CLASSES: state_registry[self.CLASSES]}
 
     def get_summary_stats(self, state_registry: dict) -> dict:
         return {"n_labels": len(state_registry.get(self.CLASSES, ()))}
 
 
-def registered_fields(setup: Mapping[str, Any]) -> list[_Field]:
-    """Return what FIMP registers, from the arguments of its ``setup_anndata``."""
+def registered_fields(setup: Mapping[str, Any], sequences: Sequence[str] = ()) -> list[_Field]:
+    """Return what FIMP registers.
+
+    Parameters
+    ----------
+    setup
+        Arguments of ``setup_anndata`` or ``setup_mudata``.
+    sequences
+        Names of the modalities that hold signals or images.
+    """
+    modality = setup.get("modality")
     return [
-        ExpressionField(setup["layer"], setup["input_scale"]),
-        GraphField(setup["connectivities_key"], setup["library_key"]),
-        LabelField(setup["labels_key"], setup["unlabeled_category"]),
-        GroupField(LIBRARY_KEY, setup["library_key"], "library"),
-        GroupField(BATCH_KEY, setup["batch_key"] or setup["library_key"], "batch"),
+        ExpressionField(setup["layer"], setup["input_scale"], modality),
+        *(SequenceField(name, setup["spatial_key"], modality) for name in sequences),
+        GraphField(setup["connectivities_key"], setup["library_key"], modality),
+        LabelField(setup["labels_key"], setup["unlabeled_category"], modality),
+        GroupField(LIBRARY_KEY, setup["library_key"], "library", modality),
+        GroupField(BATCH_KEY, setup["batch_key"] or setup["library_key"], "batch", modality),
     ]

@@ -7,30 +7,31 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from scvi.data import AnnDataManager
+from anndata import AnnData
 
 from fimp_sc.data._access import missing_key
-from fimp_sc.model._build import foundation_network, gene_vectors
-from fimp_sc.model._fields import registered_fields
+from fimp_sc.model._build import foundation_network, gene_vectors, sequence_shapes
 from fimp_sc.model._module import FIMPModule
 from fimp_sc.model._predict import PredictiveModel, check_choice
 from fimp_sc.model._pretrained import is_pretrained, read_pretrained, write_pretrained
+from fimp_sc.model._setup import RegisteringModel
 from fimp_sc.model._train import TrainableModel
 
 if TYPE_CHECKING:
-    from anndata import AnnData
+    from mudata import MuData
     from numpy.typing import NDArray
 
 
 _TOKENS, _TOKENS_FOUNDATION = 32, 200
 
 
-class FIMP(TrainableModel, PredictiveModel):
-    """Foundation-informed message passing between cells (arXiv 2210.09475).
+class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
+    """Foundation-informed message passing between cells (arXiv 2210.09475), brain regions, images or any nodes.
 
     A cell is a sequence of gene tokens; over each edge of the graph the tokens of the destination attend to those of
     the source, messages are averaged over neighbours and combined with the cell's own tokens. The model learns to
-    predict hidden expression and, where labels are given, labels.
+    predict hidden expression and, where labels are given, labels. Regions are sequences of time segments, images of
+    patches: what holds for cells and genes below holds for them alike.
 
     What makes the messages is learnt from scratch (FIMP-base), or it is the transformer stack of a foundation model
     whose self-attention runs between cells (``foundation=``). FIMP-base can start from pretrained vectors of genes
@@ -39,7 +40,7 @@ class FIMP(TrainableModel, PredictiveModel):
     Parameters
     ----------
     adata
-        Object registered with :meth:`setup_anndata`.
+        Object registered with :meth:`setup_anndata` or :meth:`setup_mudata`.
     n_latent
         Width of tokens and of the embedding. A foundation model brings its own, as it does layers and heads.
     n_layers
@@ -49,6 +50,10 @@ class FIMP(TrainableModel, PredictiveModel):
     n_tokens
         Token budget: the highest values of a cell become tokens; in FIMP-base all genes enter the summary token. By
         default 32, or 200 for a foundation model.
+    token_size
+        Of signals: time points of a segment, by default 20; of images: pixels of the side of a patch, by default a
+        quarter of the shorter side and at most 16. A dictionary by modality where there are several. Time points and
+        pixels that do not fill a segment or patch are left out, with a warning.
     layer
         Of FIMP-base: ``"practical"`` (pre-norm transformer layer with residuals) or ``"paper"`` (messages added, one
         projection).
@@ -105,13 +110,14 @@ class FIMP(TrainableModel, PredictiveModel):
 
     def __init__(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | MuData | None = None,
         registry: dict | None = None,
         *,
         n_latent: int = 64,
         n_layers: int = 2,
         n_heads: int = 4,
         n_tokens: int | None = None,
+        token_size: int | dict[str, int] | None = None,
         layer: Literal["practical", "paper"] = "practical",
         self_loops: bool = True,
         reduce: Literal["mean", "sum"] = "mean",
@@ -142,6 +148,7 @@ class FIMP(TrainableModel, PredictiveModel):
             raise ValueError("train_foundation, source and aggregate concern foundation models: name one, foundation=.")
         self.foundation, self.n_tokens = foundation, n_tokens
         self.self_loops, self.random_state = self_loops, random_state
+        shapes, self.token_sizes = sequence_shapes(self.registry, token_size, warn=adata is not None)
         stored = architecture or {}
         network, vectors, known = None, None, None
         with torch.random.fork_rng():
@@ -169,6 +176,7 @@ class FIMP(TrainableModel, PredictiveModel):
                 label_weight=label_weight,
                 random_state=random_state,
                 vector_width=stored.get("vector_width"),
+                sequences=shapes,
                 network=network,
             )
             if vectors is not None and known is not None:
@@ -177,9 +185,9 @@ class FIMP(TrainableModel, PredictiveModel):
         kind = f"{layer} layers: {n_layers}, n_latent: {n_latent}, n_heads: {n_heads}"
         if foundation is not None:
             kind = f"{foundation}, {train_foundation}, source: {source}, aggregate: {aggregate}"
-        self._model_summary_string = (
-            f"FIMP with {kind}, n_tokens: {n_tokens}, genes: {self.summary_stats.n_vars}, classes: {len(self.classes)}"
-        )
+        tokens = [f"n_tokens: {n_tokens}, genes: {self.summary_stats.n_vars}"] if self.summary_stats.n_vars else []
+        tokens += [f"{name}: {shape.n_tokens} tokens of {shape.token_size} numbers" for name, shape in shapes.items()]
+        self._model_summary_string = f"FIMP with {kind}, {', '.join(tokens)}, classes: {len(self.classes)}"
         self.init_params_ = self._get_init_params(locals())
         # A saved model must not need the files again, which may have moved.
         self.init_params_["non_kwargs"] |= {
@@ -190,7 +198,7 @@ class FIMP(TrainableModel, PredictiveModel):
         }
 
     def _vocabulary_rows(self, key: str | None) -> NDArray[np.int64] | None:
-        if key is None or self.adata is None:
+        if key is None or not isinstance(self.adata, AnnData):
             return None
         if key not in self.adata.var:
             advice = "fimp_sc.pp.match_genes(adata, checkpoint) writes it."
@@ -198,70 +206,14 @@ class FIMP(TrainableModel, PredictiveModel):
         return self.adata.var[key].to_numpy(dtype=np.int64)
 
     @classmethod
-    def setup_anndata(
-        cls,
-        adata: AnnData,
-        layer: str | None = None,
-        labels_key: str | None = None,
-        unlabeled_category: str = "Unknown",
-        batch_key: str | None = None,
-        library_key: str | None = None,
-        connectivities_key: str = "spatial_connectivities",
-        spatial_key: str = "spatial",
-        input_scale: Literal["auto", "counts", "normalized", "log"] = "auto",
-        **kwargs: Any,
-    ) -> None:
-        """Register where FIMP finds its data. Validates; writes nothing but scvi-tools' own identifier in ``uns``.
-
-        Parameters
-        ----------
-        adata
-            Cells with a graph (:func:`fimp_sc.pp.spatial_graph`). Expression may be in memory, in a file (backed or
-            lazy objects) or in a dask array. It is checked now: values changed in place later are not checked again.
-        layer
-            Layer with expression; ``None`` for ``X``.
-        labels_key
-            Column of ``obs`` with labels to learn. Missing values and ``unlabeled_category`` are unlabeled.
-        unlabeled_category
-            Label of cells whose class is not known.
-        batch_key
-            Column of ``obs`` with technical batches: expression is centred per batch. Defaults to ``library_key``.
-        library_key
-            Column of ``obs`` with samples. No edge may join two of them.
-        connectivities_key
-            Graph in ``obsp``, row = destination. Any non-zero entry is an edge; weights are not used.
-        spatial_key
-            Coordinates in ``obsm``, used to cut the graph into compact blocks; the graph's own order serves when
-            absent.
-        input_scale
-            What the values are: ``"counts"`` (non-negative integers), ``"normalized"`` (non-negative reals), both
-            scaled to a common total and ``log1p`` transformed inside; ``"log"`` (log-normalised already, used as
-            they are). ``"auto"`` decides from the values.
-
-        Raises
-        ------
-        KeyError
-            When a key is missing.
-        ValueError
-            When values, labels or graph cannot be used; the message says why.
-        """
-        method_args = cls._get_setup_method_args(**{k: v for k, v in locals().items() if k != "kwargs"})
-        manager = AnnDataManager(
-            fields=registered_fields(method_args["setup_args"]),
-            setup_method_args=method_args,
-        )
-        manager.register_fields(adata, **kwargs)
-        cls.register_manager(manager)
-
-    @classmethod
-    def load_query_data(cls, adata: AnnData, reference_model: FIMP | str | Path) -> FIMP:
+    def load_query_data(cls, adata: AnnData | MuData, reference_model: FIMP | str | Path) -> FIMP:
         """Return a copy of a trained model bound to a new object, with the same weights and no further training.
 
         Parameters
         ----------
         adata
             New section with a graph. Genes are matched by name: those unknown to the model are dropped, those that
-            it lacks are treated as not measured.
+            it lacks are treated as not measured. Signals may be shorter than those the model was trained on.
         reference_model
             A trained model, or the folder of one that :meth:`save` or :meth:`save_pretrained` wrote.
         """
@@ -272,7 +224,13 @@ class FIMP(TrainableModel, PredictiveModel):
         else:
             reference = cls.load(str(reference_model), adata=False)
         registry = reference.registry
-        cls.setup_anndata(adata, source_registry=registry, **registry["setup_args"])
+        # What a model learnt from a modality is also applied to an object that is this modality, and the reverse.
+        setup = {name: value for name, value in registry["setup_args"].items() if name != "modality"}
+        how = {"source_registry": registry, "sequences": list(reference.module.sequences)}
+        if isinstance(adata, AnnData):
+            cls.setup_anndata(adata, **setup, **how)
+        else:
+            cls.setup_mudata(adata, modality=registry["setup_args"].get("modality"), **setup, **how)
         model = cls(None, registry=registry, **reference.init_params_["non_kwargs"])
         model.module.load_state_dict(reference.module.state_dict())
         model.to_device(reference.device)
@@ -305,7 +263,7 @@ class FIMP(TrainableModel, PredictiveModel):
 
     @classmethod
     def from_pretrained(
-        cls, folder_or_hub_id: str | Path, adata: AnnData | None = None, *, accelerator: str = "auto"
+        cls, folder_or_hub_id: str | Path, adata: AnnData | MuData | None = None, *, accelerator: str = "auto"
     ) -> FIMP:
         """Read a model that :meth:`save_pretrained` wrote. No code in its files is run.
 

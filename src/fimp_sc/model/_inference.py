@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
 from fimp_sc.data import BlockDataset, BlockSampler, Destinations, block_loader
 from fimp_sc.nn import FoundationNetwork
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from fimp_sc.data import GraphData
+    from fimp_sc.data import Batch, GraphData
     from fimp_sc.model._module import FIMPModule
 
 Strategy: TypeAlias = Literal["auto", "blocks", "layers"]
-Read: TypeAlias = "Callable[[FIMPModule, Tensor], Tensor]"
+Read: TypeAlias = "Callable[[FIMPModule, dict[str, Any], Batch], Tensor]"
 
 # Numbers that the dense values and the tokens of one block may take: 256 MB on a CPU.
 _NUMBERS_CPU, _NUMBERS_ACCELERATOR = 1 << 26, 1 << 29
@@ -43,13 +44,25 @@ class BlockRunner:
     dataset
         Makes the batch of the block.
     read
-        From the module and the embeddings, ``(n_dst, n_latent)``, to a tensor of as many rows.
+        From the module, what it returned of a block (see :meth:`FIMPModule.inference`) and the block, to a tensor of as
+        many rows as destinations.
     genes
-        ``(q,)`` int64: return the bins of these genes from a foundation model's decoder instead.
+        ``(q,)`` int64, genes whose bins a foundation model's decoder is to predict.
+    reconstruct
+        Whether the numbers of signals and images are wanted.
     """
 
-    def __init__(self, module: FIMPModule, dataset: BlockDataset, read: Read, genes: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        module: FIMPModule,
+        dataset: BlockDataset,
+        read: Read,
+        *,
+        genes: Tensor | None = None,
+        reconstruct: bool = False,
+    ) -> None:
         self.module, self.dataset, self.read, self.genes = module, dataset, read, genes
+        self.reconstruct = reconstruct
 
     def __call__(self, item: Destinations) -> NDArray[np.float32]:
         return self.run(self.dataset[item])
@@ -57,9 +70,8 @@ class BlockRunner:
     @torch.inference_mode()
     def run(self, batch: Any) -> NDArray[np.float32]:
         """Compute a batch that is made already."""
-        outputs = self.module.inference(batch, self.genes)
-        result = self.read(self.module, outputs["embedding"]) if self.genes is None else outputs["bin"]
-        return result.float().cpu().numpy()
+        outputs = self.module.inference(batch, self.genes, reconstruct=self.reconstruct)
+        return self.read(self.module, outputs, batch).float().cpu().numpy()
 
 
 def infer(
@@ -74,6 +86,7 @@ def infer(
     strategy: Strategy = "auto",
     distribute: bool = False,
     genes: Tensor | None = None,
+    reconstruct: bool = False,
 ) -> NDArray[np.float32]:
     """Compute ``read`` for ``nodes``.
 
@@ -86,7 +99,7 @@ def infer(
     nodes
         Distinct nodes.
     read
-        What to return of a block's embeddings, see :class:`BlockRunner`.
+        What to return of a block, see :class:`BlockRunner`.
     n_layers, n_tokens
         Of the model.
     batch_size
@@ -97,7 +110,7 @@ def infer(
         in graphs that are not spatial, or with many layers. ``"auto"`` counts and takes what is less work.
     distribute
         Whether blocks are Dask tasks, computed by its active scheduler, rather than computed here one by one.
-    genes
+    genes, reconstruct
         See :class:`BlockRunner`.
 
     Returns
@@ -115,13 +128,16 @@ def infer(
         raise ValueError("strategy='layers' cannot be distributed: every layer reads what all blocks have written.")
     on_cpu = module.device.type == "cpu"
     if batch_size is None:
-        n_genes, width = module.value_head.loading.shape
+        n_values = 0 if data.source is None else data.source.n_genes
+        n_values += sum(source.shape.n_tokens * source.shape.token_size for source in data.sequences.values())
         budget = _NUMBERS_CPU if on_cpu else _NUMBERS_ACCELERATOR
         # A foundation model computes the neighbours of a block too: small blocks would mostly be halo.
         least = 128 if isinstance(module.network, FoundationNetwork) else 64
-        batch_size = int(np.clip(budget // (4 * n_genes + 16 * (n_tokens + 1) * width), least, 1 << 14))
+        per_node = 4 * n_values + 16 * _most_tokens(data, n_tokens) * module.network.width
+        batch_size = int(np.clip(budget // per_node, least, 1 << 14))
     sampler = BlockSampler(data, nodes, batch_size=batch_size)
-    runner = BlockRunner(module, BlockDataset(data, n_layers=n_layers, n_tokens=n_tokens), read, genes)
+    dataset = BlockDataset(data, n_layers=n_layers, n_tokens=n_tokens)
+    runner = BlockRunner(module, dataset, read, genes=genes, reconstruct=reconstruct)
     if n_layers == 1:
         strategy = "blocks"
     if strategy == "auto":
@@ -172,7 +188,7 @@ def _by_layer(
     data, n_tokens, n_layers = runner.dataset.data, runner.dataset.n_tokens, runner.dataset.n_layers
     network: Any = runner.module.network
     device = runner.module.device
-    shape = (data.graph.csr.shape[0], n_tokens + 1, network.embedding.summary.shape[0])
+    shape = (data.graph.csr.shape[0], _most_tokens(data, n_tokens), network.width)
     first = BlockDataset(data, n_layers=1, n_tokens=n_tokens)
     padded = np.ones(shape[:2], dtype=bool)
 
@@ -181,7 +197,7 @@ def _by_layer(
         if stored is None:
             batch = first[Destinations(nodes, 0)]
             indptr, indices = batch["indptr"][0], batch["indices"][0]
-            tokens, padding = network.tokens(_to_device(batch, device))
+            tokens, padding = network.tokens(move_data_to_device(batch, device))
             padded[nodes, : padding.shape[1]] = padding[: len(nodes)].cpu().numpy()
         else:
             block = data.graph.block(nodes, 1)
@@ -190,7 +206,12 @@ def _by_layer(
         parts = (part.to(device) for part in (tokens, padding, indptr, indices))
         if level < n_layers - 1:
             return network.layers[level](*parts)
-        return runner.read(runner.module, network.read(network.layers[level](*parts, 1)))
+        # The sequences of the destinations alone: what they look like, and on which scale.
+        sequences = {name: source.fields(nodes, len(nodes)) for name, source in data.sequences.items()}
+        last: Any = {"sequences": sequences} if runner.reconstruct else {}
+        n_queries = 1 + sum(nodes["value"].shape[1] for nodes in last.get("sequences", {}).values())
+        outputs = runner.module.outputs(network.layers[level](*parts, n_queries), last)
+        return runner.read(runner.module, outputs, last)
 
     with tempfile.TemporaryDirectory() as folder:
         previous = following = None
@@ -206,14 +227,16 @@ def _by_layer(
             previous = following
 
 
+def _most_tokens(data: GraphData, n_tokens: int) -> int:
+    """Return the largest number of tokens of a node, its summary included."""
+    sequences = sum(source.shape.n_tokens for source in data.sequences.values())
+    return 1 + sequences + (n_tokens if data.source is not None else 0)
+
+
 def _storage(shape: tuple[int, ...], path: Path) -> NDArray[np.float32]:
     if np.prod(shape) <= _LARGEST_IN_MEMORY:
         return np.zeros(shape, dtype=np.float32)
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
 def _by_dask(runner: BlockRunner, sampler: BlockSampler) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:

@@ -15,19 +15,21 @@ from fimp_sc.model._smoother import linear_smoother
 from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
 
 if TYPE_CHECKING:
-    from fimp_sc.data import Batch, GeneStatistics
+    from collections.abc import Mapping
+
+    from fimp_sc.data import Batch, GeneStatistics, SequenceBatch, SequenceShape, SequenceStatistics
 
 
 _LEAST_VARIANCE = 1e-8
 
 
 class FIMPModule(BaseModuleClass):
-    """FIMP network with a masked-value head and, where there are labels, a label head.
+    """FIMP network with heads for masked values and, where there are labels, a label head.
 
     Parameters
     ----------
     n_features
-        Number of genes.
+        Number of genes, or other features; 0 without.
     n_labels
         Number of classes; 0 leaves the label head out.
     n_latent, n_layers, n_heads, layer, reduce, dropout
@@ -38,6 +40,8 @@ class FIMPModule(BaseModuleClass):
         Seed of the order of equal values.
     vector_width
         Width of pretrained vectors of the genes, if there are any.
+    sequences
+        By modality: tokens of signals and images.
     network
         A foundation model instead of FIMP-base, which makes the parameters of the network above meaningless.
     """
@@ -59,17 +63,19 @@ class FIMPModule(BaseModuleClass):
         label_weight: float = 1.0,
         random_state: int = 0,
         vector_width: int | None = None,
+        sequences: Mapping[str, SequenceShape] | None = None,
         network: FoundationNetwork | None = None,
     ) -> None:
         super().__init__()
         self.label_weight = label_weight
+        self.sequences = dict(sequences or {})
         self.network: FIMPNetwork | FoundationNetwork = network or FIMPNetwork(
             n_features, n_latent, n_layers, n_heads, layer=layer, reduce=reduce, dropout=dropout,
-            vector_width=vector_width,
+            vector_width=vector_width, sequences=self.sequences,
         )  # fmt: skip
         self.n_bins = 0 if network is None else int(network.n_bins or 0)
         width = self.network.width
-        self.value_head = ValueHead(n_features, width)
+        self.value_head = ValueHead(n_features, width) if n_features else None
         self.label_head = LabelHead(width, n_labels, dropout) if n_labels else None
         self.register_buffer("embedding_mean", torch.zeros(width))
         self.register_buffer("embedding_std", torch.ones(width))
@@ -80,6 +86,9 @@ class FIMPModule(BaseModuleClass):
         self.register_buffer("target_sum", torch.zeros((), dtype=torch.float64))
         self.register_buffer("value_variance", torch.ones(()))
         self.register_buffer("class_weight", torch.ones(max(n_labels, 1)))
+        self.statistics = nn.ModuleDict()
+        for i, shape in enumerate(self.sequences.values()):
+            self.statistics[str(i)] = _Statistics(shape.n_coordinates)
 
     def _get_inference_input(self, tensors: Batch, **kwargs: Any) -> dict[str, Any]:
         return {"batch": tensors}
@@ -88,10 +97,22 @@ class FIMPModule(BaseModuleClass):
         return {"embedding": inference_outputs["embedding"]}
 
     @auto_move_data
-    def inference(self, batch: Batch, genes: Tensor | None = None) -> dict[str, Tensor]:
-        """Return ``"embedding"`` ``(n_dst, n_latent)`` and, for genes that a decoder predicts, their ``"bin"``.
+    def inference(self, batch: Batch, genes: Tensor | None = None, *, reconstruct: bool = True) -> dict[str, Any]:
+        """Return what the network makes of the destinations.
 
-        These are ``genes``, ``(q,)`` int64, or in training those that the batch names.
+        Parameters
+        ----------
+        batch
+            A block.
+        genes
+            ``(q,)`` int64, genes that a foundation model's decoder is to predict; in training the batch names them.
+        reconstruct
+            Whether sequences are wanted, too.
+
+        Returns
+        -------
+        ``"embedding"`` ``(n_dst, n_latent)``; for genes that a decoder predicts their ``"bin"``; and, where there are
+        signals or images, their standardised numbers as ``"sequences"``, ``(n_dst, f, p)`` by modality.
         """
         absent = None
         if genes is not None:
@@ -99,17 +120,28 @@ class FIMPModule(BaseModuleClass):
         elif "query_id" in batch:
             queries, absent = batch["query_id"], batch["query_padding"]
         else:
-            return {"embedding": self.network(batch)}
+            wanted = reconstruct and bool(self.sequences)
+            n_queries = 1 + sum(nodes["value"].shape[1] for nodes in batch["sequences"].values()) if wanted else 1
+            return self.outputs(self.network.states(batch, n_queries), batch)
         if not isinstance(self.network, FoundationNetwork):
             raise TypeError("FIMP-base has no decoder of bins.")
         embedding, bins = self.network.decode(batch, queries, absent)
         return {"embedding": embedding, "bin": bins}
 
+    def outputs(self, states: Tensor, batch: Batch) -> dict[str, Any]:
+        """Return what is read off the tokens of the destinations after the last layer."""
+        out: dict[str, Any] = {"embedding": self.network.read(states)}
+        if states.shape[1] > 1 and self.sequences:
+            out["sequences"] = self.network.reconstruct(states, batch)  # type: ignore[operator]
+        return out
+
     @auto_move_data
     def generative(self, embedding: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
-        """Return centred ``"value"`` ``(n, g)`` and, with a label head, ``"logits"`` ``(n, n_labels)``."""
+        """Return centred ``"value"`` ``(n, g)`` and ``"logits"`` ``(n, n_labels)``, where there are such heads."""
         embedding = (embedding - self.embedding_mean) / self.embedding_std
-        out = {"value": self.value_head(embedding, features)}
+        out = {}
+        if self.value_head is not None:
+            out["value"] = self.value_head(embedding, features)
         if self.label_head is not None:
             out["logits"] = self.label_head(embedding)
         return out
@@ -120,14 +152,20 @@ class FIMPModule(BaseModuleClass):
         The masked-value loss is the mean squared error over hidden entries divided by the variance of an entry
         around its gene's mean, so that 1 is what predicting gene means achieves. The label loss is the
         cross-entropy over labeled destinations. The decoder of a foundation model that is trained has the mean squared
-        error of bins, on the scale from 0 to 1.
+        error of bins, on the scale from 0 to 1. Signals and images add the mean squared error of their hidden tokens;
+        as their numbers are standardised, 1 is what predicting the mean achieves here, too.
         """
-        hidden = tensors["target_mask"]
         n_obs = tensors["label"].shape[0]
-        error = (generative_outputs["value"] - tensors["target"]).square()
-        masked = (error * hidden).sum() / hidden.sum().clamp(min=1) / self.value_variance
-        parts = {"masked_loss": masked}
-        loss = masked
+        parts: dict[str, Tensor] = {}
+        losses = [
+            masked_loss(inference_outputs["sequences"][name], nodes)
+            for name, nodes in tensors.get("sequences", {}).items()
+        ]
+        if "value" in generative_outputs:
+            hidden = tensors["target_mask"]
+            error = (generative_outputs["value"] - tensors["target"]).square()
+            losses.append((error * hidden).sum() / hidden.sum().clamp(min=1) / self.value_variance)
+        loss = parts["masked_loss"] = torch.stack(losses).sum()
         if "query_id" in tensors:
             parts["decoder_loss"] = _bin_loss(
                 inference_outputs["bin"], tensors["query_bin"], tensors["query_padding"], self.n_bins - 1
@@ -150,14 +188,8 @@ class FIMPModule(BaseModuleClass):
         raise TypeError("FIMP has no distribution to sample from; use get_expression for predicted means.")
 
     @torch.no_grad()
-    def set_statistics(
-        self,
-        statistics: GeneStatistics,
-        train: sparse.csr_matrix,
-        label_counts: np.ndarray | None = None,
-        class_balance: float = 0.0,
-    ) -> None:
-        """Set what the training cells tell about genes and classes.
+    def set_statistics(self, statistics: GeneStatistics, train: sparse.csr_matrix) -> None:
+        """Set what the training cells tell about genes.
 
         Parameters
         ----------
@@ -165,25 +197,40 @@ class FIMPModule(BaseModuleClass):
             Of the training cells.
         train
             ``(n_cells, n_features)`` CSR log-normalised expression of training cells.
-        label_counts
-            ``(n_labels,)`` training cells per class.
-        class_balance
-            0 weighs cells alike, 1 classes alike.
         """
         self.gene_mean.copy_(torch.from_numpy(statistics.mean))
         self.gene_fraction.copy_(torch.from_numpy(statistics.fraction))
         self.target_sum.fill_(statistics.target_sum)
         variance = float(train.power(2).mean()) - float(np.square(statistics.mean).mean())
         self.value_variance.fill_(max(variance, _LEAST_VARIANCE))
-        if label_counts is not None:
-            counts = np.maximum(label_counts, 1)
-            weight = (counts / counts.mean()) ** -class_balance
-            self.class_weight.copy_(torch.from_numpy(weight * counts.sum() / (weight * counts).sum()))
+
+    def set_class_weight(self, counts: np.ndarray, balance: float = 0.0) -> None:
+        """Set what an error in each class costs.
+
+        Parameters
+        ----------
+        counts
+            ``(n_labels,)`` training cells per class.
+        balance
+            0 weighs cells alike, 1 classes alike.
+        """
+        counts = np.maximum(counts, 1)
+        weight = (counts / counts.mean()) ** -balance
+        self.class_weight.copy_(torch.from_numpy(weight * counts.sum() / (weight * counts).sum()))
+
+    def set_sequence_statistics(self, statistics: Mapping[str, SequenceStatistics]) -> None:
+        """Set what the training nodes tell about signals and images, by modality."""
+        for i, name in enumerate(self.sequences):
+            buffers: Any = self.statistics[str(i)]
+            buffers.mean.fill_(statistics[name].mean)
+            buffers.std.fill_(statistics[name].std)
+            buffers.center.copy_(torch.from_numpy(statistics[name].center))
+            buffers.spread.copy_(torch.from_numpy(statistics[name].spread))
 
     def start_from_vectors(self, vectors: np.ndarray, known: np.ndarray) -> None:
         """Use pretrained vectors of genes, see :meth:`~fimp_sc.nn.FeatureEmbedding.start_from_vectors`."""
-        if not isinstance(self.network, FIMPNetwork):
-            raise TypeError("A foundation model has vectors of its own.")
+        if not isinstance(self.network, FIMPNetwork) or self.network.embedding is None:
+            raise TypeError("Only FIMP-base of genes starts from their vectors.")
         self.network.embedding.start_from_vectors(vectors, known)
 
     @torch.no_grad()
@@ -201,7 +248,8 @@ class FIMPModule(BaseModuleClass):
         std = embedding.std(0)
         self.embedding_mean.copy_(torch.from_numpy(embedding.mean(0)))
         self.embedding_std.copy_(torch.from_numpy(np.maximum(std, 1e-3 * max(float(std.max()), 1e-6))))
-        nn.init.zeros_(self.value_head.loading)
+        if self.value_head is not None:
+            nn.init.zeros_(self.value_head.loading)
 
     @torch.no_grad()
     def start_as_smoother(
@@ -231,8 +279,8 @@ class FIMPModule(BaseModuleClass):
         random_state
             Seed.
         """
-        if not isinstance(self.network, FIMPNetwork):
-            raise TypeError("A foundation model does not start from principal components.")
+        if not isinstance(self.network, FIMPNetwork) or self.network.embedding is None or self.value_head is None:
+            raise TypeError("Only FIMP-base of genes starts from principal components.")
         n_own, n_neighbourhood = self.network.n_own, self.network.n_neighbourhood
         n_components = min(n_own, min(train.shape) - 1)
         if n_components < 1 or float(self.value_variance) <= _LEAST_VARIANCE:
@@ -262,6 +310,29 @@ class FIMPModule(BaseModuleClass):
             deviations[:n_components] = spread / scale
             deviations[n_own:] = (spread / scale)[:shared]
             self.label_head.start_from(deviations)
+
+
+class _Statistics(nn.Module):
+    """What training nodes tell about a modality, kept with the weights."""
+
+    mean: Tensor
+    std: Tensor
+    center: Tensor
+    spread: Tensor
+
+    def __init__(self, n_coordinates: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("std", torch.ones(()))
+        self.register_buffer("center", torch.zeros(n_coordinates))
+        self.register_buffer("spread", torch.ones(n_coordinates))
+
+
+def masked_loss(predicted: Tensor, nodes: SequenceBatch) -> Tensor:
+    """Return the mean squared error over the hidden tokens of destinations."""
+    hidden = nodes["target_mask"]
+    error = (predicted - nodes["target"]).square().mean(2)
+    return (error * hidden).sum() / hidden.sum().clamp(min=1)
 
 
 def _bin_loss(predicted: Tensor, bins: Tensor, padding: Tensor, largest: int) -> Tensor:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
 import torch
 
+from fimp_sc.data._sequence_sources import untoken
 from fimp_sc.model._base import GraphModel
 from fimp_sc.model._decode import decoded_expression
+from fimp_sc.model._fields import X_KEY, ExpressionField
+from fimp_sc.model._reconstruct import hidden_tokens, predict_all
 from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from anndata import AnnData
+    from mudata import MuData
     from numpy.typing import NDArray
     from scipy import sparse
+    from torch import Tensor
 
+    from fimp_sc.data import Batch, ExpressionSource
     from fimp_sc.model._inference import Strategy
     from fimp_sc.model._module import FIMPModule
 
@@ -36,7 +43,7 @@ class PredictiveModel(GraphModel):
 
     def get_latent_representation(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | MuData | None = None,
         indices: Sequence[int] | None = None,
         *,
         batch_size: int | None = None,
@@ -72,7 +79,7 @@ class PredictiveModel(GraphModel):
 
     def predict(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | MuData | None = None,
         indices: Sequence[int] | None = None,
         *,
         soft: bool = False,
@@ -104,15 +111,16 @@ class PredictiveModel(GraphModel):
             )
         adata = self._validate_anndata(adata)
         how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
-        probability = self._collect(adata, indices, lambda module, z: module.generative(z)["logits"].softmax(-1), how)
+        probability = self._collect(adata, indices, _probability, how)
         if not soft:
             return np.asarray(self.classes, dtype=object)[probability.argmax(1)]
-        names = adata.obs_names if indices is None else adata.obs_names[np.asarray(indices)]
+        nodes = self._nodes(adata)
+        names = nodes.obs_names if indices is None else nodes.obs_names[np.asarray(indices)]
         return pd.DataFrame(probability, index=names, columns=self.classes)
 
     def get_expression(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | MuData | None = None,
         indices: Sequence[int] | None = None,
         *,
         genes: Sequence[str] | None = None,
@@ -157,35 +165,119 @@ class PredictiveModel(GraphModel):
         """
         check_choice("scale", scale, ("log", "counts"))
         adata = self._validate_anndata(adata)
-        names = pd.Index(adata.var_names.astype(str) if genes is None else [str(gene) for gene in genes])
+        table = self._table(adata)
+        if table is None:
+            raise ValueError("This model reads no expression: call get_reconstruction for signals and images.")
+        real = self._state(X_KEY)[ExpressionField.SCALE] == "real"
+        if real and scale == "counts":
+            raise ValueError("scale='counts' needs expression: these features are predicted as they are, scale='log'.")
+        names = pd.Index(table.adata.var_names.astype(str) if genes is None else [str(gene) for gene in genes])
         known = pd.Index(self.genes).get_indexer(names)
         if genes is not None and (known < 0).any():
             raise KeyError(f"Not among the {len(self.genes)} genes of the model: {list(names[known < 0][:5])}")
         data = self._graph_data(adata, hidden)
+        source = cast("ExpressionSource", data.source)
         features = torch.from_numpy(known[known >= 0]).to(self.device)
         how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
-        nodes = self._indices(adata, indices)
+        nodes = self._indices(self._nodes(adata), indices)
         if decoder:
             values = decoded_expression(
                 data, nodes, known[known >= 0],
-                lambda genes: self._collect(adata, nodes, _latent, how, data, untrained=True, genes=genes),
+                lambda genes: self._collect(adata, nodes, _bins, how, data, untrained=True, genes=genes),
             )  # fmt: skip
         else:
-            values = self._collect(adata, nodes, lambda module, z: module.generative(z, features)["value"], how, data)
-            values += data.source.center[data.source.batch[nodes]][:, known[known >= 0]]
-        np.maximum(values, 0.0, out=values)
+            values = self._collect(adata, nodes, partial(_values, features=features), how, data)
+            values += source.center[source.batch[nodes]][:, known[known >= 0]]
+        if not real:
+            np.maximum(values, 0.0, out=values)
         if scale == "counts":
             np.expm1(values, out=values)
-            values /= data.source.factor[nodes, None]
+            values /= source.factor[nodes, None]
         if (known >= 0).all():
             return values
         out = np.full((len(nodes), len(names)), np.nan, dtype=np.float32)
         out[:, known >= 0] = values
         return out
 
+    def get_reconstruction(
+        self,
+        adata: AnnData | MuData | None = None,
+        indices: Sequence[int] | None = None,
+        *,
+        modality: str | None = None,
+        hidden: NDArray[np.bool_] | None = None,
+        batch_size: int | None = None,
+        strategy: Strategy = "auto",
+        distribute: bool = False,
+    ) -> NDArray[np.float32]:
+        """Predict signals or images; every segment or patch while it is hidden, from the others and the neighbours.
 
-def _latent(module: FIMPModule, embedding: torch.Tensor) -> torch.Tensor:
+        Parameters
+        ----------
+        adata, indices, batch_size, strategy, distribute
+            As in :meth:`get_latent_representation`.
+        modality
+            Which one, where the model reads several signals or images.
+        hidden
+            What the model must not see: boolean, ``(n_obs, n_tokens)``, ``(n_obs, n_times)`` or ``(n_obs, height,
+            width)``; a segment or patch is hidden as a whole. The rest is predicted in five passes, in each of which a
+            fifth of it is hidden too.
+
+        Returns
+        -------
+        float32 on the scale of the data: signals ``(len(indices), n_times)`` or images ``(len(indices), height, width,
+        channels)``; NaN for what does not fill a segment or patch.
+
+        Raises
+        ------
+        ValueError
+            When the model reads no signals or images, ``modality`` is none of them, or ``hidden`` has another shape.
+        """
+        names = list(self.module.sequences)
+        if modality is None and len(names) == 1:
+            modality = names[0]
+        if modality not in names:
+            raise ValueError(
+                f"modality must be one of the signals and images that the model reads, {names}: found {modality!r}."
+                if names
+                else "This model reads no signals or images: call get_expression."
+            )
+        adata = self._validate_anndata(adata)
+        part, size, n_obs = self._sequence_part(adata, modality), self.token_sizes[modality], self._nodes(adata).n_obs
+        n_tokens = self._graph_data(adata).sequences[modality].shape.n_tokens
+        given = None if hidden is None else hidden_tokens(hidden, part, n_obs, n_tokens, size)
+        nodes = self._indices(self._nodes(adata), indices)
+        how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
+
+        def predict(now: NDArray[np.bool_]) -> NDArray[np.float32]:
+            data = self._graph_data(adata, hidden_tokens={modality: now})
+            read = partial(_numbers, name=modality)
+            tokens = self._collect(adata, nodes, read, how, data, reconstruct=True)
+            return np.where(now[nodes, :, None], tokens, np.float32(np.nan))
+
+        return untoken(part, predict_all(n_obs, n_tokens, given, self.random_state, predict), size)
+
+
+def _latent(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
+    embedding = outputs["embedding"]
     return torch.nn.functional.normalize(embedding) if isinstance(module.network, FoundationNetwork) else embedding
+
+
+def _probability(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
+    return module.generative(outputs["embedding"])["logits"].softmax(-1)
+
+
+def _values(module: FIMPModule, outputs: dict[str, Any], batch: Batch, features: Tensor) -> Tensor:
+    return module.generative(outputs["embedding"], features)["value"]
+
+
+def _bins(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
+    return outputs["bin"]
+
+
+def _numbers(module: FIMPModule, outputs: dict[str, Any], batch: Batch, name: str) -> Tensor:
+    nodes = batch["sequences"][name]
+    return outputs["sequences"][name].float().cpu() * nodes["std"].cpu() + nodes["mean"].cpu()
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

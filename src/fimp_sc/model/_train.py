@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningModule, Trainer
 
-    from fimp_sc.data import GraphData
+    from fimp_sc.data import Batch, ExpressionSource, GraphData
+    from fimp_sc.model._module import FIMPModule
 
 logger = logging.getLogger(__name__)
 
 # An epoch over a small section is a handful of steps, over a large one it is thousands: budget steps, not epochs.
 _STEPS = 600
 _MIN_EPOCHS, _MAX_EPOCHS = 8, 100
+_HIDDEN, _HIDDEN_TOKENS = (0.0, 0.4), (0.1, 0.6)
 # Compact blocks that make up a batch: small enough for a batch to hold cells of several domains.
 _CELLS_PER_PART = 64
 # The masked loss is relative to gene means, so that a smaller gain is one that no result shows.
@@ -87,7 +89,7 @@ class TrainableModel(GraphModel):
         train_indices: Sequence[int] | None = None,
         validation_indices: Sequence[int] | None = None,
         batch_size: int | None = None,
-        mask_ratio: tuple[float, float] = (0.0, 0.4),
+        mask_ratio: tuple[float, float] | None = None,
         gene_mask_ratio: float = 0.3,
         mask_cells: float | None = None,
         class_balance: float = 0.5,
@@ -115,7 +117,8 @@ class TrainableModel(GraphModel):
         batch_size
             Destinations per step; by default 64 to 256, so that an epoch has at least some 24 steps.
         mask_ratio
-            Smallest and largest share of a cell's genes hidden in training; each cell draws its own.
+            Smallest and largest share of a cell's genes, or of a node's segments or patches, hidden in training; each
+            draws its own. By default from 0 to 0.4, and from 0.1 to 0.6 where there are no genes.
         gene_mask_ratio
             Largest share of genes hidden in a whole block, so that the model copes with other gene panels.
         mask_cells
@@ -139,6 +142,8 @@ class TrainableModel(GraphModel):
             When indices are out of range.
         """
         data = self._graph_data(self.adata)
+        if mask_ratio is None:
+            mask_ratio = _HIDDEN if data.source is not None else _HIDDEN_TOKENS
         train_idx, val_idx = self._split(data, validation_size, train_indices, validation_indices)
         if not self.is_trained:
             data = self._start_from_data(data, train_idx, val_idx, class_balance)
@@ -212,9 +217,10 @@ class TrainableModel(GraphModel):
         if train_indices is None and validation_indices is None:
             train_idx, val_idx = split_by_blocks(data.coordinates, data.library, validation_size, self.random_state)
         else:
-            val_idx = np.unique(self._indices(self.adata, [] if validation_indices is None else validation_indices))
-            rest = np.setdiff1d(np.arange(self.adata.n_obs), val_idx)
-            train_idx = rest if train_indices is None else np.unique(self._indices(self.adata, train_indices))
+            nodes = self._nodes(self.adata)
+            val_idx = np.unique(self._indices(nodes, [] if validation_indices is None else validation_indices))
+            rest = np.setdiff1d(np.arange(nodes.n_obs), val_idx)
+            train_idx = rest if train_indices is None else np.unique(self._indices(nodes, train_indices))
         shared = np.intersect1d(train_idx, val_idx)
         if len(shared):
             raise ValueError(f"train_indices and validation_indices share {len(shared)} cells, {shared[:3]} among them")
@@ -227,29 +233,50 @@ class TrainableModel(GraphModel):
     def _start_from_data(
         self, data: GraphData, train_idx: np.ndarray, val_idx: np.ndarray, class_balance: float
     ) -> GraphData:
+        module = self.module
+        if data.sequences:
+            module.set_sequence_statistics(
+                {name: source.statistics(train_idx) for name, source in data.sequences.items()}
+            )
+        counts = np.bincount(data.label[train_idx][data.label[train_idx] >= 0], minlength=len(self.classes))
+        if self.classes:
+            module.set_class_weight(counts, class_balance)
+        if data.source is not None:
+            measured = data.source.present(train_idx)
+            if not len(measured):
+                raise ValueError("No training node has values of the table: check train_indices.")
+            self._start_from_expression(data.source, measured, val_idx)
+        data = self._graph_data(self.adata)
+        if isinstance(module.network, FoundationNetwork):
+            few = np.sort(np.random.default_rng(self.random_state).permutation(train_idx)[:_CELLS_TO_STANDARDISE])
+            module.eval()
+            read = _embedding
+            module.start_from_embeddings(infer(module, data, few, read, n_layers=self.n_layers, n_tokens=self.n_tokens))
+        return data
+
+    def _start_from_expression(self, source: ExpressionSource, train_idx: np.ndarray, val_idx: np.ndarray) -> None:
         module, rng = self.module, np.random.default_rng(self.random_state)
         some = train_idx
         if len(train_idx) > _MOST_CELLS_FOR_COMPONENTS:
             some = np.sort(rng.choice(train_idx, _MOST_CELLS_FOR_COMPONENTS, replace=False))
-        rows = data.source.sparse_rows(some)
-        statistics = data.source.gene_statistics(train_idx)
-        counts = np.bincount(data.label[train_idx][data.label[train_idx] >= 0], minlength=len(self.classes))
-        module.set_statistics(statistics, rows, counts if self.classes else None, class_balance)
-        data = self._graph_data(self.adata)
+        rows = source.sparse_rows(some)
+        statistics = source.gene_statistics(train_idx)
+        module.set_statistics(statistics, rows)
         if isinstance(module.network, FoundationNetwork):
-            few = np.sort(rng.permutation(train_idx)[:_CELLS_TO_STANDARDISE])
-            module.eval()
-            module.start_from_embeddings(
-                infer(module, data, few, lambda module, z: z, n_layers=self.n_layers, n_tokens=self.n_tokens)
-            )
-        else:
-            seen = val_idx[data.graph.degree[val_idx] > 0][:_MOST_CELLS_TO_START]
-            mean_of = data.graph.averaging(seen, self.n_layers)
-            sources = np.unique(mean_of.indices)
-            around = mean_of[:, sources] @ data.source.sparse_rows(sources)
-            own = data.source.sparse_rows(seen)
-            module.start_as_smoother(rows, own, around, statistics.mean, random_state=self.random_state)
-        return data
+            return
+        data = self._graph_data(self.adata)
+        source = cast("ExpressionSource", data.source)
+        seen = source.present(val_idx[data.graph.degree[val_idx] > 0])[:_MOST_CELLS_TO_START]
+        mean_of = data.graph.averaging(seen, self.n_layers)
+        sources = np.unique(mean_of.indices)
+        around = mean_of[:, sources] @ source.sparse_rows(sources)
+        module.start_as_smoother(
+            rows, source.sparse_rows(seen), around, statistics.mean, random_state=self.random_state
+        )
+
+
+def _embedding(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> torch.Tensor:
+    return outputs["embedding"]
 
 
 def _stopping(patience: int) -> EarlyStopping:

@@ -62,8 +62,16 @@ class FoundationNetwork(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return ``(n_dst, width)``: the summary token of each destination after the last layer."""
+        return self.read(self.states(batch, n_queries=1))
+
+    def states(self, batch: Batch, n_queries: int | None = None) -> Tensor:
+        """Return the first ``n_queries`` tokens of the destinations (all by default) after the last layer."""
         tokens, padding = self.tokens(batch)
-        return self.stack(tokens, padding, batch["indptr"][0], batch["indices"][0], 1)[:, 0]
+        return self.stack(tokens, padding, batch["indptr"][0], batch["indices"][0], n_queries)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Return the embedding of each node from its tokens after the last layer."""
+        return tokens[:, 0]
 
     def decode(self, batch: Batch, genes: Tensor, absent: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Predict hidden values with the decoder of the foundation model.

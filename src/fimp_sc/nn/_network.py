@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fimp_sc.nn._embedding import FeatureEmbedding
+from fimp_sc.nn._sequence import SequenceParts
 from fimp_sc.nn._transformer import PaperLayer, TransformerLayer, run_layers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fimp_sc.data._batch import Batch
+    from fimp_sc.data._sequences import SequenceShape
 
 # The norm before attention divides summary tokens by about this length, because of the vector that marks them.
 _NORM = 2**0.5
@@ -23,10 +27,13 @@ _FIRST = 0.3
 class FIMPNetwork(nn.Module):
     """Tokens of a block in, embeddings of its destinations out.
 
+    A node is its summary token, its gene (or feature) tokens if it has any, and the tokens of its sequences. Where
+    there are several modalities, a learned vector tells the tokens of one from those of another.
+
     Parameters
     ----------
     n_features
-        Number of features (genes).
+        Number of features (genes); 0 without expression.
     d_model
         Width of tokens and embedding.
     n_layers, n_heads
@@ -40,6 +47,8 @@ class FIMPNetwork(nn.Module):
         Rate in practical layers.
     vector_width
         Width of pretrained vectors of the features, see :class:`FeatureEmbedding`.
+    sequences
+        By modality: the tokens of signals and images.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class FIMPNetwork(nn.Module):
         reduce: str = "mean",
         dropout: float = 0.1,
         vector_width: int | None = None,
+        sequences: Mapping[str, SequenceShape] | None = None,
     ) -> None:
         super().__init__()
         self.width, self.n_hops = d_model, n_layers
@@ -60,15 +70,19 @@ class FIMPNetwork(nn.Module):
         # mean; the rest is free. Kept apart, neither blurs the other.
         self.n_own, self.n_neighbourhood = d_model * 5 // 8, d_model // 4
         neighbourhood = slice(self.n_own, self.n_own + self.n_neighbourhood)
-        self.embedding = FeatureEmbedding(n_features, d_model, vector_width)
-        self.embedding.mark_summary_outside(slice(self.n_neighbourhood), neighbourhood)
+        self.embedding: FeatureEmbedding | None = None
+        if n_features:
+            self.embedding = FeatureEmbedding(n_features, d_model, vector_width)
+            self.embedding.mark_summary_outside(slice(self.n_neighbourhood), neighbourhood)
         layers: list[nn.Module] = []
         for _ in range(n_layers):
             if layer == "paper":
                 layers.append(PaperLayer(d_model, n_heads, reduce=reduce))
                 continue
             practical = TransformerLayer(d_model, n_heads, d_feedforward=2 * d_model, dropout=dropout, reduce=reduce)
-            if not layers:
+            if not n_features:
+                pass
+            elif not layers:
                 practical.start_as_neighbour_mean(
                     slice(self.n_neighbourhood), neighbourhood, _NORM * (_FIRST if n_layers > 1 else 1)
                 )
@@ -76,23 +90,52 @@ class FIMPNetwork(nn.Module):
                 practical.start_as_neighbour_mean(neighbourhood, neighbourhood, _NORM * _FIRST ** (-1 / (n_layers - 1)))
             layers.append(practical)
         self.layers = nn.ModuleList(layers)
+        self.sequences = SequenceParts(sequences, d_model, apart=bool(n_features)) if sequences else None
+        self.mark = None if n_features else nn.Parameter(torch.randn(d_model))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return ``(n_dst, d_model)``: the summary token of each destination after the last layer."""
+        return self.read(self.states(batch, n_queries=1))
+
+    def states(self, batch: Batch, n_queries: int | None = None) -> Tensor:
+        """Return the first ``n_queries`` tokens of the destinations (all by default) after the last layer."""
         tokens, padding = self.tokens(batch)
-        return self.read(run_layers(self.layers, tokens, padding, batch, n_queries=1))
+        return run_layers(self.layers, tokens, padding, batch, n_queries=n_queries)
 
     def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the tokens of all nodes of a block, ``(n, 1 + f, d_model)``, and their padding, ``(n, 1 + f)``."""
-        tokens = self.embedding(
-            batch["feature_id"], batch["value"], batch["profile"], batch["visible"], batch["pattern"]
-        )
-        padding = batch["padding"]
-        return tokens, torch.cat([padding.new_zeros(len(padding), 1), padding], dim=1)
+        """Return the tokens of all nodes of a block, ``(n, f, d_model)``, and their padding, ``(n, f)``.
+
+        The summary comes first, then the tokens of sequences, then those of features.
+        """
+        summary = self.summary_mark.expand(len(batch["nodes"]), 1, -1)
+        features: Tensor | None = None
+        if self.embedding is not None:
+            made = self.embedding(
+                batch["feature_id"], batch["value"], batch["profile"], batch["visible"], batch["pattern"]
+            )
+            summary, features = made[:, :1], made[:, 1:]
+        padding = [torch.zeros(summary.shape[:2], dtype=torch.bool, device=summary.device)]
+        tokens = []
+        if self.sequences is not None:
+            parts, whole, absent = self.sequences(batch["sequences"])
+            summary = summary + whole[:, None]
+            tokens, padding = parts, [*padding, *absent]
+        if features is not None:
+            tokens, padding = [*tokens, features], [*padding, batch["padding"]]
+        return torch.cat([summary, *tokens], dim=1), torch.cat(padding, dim=1)
+
+    @property
+    def summary_mark(self) -> Tensor:
+        """``(d_model,)``, what marks summary tokens."""
+        return self.mark if self.embedding is None else self.embedding.summary  # type: ignore[return-value]
 
     def read(self, tokens: Tensor) -> Tensor:
         """Return the embedding of each node from its tokens after the last layer.
 
         The vector that marks summary tokens is taken off again, so that an embedding is centred like the values.
         """
-        return tokens[:, 0] - self.embedding.summary
+        return tokens[:, 0] - self.summary_mark
+
+    def reconstruct(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the standardised numbers of sequences, ``(n_dst, f, p)`` by modality, from the last layer's tokens."""
+        return {} if self.sequences is None else self.sequences.reconstruct(tokens, batch["sequences"])

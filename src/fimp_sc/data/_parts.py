@@ -1,0 +1,188 @@
+"""What a model reads of an object: its nodes, and what each modality holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from fimp_sc.data._access import in_memory, missing_key
+from fimp_sc.data._modality import CONNECTIVITIES_KEY, MODALITY_KEY, describe_modality, get_modality
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+    from numpy.typing import NDArray
+
+SEQUENCES = ("signal", "patch")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One modality.
+
+    Attributes
+    ----------
+    name
+        Of the modality; ``"adata"`` for an object without.
+    kind
+        ``"expression"``, ``"feature"``, ``"signal"`` or ``"patch"``.
+    adata
+        What holds it.
+    rows
+        ``(n_obs,)`` int64, row of each node in ``adata``, -1 where it is missing; ``None`` where they agree.
+    """
+
+    name: str
+    kind: str
+    adata: AnnData
+    rows: NDArray[np.int64] | None = None
+
+    @property
+    def absent(self) -> NDArray[np.bool_] | None:
+        """``(n_obs,)`` bool, nodes without this modality, if there are any."""
+        missing = None if self.rows is None else self.rows < 0
+        return missing if missing is not None and missing.any() else None
+
+    def info(self) -> dict[str, Any]:
+        """Return what the modality says of itself, see :func:`~fimp_sc.data.describe_modality`."""
+        return describe_modality(self.adata, need_graph=False)
+
+
+def as_modalities(modality: str | Sequence[str] | None) -> list[str] | None:
+    """Return names of modalities as a list.
+
+    Raises
+    ------
+    ValueError
+        A name is there twice, or there is none.
+    """
+    if modality is None:
+        return None
+    names = [modality] if isinstance(modality, str) else [str(name) for name in modality]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"modality must name modalities once each, found {names}.")
+    return names
+
+
+def parts_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> list[Part]:
+    """Return the modalities that a model reads.
+
+    Parameters
+    ----------
+    data
+        Object. An AnnData object is its own only modality.
+    modality
+        Names in ``mdata.mod``; ``None`` for the only one.
+
+    Raises
+    ------
+    MissingKeyError
+        There is no such modality.
+    ValueError
+        No modality is named although there are several, or several hold expression or features.
+    """
+    names = as_modalities(modality)
+    if names is None or len(names) == 1 or not hasattr(data, "mod"):
+        name, adata = get_modality(data, names[0] if names and hasattr(data, "mod") else None)
+        return [Part(name, _kind(adata), adata)]
+    parts = []
+    for name in names:
+        adata = get_modality(data, name)[1]
+        rows = adata.obs_names.get_indexer(data.obs_names).astype(np.int64)
+        agree = len(rows) == adata.n_obs and (rows == np.arange(len(rows))).all()
+        parts.append(Part(name, _kind(adata), adata, None if agree else rows))
+    tables = [part.name for part in parts if part.kind not in SEQUENCES]
+    if len(tables) > 1:
+        raise ValueError(
+            f"modality={names} has several tables of values, {tables}: of these one can be read together with signals "
+            "and images. Join their columns in one modality, or leave some out."
+        )
+    return parts
+
+
+def nodes_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> AnnData:
+    """Return what describes nodes: an object whose ``obs``, ``obsm`` and ``obsp`` are theirs.
+
+    Of one modality this is the modality itself. Several modalities are brought together: nodes are those of the whole
+    object; columns, coordinates and graph come from the whole object or from the first modality that has them for all
+    its nodes, in the order of their names.
+    """
+    parts = parts_of(data, modality)
+    if len(parts) == 1:
+        return parts[0].adata
+    from anndata import AnnData
+
+    names = data.obs_names
+    obs = pd.DataFrame(index=names)
+    for frame in (data.obs, *(part.adata.obs for part in parts)):
+        for key in frame.columns.difference(obs.columns):
+            obs[key] = frame[key].reindex(names)
+    nodes = AnnData(obs=obs)
+    for part in (data, *(part.adata for part in parts)):
+        rows = part.obs_names.get_indexer(names)
+        if (rows < 0).any():
+            continue
+        for key in part.obsp:
+            if key not in nodes.obsp:
+                graph = in_memory(part.obsp[key], f"obsp[{key!r}]")
+                nodes.obsp[key] = graph if (rows == np.arange(len(rows))).all() else graph[rows][:, rows]
+        # The whole object lists its modalities there too, as masks.
+        for key in set(part.obsm) - set(getattr(data, "mod", ())) - set(nodes.obsm):
+            nodes.obsm[key] = np.asarray(in_memory(part.obsm[key], f"obsm[{key!r}]"))[rows]
+    return nodes
+
+
+def registered_keys(data: AnnData | MuData, modality: str | Sequence[str] | None) -> dict[str, Any]:
+    """Return the keys of graph and samples that a modality names for itself."""
+    found: dict[str, Any] = {"connectivities_key": CONNECTIVITIES_KEY, "library_key": None}
+    for part in reversed(parts_of(data, modality)):
+        info = part.adata.uns.get(MODALITY_KEY, {})
+        found |= {key: str(info[key]) for key in found if info.get(key) is not None}
+    return found
+
+
+def expand_rows(matrix: Any, rows: NDArray[np.int64], where: str) -> sparse.csr_matrix:
+    """Return the rows of a matrix in memory that nodes have, empty where ``rows`` is -1.
+
+    Raises
+    ------
+    ValueError
+        The matrix is not in memory.
+    """
+    if not (isinstance(matrix, np.ndarray) or sparse.issparse(matrix)):
+        raise ValueError(
+            f"{where} is not in memory, and its nodes are not all those of the whole object in the same order: load it "
+            "with mdata[...].to_memory(), or bring the modalities into one order."
+        )
+    there = np.flatnonzero(rows >= 0)
+    chosen = sparse.csr_matrix((np.ones(len(there), matrix.dtype), (there, rows[there])), (len(rows), matrix.shape[0]))
+    return sparse.csr_matrix(chosen @ sparse.csr_matrix(matrix))
+
+
+def _kind(adata: AnnData) -> str:
+    info = adata.uns.get(MODALITY_KEY)
+    return "expression" if info is None or "kind" not in info else str(info["kind"])
+
+
+def check_whole(data: AnnData | MuData, key: str, modality: str | Sequence[str] | None, nodes: AnnData) -> None:
+    """Raise where several modalities have no graph of all nodes.
+
+    Raises
+    ------
+    MissingKeyError
+        Neither the whole object nor a modality with all its nodes has the graph.
+    """
+    names = as_modalities(modality)
+    if names is None or len(names) == 1 or key in nodes.obsp:
+        return
+    raise missing_key(
+        key,
+        "mdata.obsp, nor in a modality that has all nodes",
+        nodes.obsp,
+        f"The modalities {names} need one graph of all {nodes.n_obs:,} nodes: store it in mdata.obsp[{key!r}].",
+    )

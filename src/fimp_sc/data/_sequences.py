@@ -1,0 +1,262 @@
+"""Nodes that are sequences of numbers: time segments of a signal, patches of an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from fimp_sc.data._batch import SequenceBatch
+
+# A signal that hardly moves where it is seen is not blown up.
+_LEAST_SPREAD = 1e-6
+
+
+@dataclass(frozen=True)
+class SequenceShape:
+    """What the tokens of a node are.
+
+    Attributes
+    ----------
+    n_tokens
+        Tokens of a node, ``f``.
+    token_size
+        Numbers in a token, ``p``: time points of a segment, or colour values of a patch.
+    n_coordinates
+        Coordinates of a node that its tokens know of, ``c``; 0 for none.
+    """
+
+    n_tokens: int
+    token_size: int
+    n_coordinates: int = 0
+
+
+@dataclass(frozen=True)
+class SequenceStatistics:
+    """What the training nodes tell about the numbers in tokens.
+
+    Attributes
+    ----------
+    mean, std
+        Of all numbers, where nodes are not standardised one by one.
+    center, spread
+        ``(c,)`` float32, mean and standard deviation of the coordinates.
+    """
+
+    mean: float
+    std: float
+    center: NDArray[np.float32]
+    spread: NDArray[np.float32]
+
+
+class SequenceSource:
+    """Tokens of nodes as standardised numbers.
+
+    Numbers are standardised with mean and standard deviation of the training nodes or, ``by_node``, of what is seen of
+    each node: signals of regions have no common scale.
+
+    Parameters
+    ----------
+    read
+        From ``(n,)`` nodes to their ``(n, f, p)`` float32 tokens.
+    shape
+        Of the tokens of a node.
+    n_obs
+        Number of nodes.
+    by_node
+        Whether each node is standardised by itself.
+    coordinates
+        ``(n_obs, c)`` that tokens know of.
+    statistics
+        Of the training nodes; ``None`` while they are not known, which leaves numbers as they are.
+    absent
+        ``(n_obs,)`` bool, nodes that lack this modality.
+    hidden
+        ``(n_obs, f)`` bool, tokens that are not to be seen.
+
+    Raises
+    ------
+    ValueError
+        When ``hidden`` has another shape.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+        shape: SequenceShape,
+        n_obs: int,
+        *,
+        by_node: bool = False,
+        coordinates: NDArray[np.floating] | None = None,
+        statistics: SequenceStatistics | None = None,
+        absent: NDArray[np.bool_] | None = None,
+        hidden: NDArray[np.bool_] | None = None,
+    ) -> None:
+        self.read, self.shape, self.by_node = read, shape, by_node
+        self.absent = np.zeros(n_obs, dtype=bool) if absent is None else absent
+        if hidden is not None and hidden.shape != (n_obs, shape.n_tokens):
+            raise ValueError(
+                f"hidden must have one entry for each token, {(n_obs, shape.n_tokens)}: found {hidden.shape}"
+            )
+        self.hidden = hidden
+        self.mean, self.std = (0.0, 1.0) if statistics is None else (statistics.mean, statistics.std)
+        self.coordinates = np.zeros((n_obs, 0), dtype=np.float32)
+        if shape.n_coordinates and coordinates is not None:
+            self.coordinates = np.asarray(coordinates, dtype=np.float32)
+            if statistics is not None:
+                self.coordinates = (self.coordinates - statistics.center) / statistics.spread
+
+    def fields(
+        self,
+        nodes: NDArray[np.int64],
+        n_dst: int,
+        ratio: tuple[float, float] | None = None,
+        *,
+        node_share: float = 1.0,
+        seed: int = 0,
+    ) -> SequenceBatch:
+        """Return the tokens of ``nodes``.
+
+        Parameters
+        ----------
+        nodes
+            ``(n,)``, the ``n_dst`` destinations first.
+        n_dst
+            Number of destinations.
+        ratio
+            Smallest and largest share of tokens of a node hidden for masked prediction; ``None`` hides nothing.
+        node_share
+            Probability that a node is masked at all.
+        seed
+            Of the masks.
+        """
+        values = torch.from_numpy(self.tokens(nodes))
+        padding = torch.from_numpy(self.absent[nodes])[:, None].expand(-1, self.shape.n_tokens).contiguous()
+        kept = torch.zeros_like(padding)
+        if self.hidden is not None:
+            kept = torch.from_numpy(self.hidden[nodes]) & ~padding
+        drawn = torch.zeros_like(padding)
+        if ratio is not None:
+            generator = torch.Generator().manual_seed(seed)
+            drawn = hide_tokens(~(padding | kept), ratio, generator)
+            drawn &= torch.rand(len(nodes), 1, generator=generator) < node_share
+        masked = kept | drawn
+        mean, std = self._standard(values, ~(padding | masked))
+        values = (values - mean) / std
+        return {
+            "value": values.masked_fill((masked | padding)[..., None], 0.0),
+            "masked": masked,
+            "padding": padding,
+            "coordinates": torch.from_numpy(self.coordinates[nodes]),
+            "mean": mean[:n_dst],
+            "std": std[:n_dst],
+            "target": values[:n_dst],
+            "target_mask": drawn[:n_dst],
+        }
+
+    def tokens(self, nodes: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return ``(n, f, p)`` numbers as they are, 0 for nodes that lack them."""
+        there = ~self.absent[nodes]
+        if there.all():
+            return self.read(nodes)
+        out = np.zeros((len(nodes), self.shape.n_tokens, self.shape.token_size), dtype=np.float32)
+        if there.any():
+            out[there] = self.read(nodes[there])
+        return out
+
+    def statistics(self, nodes: NDArray[np.int64], chunk: int = 1024) -> SequenceStatistics:
+        """Compute what training nodes tell.
+
+        Raises
+        ------
+        ValueError
+            When none of them has this modality.
+        """
+        nodes = nodes[~self.absent[nodes]]
+        if not len(nodes):
+            raise ValueError("No training node has values of this modality.")
+        count, total, square = 0, 0.0, 0.0
+        for i in range(0, len(nodes), chunk):
+            part = self.read(nodes[i : i + chunk]).astype(np.float64)
+            count, total, square = count + part.size, total + float(part.sum()), square + float(np.square(part).sum())
+        mean = total / count
+        center = self.coordinates[nodes].mean(0)
+        spread = np.maximum(self.coordinates[nodes].std(0), _LEAST_SPREAD)
+        return SequenceStatistics(mean, max(square / count - mean**2, _LEAST_SPREAD**2) ** 0.5, center, spread)
+
+    def _standard(self, values: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.by_node:
+            whole = values.new_ones(len(values), 1, 1)
+            return self.mean * whole, self.std * whole
+        count = (seen.sum(1) * values.shape[2]).clamp(min=1)[:, None, None]
+        seen = seen[..., None]
+        mean = values.masked_fill(~seen, 0.0).sum((1, 2), keepdim=True) / count
+        variance = (values - mean).square().masked_fill(~seen, 0.0).sum((1, 2), keepdim=True) / count
+        return mean, variance.sqrt().clamp(min=_LEAST_SPREAD)
+
+
+def hide_tokens(known: Tensor, ratio: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """Hide tokens of each node at random; at least one stays.
+
+    Parameters
+    ----------
+    known
+        ``(n, f)`` bool, tokens that can be hidden.
+    ratio
+        Smallest and largest share; each node draws its own.
+    generator
+        Source of randomness.
+
+    Returns
+    -------
+    ``(n, f)`` bool.
+    """
+    low, high = ratio
+    share = low + (high - low) * torch.rand(len(known), 1, generator=generator)
+    place = torch.rand(known.shape, generator=generator).masked_fill_(~known, 2.0).argsort(1).argsort(1)
+    n_known = known.sum(1, keepdim=True)
+    return known & (place < torch.minimum((share * n_known).round(), n_known - 1))
+
+
+def segments(signal: NDArray[np.number], length: int) -> NDArray[np.float32]:
+    """Return ``(n, f, length)`` segments of ``(n, time)``; what does not fill a segment is left out."""
+    n_segments = signal.shape[1] // length
+    cut = np.ascontiguousarray(signal[:, : n_segments * length], dtype=np.float32)
+    return cut.reshape(len(signal), n_segments, length)
+
+
+def series(tokens: NDArray[np.floating], n_times: int) -> NDArray[np.float32]:
+    """Undo :func:`segments`; time points outside of whole segments are NaN."""
+    out = np.full((len(tokens), n_times), np.nan, dtype=np.float32)
+    flat = tokens.reshape(len(tokens), -1)
+    out[:, : flat.shape[1]] = flat
+    return out
+
+
+def patches(pixels: NDArray[np.number], side: int) -> NDArray[np.float32]:
+    """Return ``(n, f, side * side * channels)`` patches of ``(n, height, width, channels)``, row by row.
+
+    Pixels right of and below the last whole patch are left out.
+    """
+    n, height, width, channels = pixels.shape
+    rows, columns = height // side, width // side
+    cut = pixels[:, : rows * side, : columns * side].reshape(n, rows, side, columns, side, channels)
+    return np.ascontiguousarray(cut.swapaxes(2, 3), dtype=np.float32).reshape(n, rows * columns, -1)
+
+
+def picture(tokens: NDArray[np.floating], shape: tuple[int, int, int], side: int) -> NDArray[np.float32]:
+    """Undo :func:`patches`, to ``(n, height, width, channels)``; pixels outside of whole patches are NaN."""
+    height, width, channels = shape
+    rows, columns = height // side, width // side
+    out = np.full((len(tokens), *shape), np.nan, dtype=np.float32)
+    cut: Any = tokens.reshape(-1, rows, columns, side, side, channels).swapaxes(2, 3)
+    out[:, : rows * side, : columns * side] = cut.reshape(-1, rows * side, columns * side, channels)
+    return out

@@ -1,0 +1,145 @@
+"""How an object is registered with FIMP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from scvi.data import AnnDataManager
+from scvi.data._manager import AnnDataManagerValidationCheck
+from scvi.model.base import BaseModelClass
+
+from fimp_sc.data._parts import SEQUENCES, as_modalities, parts_of, registered_keys
+from fimp_sc.model._fields import registered_fields
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
+_GRAPH = "spatial_connectivities"
+
+
+class RegisteringModel(BaseModelClass):
+    """A model class with :meth:`setup_anndata` and :meth:`setup_mudata`."""
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        layer: str | None = None,
+        labels_key: str | None = None,
+        unlabeled_category: str = "Unknown",
+        batch_key: str | None = None,
+        library_key: str | None = None,
+        connectivities_key: str = _GRAPH,
+        spatial_key: str = "spatial",
+        input_scale: Literal["auto", "counts", "normalized", "log", "real"] = "auto",
+        **kwargs: Any,
+    ) -> None:
+        """Register where FIMP finds its data. Validates; writes nothing but scvi-tools' own identifier in ``uns``.
+
+        Parameters
+        ----------
+        adata
+            Cells with a graph (:func:`fimp_sc.pp.spatial_graph`). Expression may be in memory, in a file (backed or
+            lazy objects) or in a dask array. It is checked now: values changed in place later are not checked again.
+            Objects that say in ``uns["fimp_modality"]`` what their nodes hold are read as such, see
+            :meth:`setup_mudata`.
+        layer
+            Layer with expression; ``None`` for ``X``.
+        labels_key
+            Column of ``obs`` with labels to learn. Missing values and ``unlabeled_category`` are unlabeled.
+        unlabeled_category
+            Label of cells whose class is not known.
+        batch_key
+            Column of ``obs`` with technical batches: expression is centred per batch. Defaults to ``library_key``.
+        library_key
+            Column of ``obs`` with samples. No edge may join two of them. Defaults to what the object itself names.
+        connectivities_key
+            Graph in ``obsp``, row = destination. Any non-zero entry is an edge; weights are not used.
+        spatial_key
+            Coordinates in ``obsm``, used to cut the graph into compact blocks; the graph's own order serves when
+            absent. Tokens of signals know them, too.
+        input_scale
+            What the values are: ``"counts"`` (non-negative integers), ``"normalized"`` (non-negative reals), both
+            scaled to a common total and ``log1p`` transformed inside; ``"log"`` (log-normalised already, used as
+            they are); ``"real"`` (any numbers, used as they are). ``"auto"`` decides from the values of expression,
+            and takes features as real.
+
+        Raises
+        ------
+        KeyError
+            When a key is missing.
+        ValueError
+            When values, labels or graph cannot be used; the message says why.
+        """
+        method_args = cls._get_setup_method_args(**{k: v for k, v in locals().items() if k != "kwargs"})
+        cls._register(adata, method_args, kwargs)
+
+    @classmethod
+    def setup_mudata(
+        cls,
+        mdata: MuData,
+        modality: str | Sequence[str] | None = None,
+        layer: str | None = None,
+        labels_key: str | None = None,
+        unlabeled_category: str = "Unknown",
+        batch_key: str | None = None,
+        library_key: str | None = None,
+        connectivities_key: str = _GRAPH,
+        spatial_key: str = "spatial",
+        input_scale: Literal["auto", "counts", "normalized", "log", "real"] = "auto",
+        **kwargs: Any,
+    ) -> None:
+        """Register one or several modalities: expression, signals of regions, images, or any features.
+
+        Parameters
+        ----------
+        mdata
+            Object whose modalities say in ``uns["fimp_modality"]`` what their nodes hold, as those from
+            :func:`fimp_sc.pp.fmri`, :func:`~fimp_sc.pp.images`, :func:`~fimp_sc.pp.features` and
+            :func:`~fimp_sc.pp.from_pyg` do (see :func:`fimp_sc.data.describe_modality`). Others hold expression.
+        modality
+            Name of a modality. Of several, the tokens of a node are those of all of them; a node may lack some. Nodes
+            then are those of ``mdata``, whose ``obs``, ``obsm`` and ``obsp`` are looked at before those of the
+            modalities (a graph must have all nodes).
+        layer, labels_key, unlabeled_category, batch_key, library_key, connectivities_key, spatial_key, input_scale
+            As in :meth:`setup_anndata`, of the modality. Graph and samples default to what it names itself.
+
+        Raises
+        ------
+        KeyError
+            When a modality or key is missing.
+        ValueError
+            When values, signals, images, labels or graph cannot be used; the message says why.
+        """
+        method_args = cls._get_setup_method_args(**{k: v for k, v in locals().items() if k != "kwargs"})
+        cls._register(mdata, method_args, kwargs)
+
+    @classmethod
+    def _register(cls, data: AnnData | MuData, method_args: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        setup = method_args["setup_args"]
+        modality = setup.get("modality")
+        if modality is not None:
+            setup["modality"] = as_modalities(modality)
+        sequences = kwargs.pop("sequences", None)
+        if sequences is None:
+            parts = parts_of(data, modality) if cls._is_object(data) else []
+            sequences = [part.name for part in parts if part.kind in SEQUENCES]
+        if cls._is_object(data):
+            own = registered_keys(data, modality)
+            setup["library_key"] = setup["library_key"] or own["library_key"]
+            if setup["connectivities_key"] == _GRAPH:
+                setup["connectivities_key"] = own["connectivities_key"]
+        manager = AnnDataManager(
+            fields=registered_fields(setup, sequences),
+            setup_method_args=method_args,
+            validation_checks=AnnDataManagerValidationCheck(check_fully_paired_mudata=False),
+        )
+        manager.register_fields(data, **kwargs)
+        cls.register_manager(manager)
+
+    @staticmethod
+    def _is_object(data: Any) -> bool:
+        """Tell whether modalities can be looked at; of anything else the fields say what is wrong with it."""
+        return hasattr(data, "uns") and getattr(data, "n_obs", 0) > 0
