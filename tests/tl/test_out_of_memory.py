@@ -18,7 +18,7 @@ import fimp_sc
 from fimp_sc.data._rows import MatrixRows, open_rows
 from fimp_sc.data._stored import storage
 from fimp_sc.model import FIMP
-from fimp_sc.tl import _common
+from fimp_sc.tl import _inputs, _models
 
 da = pytest.importorskip("dask.array")
 pytest.importorskip("xarray")
@@ -205,8 +205,8 @@ def test_impute_uses_the_model_of_embed_until_the_data_change(
 
 
 def test_fingerprint_reads_no_expression(graph: ad.AnnData, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = _common.Inputs()
-    works = [_common.working_copy(place(graph, kind), inputs) for kind in ("backed", "backed dense", "lazy h5ad")]
+    inputs = _inputs.Inputs()
+    works = [_inputs.working_copy(place(graph, kind), inputs) for kind in ("backed", "backed dense", "lazy h5ad")]
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("expression was read")
@@ -214,9 +214,9 @@ def test_fingerprint_reads_no_expression(graph: ad.AnnData, place: Place, monkey
     for name in ("read", "take"):
         monkeypatch.setattr(f"fimp_sc.data._stored.StoredArray.{name}", refuse)
     monkeypatch.setattr("dask.base.compute", refuse)
-    marks = [_common._fingerprint(work, inputs) for work in works]
+    marks = [_models._fingerprint(work, inputs) for work in works]
     assert len(set(marks)) == 3
-    assert marks == [_common._fingerprint(work, inputs) for work in works]
+    assert marks == [_models._fingerprint(work, inputs) for work in works]
 
 
 # Nothing is brought to memory -----------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_fingerprint_reads_no_expression(graph: ad.AnnData, place: Place, monkey
 @pytest.mark.parametrize("kind", KINDS)
 def test_working_copy_holds_what_the_object_holds(graph: ad.AnnData, place: Place, kind: str) -> None:
     stored = place(graph, kind)
-    work = _common.working_copy(stored, _common.Inputs(library_key="section", labels_key="label"))
+    work = _inputs.working_copy(stored, _inputs.Inputs(library_key="section", labels_key="label"))
     assert storage(work.X) == storage(stored.X) != "memory"
     assert isinstance(work.obs, pd.DataFrame)
     assert list(work.obs["section"].astype(str)) == list(graph.obs["section"].astype(str))

@@ -58,9 +58,12 @@ def check_adjacency(
         graph = graph.astype(np.float32)
     for name, bad in (("NaN or infinite", ~np.isfinite(graph.data)), ("negative", (graph.data < 0) & (not signed))):
         if bad.any():
+            first = int(bad.argmax())
+            destination = int(np.searchsorted(graph.indptr, first, side="right")) - 1
             raise ValueError(
-                f"{where} has {int(bad.sum()):,} {name} weights, and edges need positive ones: remove these edges, "
-                "for instance by setting them to 0."
+                f"{where} has {int(bad.sum()):,} {name} weights, first from {what} {graph.indices[first]} to {what} "
+                f"{destination} (positions counted from 0), and edges need positive ones: remove these edges, for "
+                "instance by setting them to 0."
             )
     if not self_loops:
         row = np.repeat(np.arange(n), np.diff(graph.indptr))

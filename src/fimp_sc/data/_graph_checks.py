@@ -1,4 +1,4 @@
-"""Checks of neighbourhood graphs."""
+"""Checks of neighbourhood graphs of cells: those of any graph, and samples and cells without neighbours beside."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
+
+from fimp_sc.data._adjacency import check_adjacency
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,20 +46,8 @@ def check_connectivities(
         raise TypeError(
             f"{where} must be a sparse matrix, found {type(graph).__name__}: convert it with scipy.sparse.csr_matrix()."
         )
-    if graph.dtype.kind not in "buif":
-        raise TypeError(f"{where} must hold real weights, found dtype {graph.dtype}.")
-    if graph.shape != (n_obs, n_obs):
-        raise ValueError(f"{where} has the shape {graph.shape}, but {n_obs:,} cells need {(n_obs, n_obs)}.")
-    edges = graph.tocoo()
-    for name, bad in (("NaN or infinite", ~np.isfinite(edges.data)), ("negative", edges.data < 0)):
-        if bad.any():
-            first = int(bad.argmax())
-            raise ValueError(
-                f"{where} has {int(bad.sum()):,} {name} weights, first from cell {edges.col[first]} to cell "
-                f"{edges.row[first]} (positions counted from 0)."
-            )
-    real = (edges.data != 0) & (edges.row != edges.col)
-    row, col = edges.row[real], edges.col[real]
+    checked = check_adjacency(graph, n_obs, where=where, what="cell", self_loops=False)
+    row, col = np.repeat(np.arange(n_obs), np.diff(checked.indptr)), checked.indices
     if not row.size:
         raise ValueError(
             f"{where} has no edges between cells: build it with fimp_sc.pp.spatial_graph(adata, overwrite=True)."
@@ -71,7 +61,7 @@ def check_connectivities(
                 f"cell {r} of {library[r]!r} (positions counted from 0): build it sample by sample with "
                 "fimp_sc.pp.spatial_graph(adata, library_key=..., overwrite=True)."
             )
-    isolated = n_obs - np.unique(row).size
+    isolated = int((np.diff(checked.indptr) == 0).sum())
     if isolated:
         warnings.warn(
             f"{where}: {isolated:,} of {n_obs:,} cells have no neighbours and are described by their own genes alone.",

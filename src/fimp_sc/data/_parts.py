@@ -53,6 +53,13 @@ class Part:
         return describe_modality(self.adata, need_graph=False)
 
 
+def is_mudata(data: Any) -> bool:
+    """Tell whether an object has modalities."""
+    from mudata import MuData
+
+    return isinstance(data, MuData)
+
+
 def as_modalities(modality: str | Sequence[str] | None) -> list[str] | None:
     """Return names of modalities as a list.
 
@@ -87,8 +94,8 @@ def parts_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> li
         No modality is named although there are several, or several hold expression or features.
     """
     names = as_modalities(modality)
-    if names is None or len(names) == 1 or not hasattr(data, "mod"):
-        name, adata = get_modality(data, names[0] if names and hasattr(data, "mod") else None)
+    if names is None or len(names) == 1 or not is_mudata(data):
+        name, adata = get_modality(data, names[0] if names and is_mudata(data) else None)
         return [Part(name, _kind(adata), adata)]
     parts = []
     for name in names:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fimp_sc.pl._gene_match import gene_match
 from fimp_sc.pl._history import history
+from fimp_sc.pl._image_graph import image_graph
+from fimp_sc.pl._signals import signals
 from fimp_sc.pl._spatial import spatial
 
-__all__ = ["gene_match", "history", "spatial"]
+__all__ = ["gene_match", "history", "image_graph", "signals", "spatial"]

@@ -6,21 +6,26 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._logging import user_messages
-from fimp_sc.tl._common import Inputs, finite_or_raise, fitted_model, record, working_copy, write_back
+from fimp_sc.tl._inputs import choose, working_copy
+from fimp_sc.tl._models import fitted_model, write_back
+from fimp_sc.tl._results import finite_or_raise, placed, record
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
+    from mudata import MuData
 
     from fimp_sc.model import FIMP
 
 
 def annotate(
-    adata: AnnData,
+    adata: AnnData | MuData,
     labels_key: str,
     *,
     unlabeled_category: str = "Unknown",
+    modality: str | Sequence[str] | None = None,
     layer: str | None = None,
     library_key: str | None = None,
     batch_key: str | None = None,
@@ -29,7 +34,7 @@ def annotate(
     input_scale: str = "auto",
     key_added: str | None = None,
     gene_embeddings: Any = None,
-    foundation: Literal["scgpt"] | None = None,
+    foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
     checkpoint: str | Path | None = None,
     model: FIMP | str | Path | None = None,
     max_epochs: int | None = None,
@@ -40,7 +45,7 @@ def annotate(
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
     inference_kwargs: dict[str, Any] | None = None,
-) -> AnnData | None:
+) -> AnnData | MuData | None:
     """Label every cell: learn from the labeled ones, or apply a trained model to a new section.
 
     Parameters
@@ -52,7 +57,7 @@ def annotate(
         all others. With ``model`` the column need not exist.
     unlabeled_category
         Label of cells whose class is not known.
-    layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
+    modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
         As in :func:`embed`.
     key_added
         Name of the results; ``fimp_{labels_key}`` by default.
@@ -77,13 +82,15 @@ def annotate(
     """
     adata = adata.copy() if copy else adata
     key = key_added or f"fimp_{labels_key}"
-    inputs = Inputs(
-        layer, library_key, batch_key, spatial_key, connectivities_key, input_scale, labels_key, unlabeled_category
-    )
+    target, inputs = choose(
+        adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
+        connectivities_key=connectivities_key, input_scale=input_scale, labels_key=labels_key,
+        unlabeled_category=unlabeled_category,
+    )  # fmt: skip
     with user_messages(verbose=verbose):
-        work = working_copy(adata, inputs, labels_required=model is None)
+        work = working_copy(target, inputs, labels_required=model is None)
         fitted = fitted_model(
-            adata, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
+            target, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
         )  # fmt: skip
@@ -91,10 +98,14 @@ def annotate(
         probabilities = soft.to_numpy(dtype=np.float32)
         finite_or_raise(probabilities, "prediction")
         classes = np.asarray(soft.columns, dtype=object)
-        with write_back(adata, work, inputs, fitted):
-            best = pd.Categorical.from_codes(probabilities.argmax(1), categories=list(classes))
-            adata.obs[key] = pd.Series(best, index=adata.obs_names)
-            adata.obs[f"{key}_confidence"] = probabilities.max(1)
-            adata.obsm[f"{key}_probabilities"] = probabilities
-            adata.uns[key] = record(fitted, inputs) | {"classes": classes}
+        with write_back(target, work, inputs, fitted):
+            probabilities = placed(probabilities, work.obs_names, target.obs_names)
+            known = ~np.isnan(probabilities).any(1)
+            best = pd.Categorical.from_codes(
+                np.where(known, probabilities.argmax(1), -1).tolist(), categories=list(classes)
+            )
+            target.obs[key] = pd.Series(best, index=target.obs_names)
+            target.obs[f"{key}_confidence"] = probabilities.max(1)
+            target.obsm[f"{key}_probabilities"] = probabilities
+            target.uns[key] = record(fitted, inputs) | {"classes": classes}
     return adata if copy else None

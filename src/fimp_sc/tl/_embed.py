@@ -3,19 +3,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from fimp_sc._logging import user_messages
-from fimp_sc.tl._common import Inputs, finite_or_raise, fitted_model, record, working_copy, write_back
+from fimp_sc.tl._inputs import choose, working_copy
+from fimp_sc.tl._models import fitted_model, write_back
+from fimp_sc.tl._results import finite_or_raise, placed, record
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
+    from mudata import MuData
 
     from fimp_sc.model import FIMP
 
 
 def embed(
-    adata: AnnData,
+    adata: AnnData | MuData,
     *,
+    modality: str | Sequence[str] | None = None,
     layer: str | None = None,
     library_key: str | None = None,
     batch_key: str | None = None,
@@ -24,7 +29,7 @@ def embed(
     input_scale: str = "auto",
     key_added: str = "X_fimp",
     gene_embeddings: Any = None,
-    foundation: Literal["scgpt"] | None = None,
+    foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
     checkpoint: str | Path | None = None,
     zero_shot: bool = False,
     model: FIMP | str | Path | None = None,
@@ -36,16 +41,20 @@ def embed(
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
     inference_kwargs: dict[str, Any] | None = None,
-) -> AnnData | None:
-    """Embed each cell from its own genes and those of its neighbours.
+) -> AnnData | MuData | None:
+    """Embed each cell (region, image) from its own tokens and those of its neighbours.
 
-    Builds a graph of 6 nearest neighbours when there is none, trains a model on masked expression (FIMP-base, unless
-    ``foundation`` names another), and writes the embedding.
+    Builds a graph of 6 nearest neighbours when cells have none, trains a model on masked expression (or
+    signals, or images; FIMP-base, unless ``foundation`` names another), and writes the embedding.
 
     Parameters
     ----------
     adata
-        Cells with expression and coordinates.
+        Cells with expression and coordinates; or a MuData object, of which a modality is read: expression, signals of
+        regions (:func:`fimp_sc.pp.fmri`), images (:func:`fimp_sc.pp.images`) or features.
+    modality
+        Name of the modality of a MuData object, to which results are written. Of several, the tokens of a node are
+        those of all, and results are written to the MuData object.
     layer
         Layer with expression; ``None`` for ``X``.
     library_key
@@ -65,7 +74,7 @@ def embed(
         :class:`fimp_sc.model.FIMP`.
     foundation, checkpoint
         A foundation model that makes the messages, and the folder of its files: ``foundation="scgpt",
-        checkpoint="scGPT_human/"``.
+        checkpoint="scGPT_human/"``; ``"vit"`` reads images and ``"brainlm"`` signals.
     zero_shot
         Use the foundation model as it is, without training. A foundation model that stays frozen embeds alike with and
         without training, which then only concerns labels and expression.
@@ -100,19 +109,22 @@ def embed(
         When values or graph cannot be used, or files of a foundation model or of gene vectors.
     """
     adata = adata.copy() if copy else adata
-    inputs = Inputs(layer, library_key, batch_key, spatial_key, connectivities_key, input_scale)
+    target, inputs = choose(
+        adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
+        connectivities_key=connectivities_key, input_scale=input_scale,
+    )  # fmt: skip
     if zero_shot and not (foundation or model or (model_kwargs or {}).get("foundation")):
         raise ValueError("zero_shot=True needs a foundation model: pass foundation='scgpt' and checkpoint=.")
     with user_messages(verbose=verbose):
-        work = working_copy(adata, inputs)
+        work = working_copy(target, inputs)
         fitted = fitted_model(
-            adata, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
+            target, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint, zero_shot=zero_shot,
         )  # fmt: skip
         embedding = fitted.get_latent_representation(**(inference_kwargs or {}))
         finite_or_raise(embedding, "embedding")
-        with write_back(adata, work, inputs, fitted):
-            adata.obsm[key_added] = embedding
-            adata.uns[key_added] = record(fitted, inputs)
+        with write_back(target, work, inputs, fitted):
+            target.obsm[key_added] = placed(embedding, work.obs_names, target.obs_names)
+            target.uns[key_added] = record(fitted, inputs)
     return adata if copy else None

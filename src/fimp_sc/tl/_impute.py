@@ -6,24 +6,34 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fimp_sc._logging import user_messages
-from fimp_sc.tl._common import Inputs, finite_or_raise, fitted_model, record, working_copy, write_back
+from fimp_sc.data._access import missing_key
+from fimp_sc.data._parts import SEQUENCES, parts_of
+from fimp_sc.data._pixels import image_shape
+from fimp_sc.tl._inputs import choose, working_copy
+from fimp_sc.tl._models import fitted_model, write_back
+from fimp_sc.tl._results import finite_or_raise, placed, record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
+    from mudata import MuData
+    from numpy.typing import NDArray
 
+    from fimp_sc.data._parts import Part
     from fimp_sc.model import FIMP
 
 logger = logging.getLogger(__name__)
 
 
 def impute(
-    adata: AnnData,
+    adata: AnnData | MuData,
     *,
     genes: Sequence[str] | None = None,
     scale: Literal["log", "counts"] = "log",
+    hidden: NDArray[np.bool_] | str | None = None,
+    modality: str | Sequence[str] | None = None,
     layer: str | None = None,
     library_key: str | None = None,
     batch_key: str | None = None,
@@ -32,7 +42,7 @@ def impute(
     input_scale: str = "auto",
     key_added: str = "fimp",
     gene_embeddings: Any = None,
-    foundation: Literal["scgpt"] | None = None,
+    foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
     checkpoint: str | Path | None = None,
     model: FIMP | str | Path | None = None,
     max_epochs: int | None = None,
@@ -43,8 +53,8 @@ def impute(
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
     inference_kwargs: dict[str, Any] | None = None,
-) -> AnnData | None:
-    """Predict the expression of every cell from its own genes and those of its neighbours.
+) -> AnnData | MuData | None:
+    """Predict expression (signals, images) of every node from its own tokens and those of its neighbours.
 
     Uses the model that :func:`embed` or :func:`annotate` trained on this object before, if nothing has changed, and
     trains one otherwise.
@@ -52,14 +62,19 @@ def impute(
     Parameters
     ----------
     adata
-        Cells with expression and coordinates.
+        Cells with expression and coordinates, or a MuData object; see :func:`embed`.
     genes
         Genes to predict, of those that the model knows, measured here or not. All genes of ``adata`` by default,
         which makes a dense cells x genes layer: name genes for a large object.
     scale
         ``"log"``: ``log1p`` of values scaled to the model's common total (the median total of its training cells).
         ``"counts"``: scaled back to the total of each cell.
-    layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
+    hidden
+        What the model must not see: a boolean array, or the name of a layer that holds it (of images, of an entry of
+        ``obsm``). Of expression ``(n_obs, n_vars)``, of signals ``(n_obs, n_times)``, of images ``(n_obs, height,
+        width)``. Segments and patches that are not hidden are predicted in turn, each while it is hidden; genes are
+        predicted as they are seen.
+    modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
         As in :func:`embed`.
     key_added
         Where to write in ``layers`` (all genes) or ``obsm`` (with ``genes``), and in ``uns``.
@@ -72,7 +87,10 @@ def impute(
     -------
     ``None``, or the copy. Writes ``layers[key_added]`` (``(n_obs, n_vars)`` float32, NaN for genes that a given
     model does not know) or, with ``genes``, ``obsm[key_added]`` (``(n_obs, len(genes))`` float32); ``uns[key_added]``
-    (``genes``, parameters, seed, versions); and the graph if it was built. Nothing is written when the call fails.
+    (``genes``, parameters, seed, versions); and the graph if it was built. Of signals ``layers[key_added]``
+    (``(n_obs, n_times)`` float32, NaN for time points that do not fill a segment), of images ``obsm[key_added]``
+    (``(n_obs, height * width * channels)`` float32, likewise), each in its modality. Nothing is written when the call
+    fails.
 
     Raises
     ------
@@ -82,24 +100,66 @@ def impute(
         When values or graph cannot be used.
     """
     adata = adata.copy() if copy else adata
-    inputs = Inputs(layer, library_key, batch_key, spatial_key, connectivities_key, input_scale)
+    target, inputs = choose(
+        adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
+        connectivities_key=connectivities_key, input_scale=input_scale,
+    )  # fmt: skip
     with user_messages(verbose=verbose):
-        work = working_copy(adata, inputs)
+        work = working_copy(target, inputs)
         fitted = fitted_model(
-            adata, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
+            target, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
         )  # fmt: skip
-        expression = fitted.get_expression(genes=genes, scale=scale, **(inference_kwargs or {}))
-        names = np.array(adata.var_names if genes is None else list(genes), dtype=object)
-        unknown = ~np.isin(names.astype(str), fitted.genes.astype(str))
-        if unknown.any():
-            logger.warning("%d genes are not known to the model: their columns are NaN.", unknown.sum())
-        finite_or_raise(expression[:, ~unknown], "prediction")
-        with write_back(adata, work, inputs, fitted):
-            if genes is None:
-                adata.layers[key_added] = expression
-            else:
-                adata.obsm[key_added] = expression
-            adata.uns[key_added] = record(fitted, inputs, scale=scale) | {"genes": names}
+        how = inference_kwargs or {}
+        parts = [
+            (part, _predicted(fitted, part, genes, scale, hidden, how)) for part in parts_of(target, inputs.modality)
+        ]
+        extra: dict[str, Any] = {}
+        with write_back(target, work, inputs, fitted):
+            for part, values in parts:
+                values = placed(values, work.obs_names, part.adata.obs_names)
+                if part.kind == "patch":
+                    part.adata.obsm[key_added] = values.reshape(len(values), -1)
+                elif part.kind == "signal" or genes is None:
+                    part.adata.layers[key_added] = values
+                else:
+                    part.adata.obsm[key_added] = values
+                if part.kind not in SEQUENCES:
+                    names = part.adata.var_names if genes is None else list(genes)
+                    extra = {"genes": np.array(names, dtype=object)}
+            target.uns[key_added] = record(fitted, inputs, scale=scale if extra else None) | extra
     return adata if copy else None
+
+
+def _predicted(model: FIMP, part: Part, genes: Sequence[str] | None, scale: Any, hidden: Any, how: Any) -> np.ndarray:
+    """Return values of one modality for all nodes of the model."""
+    if part.kind in SEQUENCES:
+        names = list(model.module.sequences)
+        name = part.name if part.name in names else names[0]
+        values = model.get_reconstruction(modality=name, hidden=_mask(hidden, part), **how)
+        # What does not fill a segment or patch is NaN by design.
+        finite_or_raise(values[~np.isnan(values)], "reconstruction")
+        return values
+    values = model.get_expression(genes=genes, scale=scale, hidden=_mask(hidden, part), **how)
+    wanted = np.array(part.adata.var_names if genes is None else list(genes), dtype=str)
+    unknown = ~np.isin(wanted, model.genes.astype(str))
+    if unknown.any():
+        logger.warning("%d genes are not known to the model: their columns are NaN.", unknown.sum())
+    finite_or_raise(values[:, ~unknown], "prediction")
+    return values
+
+
+def _mask(hidden: Any, part: Part) -> Any:
+    """Return what is hidden, from an array or from the name of a layer (of images, of an entry of ``obsm``)."""
+    if not isinstance(hidden, str):
+        return hidden
+    place, where = (part.adata.obsm, "obsm") if part.kind == "patch" else (part.adata.layers, "layers")
+    if hidden not in place:
+        raise missing_key(hidden, f"adata.{where}", place, "Store there, True, what is not to be seen.")
+    mask = place[hidden]
+    if part.kind != "patch" or np.ndim(mask) != 2:
+        return mask
+    height, width, _ = image_shape(part.adata)
+    pixels = np.asarray(mask).reshape(len(mask), height, width, -1)
+    return pixels.any(3)

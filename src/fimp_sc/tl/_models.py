@@ -1,4 +1,4 @@
-"""What embed, annotate and impute share: a working copy, a model for it, and a record of how a result was made."""
+"""The model of a call: trained now, given, or remembered from the call before."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import warnings
 import weakref
 import zlib
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,92 +16,30 @@ import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
 from scipy import sparse
 
-import fimp_sc
-from fimp_sc import pp
-from fimp_sc.data._checks import (
-    check_anndata,
-    check_coordinates,
-    check_graph,
-    check_labels,
-    check_obs_key,
-    get_matrix,
-    get_obs,
-    in_memory,
-)
+from fimp_sc.data._modality import get_modality
+from fimp_sc.data._parts import SEQUENCES, as_modalities, is_mudata, nodes_of, parts_of
+from fimp_sc.data._pixels import PATH_KEY, PIXELS_KEY
 from fimp_sc.data._stored import identity, storage
 from fimp_sc.model import FIMP
 from fimp_sc.model._pretrained import is_pretrained
 from fimp_sc.model._train import on_gpu
 from fimp_sc.nn import FoundationNetwork
+from fimp_sc.tl._inputs import CONNECTIVITIES, Inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from mudata import MuData
 
 logger = logging.getLogger(__name__)
 
-_CONNECTIVITIES = "_connectivities"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Where a call finds its data in the object; the parameters that all tools share."""
-
-    layer: str | None = None
-    library_key: str | None = None
-    batch_key: str | None = None
-    spatial_key: str = "spatial"
-    connectivities_key: str = "spatial_connectivities"
-    input_scale: str = "auto"
-    labels_key: str | None = None
-    unlabeled_category: str = "Unknown"
-
-
 # The last model used for an object, by identity: forgotten with the object, never written to it.
-_models: dict[int, tuple[weakref.ref[AnnData], tuple[Any, ...], FIMP]] = {}
-
-
-def working_copy(adata: AnnData, inputs: Inputs, *, labels_required: bool = False) -> AnnData:
-    """Return a light object that shares the expression matrix and holds what a model needs, graph included.
-
-    The user's object stays as it is: scvi-tools writes its identifiers to the working copy, and a graph built here
-    is written back by :func:`write_back` only when the call has succeeded. An expression matrix that is not in memory
-    stays where it is: ``X`` of the light object then is the very dataset or dask array.
-    """
-    check_anndata(adata)
-    for key, role in ((inputs.library_key, "library"), (inputs.batch_key, "batch")):
-        if key is not None:
-            check_obs_key(adata, key, role)
-    if labels_required:
-        check_labels(adata, str(inputs.labels_key), inputs.unlabeled_category)
-    keys = dict.fromkeys([inputs.library_key, inputs.batch_key, inputs.labels_key])
-    columns = [key for key in keys if key is not None and key in adata.obs]
-    coordinates = [inputs.spatial_key] if inputs.spatial_key in adata.obsm else []
-    work = AnnData(
-        get_matrix(adata, inputs.layer),
-        obs=pd.DataFrame(get_obs(adata, columns), index=adata.obs_names),
-        var=pd.DataFrame(index=adata.var_names),
-        obsm={key: in_memory(adata.obsm[key], f"adata.obsm[{key!r}]") for key in coordinates},
-    )
-    if inputs.connectivities_key in adata.obsp:
-        where = f"adata.obsp[{inputs.connectivities_key!r}]"
-        work.obsp[inputs.connectivities_key] = in_memory(adata.obsp[inputs.connectivities_key], where)
-    elif inputs.connectivities_key.endswith(_CONNECTIVITIES):
-        if not coordinates:
-            check_coordinates(adata, inputs.spatial_key)  # absent: names the keys of the user's object
-        pp.spatial_graph(
-            work,
-            library_key=inputs.library_key,
-            spatial_key=inputs.spatial_key,
-            key_added=inputs.connectivities_key.removesuffix(_CONNECTIVITIES),
-        )
-    else:
-        check_graph(adata, inputs.connectivities_key)  # absent: says so, and what to do
-    return work
+_models: dict[int, tuple[weakref.ref[Any], tuple[Any, ...], FIMP]] = {}
 
 
 def fitted_model(
-    adata: AnnData,
-    work: AnnData,
+    adata: AnnData | MuData,
+    work: AnnData | MuData,
     inputs: Inputs,
     *,
     model: FIMP | str | Path | None,
@@ -140,7 +77,8 @@ def fitted_model(
         unused += [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]
         if unused:
             raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
-        return FIMP.load_query_data(with_model_keys(work, given, inputs), given)
+        query = with_model_keys(work, given, inputs) if isinstance(work, AnnData) else work
+        return FIMP.load_query_data(query, given)
     mark = _fingerprint(work, inputs)
     remembered = _models.get(id(adata))
     known = remembered is not None and remembered[0]() is adata and remembered[1] == mark
@@ -149,11 +87,16 @@ def fitted_model(
         logger.info("Using the model trained before on this object.")
         return remembered[2]
     ids = arguments.get("vocabulary_key")
-    if ids is not None and ids in adata.var:
-        work.var[ids] = np.asarray(adata.var[ids])
-    FIMP.setup_anndata(work, **(asdict(inputs) | {"layer": None}))
+    setup = asdict(inputs) | {"layer": None}
+    names = setup.pop("modality")
+    if isinstance(work, AnnData):
+        if ids is not None and ids in adata.var:
+            work.var[ids] = np.asarray(adata.var[ids])
+        FIMP.setup_anndata(work, **setup)
+    else:
+        FIMP.setup_mudata(work, modality=list(names), **setup)
     fresh = FIMP(work, **{"random_state": random_state, **arguments})
-    _report(fresh, work, accelerator, zero_shot)
+    _report(fresh, work, inputs, accelerator, zero_shot)
     if zero_shot:
         fresh.to_device(_device(accelerator))
         return fresh
@@ -179,13 +122,13 @@ def with_model_keys(work: AnnData, model: FIMP, inputs: Inputs) -> AnnData:
 
 
 @contextmanager
-def write_back(adata: AnnData, work: AnnData, inputs: Inputs, model: FIMP) -> Iterator[None]:
+def write_back(adata: AnnData | MuData, work: AnnData | MuData, inputs: Inputs, model: FIMP) -> Iterator[None]:
     """Write results, and the graph if it was built here; remember the model."""
     with warnings.catch_warnings():
         # Writing to a view turns it into an object of its own, as anndata documents.
         warnings.simplefilter("ignore", ImplicitModificationWarning)
-        if inputs.connectivities_key not in adata.obsp:
-            prefix = inputs.connectivities_key.removesuffix(_CONNECTIVITIES)
+        if inputs.modality is None and inputs.connectivities_key not in adata.obsp:
+            prefix = inputs.connectivities_key.removesuffix(CONNECTIVITIES)
             adata.obsp[f"{prefix}_distances"] = work.obsp[f"{prefix}_distances"]
             adata.obsp[inputs.connectivities_key] = work.obsp[inputs.connectivities_key]
             adata.uns[f"{prefix}_neighbors"] = work.uns[f"{prefix}_neighbors"]
@@ -195,31 +138,24 @@ def write_back(adata: AnnData, work: AnnData, inputs: Inputs, model: FIMP) -> It
     _models[address] = (reference, _fingerprint(work, inputs), model)
 
 
-def record(model: FIMP, inputs: Inputs, **extra: Any) -> dict[str, Any]:
-    """Return what goes to ``uns``: parameters, seed and versions, in types that h5ad can hold."""
-    history = model.history or {}
-    return {
-        "params": {key: value for key, value in (asdict(inputs) | extra).items() if value is not None},
-        "model": dict(model.init_params_["non_kwargs"]),
-        "random_state": int(model.random_state),
-        "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
-        "versions": {"fimp-sc": fimp_sc.__version__, **{p: version(p) for p in ("scvi-tools", "torch", "anndata")}},
-    }
-
-
-def get_model(adata: AnnData) -> FIMP:
+def get_model(adata: AnnData | MuData, modality: str | Sequence[str] | None = None) -> FIMP:
     """Return the model that the last call of ``tl`` trained on, or used for, this object in this session.
 
     Parameters
     ----------
     adata
         The object that was passed to :func:`embed`, :func:`annotate` or :func:`impute`. A copy of it does not count.
+    modality
+        Of a MuData object, as it was passed.
 
     Raises
     ------
     KeyError
         When there is none.
     """
+    names = as_modalities(modality)
+    if is_mudata(adata) and (names is None or len(names) == 1):
+        adata = get_modality(adata, names[0] if names else None)[1]
     remembered = _models.get(id(adata))
     if remembered is None or remembered[0]() is not adata:
         raise KeyError(
@@ -229,13 +165,20 @@ def get_model(adata: AnnData) -> FIMP:
     return remembered[2]
 
 
-def _fingerprint(work: AnnData, inputs: Inputs) -> tuple[Any, ...]:
-    groups = [work.obs[key] for key in (inputs.library_key, inputs.batch_key) if key is not None]
-    tables = [pd.util.hash_pandas_object(x).to_numpy() for x in (work.obs_names, work.var_names, *groups)]
-    contents = [_checksum(x) for x in (*tables, work.obsp[inputs.connectivities_key])]
-    # Expression that is not in memory is known by where it is: reading all of it would take longer than most calls.
-    expression = _checksum(work.X) if storage(work.X) == "memory" else identity(work.X)
-    return (*contents, expression, inputs.layer, inputs.library_key, inputs.batch_key, inputs.input_scale)
+def _fingerprint(work: AnnData | MuData, inputs: Inputs) -> tuple[Any, ...]:
+    nodes = nodes_of(work, inputs.modality)
+    groups = [nodes.obs[key] for key in (inputs.library_key, inputs.batch_key) if key is not None]
+    marks: list[Any] = [_checksum(pd.util.hash_pandas_object(table).to_numpy()) for table in (nodes.obs_names, *groups)]
+    marks.append(_checksum(nodes.obsp[inputs.connectivities_key]))
+    for part in parts_of(work, inputs.modality):
+        values = part.adata.obsm.get(PIXELS_KEY) if part.kind == "patch" else part.adata.X
+        if values is None:  # files of images
+            marks += part.adata.obs[PATH_KEY].astype(str).tolist()
+            continue
+        marks.append(_checksum(pd.util.hash_pandas_object(part.adata.var_names).to_numpy()))
+        # Expression that is not in memory is known by where it is: reading all of it would take longer than most calls.
+        marks.append(_checksum(values) if storage(values) == "memory" else identity(values))
+    return (*marks, inputs.layer, inputs.library_key, inputs.batch_key, inputs.input_scale, inputs.modality)
 
 
 def _checksum(matrix: Any) -> int:
@@ -257,8 +200,11 @@ def _device(accelerator: str) -> str:
     return {"gpu": "cuda:0", "cuda": "cuda:0"}.get(accelerator, accelerator)
 
 
-def _report(model: FIMP, work: AnnData, accelerator: str, zero_shot: bool) -> None:
-    graph = work.obsp[model.registry["setup_args"]["connectivities_key"]]
+def _report(model: FIMP, work: AnnData | MuData, inputs: Inputs, accelerator: str, zero_shot: bool) -> None:
+    nodes, parts = nodes_of(work, inputs.modality), parts_of(work, inputs.modality)
+    tables = [part.adata for part in parts if part.kind not in SEQUENCES]
+    n_vars = sum(table.n_vars for table in tables)
+    shapes = model.module.sequences.values()
     # With what the optimiser keeps of those that are trained.
     weights = sum(p.numel() * (16 if p.requires_grad and not zero_shot else 4) for p in model.module.parameters())
     # A block: about twice its destinations with the halo, a dozen dense copies of its expression, and copies of its
@@ -268,22 +214,21 @@ def _report(model: FIMP, work: AnnData, accelerator: str, zero_shot: bool) -> No
         n_nodes, copies = (
             (2 * 128, 12) if zero_shot or network.frozen else (n_nodes, 24 + 2 * len(network.stack.layers))
         )
-    block = n_nodes * (12 * work.n_vars + copies * (model.n_tokens + 1) * network.width) * 4
+    n_tokens = (model.n_tokens if tables else 0) + sum(shape.n_tokens for shape in shapes)
+    n_values = n_vars + sum(shape.n_tokens * shape.token_size for shape in shapes)
+    block = n_nodes * (12 * n_values + copies * (n_tokens + 1) * network.width) * 4
     matrix = 0
-    if storage(work.X) == "memory":
-        matrix = 3 * (work.X.nnz * 8 if sparse.issparse(work.X) else work.X.nbytes)
+    for table in tables:
+        if storage(table.X) == "memory":
+            matrix += 3 * (table.X.nnz * 8 if sparse.issparse(table.X) else table.X.nbytes)
+    what = "cell" if parts[0].kind == "expression" else "node"
+    things = [f"{table.n_vars:,} genes" for table in tables]
+    things += [f"{shape.n_tokens} tokens of {name}" for name, shape in model.module.sequences.items()]
     logger.info(
-        "%s cells, %s genes, %.1f neighbours per cell, %d classes; %s on %s, about %.1f GB of memory.",
-        f"{work.n_obs:,}", f"{work.n_vars:,}", graph.nnz / work.n_obs, len(model.classes),
+        "%s %s, %s, %.1f neighbours per %s, %d classes; %s on %s, about %.1f GB of memory.",
+        f"{nodes.n_obs:,}", f"{what}s", ", ".join(things),
+        nodes.obsp[inputs.connectivities_key].nnz / nodes.n_obs, what,
+        len(model.classes),
         "computing" if zero_shot else "training", "GPU" if on_gpu(accelerator) else "CPU",
         (weights + block + matrix) / 1e9 + 0.6,
     )  # fmt: skip
-
-
-def finite_or_raise(values: np.ndarray, what: str) -> None:
-    """Refuse to write results that training has driven to NaN."""
-    if not np.isfinite(values).all():
-        raise FloatingPointError(
-            f"The {what} has values that are not finite: training diverged. Lower the learning rate with "
-            "train_kwargs={'plan_kwargs': {'lr': 1e-4}}. The object is unchanged."
-        )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fimp_sc
-from fimp_sc.tl import _common
+from fimp_sc.tl import _models
 
 
 def test_model_is_that_of_the_last_call(tissue, quick) -> None:
@@ -35,12 +35,12 @@ def test_model_belongs_to_the_object_and_not_to_its_copies(tissue, quick) -> Non
 def test_models_are_forgotten_with_their_object(tissue, quick) -> None:
     other = tissue.copy()
     gc.collect()  # objects of earlier tests
-    before = len(_common._models)
+    before = len(_models._models)
     fimp_sc.tl.embed(other, **quick)
-    assert len(_common._models) == before + 1
+    assert len(_models._models) == before + 1
     del other
     gc.collect()
-    assert len(_common._models) == before
+    assert len(_models._models) == before
 
 
 def test_failed_call_keeps_the_former_model(tissue, quick) -> None:

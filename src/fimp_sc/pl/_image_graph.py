@@ -1,0 +1,235 @@
+"""Images at their places, with the graph that joins them."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from fimp_sc.data._access import in_memory, missing_key
+from fimp_sc.data._adjacency import check_adjacency
+from fimp_sc.data._checks import check_coordinates
+from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY
+from fimp_sc.data._pixels import image_shape
+from fimp_sc.pl._common import finish, modality_of_kind, node_positions
+from fimp_sc.pl._spatial import _draw_categories, _draw_numbers, _palette, _values
+from fimp_sc.pl._thumbnails import far_apart, read_thumbnails
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from mudata import MuData
+    from numpy.typing import ArrayLike, NDArray
+
+logger = logging.getLogger(__name__)
+
+_EDGE = "#9a9a9a"
+_FRAME = "#444444"
+
+
+def image_graph(
+    mdata: MuData | AnnData,
+    *,
+    modality: str | None = None,
+    color: str | tuple[str, int] | None = None,
+    images: bool | str = True,
+    nodes: Sequence[str | int] | ArrayLike | None = None,
+    spatial_key: str = SPATIAL_KEY,
+    connectivities_key: str | None = None,
+    edges: bool = True,
+    max_images: int = 100,
+    image_size: float | None = None,
+    size: float = 16,
+    cmap: str = "viridis",
+    ax: Axes | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+    **kwargs: Any,
+) -> Axes | None:
+    """Draw images at their coordinates, framed by what is known about them, and the graph beneath.
+
+    Images that would cover others, and those beyond `max_images`, are points (beneath images, where they are near); a
+    line below the axes says how many are drawn.
+
+    Parameters
+    ----------
+    mdata
+        Object with images and coordinates, as :func:`fimp_sc.pp.images` makes it.
+    modality
+        Name of the modality; not needed if only one holds images.
+    color
+        What frames and points are coloured by: a column of `.obs`, or a pair such as `("X_fimp", 0)`, a column of that
+        `.obsm` array. Categories take their colours from `.uns[f"{color}_colors"]` if that fits.
+    images
+        True draws the images, False points alone. A name such as `"fimp"` draws reconstructions from that `.obsm` array
+        `(n_obs, height × width × channels)` instead: integers from 0 to 255, or real numbers from 0 to 1 or (if any is
+        above 2) from 0 to 255; NaN is grey.
+    nodes
+        What to draw: names, positions counted from 0, or one bool for each image; all by default. Edges to others are
+        left out.
+    spatial_key
+        Key of `.obsm` with the coordinates. Those that :func:`fimp_sc.pp.images` wrote are latitude and longitude: they
+        are drawn with north above, and a degree of longitude as long as it is at this latitude. Of others the first two
+        columns are drawn.
+    connectivities_key
+        Key of `.obsp` with the graph; by default the one that the modality names.
+    edges
+        Draw the edges, in whichever direction they lead.
+    max_images
+        Largest number of images drawn.
+    image_size
+        Longer side of an image as a share of the longer side of the map; by default it follows from the number of
+        images.
+    size
+        Marker area of points in square points.
+    cmap
+        Colour map of numeric values.
+    ax
+        Axes to draw into; by default a new figure.
+    show
+        Show the figure and return nothing; by default if neither `ax` nor `save` is given.
+    save
+        File to write the figure to.
+    **kwargs
+        Passed to :meth:`matplotlib.axes.Axes.scatter` for the points.
+
+    Returns
+    -------
+    The axes, or None if the figure is shown.
+
+    Raises
+    ------
+    KeyError
+        If the coordinates, the graph, a colour, an image or the modality is not found.
+    IndexError
+        If a position is out of range.
+    ValueError
+        If the modality holds no images, reconstructions have another shape than images, or sizes are not positive.
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.collections import LineCollection
+
+    name, adata, info = modality_of_kind(mdata, modality, "patch")
+    if image_size is not None and not 0 < image_size <= 1:
+        raise ValueError(f"image_size must be above 0 and at most 1, a share of the map: found {image_size!r}.")
+    if max_images < 1:
+        raise ValueError(f"max_images must be at least 1, found {max_images!r}: pass images=False for points alone.")
+    rows = np.arange(adata.n_obs) if nodes is None else np.unique(node_positions(adata, nodes))
+    xy, aspect = _places(adata, info, spatial_key, rows)
+    graph = _edges(adata, name, info, connectivities_key, rows) if edges else None
+    value = None if color is None else _values(adata, color, None)[rows]
+    room = _room(adata, xy, aspect, image_size, min(len(rows), max_images))
+    chosen = far_apart(xy, room, max_images) if images else np.zeros(0, dtype=np.int64)
+    thumbnails = read_thumbnails(adata, rows[chosen], images if isinstance(images, str) else None)
+
+    show = (ax is None and save is None) if show is None else show
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 6.5), layout="constrained")
+    if graph is not None:
+        lines = np.stack([xy[graph[0]], xy[graph[1]]], axis=1)
+        ax.add_collection(LineCollection(list(lines), colors=_EDGE, linewidths=0.7, zorder=1))
+    title = color if isinstance(color, str) else None if color is None else f"{color[0]}[{color[1]}]"
+    colours = _draw_points(ax, adata, xy, value, title, cmap, {"s": size, "linewidths": 0, "zorder": 2, **kwargs})
+    for place, thumbnail, colour in zip(xy[chosen], thumbnails, colours[chosen], strict=True):
+        _draw_image(ax, thumbnail, place - room / 2, room, colour if color is not None else _FRAME)
+    margin = room * (0.6 if images else 0.2)
+    low, high = xy.min(axis=0) - margin, xy.max(axis=0) + margin
+    ax.set_xlim(low[0], high[0])
+    ax.set_ylim(low[1], high[1])
+    ax.set_aspect(aspect)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    if title is not None:
+        ax.set_title(title, fontsize="medium")
+    if images and len(chosen) < len(rows):
+        note = f"{len(chosen):,} of {len(rows):,} images are drawn, the others are points or beneath"
+        ax.set_xlabel(note, fontsize="small")
+        logger.info(
+            "%s: they would cover others, or are more than max_images=%d. Draw fewer with nodes=, or smaller ones with "
+            "image_size=.",
+            note,
+            max_images,
+        )
+    return None if finish(ax, show, save) else ax
+
+
+def _places(
+    adata: AnnData, info: dict[str, Any], spatial_key: str, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], float]:
+    """Return where to draw the nodes, and how long a unit upwards is drawn for one of a unit to the right."""
+    if spatial_key not in adata.obsm:
+        advice = "Pass coordinates= to fimp_sc.pp.images, or name other places with spatial_key=."
+        raise missing_key(spatial_key, "adata.obsm", adata.obsm, advice)
+    places = check_coordinates(adata, spatial_key)[rows, :2]
+    if spatial_key != SPATIAL_KEY or not str(info.get("coordinate_unit", "")).startswith("degrees"):
+        return places, 1.0
+    latitude, longitude = places.T
+    eastern = np.where(longitude < 0, longitude + 360, longitude)
+    if np.ptp(eastern) < np.ptp(longitude):  # on both sides of the date line
+        longitude = eastern
+    middle = np.clip((latitude.max() + latitude.min()) / 2, -85, 85)
+    return np.stack([longitude, latitude], axis=1), float(1 / np.cos(np.radians(middle)))
+
+
+def _edges(
+    adata: AnnData, name: str, info: dict[str, Any], connectivities_key: str | None, rows: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the joined pairs ``(2, n_edges)``, once each, as positions in ``rows``."""
+    key = connectivities_key or str(info.get("connectivities_key", CONNECTIVITIES_KEY))
+    where = f"{name}.obsp[{key!r}]"
+    if key not in adata.obsp:
+        advice = "Name the graph with connectivities_key=, or pass edges=False."
+        raise missing_key(key, f"{name}.obsp", adata.obsp, advice)
+    graph = check_adjacency(in_memory(adata.obsp[key], where), adata.n_obs, where=where, what="image", self_loops=False)
+    part = graph[rows][:, rows].tocoo()
+    pairs = np.sort(np.stack([part.row, part.col]).astype(np.int64), axis=0)
+    return np.unique(pairs, axis=1)
+
+
+def _room(
+    adata: AnnData, xy: NDArray[np.float64], aspect: float, image_size: float | None, n: int
+) -> NDArray[np.float64]:
+    """Return width and height of an image, in units of the axes."""
+    share = float(np.clip(0.7 / np.sqrt(n), 0.05, 0.2)) if image_size is None else float(image_size)
+    unit = np.array([1.0, 1 / aspect])  # drawn alike
+    longest = float((np.ptp(xy, axis=0) / unit).max()) or 1.0
+    height, width, _ = image_shape(adata)
+    return np.array([width, height]) / max(width, height) * share * longest * unit
+
+
+def _draw_points(
+    ax: Axes,
+    adata: AnnData,
+    xy: NDArray[np.float64],
+    value: pd.Categorical | NDArray[np.float64] | None,
+    title: str | None,
+    cmap: str,
+    style: dict[str, Any],
+) -> NDArray[np.float64]:
+    """Draw all nodes as points, with legend or colour bar, and return their colours ``(n, 4)``."""
+    from matplotlib.colors import to_rgba_array
+
+    panel, rows = np.array([ax], dtype=object), [np.arange(len(xy))]
+    if value is None or title is None:
+        ax.scatter(xy[:, 0], xy[:, 1], **{"color": _FRAME, **style})
+        return np.repeat(to_rgba_array(_FRAME), len(xy), axis=0)
+    if isinstance(value, pd.Categorical):
+        _draw_categories(panel, xy, value, rows, _palette(adata, title, value), style)
+        return np.asarray(ax.collections[-1].get_facecolor())
+    _draw_numbers(panel, xy, value, rows, cmap, style)
+    return np.asarray(ax.collections[-1].to_rgba(value))
+
+
+def _draw_image(
+    ax: Axes, image: NDArray[np.uint8], corner: NDArray[np.float64], room: NDArray[np.float64], frame: Any
+) -> None:
+    from matplotlib.patches import Rectangle
+
+    (left, bottom), (right, top) = corner, corner + room
+    ax.imshow(image, extent=(left, right, bottom, top), origin="upper", aspect="auto", zorder=3)
+    ax.add_patch(Rectangle((left, bottom), *room, fill=False, edgecolor=frame, linewidth=1.8, zorder=4))

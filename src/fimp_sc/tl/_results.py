@@ -1,0 +1,52 @@
+"""Results as they are written: rows in place, checked, with a record of how they were made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import fimp_sc
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fimp_sc.model import FIMP
+    from fimp_sc.tl._inputs import Inputs
+
+
+def placed(values: np.ndarray, nodes: pd.Index, wanted: pd.Index) -> np.ndarray:
+    """Return rows of ``nodes`` in the order of ``wanted``, NaN for those that have none."""
+    if nodes.equals(wanted):
+        return values
+    rows = nodes.get_indexer(wanted)
+    out = values[rows]
+    out[rows < 0] = np.nan
+    return out
+
+
+def record(model: FIMP, inputs: Inputs, **extra: Any) -> dict[str, Any]:
+    """Return what goes to ``uns``: parameters, seed and versions, in types that h5ad can hold."""
+    history = model.history or {}
+    return {
+        "params": _storable(asdict(inputs) | extra),
+        "model": dict(model.init_params_["non_kwargs"]),
+        "random_state": int(model.random_state),
+        "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
+        "versions": {"fimp-sc": fimp_sc.__version__, **{p: version(p) for p in ("scvi-tools", "torch", "anndata")}},
+    }
+
+
+def _storable(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in parameters.items() if v is not None}
+
+
+def finite_or_raise(values: np.ndarray, what: str) -> None:
+    """Refuse to write results that training has driven to NaN."""
+    if not np.isfinite(values).all():
+        raise FloatingPointError(
+            f"The {what} has values that are not finite: training diverged. Lower the learning rate with "
+            "train_kwargs={'plan_kwargs': {'lr': 1e-4}}. The object is unchanged."
+        )
