@@ -3,6 +3,7 @@
 from fimp_sc.data._batch import Batch, SequenceBatch
 from fimp_sc.data._expression import ExpressionSource, GeneStatistics
 from fimp_sc.data._graph import Block, NodeGraph
+from fimp_sc.data._kinds import SequenceKind, register_kind
 from fimp_sc.data._loader import BlockDataset, BlockSampler, Destinations, GraphData, block_loader
 from fimp_sc.data._modality import describe_modality
 from fimp_sc.data._pixels import read_pixels
@@ -28,6 +29,7 @@ __all__ = [
     "MatrixRows",
     "NodeGraph",
     "SequenceBatch",
+    "SequenceKind",
     "SequenceShape",
     "SequenceSource",
     "SequenceStatistics",
@@ -39,6 +41,7 @@ __all__ = [
     "hide_genes",
     "open_rows",
     "read_pixels",
+    "register_kind",
     "spatial_blocks",
     "split_by_blocks",
 ]

@@ -17,12 +17,14 @@ class SequenceBatch(TypedDict):
     """``(n, f)`` bool, tokens whose numbers are hidden."""
     padding: Tensor
     """``(n, f)`` bool, True where a node has no token."""
+    position: Tensor
+    """``(f,)`` int64, place of each token in the sequence."""
     coordinates: Tensor
     """``(n, c)`` float32, standardised place of a node."""
     mean: Tensor
     """``(n_dst, 1, 1)`` float32, what was taken off."""
     std: Tensor
-    """``(n_dst, 1, 1)`` float32, by what numbers were divided."""
+    """``(n_dst, 1, 1)`` float32, by what numbers were divided; 0 for a node that does not move where it is seen."""
     target: Tensor
     """``(n_dst, f, p)`` float32, standardised numbers to predict."""
     target_mask: Tensor

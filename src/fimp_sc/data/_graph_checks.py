@@ -1,4 +1,4 @@
-"""Checks of neighbourhood graphs of cells: those of any graph, and samples and cells without neighbours beside."""
+"""Checks of neighbourhood graphs: those of any graph, and samples and nodes without neighbours beside."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def check_connectivities(
     graph: Any, n_obs: int, *, where: str = "The graph", library: pd.Categorical | None = None
 ) -> None:
-    """Check a neighbourhood graph: a row holds the weights of the neighbours of its cell.
+    """Check a neighbourhood graph: a row holds the weights of the neighbours of its node.
 
     Stored zeros are no edges. Graphs need not be symmetric. Self-loops are allowed and make nobody a neighbour.
 
@@ -28,7 +28,7 @@ def check_connectivities(
     where
         Where it was found, for messages.
     library
-        Sample of each cell, length ``n_obs``, without missing values.
+        Sample of each node, length ``n_obs``, without missing values.
 
     Raises
     ------
@@ -40,31 +40,31 @@ def check_connectivities(
     Warns
     -----
     UserWarning
-        Cells without neighbours.
+        Nodes without neighbours.
     """
     if not sparse.issparse(graph):
         raise TypeError(
             f"{where} must be a sparse matrix, found {type(graph).__name__}: convert it with scipy.sparse.csr_matrix()."
         )
-    checked = check_adjacency(graph, n_obs, where=where, what="cell", self_loops=False)
+    checked = check_adjacency(graph, n_obs, where=where, what="node", self_loops=False)
     row, col = np.repeat(np.arange(n_obs), np.diff(checked.indptr)), checked.indices
     if not row.size:
         raise ValueError(
-            f"{where} has no edges between cells: build it with fimp_sc.pp.spatial_graph(adata, overwrite=True)."
+            f"{where} has no edges between nodes: build it with fimp_sc.pp.spatial_graph(adata, overwrite=True)."
         )
     if library is not None:
         joined = np.flatnonzero(library.codes[row] != library.codes[col])
         if joined.size:
             r, c = int(row[joined[0]]), int(col[joined[0]])
             raise ValueError(
-                f"{where} has {joined.size:,} edges that join samples, for instance cell {c} of {library[c]!r} with "
-                f"cell {r} of {library[r]!r} (positions counted from 0): build it sample by sample with "
+                f"{where} has {joined.size:,} edges that join samples, for instance node {c} of {library[c]!r} with "
+                f"node {r} of {library[r]!r} (positions counted from 0): build it sample by sample with "
                 "fimp_sc.pp.spatial_graph(adata, library_key=..., overwrite=True)."
             )
     isolated = int((np.diff(checked.indptr) == 0).sum())
     if isolated:
         warnings.warn(
-            f"{where}: {isolated:,} of {n_obs:,} cells have no neighbours and are described by their own genes alone.",
+            f"{where}: {isolated:,} of {n_obs:,} nodes have no neighbours and are described by their own tokens alone.",
             UserWarning,
             stacklevel=2,
         )

@@ -151,6 +151,8 @@ class BlockDataset(Dataset["Batch"]):
         Largest share of genes hidden in all cells of a batch.
     mask_cells
         Probability that a cell is masked at all.
+    vary
+        Whether signals are shown differently every time, see :meth:`SequenceSource.fields`.
     """
 
     def __init__(
@@ -162,6 +164,7 @@ class BlockDataset(Dataset["Batch"]):
         mask_ratio: tuple[float, float] | None = None,
         gene_mask_ratio: float = 0.0,
         mask_cells: float = 1.0,
+        vary: bool = False,
     ) -> None:
         self.data = data
         self.n_layers = n_layers
@@ -169,6 +172,7 @@ class BlockDataset(Dataset["Batch"]):
         self.mask_ratio = mask_ratio
         self.gene_mask_ratio = gene_mask_ratio
         self.mask_cells = mask_cells
+        self.vary = vary
 
     def __getitem__(self, item: Destinations) -> Batch:
         data, (destinations, seed) = self.data, item
@@ -189,7 +193,9 @@ class BlockDataset(Dataset["Batch"]):
             made |= cast("Batch", expression)
         if data.sequences:
             made["sequences"] = {
-                name: source.fields(nodes, n_dst, self.mask_ratio, node_share=self.mask_cells, seed=seed)
+                name: source.fields(
+                    nodes, n_dst, self.mask_ratio, node_share=self.mask_cells, vary=self.vary, seed=seed
+                )
                 for name, source in data.sequences.items()
             }
         return made

@@ -11,8 +11,7 @@ import numpy as np
 from fimp_sc.data._access import in_memory, missing_key
 from fimp_sc.data._adjacency import check_adjacency
 from fimp_sc.data._checks import check_coordinates, check_obs_key
-from fimp_sc.data._pixels import check_images, image_shape
-from fimp_sc.data._signal_checks import check_signals
+from fimp_sc.data._kinds import sequence_kinds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +24,6 @@ MODALITY_KEY = "fimp_modality"
 CONNECTIVITIES_KEY = "spatial_connectivities"
 DISTANCES_KEY = "spatial_distances"
 SPATIAL_KEY = "spatial"
-KINDS = ("signal", "patch", "feature")
 
 
 @contextmanager
@@ -155,7 +153,8 @@ def describe_modality(
 
     - signal: ``n_times``, ``sampling_interval`` (seconds, or ``None``), ``n_recordings``;
     - patch: ``image_shape`` (height, width, channels), ``stored`` (``"pixels"`` or ``"files"``);
-    - feature: ``n_features``.
+    - feature: ``n_features``;
+    - a registered kind (:func:`fimp_sc.data.register_kind`): ``size``.
 
     Raises
     ------
@@ -202,10 +201,11 @@ def _info(adata: AnnData, where: str) -> dict[str, Any]:
             "Make the object with fimp_sc.pp.fmri, images, features or from_pyg, or say what its nodes hold with "
             f"{where}.uns[{MODALITY_KEY!r}] = {{'kind': 'signal'}} (or 'patch', 'feature').",
         )
-    if str(info["kind"]) not in KINDS:
+    kinds = [*sequence_kinds(), "feature"]
+    if str(info["kind"]) not in kinds:
         raise ValueError(
             f"{where}.uns[{MODALITY_KEY!r}]['kind'] is {info['kind']!r}: it must be one of "
-            f"{', '.join(map(repr, KINDS))}."
+            f"{', '.join(map(repr, kinds))}."
         )
     return dict(info)
 
@@ -226,22 +226,23 @@ def _graph(mdata: Any, adata: AnnData, key: str, where: str) -> csr_matrix:
 
 def _content(adata: AnnData, info: dict[str, Any], where: str, n_recordings: int) -> dict[str, Any]:
     """Return what only this kind of modality has."""
-    if info["kind"] == "patch":
-        stored = check_images(adata, where)
-        return {"image_shape": image_shape(adata, where), "stored": stored}
-    if adata.X is None and (info["kind"] == "signal" or len(adata.layers) == 0):
-        raise ValueError(f"{where}.X is None: store the values of the nodes there, one row each.")
-    if adata.n_vars == 0:
-        raise ValueError(f"{where} has no {'time points' if info['kind'] == 'signal' else 'features'} (n_vars = 0).")
     if info["kind"] == "feature":
+        if adata.X is None and len(adata.layers) == 0:
+            raise ValueError(f"{where}.X is None: store the values of the nodes there, one row each.")
+        if adata.n_vars == 0:
+            raise ValueError(f"{where} has no features (n_vars = 0).")
         return {"n_features": adata.n_vars}
-    names = adata.obs_names
-    check_signals(in_memory(adata.X, f"{where}.X"), lambda node: f"node {names[node]!r} of {where}")
+    kind = sequence_kinds()[str(info["kind"])]
+    size = kind.size(adata, where)
+    if info["kind"] == "patch":
+        return {"image_shape": tuple(size), "stored": "pixels" if "pixels" in adata.obsm else "files"}
+    if info["kind"] != "signal":
+        return {"size": list(size)}
     interval = info.get("sampling_interval")
     if interval is not None and not (np.isfinite(interval) and interval > 0):
         raise ValueError(f"{where}.uns[{MODALITY_KEY!r}]['sampling_interval'] must be positive seconds: {interval!r}.")
     return {
-        "n_times": adata.n_vars,
+        "n_times": size[0],
         "sampling_interval": None if interval is None else float(interval),
         "n_recordings": n_recordings,
     }

@@ -11,14 +11,14 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc.data._access import in_memory, missing_key
+from fimp_sc.data._kinds import sequence_kinds
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, MODALITY_KEY, describe_modality, get_modality
+from fimp_sc.data._pixels import PIXELS_KEY
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
     from numpy.typing import NDArray
-
-SEQUENCES = ("signal", "patch")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Part:
     kind: str
     adata: AnnData
     rows: NDArray[np.int64] | None = None
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether nodes are sequences of numbers, rather than rows of a table."""
+        return self.kind in sequence_kinds()
 
     @property
     def absent(self) -> NDArray[np.bool_] | None:
@@ -90,8 +95,11 @@ def parts_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> li
     ------
     MissingKeyError
         There is no such modality.
+    TypeError
+        Neither a MuData nor an AnnData object.
     ValueError
-        No modality is named although there are several, or several hold expression or features.
+        No modality is named although there are several, several hold expression or features, or names of nodes are
+        there twice, by which several modalities are brought together.
     """
     names = as_modalities(modality)
     if names is None or len(names) == 1 or not is_mudata(data):
@@ -100,10 +108,16 @@ def parts_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> li
     parts = []
     for name in names:
         adata = get_modality(data, name)[1]
+        for where, found in (("mdata", data.obs_names), (f"mdata[{name!r}]", adata.obs_names)):
+            if not found.is_unique:
+                raise ValueError(
+                    f"{where}.obs_names has {found[found.duplicated()][0]!r} more than once, and several modalities "
+                    "are read by the names of their nodes: give each node a name of its own."
+                )
         rows = adata.obs_names.get_indexer(data.obs_names).astype(np.int64)
         agree = len(rows) == adata.n_obs and (rows == np.arange(len(rows))).all()
         parts.append(Part(name, _kind(adata), adata, None if agree else rows))
-    tables = [part.name for part in parts if part.kind not in SEQUENCES]
+    tables = [part.name for part in parts if not part.is_sequence]
     if len(tables) > 1:
         raise ValueError(
             f"modality={names} has several tables of values, {tables}: of these one can be read together with signals "
@@ -116,8 +130,13 @@ def nodes_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> An
     """Return what describes nodes: an object whose ``obs``, ``obsm`` and ``obsp`` are theirs.
 
     Of one modality this is the modality itself. Several modalities are brought together: nodes are those of the whole
-    object; columns, coordinates and graph come from the whole object or from the first modality that has them for all
-    its nodes, in the order of their names.
+    object; columns, coordinates and graph come from the whole object or from the first modality, in the order of
+    their names, that has all nodes. Columns that only a modality with some of the nodes has are missing for the
+    others.
+
+    Raises
+    ------
+    See :func:`parts_of`.
     """
     parts = parts_of(data, modality)
     if len(parts) == 1:
@@ -125,11 +144,10 @@ def nodes_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> An
     from anndata import AnnData
 
     names = data.obs_names
-    obs = pd.DataFrame(index=names)
-    for frame in (data.obs, *(part.adata.obs for part in parts)):
-        for key in frame.columns.difference(obs.columns):
-            obs[key] = frame[key].reindex(names)
-    nodes = AnnData(obs=obs)
+    columns: dict[str, pd.Series] = {}
+    for frame in (data.obs, *(part.adata.obs for part in sorted(parts, key=lambda part: part.absent is not None))):
+        columns = {key: frame[key].reindex(names) for key in frame.columns} | columns
+    nodes = AnnData(obs=pd.DataFrame(columns, index=names))
     for part in (data, *(part.adata for part in parts)):
         rows = part.obs_names.get_indexer(names)
         if (rows < 0).any():
@@ -138,9 +156,10 @@ def nodes_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> An
             if key not in nodes.obsp:
                 graph = in_memory(part.obsp[key], f"obsp[{key!r}]")
                 nodes.obsp[key] = graph if (rows == np.arange(len(rows))).all() else graph[rows][:, rows]
-        # The whole object lists its modalities there too, as masks.
-        for key in set(part.obsm) - set(getattr(data, "mod", ())) - set(nodes.obsm):
-            nodes.obsm[key] = np.asarray(in_memory(part.obsm[key], f"obsm[{key!r}]"))[rows]
+        # The whole object lists its modalities there too, as masks. Pixels are read when they are asked for.
+        for key in set(part.obsm) - {*getattr(part, "mod", ()), PIXELS_KEY} - set(nodes.obsm):
+            values = in_memory(part.obsm[key], f"obsm[{key!r}]")
+            nodes.obsm[key] = (values if sparse.issparse(values) else np.asarray(values))[rows]
     return nodes
 
 
@@ -155,6 +174,19 @@ def registered_keys(data: AnnData | MuData, modality: str | Sequence[str] | None
 
 def expand_rows(matrix: Any, rows: NDArray[np.int64], where: str) -> sparse.csr_matrix:
     """Return the rows of a matrix in memory that nodes have, empty where ``rows`` is -1.
+
+    Parameters
+    ----------
+    matrix
+        ``(n, m)`` array or scipy sparse matrix.
+    rows
+        ``(n_obs,)`` int64, row of each node.
+    where
+        Where it was found, for messages.
+
+    Returns
+    -------
+    ``(n_obs, m)`` CSR of the same dtype.
 
     Raises
     ------

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
     from fimp_sc.data._batch import SequenceBatch
 
-# A signal that hardly moves where it is seen is not blown up.
+# Of the mean. In float32 there is rounding below, and what hardly moves is not blown up.
 _LEAST_SPREAD = 1e-6
+# Segments of a signal that are shown at once in training.
+_VARIED = 20
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,14 @@ class SequenceSource:
     """Tokens of nodes as standardised numbers.
 
     Numbers are standardised with mean and standard deviation of the training nodes or, ``by_node``, of what is seen of
-    each node: signals of regions have no common scale.
+    each node: signals of regions have no common scale. A node that does not move where it is seen has none: its
+    numbers are 0 then, and nothing of it is predicted.
 
     Parameters
     ----------
     read
-        From ``(n,)`` nodes to their ``(n, f, p)`` float32 tokens.
+        From ``(n,)`` nodes to their ``(n, f, p)`` float32 tokens; where the first token starts can be passed too, of
+        signals.
     shape
         Of the tokens of a node.
     n_obs
@@ -90,7 +94,7 @@ class SequenceSource:
 
     def __init__(
         self,
-        read: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+        read: Callable[..., NDArray[np.float32]],
         shape: SequenceShape,
         n_obs: int,
         *,
@@ -121,6 +125,7 @@ class SequenceSource:
         ratio: tuple[float, float] | None = None,
         *,
         node_share: float = 1.0,
+        vary: bool = False,
         seed: int = 0,
     ) -> SequenceBatch:
         """Return the tokens of ``nodes``.
@@ -135,45 +140,78 @@ class SequenceSource:
             Smallest and largest share of tokens of a node hidden for masked prediction; ``None`` hides nothing.
         node_share
             Probability that a node is masked at all.
+        vary
+            Whether to show signals differently every time: some of their segments, cut anywhere, in any order and of
+            either sign. What was measured when must not be learnt, and fewer segments cost less.
         seed
-            Of the masks.
+            Of masks, which do not depend on values, and of how signals are shown.
         """
-        values = torch.from_numpy(self.tokens(nodes))
-        padding = torch.from_numpy(self.absent[nodes])[:, None].expand(-1, self.shape.n_tokens).contiguous()
+        generator = torch.Generator().manual_seed(seed)
+        vary = vary and self.by_node
+        start = int(torch.randint(0, self.shape.token_size, (1,), generator=generator)) if vary else 0
+        values = torch.from_numpy(self.tokens(nodes, start))
+        if vary and float(torch.rand(1, generator=generator)) < 0.5:
+            values = -values
+        padding = torch.from_numpy(self.absent[nodes])[:, None].expand(-1, values.shape[1]).contiguous()
         kept = torch.zeros_like(padding)
-        if self.hidden is not None:
+        if self.hidden is not None and not vary:
             kept = torch.from_numpy(self.hidden[nodes]) & ~padding
+        # Numbers are standardised by all that is seen, tokens that stay out of the block included.
+        position, shown = torch.arange(values.shape[1]), torch.ones(values.shape[1], dtype=torch.bool)
+        if vary:
+            chosen = torch.randperm(values.shape[1], generator=generator)[:_VARIED]
+            position = torch.randperm(self.shape.n_tokens, generator=generator)[: len(chosen)]
+            shown = torch.zeros_like(shown).index_fill_(0, chosen, True)
         drawn = torch.zeros_like(padding)
         if ratio is not None:
-            generator = torch.Generator().manual_seed(seed)
             drawn = hide_tokens(~(padding | kept), ratio, generator)
             drawn &= torch.rand(len(nodes), 1, generator=generator) < node_share
         masked = kept | drawn
         mean, std = self._standard(values, ~(padding | masked))
-        values = (values - mean) / std
+        moves = std > 0
+        values = torch.where(moves, (values - mean) / std, 0.0)[:, shown]
+        masked, padding, drawn = masked[:, shown], padding[:, shown], drawn[:, shown]
         return {
             "value": values.masked_fill((masked | padding)[..., None], 0.0),
             "masked": masked,
             "padding": padding,
+            "position": position,
             "coordinates": torch.from_numpy(self.coordinates[nodes]),
             "mean": mean[:n_dst],
             "std": std[:n_dst],
             "target": values[:n_dst],
-            "target_mask": drawn[:n_dst],
+            "target_mask": (drawn & moves[..., 0])[:n_dst],
         }
 
-    def tokens(self, nodes: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return ``(n, f, p)`` numbers as they are, 0 for nodes that lack them."""
-        there = ~self.absent[nodes]
+    def tokens(self, nodes: NDArray[np.int64], start: int = 0) -> NDArray[np.float32]:
+        """Return ``(n, f, p)`` numbers as they are, 0 for nodes that lack them.
+
+        Parameters
+        ----------
+        nodes
+            ``(n,)``.
+        start
+            Time point where the first segment of signals starts.
+        """
+        there, how = ~self.absent[nodes], {"start": start} if start else {}
         if there.all():
-            return self.read(nodes)
-        out = np.zeros((len(nodes), self.shape.n_tokens, self.shape.token_size), dtype=np.float32)
-        if there.any():
-            out[there] = self.read(nodes[there])
+            return self.read(nodes, **how)
+        made = self.read(nodes[there], **how) if there.any() else None
+        n_tokens = self.shape.n_tokens if made is None else made.shape[1]
+        out = np.zeros((len(nodes), n_tokens, self.shape.token_size), dtype=np.float32)
+        if made is not None:
+            out[there] = made
         return out
 
     def statistics(self, nodes: NDArray[np.int64], chunk: int = 1024) -> SequenceStatistics:
-        """Compute what training nodes tell.
+        """Compute what training nodes tell; of a source that has no statistics yet.
+
+        Parameters
+        ----------
+        nodes
+            ``(n,)``, of training.
+        chunk
+            Nodes that are read at once.
 
         Raises
         ------
@@ -188,11 +226,14 @@ class SequenceSource:
             part = self.read(nodes[i : i + chunk]).astype(np.float64)
             count, total, square = count + part.size, total + float(part.sum()), square + float(np.square(part).sum())
         mean = total / count
-        center = self.coordinates[nodes].mean(0)
-        spread = np.maximum(self.coordinates[nodes].std(0), _LEAST_SPREAD)
-        return SequenceStatistics(mean, max(square / count - mean**2, _LEAST_SPREAD**2) ** 0.5, center, spread)
+        std = max(square / count - mean**2, 0.0) ** 0.5
+        center, spread = self.coordinates[nodes].mean(0), self.coordinates[nodes].std(0)
+        # What is the same in all training nodes is divided by nothing, as it may differ in others.
+        spread = np.where(spread > _LEAST_SPREAD * np.abs(center), spread, np.float32(1.0))
+        return SequenceStatistics(mean, std if std > _LEAST_SPREAD * abs(mean) else 1.0, center, spread)
 
     def _standard(self, values: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(n, 1, 1)`` mean and standard deviation, the latter 0 for nodes that do not move."""
         if not self.by_node:
             whole = values.new_ones(len(values), 1, 1)
             return self.mean * whole, self.std * whole
@@ -200,7 +241,8 @@ class SequenceSource:
         seen = seen[..., None]
         mean = values.masked_fill(~seen, 0.0).sum((1, 2), keepdim=True) / count
         variance = (values - mean).square().masked_fill(~seen, 0.0).sum((1, 2), keepdim=True) / count
-        return mean, variance.sqrt().clamp(min=_LEAST_SPREAD)
+        std = variance.sqrt()
+        return mean, std.masked_fill(std <= _LEAST_SPREAD * mean.abs(), 0.0)
 
 
 def hide_tokens(known: Tensor, ratio: tuple[float, float], generator: torch.Generator) -> Tensor:
@@ -236,7 +278,7 @@ def segments(signal: NDArray[np.number], length: int) -> NDArray[np.float32]:
 def series(tokens: NDArray[np.floating], n_times: int) -> NDArray[np.float32]:
     """Undo :func:`segments`; time points outside of whole segments are NaN."""
     out = np.full((len(tokens), n_times), np.nan, dtype=np.float32)
-    flat = tokens.reshape(len(tokens), -1)
+    flat = tokens.reshape(len(tokens), tokens.shape[1] * tokens.shape[2])
     out[:, : flat.shape[1]] = flat
     return out
 
@@ -249,7 +291,7 @@ def patches(pixels: NDArray[np.number], side: int) -> NDArray[np.float32]:
     n, height, width, channels = pixels.shape
     rows, columns = height // side, width // side
     cut = pixels[:, : rows * side, : columns * side].reshape(n, rows, side, columns, side, channels)
-    return np.ascontiguousarray(cut.swapaxes(2, 3), dtype=np.float32).reshape(n, rows * columns, -1)
+    return np.ascontiguousarray(cut.swapaxes(2, 3), dtype=np.float32).reshape(n, rows * columns, side**2 * channels)
 
 
 def picture(tokens: NDArray[np.floating], shape: tuple[int, int, int], side: int) -> NDArray[np.float32]:
@@ -257,6 +299,6 @@ def picture(tokens: NDArray[np.floating], shape: tuple[int, int, int], side: int
     height, width, channels = shape
     rows, columns = height // side, width // side
     out = np.full((len(tokens), *shape), np.nan, dtype=np.float32)
-    cut: Any = tokens.reshape(-1, rows, columns, side, side, channels).swapaxes(2, 3)
-    out[:, : rows * side, : columns * side] = cut.reshape(-1, rows * side, columns * side, channels)
+    cut: Any = tokens.reshape(len(tokens), rows, columns, side, side, channels).swapaxes(2, 3)
+    out[:, : rows * side, : columns * side] = cut.reshape(len(tokens), rows * side, columns * side, channels)
     return out

@@ -103,7 +103,7 @@ class BlockSplitter(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         sampler = BlockSampler(self.data, self.train_idx, parts=self._parts, shuffle=True, **self._cuts)
-        return block_loader(BlockDataset(self.data, **self._dataset_kwargs), sampler, **self._how)
+        return block_loader(BlockDataset(self.data, vary=True, **self._dataset_kwargs), sampler, **self._how)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         if not self.n_val:

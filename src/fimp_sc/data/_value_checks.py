@@ -48,13 +48,13 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
     TypeError
         The matrix is of another kind, or does not hold real numbers.
     ValueError
-        A CSC matrix in a file; unknown ``input_scale``; NaN, infinite or negative values; values that are not whole
-        numbers although ``input_scale="counts"``; no value above zero.
+        A CSC matrix in a file; unknown ``input_scale``; NaN or infinite values; negative ones, unless
+        ``input_scale="real"``; values that are not whole numbers although ``input_scale="counts"``; zeros everywhere.
 
     Warns
     -----
     UserWarning
-        Cells, or genes, that are zero throughout.
+        Cells, or genes, that are zero throughout, unless ``input_scale="real"``.
     """
     if input_scale != "auto" and input_scale not in get_args(InputScale):
         choices = ", ".join(map(repr, ("auto", *get_args(InputScale))))

@@ -12,7 +12,7 @@ from scvi.model.base import BaseModelClass
 
 from fimp_sc.data import BinnedTokens, CentredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs
-from fimp_sc.data._parts import SEQUENCES, Part, expand_rows, nodes_of, parts_of
+from fimp_sc.data._parts import Part, expand_rows, nodes_of, parts_of
 from fimp_sc.data._sequence_sources import sequence_source, token_shape
 from fimp_sc.data._sequences import SequenceStatistics
 from fimp_sc.model._fields import (
@@ -95,7 +95,7 @@ class GraphModel(BaseModelClass):
 
     def _table(self, adata: AnnData | MuData) -> Part | None:
         """Return the modality of a registered object that has expression or features, if there is one."""
-        return next((part for part in parts_of(adata, self._modality(adata)) if part.kind not in SEQUENCES), None)
+        return next((part for part in parts_of(adata, self._modality(adata)) if not part.is_sequence), None)
 
     def _sequence_part(self, adata: AnnData | MuData, name: str) -> Part:
         """Return the modality of a registered object that holds signals or images under ``name``."""
@@ -139,6 +139,9 @@ class GraphModel(BaseModelClass):
                 matrix, columns, scale, self._statistics(), codes[BATCH_KEY], hidden, table.absent
             )
             data.tokens = self._token_source()
+        places = getattr(getattr(self.module.network, "embedding", None), "places", None)
+        if places is not None and located is not None:
+            located = places(located)
         for i, (name, shape) in enumerate(self.module.sequences.items()):
             state = manager.registry["field_registries"][SEQUENCE_KEY + name]["state_registry"]
             size = self.token_sizes[name]

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fimp_sc.data._sequence_sources import default_token_size, left_over, token_shape
-from fimp_sc.model._fields import SEQUENCE_KEY, SequenceField
+from fimp_sc.model._fields import SEQUENCE_KEY, X_KEY, SequenceField
 from fimp_sc.nn import FoundationNetwork
 from fimp_sc.pretrained import GeneVectors, build_foundation, read_foundation, read_gene_vectors
 from fimp_sc.pretrained._files import checkpoint_folder
 from fimp_sc.pretrained._genes import advice, match_names
+from fimp_sc.pretrained._sequence_inputs import own_token_size, sequence_input
 from fimp_sc.pretrained._vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
@@ -110,11 +111,7 @@ def sequence_shapes(
     ValueError
         When a size does not fit, or is given for what is not there.
     """
-    states = {
-        key.removeprefix(SEQUENCE_KEY): field["state_registry"]
-        for key, field in registry["field_registries"].items()
-        if key.startswith(SEQUENCE_KEY)
-    }
+    states = _sequence_states(registry)
     given = token_size if isinstance(token_size, Mapping) else dict.fromkeys(states, token_size)
     unknown = [name for name in given if name not in states]
     if unknown or (token_size is not None and not states):
@@ -129,6 +126,63 @@ def sequence_shapes(
         if rest and warn:
             warnings.warn(f"{name!r}: {rest}, are left out. Choose another token_size to use them.", stacklevel=4)
     return shapes, sizes
+
+
+def _sequence_states(registry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        key.removeprefix(SEQUENCE_KEY): field["state_registry"]
+        for key, field in registry["field_registries"].items()
+        if key.startswith(SEQUENCE_KEY)
+    }
+
+
+def sequence_network(
+    name: str,
+    registry: Mapping[str, Any],
+    checkpoint: Any,
+    stored: Mapping[str, Any] | None,
+    *,
+    trained: str,
+    **stack: Any,
+) -> tuple[FoundationNetwork, dict[str, Any], dict[str, SequenceShape], dict[str, int]]:
+    """Read a foundation model of signals or images, or build it from what a saved model says of it.
+
+    Parameters
+    ----------
+    name
+        ``"vit"`` or ``"brainlm"``.
+    registry
+        Of the object.
+    checkpoint, stored, trained, **stack
+        See :func:`foundation_network`.
+
+    Returns
+    -------
+    The network, the configuration from which it can be built again, and by modality its tokens and their size, as from
+    :func:`sequence_shapes`.
+
+    Raises
+    ------
+    ValueError
+        When there is not one modality that it can read.
+    """
+    states = _sequence_states(registry)
+    if len(states) != 1 or registry["field_registries"][X_KEY]["state_registry"]["n_vars"]:
+        raise ValueError(
+            f"foundation={name!r} reads one modality, of {'images' if name == 'vit' else 'signals'}; this model is "
+            f"set up with {[*states] or 'expression'}."
+        )
+    if stored is not None:
+        found: Foundation = build_foundation(name, stored, **stack)
+    else:
+        found = read_foundation(name, checkpoint_folder(checkpoint), **stack)
+    modality, state = next(iter(states.items()))
+    kind, size = state[SequenceField.KIND], state[SequenceField.SIZE]
+    found_input: Any = sequence_input(found, kind, size, state[SequenceField.N_COORDINATES])
+    token_size = own_token_size(found)
+    shape = token_shape(kind, size, token_size, len(found_input.statistics().center))
+    network = FoundationNetwork(found_input, found.stack, trained=trained, sequence=(modality, shape.token_size))
+    return network, dict(found.config), {modality: shape}, {modality: token_size}
 
 
 def foundation_network(

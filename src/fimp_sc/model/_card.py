@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fimp_sc.data._access import shorten
+from fimp_sc.data._kinds import sequence_kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ _SCALES = {
     "counts": "counts (non-negative integers); scaled to a common total and log1p transformed inside",
     "normalized": "non-negative values; scaled to a common total and log1p transformed inside",
     "log": "log-normalised values, used as they are",
+    "real": "any numbers, used as they are",
 }
 _MOST_SHOWN = 50
 _LOADING = """```python
@@ -43,14 +45,11 @@ def model_card(config: Mapping[str, Any], genes: Sequence[str], n_parameters: in
     params, classes = config["init_params"], config["classes"]
     tags = [*_TAGS, *([params["foundation"]] if params["foundation"] else [])]
     front = ["---", "library_name: fimp-sc", "license: unknown", "tags:", *(f"- {tag}" for tag in tags), "---"]
-    what = "expression and labels" if classes else "expression"
     sections = {
-        "FIMP model of a tissue": "Embeds cells of a spatial transcriptomics section from their own genes and those "
-        f"of their neighbours, and predicts {what}. Attention runs between the gene tokens of neighbouring cells "
-        "(foundation-informed message passing, arXiv:2210.09475).",
+        **_introduction(config),
         "How to load": _LOADING,
         "Architecture": _list(_architecture(params, n_parameters)),
-        "Genes": f"{len(genes):,}, in `genes.txt`: {shorten([_code(gene) for gene in genes], 10)}.",
+        **_contents(config, genes),
         "Classes": f"{len(classes):,}: {shorten([_code(label) for label in classes], _MOST_SHOWN)}."
         if classes
         else "None: the model was set up without labels.",
@@ -61,6 +60,39 @@ def model_card(config: Mapping[str, Any], genes: Sequence[str], n_parameters: in
     }
     body = [f"{'##' if number else '#'} {title}\n\n{text}" for number, (title, text) in enumerate(sections.items())]
     return "\n".join(front) + "\n\n" + "\n\n".join(body) + "\n"
+
+
+def _introduction(config: Mapping[str, Any]) -> dict[str, str]:
+    labels = " and labels" if config["classes"] else ""
+    if not config.get("sequences"):
+        return {
+            "FIMP model of a tissue": "Embeds cells of a spatial transcriptomics section from their own genes and "
+            f"those of their neighbours, and predicts expression{labels}. Attention runs between the gene tokens of "
+            "neighbouring cells (foundation-informed message passing, arXiv:2210.09475)."
+        }
+    return {
+        "FIMP model of a graph": "Embeds nodes from their own tokens and those of their neighbours, and predicts "
+        f"hidden tokens{labels}. Attention runs between the tokens of neighbouring nodes (foundation-informed message "
+        "passing, arXiv:2210.09475)."
+    }
+
+
+def _contents(config: Mapping[str, Any], genes: Sequence[str]) -> dict[str, str]:
+    out = {}
+    if genes:
+        out["Genes"] = f"{len(genes):,}, in `genes.txt`: {shorten([_code(gene) for gene in genes], 10)}."
+    if config.get("sequences"):
+        lines = [
+            f"{_code(name)}: {_code(state['kind'])}, "
+            + ", ".join(f"{what}: {number:,}" for what, number in _sizes(state))
+            for name, state in config["sequences"].items()
+        ]
+        out["Signals and images"] = _list(lines)
+    return out
+
+
+def _sizes(state: Mapping[str, Any]) -> list[tuple[str, int]]:
+    return list(zip(sequence_kind(state["kind"]).size_names, state["size"], strict=False))
 
 
 def _architecture(params: Mapping[str, Any], n_parameters: int) -> list[str]:
@@ -87,7 +119,7 @@ def _training(config: Mapping[str, Any]) -> list[str]:
     setup = {name: value for name, value in config["setup_args"].items() if value is not None}
     lines = [
         f"cells: {config['n_cells']:,}",
-        f"expression: {_SCALES[config['input_scale']]}",
+        *([f"values: {_SCALES[config['input_scale']]}"] if config["input_scale"] else []),
         "set up with " + ", ".join(f"{name}={_code(value)}" for name, value in setup.items()),
     ]
     if not config["is_trained"]:

@@ -20,7 +20,8 @@ from fimp_sc.data._checks import (
     get_matrix,
     get_obs,
 )
-from fimp_sc.data._parts import SEQUENCES, Part, check_whole, nodes_of, parts_of
+from fimp_sc.data._kinds import sequence_kind
+from fimp_sc.data._parts import Part, check_whole, nodes_of, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -109,7 +110,7 @@ class ExpressionField(_Field):
 
     def part(self, data: AnnData | MuData) -> Part | None:
         """Return the modality with expression or features, if there is one."""
-        return next((part for part in parts_of(data, self._modality) if part.kind not in SEQUENCES), None)
+        return next((part for part in parts_of(data, self._modality) if not part.is_sequence), None)
 
     def validate_field(self, adata: AnnData | MuData) -> None:
         # The values are looked at when they are registered: that reads all of them, and once is enough.
@@ -164,7 +165,7 @@ def _report_shared(genes: NDArray[Any], adata: AnnData) -> None:
 
 
 class SequenceField(_Field):
-    """A modality of signals or images. Another object may have fewer time points, and images of the same size."""
+    """A modality of signals, images or other sequences."""
 
     _attr = "X"
     KIND, SIZE, N_COORDINATES = "kind", "size", "n_coordinates"
@@ -175,7 +176,7 @@ class SequenceField(_Field):
 
     def part(self, data: AnnData | MuData) -> Part:
         """Return the modality."""
-        found = [part for part in parts_of(data, self._modality) if part.kind in SEQUENCES]
+        found = [part for part in parts_of(data, self._modality) if part.is_sequence]
         named = [part for part in found if part.name == self._part]
         if not named and len(found) != 1:
             raise ValueError(f"The model reads the modality {self._part!r} of signals or images, which is not there.")
@@ -184,11 +185,11 @@ class SequenceField(_Field):
 
     def register_field(self, adata: AnnData | MuData) -> dict:
         part = self.part(adata)
-        info = part.info()
-        n_coordinates = 0
-        if part.kind == "signal" and self._spatial_key in self.nodes(adata).obsm:
+        part.info()  # checks the rest
+        kind, n_coordinates = sequence_kind(part.kind), 0
+        if kind.located and self._spatial_key in self.nodes(adata).obsm:
             n_coordinates = check_coordinates(self.nodes(adata), self._spatial_key).shape[1]
-        size = [info["n_times"]] if part.kind == "signal" else list(info["image_shape"])
+        size = [int(number) for number in kind.size(part.adata)]
         return {self.KIND: part.kind, self.SIZE: size, self.N_COORDINATES: n_coordinates}
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
@@ -200,16 +201,9 @@ class SequenceField(_Field):
                 f"The model knows where regions are, by {old[self.N_COORDINATES]} coordinates in "
                 f"obsm[{self._spatial_key!r}]: this object has {new[self.N_COORDINATES]}."
             )
-        if new[self.KIND] == "patch" and new[self.SIZE] != old[self.SIZE]:
-            raise ValueError(
-                f"The model reads images of {old[self.SIZE]} (height, width, channels), found {new[self.SIZE]}: make "
-                "them that size with fimp_sc.pp.images(size=...)."
-            )
-        if new[self.KIND] == "signal" and new[self.SIZE][0] > old[self.SIZE][0]:
-            raise ValueError(
-                f"The model reads up to {old[self.SIZE][0]:,} time points, found {new[self.SIZE][0]:,}: cut the "
-                "recordings into parts, each a recording of its own."
-            )
+        reason = sequence_kind(new[self.KIND]).fits(new[self.SIZE], old[self.SIZE])
+        if reason is not None:
+            raise ValueError(f"The model cannot read {self._part!r}: {reason}.")
         return new
 
 

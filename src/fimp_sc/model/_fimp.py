@@ -10,7 +10,7 @@ import torch
 from anndata import AnnData
 
 from fimp_sc.data._access import missing_key
-from fimp_sc.model._build import foundation_network, gene_vectors, sequence_shapes
+from fimp_sc.model._build import foundation_network, gene_vectors, sequence_network, sequence_shapes
 from fimp_sc.model._module import FIMPModule
 from fimp_sc.model._predict import PredictiveModel, check_choice
 from fimp_sc.model._pretrained import is_pretrained, read_pretrained, write_pretrained
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 
 _TOKENS, _TOKENS_FOUNDATION = 32, 200
+_WIDTH, _WIDTH_SEQUENCES = 64, 128
+_DROPOUT = 0.2
+_CHECKPOINTS = {
+    "scgpt": "args.json, vocab.json and best_model.pt; the authors of scGPT link it from their repository",
+    "vit": "config.json and model.safetensors, or the name of a repository on the Hugging Face hub",
+    "brainlm": "config.json and model.safetensors of one of the models in the hub repository vandijklab/brainlm",
+}
 
 
 class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
@@ -42,7 +49,8 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
     adata
         Object registered with :meth:`setup_anndata` or :meth:`setup_mudata`.
     n_latent
-        Width of tokens and of the embedding. A foundation model brings its own, as it does layers and heads.
+        Width of tokens and of the embedding, by default 64, and 128 where there are no genes. A foundation model brings
+        its own, as it does layers and heads.
     n_layers
         Message-passing layers; a cell sees as many hops. A foundation model reads one hop.
     n_heads
@@ -62,7 +70,8 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
     reduce
         ``"mean"`` or ``"sum"`` over neighbours, in FIMP-base.
     dropout
-        Rate on messages, on what feed-forward parts add and before the label head.
+        Rate on messages, on what feed-forward parts add and before the label head; by default 0.2, and 0 where there
+        are neither genes nor labels.
     label_weight
         Weight of the label loss beside the masked-expression loss.
     gene_embeddings
@@ -70,7 +79,8 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
         mapping or data frame as :func:`fimp_sc.pretrained.read_gene_vectors` reads it. Genes without a vector learn
         one.
     foundation
-        ``"scgpt"``: the stack of scGPT makes the messages.
+        ``"scgpt"``: the stack of scGPT makes the messages, between cells. ``"vit"`` does so between images and
+        ``"brainlm"`` between brain regions; they bring their own ``token_size``.
     checkpoint
         Folder with the files of the foundation model, or the name of a repository on the Hugging Face hub.
     train_foundation
@@ -113,7 +123,7 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
         adata: AnnData | MuData | None = None,
         registry: dict | None = None,
         *,
-        n_latent: int = 64,
+        n_latent: int | None = None,
         n_layers: int = 2,
         n_heads: int = 4,
         n_tokens: int | None = None,
@@ -121,10 +131,10 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
         layer: Literal["practical", "paper"] = "practical",
         self_loops: bool = True,
         reduce: Literal["mean", "sum"] = "mean",
-        dropout: float = 0.2,
+        dropout: float | None = None,
         label_weight: float = 1.0,
         gene_embeddings: Any = None,
-        foundation: Literal["scgpt"] | None = None,
+        foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
         checkpoint: str | Path | None = None,
         train_foundation: str = "frozen",
         source: Literal["evolving", "static"] = "evolving",
@@ -138,6 +148,9 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
         super().__init__(adata, registry)
         if n_tokens is None:
             n_tokens = _TOKENS if foundation is None else _TOKENS_FOUNDATION
+        tables = bool(self.summary_stats.n_vars)
+        n_latent = (_WIDTH if tables else _WIDTH_SEQUENCES) if n_latent is None else n_latent
+        dropout = (_DROPOUT if tables or self.classes else 0.0) if dropout is None else dropout
         check_choice("layer", layer, ("practical", "paper"))
         check_choice("reduce", reduce, ("mean", "sum"))
         for name, number in (("n_latent", n_latent), ("n_layers", n_layers), ("n_tokens", n_tokens)):
@@ -148,17 +161,28 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
             raise ValueError("train_foundation, source and aggregate concern foundation models: name one, foundation=.")
         self.foundation, self.n_tokens = foundation, n_tokens
         self.self_loops, self.random_state = self_loops, random_state
-        shapes, self.token_sizes = sequence_shapes(self.registry, token_size, warn=adata is not None)
         stored = architecture or {}
         network, vectors, known = None, None, None
         with torch.random.fork_rng():
             torch.manual_seed(random_state)
+            if foundation not in ("vit", "brainlm"):
+                shapes, self.token_sizes = sequence_shapes(self.registry, token_size, warn=adata is not None)
             match = {"species": species, "orthologs": orthologs}
-            if foundation is not None:
+            how: dict[str, Any] = {
+                "trained": train_foundation, "source": source, "aggregate": aggregate, "self_loops": self_loops,
+                "dropout": dropout,
+            }  # fmt: skip
+            if foundation in ("vit", "brainlm"):
+                if token_size is not None:
+                    raise ValueError(f"token_size is that of foundation={foundation!r} itself: leave it out.")
+                network, config, shapes, self.token_sizes = sequence_network(
+                    foundation, self.registry, checkpoint, stored.get("foundation"), **how
+                )
+                stored = {"foundation": config}
+            elif foundation is not None:
                 network, config = foundation_network(
                     foundation, self.genes, checkpoint, None if stored else self._vocabulary_rows(vocabulary_key),
-                    stored.get("foundation"), trained=train_foundation, source=source, aggregate=aggregate,
-                    self_loops=self_loops, dropout=dropout, **match,
+                    stored.get("foundation"), **how, **match,
                 )  # fmt: skip
                 stored = {"foundation": config}
             elif gene_embeddings is not None and architecture is None:
@@ -290,16 +314,11 @@ def _check_foundation(foundation: str | None, checkpoint: Any, gene_embeddings: 
         if checkpoint is not None:
             raise ValueError(f"checkpoint={str(checkpoint)!r} needs foundation=, the name of the model that it holds.")
         return
-    if foundation in ("vit", "brainlm"):
-        raise ValueError(f"foundation={foundation!r} does not read gene expression: choose 'scgpt'.")
-    check_choice("foundation", foundation, ("scgpt",))
+    check_choice("foundation", foundation, ("scgpt", "vit", "brainlm"))
     if gene_embeddings is not None:
         raise ValueError("gene_embeddings are for FIMP-base: a foundation model brings its own. Leave one of them out.")
     if checkpoint is None and architecture is None:
-        raise ValueError(
-            f"foundation={foundation!r} needs checkpoint=, the folder with args.json, vocab.json and best_model.pt; "
-            "the authors of scGPT link it from their repository."
-        )
+        raise ValueError(f"foundation={foundation!r} needs checkpoint=, the folder with {_CHECKPOINTS[foundation]}.")
 
 
 def _name_of(value: Any) -> str | None:

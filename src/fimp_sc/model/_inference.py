@@ -209,8 +209,9 @@ def _by_layer(
         # The sequences of the destinations alone: what they look like, and on which scale.
         sequences = {name: source.fields(nodes, len(nodes)) for name, source in data.sequences.items()}
         last: Any = {"sequences": sequences} if runner.reconstruct else {}
-        n_queries = 1 + sum(nodes["value"].shape[1] for nodes in last.get("sequences", {}).values())
-        outputs = runner.module.outputs(network.layers[level](*parts, n_queries), last)
+        n_queries = network.n_queries(last, reconstruct=runner.reconstruct)
+        states = network.layers[level](*parts, n_queries)
+        outputs = runner.module.outputs(states, last, reconstruct=runner.reconstruct)
         return runner.read(runner.module, outputs, last)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from fimp_sc.model._smoother import linear_smoother
 from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from fimp_sc.data import Batch, GeneStatistics, SequenceBatch, SequenceShape, SequenceStatistics
 
@@ -87,8 +87,10 @@ class FIMPModule(BaseModuleClass):
         self.register_buffer("value_variance", torch.ones(()))
         self.register_buffer("class_weight", torch.ones(max(n_labels, 1)))
         self.statistics = nn.ModuleDict()
-        for i, shape in enumerate(self.sequences.values()):
+        for i, (name, shape) in enumerate(self.sequences.items()):
             self.statistics[str(i)] = _Statistics(shape.n_coordinates)
+            if network is not None:
+                self.set_sequence_statistics(name, network.embedding.statistics())
 
     def _get_inference_input(self, tensors: Batch, **kwargs: Any) -> dict[str, Any]:
         return {"batch": tensors}
@@ -120,19 +122,19 @@ class FIMPModule(BaseModuleClass):
         elif "query_id" in batch:
             queries, absent = batch["query_id"], batch["query_padding"]
         else:
-            wanted = reconstruct and bool(self.sequences)
-            n_queries = 1 + sum(nodes["value"].shape[1] for nodes in batch["sequences"].values()) if wanted else 1
-            return self.outputs(self.network.states(batch, n_queries), batch)
+            n_queries = self.network.n_queries(batch, reconstruct=reconstruct)
+            return self.outputs(self.network.states(batch, n_queries), batch, reconstruct=reconstruct)
         if not isinstance(self.network, FoundationNetwork):
             raise TypeError("FIMP-base has no decoder of bins.")
         embedding, bins = self.network.decode(batch, queries, absent)
         return {"embedding": embedding, "bin": bins}
 
-    def outputs(self, states: Tensor, batch: Batch) -> dict[str, Any]:
+    def outputs(self, states: Tensor, batch: Batch, *, reconstruct: bool = True) -> dict[str, Any]:
         """Return what is read off the tokens of the destinations after the last layer."""
         out: dict[str, Any] = {"embedding": self.network.read(states)}
-        if states.shape[1] > 1 and self.sequences:
-            out["sequences"] = self.network.reconstruct(states, batch)  # type: ignore[operator]
+        if reconstruct and self.sequences:
+            heads = self.network.heads
+            out["sequences"] = {name: heads[name](part) for name, part in self.network.split(states, batch).items()}
         return out
 
     @auto_move_data
@@ -158,14 +160,16 @@ class FIMPModule(BaseModuleClass):
         n_obs = tensors["label"].shape[0]
         parts: dict[str, Tensor] = {}
         losses = [
-            masked_loss(inference_outputs["sequences"][name], nodes)
-            for name, nodes in tensors.get("sequences", {}).items()
+            masked_loss(predicted, tensors["sequences"][name])
+            for name, predicted in inference_outputs.get("sequences", {}).items()
         ]
         if "value" in generative_outputs:
             hidden = tensors["target_mask"]
             error = (generative_outputs["value"] - tensors["target"]).square()
             losses.append((error * hidden).sum() / hidden.sum().clamp(min=1) / self.value_variance)
-        loss = parts["masked_loss"] = torch.stack(losses).sum()
+        loss = inference_outputs["embedding"].new_zeros(())
+        if losses:
+            loss = parts["masked_loss"] = torch.stack(losses).sum()
         if "query_id" in tensors:
             parts["decoder_loss"] = _bin_loss(
                 inference_outputs["bin"], tensors["query_bin"], tensors["query_padding"], self.n_bins - 1
@@ -218,14 +222,57 @@ class FIMPModule(BaseModuleClass):
         weight = (counts / counts.mean()) ** -balance
         self.class_weight.copy_(torch.from_numpy(weight * counts.sum() / (weight * counts).sum()))
 
-    def set_sequence_statistics(self, statistics: Mapping[str, SequenceStatistics]) -> None:
-        """Set what the training nodes tell about signals and images, by modality."""
-        for i, name in enumerate(self.sequences):
-            buffers: Any = self.statistics[str(i)]
-            buffers.mean.fill_(statistics[name].mean)
-            buffers.std.fill_(statistics[name].std)
-            buffers.center.copy_(torch.from_numpy(statistics[name].center))
-            buffers.spread.copy_(torch.from_numpy(statistics[name].spread))
+    def set_sequence_statistics(self, name: str, statistics: SequenceStatistics) -> None:
+        """Set what the training nodes tell about a modality of signals or images."""
+        buffers: Any = self.statistics[str(list(self.sequences).index(name))]
+        buffers.mean.fill_(statistics.mean)
+        buffers.std.fill_(statistics.std)
+        buffers.center.copy_(torch.from_numpy(statistics.center))
+        buffers.spread.copy_(torch.from_numpy(statistics.spread))
+
+    def start_from_components(self, name: str, tokens: Tensor) -> None:
+        """Let the tokens of a modality start as their principal components.
+
+        Parameters
+        ----------
+        name
+            Of the modality.
+        tokens
+            ``(n, f, p)`` standardised numbers of training nodes.
+        """
+        numbers = tokens.flatten(0, 1).double()
+        basis = torch.linalg.eigh(numbers.T @ numbers).eigenvectors.flip(1)
+        parts: Any = self.network.sequences
+        parts.embeddings[parts.names.index(name)].start_from(basis.float().to(self.device))
+
+    @torch.no_grad()
+    def fit_heads(self, batches: Iterable[Batch], ridge: float) -> None:
+        """Set the heads that read signals and images to least squares over the hidden tokens of some blocks.
+
+        Parameters
+        ----------
+        batches
+            Blocks with hidden tokens.
+        ridge
+            Added to the diagonal of the normal equations.
+        """
+        square: dict[str, Tensor] = {}
+        product: dict[str, Tensor] = {}
+        for batch in batches:
+            states = self.network.states(batch, self.network.n_queries(batch, reconstruct=True))
+            for name, part in self.network.split(states, batch).items():
+                nodes = batch["sequences"][name]
+                hidden = nodes["target_mask"]
+                x = torch.nn.functional.pad(part[hidden], (0, 1), value=1.0).double()
+                square[name] = square.get(name, 0) + x.T @ x
+                product[name] = product.get(name, 0) + x.T @ nodes["target"][hidden].double()
+        for name, head in self.network.heads.items():
+            if name in square:
+                eye = torch.eye(len(square[name]), dtype=torch.float64, device=self.device)
+                weight = torch.linalg.solve(square[name] + ridge * eye, product[name]).float()
+                linear: Any = head
+                linear.weight.copy_(weight[:-1].T)
+                linear.bias.copy_(weight[-1])
 
     def start_from_vectors(self, vectors: np.ndarray, known: np.ndarray) -> None:
         """Use pretrained vectors of genes, see :meth:`~fimp_sc.nn.FeatureEmbedding.start_from_vectors`."""

@@ -71,8 +71,8 @@ class PredictiveModel(GraphModel):
 
         Returns
         -------
-        ``(len(indices), n_latent)`` float32. A foundation model gives embeddings of length 1, as scGPT does, and gives
-        them before any training too ("zero-shot").
+        ``(len(indices), n_latent)`` float32. A foundation model gives them before any training too ("zero-shot");
+        those of scGPT have length 1, as its authors use them.
         """
         how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
         return self._collect(adata, indices, _latent, how, untrained=self.foundation is not None)
@@ -236,6 +236,11 @@ class PredictiveModel(GraphModel):
         names = list(self.module.sequences)
         if modality is None and len(names) == 1:
             modality = names[0]
+        if getattr(self.module.network, "head", True) is None:
+            raise ValueError(
+                "The patches of this BrainLM do not agree with segments of time: it embeds signals and does not "
+                "reconstruct them. Leave foundation= out, or use the first format (13M)."
+            )
         if modality not in names:
             raise ValueError(
                 f"modality must be one of the signals and images that the model reads, {names}: found {modality!r}."
@@ -245,7 +250,7 @@ class PredictiveModel(GraphModel):
         adata = self._validate_anndata(adata)
         part, size, n_obs = self._sequence_part(adata, modality), self.token_sizes[modality], self._nodes(adata).n_obs
         n_tokens = self._graph_data(adata).sequences[modality].shape.n_tokens
-        given = None if hidden is None else hidden_tokens(hidden, part, n_obs, n_tokens, size)
+        given = None if hidden is None else hidden_tokens(hidden, part, n_tokens, size)
         nodes = self._indices(self._nodes(adata), indices)
         how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
 
@@ -260,7 +265,9 @@ class PredictiveModel(GraphModel):
 
 def _latent(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
     embedding = outputs["embedding"]
-    return torch.nn.functional.normalize(embedding) if isinstance(module.network, FoundationNetwork) else embedding
+    # As scGPT does; ViT and BrainLM do not.
+    of_cells = isinstance(module.network, FoundationNetwork) and not module.sequences
+    return torch.nn.functional.normalize(embedding) if of_cells else embedding
 
 
 def _probability(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:

@@ -201,6 +201,8 @@ def _twice(names: Sequence[str]) -> str:
 
 
 def _read_genes(path: Path, config: Mapping[str, Any]) -> list[str]:
+    if not config["n_genes"]:
+        return []  # signals or images alone
     check_file(path)
     try:
         genes = path.read_text(encoding="utf-8-sig").split("\n")  # line ends of any system, as git may convert them

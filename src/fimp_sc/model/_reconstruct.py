@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fimp_sc.data._kinds import sequence_kind
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -17,18 +19,18 @@ if TYPE_CHECKING:
 _PASSES = 5
 
 
-def hidden_tokens(hidden: Any, part: Part, n_obs: int, n_tokens: int, token_size: int) -> NDArray[np.bool_]:
-    """Return which tokens are hidden from what a user says of tokens, time points or pixels.
+def hidden_tokens(hidden: Any, part: Part, n_tokens: int, token_size: int) -> NDArray[np.bool_]:
+    """Return which tokens are hidden from what a user says of tokens, or of values: time points, pixels.
 
     Parameters
     ----------
     hidden
-        Boolean, ``(n_obs, n_tokens)``, ``(n_obs, n_times)`` or ``(n_obs, height, width)``; a token with any hidden
-        time point or pixel is hidden.
+        Boolean, ``(n_obs, n_tokens)`` or as the kind of the modality takes it (:meth:`SequenceKind.mask`); a token
+        with any hidden value is hidden.
     part
         The modality.
-    n_obs, n_tokens, token_size
-        Of nodes and their tokens.
+    n_tokens, token_size
+        Number of tokens and their size.
 
     Returns
     -------
@@ -41,24 +43,21 @@ def hidden_tokens(hidden: Any, part: Part, n_obs: int, n_tokens: int, token_size
     ValueError
         It has another shape.
     """
-    values = np.asarray(hidden)
+    values, kind = np.asarray(hidden), sequence_kind(part.kind)
+    n_obs = part.adata.n_obs if part.rows is None else len(part.rows)
     if values.dtype != bool:
         raise TypeError(f"hidden must be boolean, found {values.dtype}.")
     if values.shape == (n_obs, n_tokens):
         return values
-    if part.kind == "signal":
-        whole: tuple[int, ...] = (n_obs, part.adata.n_vars)
-        if values.shape == whole:
-            cut = values[:, : n_tokens * token_size]
-            return np.asarray(cut.reshape(n_obs, n_tokens, token_size).any(2))
-    else:
-        height, width, _ = part.info()["image_shape"]
-        whole = (n_obs, height, width)
-        if values.shape == whole:
-            rows, columns = height // token_size, width // token_size
-            cut = values[:, : rows * token_size, : columns * token_size]
-            return cut.reshape(n_obs, rows, token_size, columns, token_size).any((2, 4)).reshape(n_obs, -1)
-    raise ValueError(f"hidden must have the shape {(n_obs, n_tokens)} (tokens) or {whole}, found {values.shape}.")
+    size = list(kind.size(part.adata))
+    found = kind.mask(values, size, token_size) if len(values) == n_obs else None
+    if found is None:
+        what = ", ".join(kind.size_names)
+        raise ValueError(
+            f"hidden must have the shape {(n_obs, n_tokens)} (tokens) or {(n_obs, *size)} ({what}), found "
+            f"{values.shape}."
+        )
+    return found
 
 
 def predict_all(
@@ -84,9 +83,10 @@ def predict_all(
     """
     always = np.zeros((n_obs, n_tokens), dtype=bool) if hidden is None else hidden
     turn = np.random.default_rng(random_state).permuted(np.tile(np.arange(n_tokens) % _PASSES, (n_obs, 1)), axis=1)
-    out = predict(always)
-    for i in range(_PASSES):
-        now = (turn == i) & ~always
-        if now.any():
-            out = np.where(np.isnan(out), predict(now | always), out)
+    # Without tokens that are hidden in any case the five passes are enough.
+    passes = [always] if always.any() else []
+    passes += [now | always for now in ((turn == i) & ~always for i in range(_PASSES)) if now.any()]
+    out = predict(passes[0])
+    for now in passes[1:]:
+        out = np.where(np.isnan(out), predict(now), out)
     return out

@@ -13,7 +13,16 @@ import numpy as np
 import pandas as pd
 
 import fimp_sc
-from fimp_sc.model._fields import LABELS_KEY, X_KEY, ExpressionField, LabelField, registered_fields
+from fimp_sc.data._kinds import sequence_kinds
+from fimp_sc.model._fields import (
+    LABELS_KEY,
+    SEQUENCE_KEY,
+    X_KEY,
+    ExpressionField,
+    LabelField,
+    SequenceField,
+    registered_fields,
+)
 from fimp_sc.pretrained._weights import CheckpointError
 
 if TYPE_CHECKING:
@@ -23,7 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT = "fimp-sc"
 FORMAT_VERSION = 1
-_SCALES = ("counts", "normalized", "log")
+_SCALES = ("counts", "normalized", "log", "real")
 _KEYS = {
     "format": str,
     "format_version": int,
@@ -32,7 +41,8 @@ _KEYS = {
     "is_trained": bool,
     "n_cells": int,
     "n_genes": int,
-    "input_scale": str,
+    "input_scale": str | None,
+    "sequences": dict,
     "classes": list | None,
     "setup_args": dict,
     "init_params": dict,
@@ -40,7 +50,14 @@ _KEYS = {
     "sha256": dict,
 }
 # Of arguments whose default is None; all others are of the type of their default.
-_OPTIONAL = {"n_tokens": int, "architecture": dict}
+_OPTIONAL = {
+    "n_tokens": int,
+    "architecture": dict,
+    "token_size": int | dict,
+    "modality": list,
+    "n_latent": int,
+    "dropout": float,
+}
 # Files that a model was made from, which it does not need again: whose folders they were in is nobody's business.
 _FILES = ("checkpoint", "gene_embeddings", "orthologs")
 
@@ -67,9 +84,17 @@ def describe(model: FIMP) -> dict[str, Any]:
         "is_trained": bool(model.is_trained),
         "n_cells": int(expression["n_obs"]),
         "n_genes": len(model.genes),
-        "input_scale": str(expression[ExpressionField.SCALE]),
+        "input_scale": str(expression[ExpressionField.SCALE]) if len(model.genes) else None,
+        "sequences": {
+            key.removeprefix(SEQUENCE_KEY): _plain(field["state_registry"], key)
+            for key, field in registry["field_registries"].items()
+            if key.startswith(SEQUENCE_KEY)
+        },
         "classes": model.classes if registry["setup_args"]["labels_key"] is not None else None,
-        "setup_args": {name: None if key is None else str(key) for name, key in registry["setup_args"].items()},
+        "setup_args": {
+            name: key if key is None or isinstance(key, list) else str(key)
+            for name, key in registry["setup_args"].items()
+        },
         "init_params": params,
         "history": {name: _curve(frame) for name, frame in (model.history or {}).items()},
     }
@@ -103,15 +128,23 @@ def check_config(config: Mapping[str, Any], path: Path, cls: type[FIMP]) -> dict
             f"{str(path)!r} has 'format_version' {newer}, and fimp-sc {fimp_sc.__version__} reads up to "
             f"{FORMAT_VERSION}: it was written by a newer version, upgrade with pip install -U fimp-sc."
         )
+    # Files of the first version say nothing of sequences.
+    config = {"sequences": {}, **config}
     _check_names(config, _KEYS, path, "", complete=True)
     for key, kind in _KEYS.items():
-        if not isinstance(config[key], kind) or (kind is int and (isinstance(config[key], bool) or config[key] < 1)):
+        least = 0 if key == "n_genes" and config["sequences"] else 1
+        wrong_number = kind is int and (isinstance(config[key], bool) or not isinstance(config[key], int))
+        if wrong_number or not isinstance(config[key], kind) or (kind is int and config[key] < least):
             raise _wrong(path, key, config[key])
     if config["class"] != cls.__name__:
         raise CheckpointError(f"{str(path)!r} describes a {config['class']!r}, not a {cls.__name__!r}: 'class'.")
-    if config["input_scale"] not in _SCALES:
+    if config["input_scale"] not in (_SCALES if config["n_genes"] else (None,)):
         raise _wrong(path, "input_scale", config["input_scale"])
-    setup = _arguments(config["setup_args"], cls.setup_anndata, path, "setup_args")
+    for name, state in config["sequences"].items():
+        if not _is_sequence(state):
+            raise _wrong(path, f"sequences.{name}", state)
+    register = cls.setup_mudata if "modality" in config["setup_args"] else cls.setup_anndata
+    setup = _arguments(config["setup_args"], register, path, "setup_args")
     classes = config["classes"]
     if (classes is None) != (setup["labels_key"] is None) or (
         classes and (not all(isinstance(label, str) for label in classes) or len(set(classes)) < len(classes))
@@ -129,13 +162,14 @@ def make_registry(config: Mapping[str, Any], genes: Sequence[str]) -> dict[str, 
             "n_obs": config["n_cells"],
             "n_vars": len(genes),
             ExpressionField.NAMES: np.array(genes, dtype=object),
-            ExpressionField.SCALE: config["input_scale"],
+            **({ExpressionField.SCALE: config["input_scale"]} if genes else {}),
         },
     }
     if config["classes"] is not None:
         states[LABELS_KEY] = {LabelField.CLASSES: np.array(config["classes"], dtype=object)}
+    states |= {SEQUENCE_KEY + name: dict(state) for name, state in config["sequences"].items()}
     registries = {}
-    for field in registered_fields(setup):
+    for field in registered_fields(setup, list(config["sequences"])):
         state = states.get(field.registry_key, {})
         registries[field.registry_key] = {
             "data_registry": field.get_data_registry(),
@@ -145,7 +179,7 @@ def make_registry(config: Mapping[str, Any], genes: Sequence[str]) -> dict[str, 
     return {
         "scvi_version": config["versions"].get("scvi-tools"),
         "model_name": config["class"],
-        "setup_method_name": "setup_anndata",
+        "setup_method_name": "setup_mudata" if "modality" in setup else "setup_anndata",
         "setup_args": dict(setup),
         "field_registries": registries,
     }
@@ -209,6 +243,17 @@ def _arguments(values: Mapping[str, Any], function: Any, path: Path, part: str) 
         if not fits and not (value is None and default is None):
             raise _wrong(path, f"{part}.{name}", value)
     return defaults | dict(values)
+
+
+def _is_sequence(state: Any) -> bool:
+    """Tell whether a saved modality of signals or images is one."""
+    keys = {SequenceField.KIND, SequenceField.SIZE, SequenceField.N_COORDINATES}
+    if not isinstance(state, dict) or set(state) != keys:
+        return False
+    kind, size, n_coordinates = (state[key] for key in (SequenceField.KIND, SequenceField.SIZE, "n_coordinates"))
+    if kind not in sequence_kinds() or not isinstance(size, list) or n_coordinates not in (0, 2, 3):
+        return False
+    return bool(size) and all(isinstance(number, int) and number >= 1 for number in size)
 
 
 def _check_names(

@@ -9,8 +9,8 @@ from scvi.data import AnnDataManager
 from scvi.data._manager import AnnDataManagerValidationCheck
 from scvi.model.base import BaseModelClass
 
-from fimp_sc.data._parts import SEQUENCES, as_modalities, parts_of, registered_keys
-from fimp_sc.model._fields import registered_fields
+from fimp_sc.data._parts import as_modalities, parts_of, registered_keys
+from fimp_sc.model._fields import SEQUENCE_KEY, registered_fields
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -123,10 +123,15 @@ class RegisteringModel(BaseModelClass):
         if modality is not None:
             setup["modality"] = as_modalities(modality)
         sequences = kwargs.pop("sequences", None)
-        if sequences is None:
+        if sequences is None and kwargs.get("source_registry") is not None:
+            # The names under which a model knows its tokens: an object that is the modality alone does not say its own.
+            known = kwargs["source_registry"]["field_registries"]
+            sequences = [key.removeprefix(SEQUENCE_KEY) for key in known if key.startswith(SEQUENCE_KEY)]
+        elif sequences is None:
             parts = parts_of(data, modality) if cls._is_object(data) else []
-            sequences = [part.name for part in parts if part.kind in SEQUENCES]
+            sequences = [part.name for part in parts if part.is_sequence]
         if cls._is_object(data):
+            check_layer(setup["layer"], parts_of(data, modality))
             own = registered_keys(data, modality)
             setup["library_key"] = setup["library_key"] or own["library_key"]
             if setup["connectivities_key"] == _GRAPH:
@@ -143,3 +148,12 @@ class RegisteringModel(BaseModelClass):
     def _is_object(data: Any) -> bool:
         """Tell whether modalities can be looked at; of anything else the fields say what is wrong with it."""
         return hasattr(data, "uns") and getattr(data, "n_obs", 0) > 0
+
+
+def check_layer(layer: str | None, parts: list[Part]) -> None:
+    """Raise a ValueError where a layer is named, and signals and images, which have none, are all there is."""
+    if layer is not None and all(part.kind in SEQUENCES for part in parts):
+        raise ValueError(
+            f"layer={layer!r} is for expression and features: signals are read from X, and images from their pixels or "
+            "files. Leave it out."
+        )

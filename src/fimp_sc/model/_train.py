@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,32 +16,21 @@ from scvi.train import TrainRunner
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fimp_sc.data import BlockSplitter, split_by_blocks
-from fimp_sc.model._base import GraphModel
-from fimp_sc.model._inference import infer
 from fimp_sc.model._plan import FIMPTrainingPlan
-from fimp_sc.nn import FoundationNetwork
+from fimp_sc.model._schedule import Schedule
+from fimp_sc.model._start import StartingModel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
-    from fimp_sc.data import Batch, ExpressionSource, GraphData
-    from fimp_sc.model._module import FIMPModule
+    from fimp_sc.data import GraphData
 
 logger = logging.getLogger(__name__)
 
-# An epoch over a small section is a handful of steps, over a large one it is thousands: budget steps, not epochs.
-_STEPS = 600
-_MIN_EPOCHS, _MAX_EPOCHS = 8, 100
-_HIDDEN, _HIDDEN_TOKENS = (0.0, 0.4), (0.1, 0.6)
-# Compact blocks that make up a batch: small enough for a batch to hold cells of several domains.
-_CELLS_PER_PART = 64
 # The masked loss is relative to gene means, so that a smaller gain is one that no result shows.
 _LEAST_GAIN = 2e-4
-_MOST_CELLS_TO_START = 4096
-_MOST_CELLS_FOR_COMPONENTS = 50_000
-_CELLS_TO_STANDARDISE = 256
 # Enough to keep an accelerator busy; on a CPU making batches and training would only take turns.
 _WORKERS_ACCELERATOR = 4
 # Weights used are an exponential average over some tens of steps, which evens out what single blocks ask for.
@@ -72,7 +61,7 @@ class _BestWeights(Callback):
             self.loss, self.weights = loss, self._validated
 
 
-class TrainableModel(GraphModel):
+class TrainableModel(StartingModel):
     """A graph model with :meth:`train`."""
 
     _training_plan_cls = FIMPTrainingPlan
@@ -103,7 +92,8 @@ class TrainableModel(GraphModel):
         Parameters
         ----------
         max_epochs
-            Upper limit of epochs; by default as many as make about 600 steps, between 8 and 100.
+            Upper limit of epochs; by default as many as make about 600 steps, between 8 and 100; where there are no
+            genes 800 steps, in up to 400 epochs.
         accelerator, devices
             As in Lightning; ``"auto"`` takes a GPU when there is one. With several devices give ``strategy="ddp"``
             too: every device then takes its share of the blocks of an epoch, so that a step covers ``devices`` times
@@ -115,7 +105,8 @@ class TrainableModel(GraphModel):
         train_indices, validation_indices
             Cells of each part, instead of ``validation_size``. Cells in neither are seen as neighbours only.
         batch_size
-            Destinations per step; by default 64 to 256, so that an epoch has at least some 24 steps.
+            Destinations per step; by default 64 to 256, so that an epoch has at least some 24 steps; of signals whole
+            recordings.
         mask_ratio
             Smallest and largest share of a cell's genes, or of a node's segments or patches, hidden in training; each
             draws its own. By default from 0 to 0.4, and from 0.1 to 0.6 where there are no genes.
@@ -127,8 +118,9 @@ class TrainableModel(GraphModel):
         class_balance
             0 weighs cells alike, 1 classes alike, in the label loss.
         early_stopping
-            Stop when the validation loss has not improved by more than 0.0002 for ``early_stopping_patience`` epochs.
-            With validation cells the weights of the best epoch are kept in any case.
+            Stop when the validation loss has not improved by more than 0.0002 for ``early_stopping_patience`` epochs
+            (validations, of which there are about 30 where there are no genes). With validation cells the weights of
+            the best epoch are kept in any case.
         plan_kwargs
             Passed to the training plan (``lr``, ``weight_decay``, ...).
         **trainer_kwargs
@@ -142,21 +134,19 @@ class TrainableModel(GraphModel):
             When indices are out of range.
         """
         data = self._graph_data(self.adata)
-        if mask_ratio is None:
-            mask_ratio = _HIDDEN if data.source is not None else _HIDDEN_TOKENS
         train_idx, val_idx = self._split(data, validation_size, train_indices, validation_indices)
+        schedule = Schedule.of(data, train_idx, batch_size)
+        mask_ratio = schedule.mask_ratio if mask_ratio is None else mask_ratio
         if not self.is_trained:
-            data = self._start_from_data(data, train_idx, val_idx, class_balance)
-        if batch_size is None:
-            batch_size = int(np.clip(2 ** round(np.log2(max(len(train_idx) / 24, 1))), 64, 256))
+            data = self._start_from_data(data, train_idx, val_idx, class_balance, mask_ratio)
         splitter = BlockSplitter(
             data,
             train_idx,
             val_idx,
-            batch_size=batch_size,
+            batch_size=schedule.batch_size,
             n_layers=self.n_layers,
             n_tokens=self.n_tokens,
-            parts=max(batch_size // _CELLS_PER_PART, 1),
+            parts=schedule.parts,
             mask_ratio=mask_ratio,
             gene_mask_ratio=gene_mask_ratio,
             mask_cells=mask_cells if mask_cells is not None else 0.5 if self.classes else 1.0,
@@ -165,9 +155,8 @@ class TrainableModel(GraphModel):
             pin_memory=on_gpu(accelerator),
         )
         if max_epochs is None:
-            per_epoch = max(len(splitter.train_dataloader()), 1)
-            max_epochs = int(np.clip(round(_STEPS / per_epoch), _MIN_EPOCHS, _MAX_EPOCHS))
-        plan = self._training_plan_cls(self.module, **(plan_kwargs or {}))
+            max_epochs = schedule.epochs(len(splitter.train_dataloader()))
+        plan = self._training_plan_cls(self.module, **(schedule.plan | (plan_kwargs or {})))
         validated = len(val_idx) > 0
         # Lightning's own callback: that of scvi-tools prints when it stops, asked to be quiet or not.
         stopping = early_stopping and validated
@@ -192,7 +181,7 @@ class TrainableModel(GraphModel):
                 max_epochs=max_epochs,
                 accelerator=accelerator,
                 devices=devices,
-                check_val_every_n_epoch=1 if validated else None,
+                check_val_every_n_epoch=schedule.validate_every(max_epochs) if validated else None,
                 callbacks=[
                     *trainer_kwargs.pop("callbacks", []),
                     *([best] if validated else []),
@@ -229,54 +218,6 @@ class TrainableModel(GraphModel):
         if self.classes and not (data.label[train_idx] >= 0).any():
             raise ValueError("No training cell has a label: check labels_key, unlabeled_category and the split.")
         return train_idx, val_idx
-
-    def _start_from_data(
-        self, data: GraphData, train_idx: np.ndarray, val_idx: np.ndarray, class_balance: float
-    ) -> GraphData:
-        module = self.module
-        if data.sequences:
-            module.set_sequence_statistics(
-                {name: source.statistics(train_idx) for name, source in data.sequences.items()}
-            )
-        counts = np.bincount(data.label[train_idx][data.label[train_idx] >= 0], minlength=len(self.classes))
-        if self.classes:
-            module.set_class_weight(counts, class_balance)
-        if data.source is not None:
-            measured = data.source.present(train_idx)
-            if not len(measured):
-                raise ValueError("No training node has values of the table: check train_indices.")
-            self._start_from_expression(data.source, measured, val_idx)
-        data = self._graph_data(self.adata)
-        if isinstance(module.network, FoundationNetwork):
-            few = np.sort(np.random.default_rng(self.random_state).permutation(train_idx)[:_CELLS_TO_STANDARDISE])
-            module.eval()
-            read = _embedding
-            module.start_from_embeddings(infer(module, data, few, read, n_layers=self.n_layers, n_tokens=self.n_tokens))
-        return data
-
-    def _start_from_expression(self, source: ExpressionSource, train_idx: np.ndarray, val_idx: np.ndarray) -> None:
-        module, rng = self.module, np.random.default_rng(self.random_state)
-        some = train_idx
-        if len(train_idx) > _MOST_CELLS_FOR_COMPONENTS:
-            some = np.sort(rng.choice(train_idx, _MOST_CELLS_FOR_COMPONENTS, replace=False))
-        rows = source.sparse_rows(some)
-        statistics = source.gene_statistics(train_idx)
-        module.set_statistics(statistics, rows)
-        if isinstance(module.network, FoundationNetwork):
-            return
-        data = self._graph_data(self.adata)
-        source = cast("ExpressionSource", data.source)
-        seen = source.present(val_idx[data.graph.degree[val_idx] > 0])[:_MOST_CELLS_TO_START]
-        mean_of = data.graph.averaging(seen, self.n_layers)
-        sources = np.unique(mean_of.indices)
-        around = mean_of[:, sources] @ source.sparse_rows(sources)
-        module.start_as_smoother(
-            rows, source.sparse_rows(seen), around, statistics.mean, random_state=self.random_state
-        )
-
-
-def _embedding(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> torch.Tensor:
-    return outputs["embedding"]
 
 
 def _stopping(patience: int) -> EarlyStopping:

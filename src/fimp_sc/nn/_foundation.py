@@ -24,7 +24,8 @@ class FoundationNetwork(nn.Module):
     Parameters
     ----------
     embedding
-        Makes tokens, ``(feature_id, value, padding) -> (tokens, padding)``; the first token of a node is its summary.
+        Makes tokens: of genes ``(feature_id, value, padding) -> (tokens, padding)``, of a sequence from its part of the
+        batch. The first token of a node is its summary, unless ``embedding.n_class`` is 0: then that is their mean.
     stack
         The layers.
     decoder
@@ -33,6 +34,8 @@ class FoundationNetwork(nn.Module):
         What is trained, see :func:`choose_trained`.
     n_bins
         Bins into which the values of tokens are put, where the foundation model reads bins.
+    sequence
+        Modality of signals or images that it reads instead of genes, and numbers in a token of it.
 
     Raises
     ------
@@ -53,16 +56,31 @@ class FoundationNetwork(nn.Module):
         *,
         trained: str = "frozen",
         n_bins: int | None = None,
+        sequence: tuple[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.embedding, self.stack, self.decoder, self.n_bins = embedding, stack, decoder, n_bins
         self.width = stack.d_model
         choose_trained(self, trained)
         self.frozen = trained == "frozen"
+        self.sequence = None if sequence is None else sequence[0]
+        self.head: nn.Linear | None = None
+        if sequence is not None and self.embedding.aligned:
+            self.head = nn.Linear(self.width, sequence[1])
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return ``(n_dst, width)``: the summary token of each destination after the last layer."""
-        return self.read(self.states(batch, n_queries=1))
+        return self.read(self.states(batch, self.n_queries(batch)))
+
+    def n_queries(self, batch: Batch, *, reconstruct: bool = False) -> int | None:
+        """Return how many tokens of a destination the last layer must update, ``None`` for all."""
+        return 1 if self._has_summary and not (reconstruct and self.head is not None) else None
+
+    @property
+    def _has_summary(self) -> bool:
+        return self.sequence is None or self.embedding.n_class > 0
 
     def states(self, batch: Batch, n_queries: int | None = None) -> Tensor:
         """Return the first ``n_queries`` tokens of the destinations (all by default) after the last layer."""
@@ -71,7 +89,18 @@ class FoundationNetwork(nn.Module):
 
     def read(self, tokens: Tensor) -> Tensor:
         """Return the embedding of each node from its tokens after the last layer."""
-        return tokens[:, 0]
+        return tokens[:, 0] if self._has_summary else tokens.mean(1)
+
+    def split(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the tokens of a sequence, ``(n_dst, f, width)`` by modality, from the last layer's tokens."""
+        if self.sequence is None or self.head is None:
+            return {}
+        return {self.sequence: tokens[:, self.embedding.n_class :]}
+
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        """By modality, what reads standardised numbers off the tokens of a sequence."""
+        return {} if self.sequence is None or self.head is None else {self.sequence: self.head}
 
     def decode(self, batch: Batch, genes: Tensor, absent: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Predict hidden values with the decoder of the foundation model.
@@ -110,7 +139,10 @@ class FoundationNetwork(nn.Module):
 
     def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the tokens of all nodes of a block, ``(n, 1 + f, width)``, and their padding, ``(n, 1 + f)``."""
-        return self.embedding(batch["feature_id"], batch["value"], batch["padding"])
+        if self.sequence is None:
+            return self.embedding(batch["feature_id"], batch["value"], batch["padding"])
+        tokens = self.embedding(batch["sequences"][self.sequence])
+        return tokens, torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation; a frozen foundation model stays in evaluation."""

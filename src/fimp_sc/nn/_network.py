@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fimp_sc.nn._embedding import FeatureEmbedding
 from fimp_sc.nn._sequence import SequenceParts
+from fimp_sc.nn._sequence_start import start_as_gated_mean
 from fimp_sc.nn._transformer import PaperLayer, TransformerLayer, run_layers
 
 if TYPE_CHECKING:
@@ -74,14 +75,22 @@ class FIMPNetwork(nn.Module):
         if n_features:
             self.embedding = FeatureEmbedding(n_features, d_model, vector_width)
             self.embedding.mark_summary_outside(slice(self.n_neighbourhood), neighbourhood)
+        self.sequences = SequenceParts(sequences, d_model, apart=bool(n_features)) if sequences else None
+        self.mark: nn.Parameter | None = None
+        first: Any = None
+        if self.sequences is not None and not n_features:
+            first = self.sequences.embeddings[0]
+            self.mark = nn.Parameter(torch.zeros(d_model))
+            # As long as the mark of a position.
+            self.mark.data[first.summary_flag] = (first.at.stop - first.at.start) ** 0.5
         layers: list[nn.Module] = []
         for _ in range(n_layers):
             if layer == "paper":
                 layers.append(PaperLayer(d_model, n_heads, reduce=reduce))
                 continue
             practical = TransformerLayer(d_model, n_heads, d_feedforward=2 * d_model, dropout=dropout, reduce=reduce)
-            if not n_features:
-                pass
+            if first is not None:
+                start_as_gated_mean(practical, first, later=bool(layers))
             elif not layers:
                 practical.start_as_neighbour_mean(
                     slice(self.n_neighbourhood), neighbourhood, _NORM * (_FIRST if n_layers > 1 else 1)
@@ -90,12 +99,15 @@ class FIMPNetwork(nn.Module):
                 practical.start_as_neighbour_mean(neighbourhood, neighbourhood, _NORM * _FIRST ** (-1 / (n_layers - 1)))
             layers.append(practical)
         self.layers = nn.ModuleList(layers)
-        self.sequences = SequenceParts(sequences, d_model, apart=bool(n_features)) if sequences else None
-        self.mark = None if n_features else nn.Parameter(torch.randn(d_model))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return ``(n_dst, d_model)``: the summary token of each destination after the last layer."""
-        return self.read(self.states(batch, n_queries=1))
+        return self.read(self.states(batch, self.n_queries(batch)))
+
+    def n_queries(self, batch: Batch, *, reconstruct: bool = False) -> int:
+        """Return how many tokens of a destination the last layer must update."""
+        sequences = batch["sequences"].values() if reconstruct and self.sequences is not None else ()
+        return 1 + sum(nodes["value"].shape[1] for nodes in sequences)
 
     def states(self, batch: Batch, n_queries: int | None = None) -> Tensor:
         """Return the first ``n_queries`` tokens of the destinations (all by default) after the last layer."""
@@ -136,6 +148,11 @@ class FIMPNetwork(nn.Module):
         """
         return tokens[:, 0] - self.summary_mark
 
-    def reconstruct(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return the standardised numbers of sequences, ``(n_dst, f, p)`` by modality, from the last layer's tokens."""
-        return {} if self.sequences is None else self.sequences.reconstruct(tokens, batch["sequences"])
+    def split(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the tokens of sequences, ``(n_dst, f, d_model)`` by modality, from the last layer's tokens."""
+        return {} if self.sequences is None else self.sequences.split(tokens, batch["sequences"])
+
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        """By modality, what reads standardised numbers off the tokens of sequences."""
+        return {} if self.sequences is None else dict(zip(self.sequences.names, self.sequences.heads, strict=True))

@@ -1,8 +1,9 @@
-"""Embedding of nodes that are sequences of numbers: time segments of a signal, patches of an image."""
+"""Tokens of nodes that are sequences of numbers: time segments of a signal, patches of an image."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,21 @@ if TYPE_CHECKING:
     from fimp_sc.data._batch import SequenceBatch
     from fimp_sc.data._sequences import SequenceShape
 
+# Cosines and sines of a place: their inner products fall off over this distance (in standard deviations of the
+# coordinates), which tells a hundred regions apart, and gives places never seen the code of their surroundings.
+_PLACE_FEATURES, _PLACE_LENGTH = 128, 0.4
+# Sizes of value and place columns beside those of the position, which have unit size: small, so that the norm before
+# attention hardly depends on them and layers start nearly linear.
+_VALUE, _PLACE = 0.3, 0.4
+# Of masked tokens, in their column.
+MARK = 2.0
+
 
 class SequenceEmbedding(nn.Module):
-    """Embed tokens of numbers: ``linear(value) + position[i] + linear(coordinates)``, or a mask where hidden.
+    """Embed tokens of numbers: ``linear(value) + position[i] + linear(place)``, or a mask where hidden.
+
+    Columns are shared out at the start: the value, two blocks that layers write to, the position, the place, one that
+    marks masked tokens and one that marks summaries. Training is free to use them otherwise.
 
     Parameters
     ----------
@@ -25,26 +38,97 @@ class SequenceEmbedding(nn.Module):
         Width of a token.
     """
 
+    frequency: Tensor
+
     def __init__(self, shape: SequenceShape, d_model: int) -> None:
         super().__init__()
+        width = max(min(shape.token_size, d_model // 6), 1)
+        n_position = max(min(20, d_model // 6), 1)
+        blocks = 2 if d_model >= 96 else 1  # in narrow tokens all layers write to one
+        self.own, self.received = slice(0, width), slice(width, 2 * width)
+        self.received_later = slice(blocks * width, (blocks + 1) * width)
+        end = self.received_later.stop
+        self.at, self.where = slice(end, end + n_position), slice(end + n_position, d_model - 2)
+        self.masked_flag, self.summary_flag = d_model - 2, d_model - 1
         self.value = nn.Linear(shape.token_size, d_model)
-        self.place = nn.Linear(shape.n_coordinates, d_model, bias=False) if shape.n_coordinates else None
-        self.position = nn.Parameter(torch.randn(shape.n_tokens, d_model) * 0.5)
-        self.mask = nn.Parameter(torch.randn(d_model) * 0.1)
+        self.position = nn.Parameter(torch.zeros(shape.n_tokens, d_model))
+        self.mask = nn.Parameter(torch.zeros(d_model))
+        self.whole = nn.Sequential(nn.Linear(d_model, 2 * d_model), nn.GELU(), nn.Linear(2 * d_model, d_model))
+        self.place: nn.Linear | None = None
+        self.place_of_summary: nn.Linear | None = None
+        if shape.n_coordinates:
+            waves = torch.randn(_PLACE_FEATURES // 2, shape.n_coordinates) / _PLACE_LENGTH
+            self.register_buffer("frequency", waves)
+            self.place = nn.Linear(_PLACE_FEATURES, d_model, bias=False)
+            self.place_of_summary = nn.Linear(_PLACE_FEATURES, d_model, bias=False)
+        self._start()
 
     def forward(self, nodes: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """Return the tokens ``(n, f, d_model)`` and what nodes as a whole are, ``(n, d_model)``."""
+        """Return the tokens ``(n, f, d_model)`` and what they add to the summaries of their nodes, ``(n, d_model)``."""
         tokens = torch.where(nodes["masked"][..., None], self.mask, self.value(nodes["value"]))
-        tokens = tokens + self.position[: tokens.shape[1]]
-        whole = tokens.new_zeros(len(tokens), tokens.shape[2])
-        if self.place is not None:
-            place = self.place(nodes["coordinates"])
-            tokens, whole = tokens + place[:, None], whole + place
+        tokens = tokens + self.position[nodes["position"]]
+        seen = ~(nodes["masked"] | nodes["padding"])
+        whole = (self.whole(tokens) * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp(min=1)
+        if self.place is not None and self.place_of_summary is not None:
+            angle = nodes["coordinates"] @ self.frequency.T
+            waves = torch.cat([angle.cos(), angle.sin()], dim=1) / math.sqrt(angle.shape[1])
+            tokens, whole = tokens + self.place(waves)[:, None], whole + self.place_of_summary(waves)
         return tokens, whole
+
+    @property
+    def spread(self) -> float:
+        """Typical standard deviation of a token's entries at the start, by which norms divide."""
+        square = (self.at.stop - self.at.start) + _VALUE**2 * self.own.stop
+        if self.place is not None:
+            square += _PLACE**2 * (self.where.stop - self.where.start)
+        return math.sqrt(square / len(self.mask))
+
+    @torch.no_grad()
+    def start_from(self, basis: Tensor) -> None:
+        """Let value columns start as components of tokens.
+
+        Parameters
+        ----------
+        basis
+            ``(token_size, m)`` orthonormal columns, leading components first.
+        """
+        width = min(self.own.stop, basis.shape[1])
+        self.value.weight[self.own] = 0.0
+        self.value.weight[:width] = _VALUE * basis[:, :width].T
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        p, d_model = self.value.in_features, self.value.out_features
+        self.value.weight.zero_()
+        self.value.bias.zero_()
+        self.start_from(torch.linalg.qr(torch.randn(p, min(p, d_model)))[0])
+        self.position[:, self.at] = spread_codes(len(self.position), self.at.stop - self.at.start)
+        self.mask[self.masked_flag] = MARK
+        last: Any = self.whole[2]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        for linear in (self.place, self.place_of_summary):
+            if linear is not None:
+                linear.weight.zero_()
+                linear.weight[self.where] = _PLACE * torch.randn_like(linear.weight[self.where])
+
+
+def spread_codes(n: int, width: int, steps: int = 200) -> Tensor:
+    """Return ``(n, width)`` vectors of length ``sqrt(width)`` with small inner products, found by gradient descent."""
+    with torch.enable_grad():
+        codes = torch.randn(n, width).requires_grad_()
+        optimizer = torch.optim.Adam([codes], lr=0.02 * math.sqrt(width))
+        for _ in range(steps):
+            unit = nn.functional.normalize(codes, dim=1)
+            loss = torch.logsumexp(20 * (unit @ unit.T - torch.eye(n)).flatten(), 0)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return nn.functional.normalize(codes.detach(), dim=1) * math.sqrt(width)
 
 
 class SequenceParts(nn.Module):
-    """Tokens of all sequences of a node, and their numbers read off again.
+    """Tokens of all sequences of a node, and heads that read their numbers off again.
 
     Parameters
     ----------
@@ -64,7 +148,7 @@ class SequenceParts(nn.Module):
         self.modality = nn.Parameter(torch.randn(len(shapes), d_model) * 0.3) if len(shapes) + apart > 1 else None
 
     def forward(self, nodes: Mapping[str, SequenceBatch]) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        """Return tokens ``(n, f, d_model)`` by modality, what they say of whole nodes ``(n, d_model)``, and padding."""
+        """Return tokens ``(n, f, d_model)`` by modality, what they add to summaries ``(n, d_model)``, and padding."""
         tokens, wholes, padding = [], [], []
         for i, (name, embedding) in enumerate(zip(self.names, self.embeddings, strict=True)):
             made, whole = embedding(nodes[name])
@@ -74,8 +158,7 @@ class SequenceParts(nn.Module):
             padding.append(absent)
         return tokens, torch.stack(wholes).sum(0), padding
 
-    def reconstruct(self, tokens: Tensor, nodes: Mapping[str, SequenceBatch]) -> dict[str, Tensor]:
-        """Return ``(n_dst, f, p)`` standardised numbers by modality, from the tokens after the last layer."""
+    def split(self, tokens: Tensor, nodes: Mapping[str, SequenceBatch]) -> dict[str, Tensor]:
+        """Return the tokens of each modality, ``(n_dst, f, d_model)``, from all after the last layer."""
         counts = [nodes[name]["value"].shape[1] for name in self.names]
-        parts = tokens[:, 1 : 1 + sum(counts)].split(counts, dim=1)
-        return {name: head(part) for name, head, part in zip(self.names, self.heads, parts, strict=True)}
+        return dict(zip(self.names, tokens[:, 1 : 1 + sum(counts)].split(counts, dim=1), strict=True))

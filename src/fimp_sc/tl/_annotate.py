@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._logging import user_messages
-from fimp_sc.tl._inputs import choose, working_copy
+from fimp_sc.tl._inputs import choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
 from fimp_sc.tl._results import finite_or_raise, placed, record
 
@@ -80,7 +80,7 @@ def annotate(
     ValueError
         When labels, values or graph cannot be used, or the given model knows no labels.
     """
-    adata = adata.copy() if copy else adata
+    adata = copied(adata) if copy else adata
     key = key_added or f"fimp_{labels_key}"
     target, inputs = choose(
         adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from fimp_sc._logging import user_messages
-from fimp_sc.tl._inputs import choose, working_copy
+from fimp_sc.tl._inputs import choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
 from fimp_sc.tl._results import finite_or_raise, placed, record
 
@@ -108,7 +108,7 @@ def embed(
     ValueError
         When values or graph cannot be used, or files of a foundation model or of gene vectors.
     """
-    adata = adata.copy() if copy else adata
+    adata = copied(adata) if copy else adata
     target, inputs = choose(
         adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
         connectivities_key=connectivities_key, input_scale=input_scale,

@@ -7,9 +7,9 @@ import numpy as np
 
 from fimp_sc._logging import user_messages
 from fimp_sc.data._access import missing_key
-from fimp_sc.data._parts import SEQUENCES, parts_of
-from fimp_sc.data._pixels import image_shape
-from fimp_sc.tl._inputs import choose, working_copy
+from fimp_sc.data._kinds import sequence_kind
+from fimp_sc.data._parts import parts_of
+from fimp_sc.tl._inputs import choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
 from fimp_sc.tl._results import finite_or_raise, placed, record
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import pandas as pd
     from anndata import AnnData
     from mudata import MuData
     from numpy.typing import NDArray
@@ -71,9 +72,9 @@ def impute(
         ``"counts"``: scaled back to the total of each cell.
     hidden
         What the model must not see: a boolean array, or the name of a layer that holds it (of images, of an entry of
-        ``obsm``). Of expression ``(n_obs, n_vars)``, of signals ``(n_obs, n_times)``, of images ``(n_obs, height,
-        width)``. Segments and patches that are not hidden are predicted in turn, each while it is hidden; genes are
-        predicted as they are seen.
+        ``obsm``); of several modalities the name, under which each of them may hold its own. Of expression ``(n_obs,
+        n_vars)``, of signals ``(n_obs, n_times)``, of images ``(n_obs, height, width)``. Segments and patches that are
+        not hidden are predicted in turn, each while it is hidden; genes are predicted as they are seen.
     modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
         As in :func:`embed`.
     key_added
@@ -97,13 +98,20 @@ def impute(
     KeyError
         When a key is missing or a gene of ``genes`` is not known to the model.
     ValueError
-        When values or graph cannot be used.
+        When values or graph cannot be used, or an argument is for other modalities.
     """
-    adata = adata.copy() if copy else adata
+    adata = copied(adata) if copy else adata
     target, inputs = choose(
         adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
         connectivities_key=connectivities_key, input_scale=input_scale,
     )  # fmt: skip
+    if all(part.kind in SEQUENCES for part in parts_of(target, inputs.modality)) and (
+        genes is not None or scale != "log"
+    ):
+        raise ValueError(
+            "genes= and scale= are for expression and features: signals and images are predicted as a whole, as they "
+            "are. Leave them out."
+        )
     with user_messages(verbose=verbose):
         work = working_copy(target, inputs)
         fitted = fitted_model(
@@ -111,21 +119,21 @@ def impute(
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
         )  # fmt: skip
-        how = inference_kwargs or {}
+        masks = _masks(hidden, parts_of(target, inputs.modality), work.obs_names)
         parts = [
-            (part, _predicted(fitted, part, genes, scale, hidden, how)) for part in parts_of(target, inputs.modality)
+            (part, _predicted(fitted, part, genes, scale, masks.get(part.name), inference_kwargs or {}))
+            for part in parts_of(target, inputs.modality)
         ]
         extra: dict[str, Any] = {}
         with write_back(target, work, inputs, fitted):
             for part, values in parts:
                 values = placed(values, work.obs_names, part.adata.obs_names)
-                if part.kind == "patch":
-                    part.adata.obsm[key_added] = values.reshape(len(values), -1)
-                elif part.kind == "signal" or genes is None:
+                in_layer = sequence_kind(part.kind).results == "layers" if part.is_sequence else genes is None
+                if in_layer:
                     part.adata.layers[key_added] = values
                 else:
-                    part.adata.obsm[key_added] = values
-                if part.kind not in SEQUENCES:
+                    part.adata.obsm[key_added] = values.reshape(len(values), -1)
+                if not part.is_sequence:
                     names = part.adata.var_names if genes is None else list(genes)
                     extra = {"genes": np.array(names, dtype=object)}
             target.uns[key_added] = record(fitted, inputs, scale=scale if extra else None) | extra
@@ -134,14 +142,17 @@ def impute(
 
 def _predicted(model: FIMP, part: Part, genes: Sequence[str] | None, scale: Any, hidden: Any, how: Any) -> np.ndarray:
     """Return values of one modality for all nodes of the model."""
-    if part.kind in SEQUENCES:
+    if part.is_sequence:
         names = list(model.module.sequences)
         name = part.name if part.name in names else names[0]
-        values = model.get_reconstruction(modality=name, hidden=_mask(hidden, part), **how)
-        # What does not fill a segment or patch is NaN by design.
-        finite_or_raise(values[~np.isnan(values)], "reconstruction")
+        values = model.get_reconstruction(modality=name, hidden=hidden, **how)
+        # What does not fill a token is NaN by design.
+        kind, shape = sequence_kind(part.kind), model.module.sequences[name]
+        size, token_size = kind.size(part.adata), model.token_sizes[name]
+        whole = np.zeros((1, kind.tokens(size, token_size)[0], shape.token_size))
+        finite_or_raise(values[:, np.isfinite(kind.restore(whole, size, token_size)[0])], "reconstruction")
         return values
-    values = model.get_expression(genes=genes, scale=scale, hidden=_mask(hidden, part), **how)
+    values = model.get_expression(genes=genes, scale=scale, hidden=hidden, **how)
     wanted = np.array(part.adata.var_names if genes is None else list(genes), dtype=str)
     unknown = ~np.isin(wanted, model.genes.astype(str))
     if unknown.any():
@@ -150,16 +161,38 @@ def _predicted(model: FIMP, part: Part, genes: Sequence[str] | None, scale: Any,
     return values
 
 
-def _mask(hidden: Any, part: Part) -> Any:
-    """Return what is hidden, from an array or from the name of a layer (of images, of an entry of ``obsm``)."""
+def _masks(hidden: Any, parts: list[Part], nodes: pd.Index) -> dict[str, Any]:
+    """Return what is hidden of each modality, from an array or from the name under which modalities hold theirs."""
+    if hidden is None:
+        return {}
     if not isinstance(hidden, str):
-        return hidden
-    place, where = (part.adata.obsm, "obsm") if part.kind == "patch" else (part.adata.layers, "layers")
-    if hidden not in place:
+        if len(parts) > 1:
+            raise ValueError(
+                "hidden is one array for several modalities: store one in each that has something to hide, under one "
+                "name in layers (of images in obsm), and pass that name."
+            )
+        return {parts[0].name: hidden}
+    masks = {part.name: _mask(hidden, part, nodes) for part in parts if hidden in _place(part)[0]}
+    if not masks:
+        place, where = _place(parts[0])
         raise missing_key(hidden, f"adata.{where}", place, "Store there, True, what is not to be seen.")
-    mask = place[hidden]
-    if part.kind != "patch" or np.ndim(mask) != 2:
+    return masks
+
+
+def _place(part: Part) -> tuple[Any, str]:
+    """Return where a modality holds what is hidden of it, and what that is called."""
+    in_layer = not part.is_sequence or sequence_kind(part.kind).results == "layers"
+    return (part.adata.layers, "layers") if in_layer else (part.adata.obsm, "obsm")
+
+
+def _mask(name: str, part: Part, nodes: pd.Index) -> Any:
+    mask = _place(part)[0][name]
+    if not part.is_sequence:
+        return mask  # in the rows of the modality, which the model brings to those of nodes
+    mask = np.asarray(mask)
+    if part.adata.obs_names.equals(nodes):
         return mask
-    height, width, _ = image_shape(part.adata)
-    pixels = np.asarray(mask).reshape(len(mask), height, width, -1)
-    return pixels.any(3)
+    rows = part.adata.obs_names.get_indexer(nodes)
+    out = mask[rows]
+    out[rows < 0] = False
+    return out

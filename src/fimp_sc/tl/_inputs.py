@@ -20,9 +20,9 @@ from fimp_sc.data._checks import (
     get_obs,
     in_memory,
 )
+from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._modality import MODALITY_KEY, get_modality, quiet_mudata
 from fimp_sc.data._parts import as_modalities, check_whole, is_mudata, nodes_of, parts_of, registered_keys
-from fimp_sc.data._pixels import PATH_KEY, PIXELS_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +45,12 @@ class Inputs:
     labels_key: str | None = None
     unlabeled_category: str = "Unknown"
     modality: tuple[str, ...] | None = None
+
+
+def copied(data: AnnData | MuData) -> AnnData | MuData:
+    """Return a copy of an object with nothing added: mudata would copy columns of modalities to the whole."""
+    with quiet_mudata():
+        return data.copy()
 
 
 def choose(
@@ -70,6 +76,7 @@ def choose(
             raise ValueError(f"modality={modality!r} is for MuData objects, found an AnnData object: leave it out.")
     elif names is None or len(names) == 1:
         data, names = get_modality(data, names[0] if names else None)[1], None
+    check_layer(keys["layer"], parts_of(data, names))
     own = registered_keys(data, names)
     keys["library_key"] = keys["library_key"] or own["library_key"]
     if keys["connectivities_key"] == Inputs.connectivities_key:
@@ -112,24 +119,23 @@ def working_copy(adata: AnnData | MuData, inputs: Inputs, *, labels_required: bo
 
 def _light(adata: AnnData, inputs: Inputs) -> AnnData:
     """Return values, coordinates and columns of one modality, shared with the user's object."""
-    kind = parts_of(adata, None)[0].kind
+    part = parts_of(adata, None)[0]
     keys = dict.fromkeys([inputs.library_key, inputs.batch_key, inputs.labels_key])
     obsm = [inputs.spatial_key] if inputs.spatial_key in adata.obsm else []
-    parts: dict[str, Any] = {"var": pd.DataFrame(index=adata.var_names)}
-    if kind == "patch":
-        keys |= {PATH_KEY: None}
-        obsm += [PIXELS_KEY] if PIXELS_KEY in adata.obsm else []
-        parts = {}
-    elif kind == "signal":
-        parts["X"] = adata.X
+    if part.is_sequence:
+        held = sequence_kind(part.kind).parts(adata)
+        matrix = held["X"][""] if "X" in held else None
+        keys |= dict.fromkeys(held.get("obs", ()))
+        obsm += list(held.get("obsm", ()))
     else:
         check_anndata(adata)
-        parts["X"] = get_matrix(adata, inputs.layer)
+        matrix = get_matrix(adata, inputs.layer)
     columns = [key for key in keys if key is not None and key in adata.obs]
     work = AnnData(
+        matrix,
+        var=None if matrix is None else pd.DataFrame(index=adata.var_names),
         obs=pd.DataFrame(get_obs(adata, columns), index=adata.obs_names),
         obsm={key: in_memory(adata.obsm[key], f"adata.obsm[{key!r}]") for key in obsm},
-        **parts,
     )
     if MODALITY_KEY in adata.uns:
         work.uns[MODALITY_KEY] = adata.uns[MODALITY_KEY]

@@ -16,9 +16,9 @@ import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
 from scipy import sparse
 
+from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._modality import get_modality
-from fimp_sc.data._parts import SEQUENCES, as_modalities, is_mudata, nodes_of, parts_of
-from fimp_sc.data._pixels import PATH_KEY, PIXELS_KEY
+from fimp_sc.data._parts import as_modalities, is_mudata, nodes_of, parts_of
 from fimp_sc.data._stored import identity, storage
 from fimp_sc.model import FIMP
 from fimp_sc.model._pretrained import is_pretrained
@@ -77,8 +77,7 @@ def fitted_model(
         unused += [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]
         if unused:
             raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
-        query = with_model_keys(work, given, inputs) if isinstance(work, AnnData) else work
-        return FIMP.load_query_data(query, given)
+        return FIMP.load_query_data(with_model_keys(work, given, inputs), given)
     mark = _fingerprint(work, inputs)
     remembered = _models.get(id(adata))
     known = remembered is not None and remembered[0]() is adata and remembered[1] == mark
@@ -104,12 +103,14 @@ def fitted_model(
     return fresh
 
 
-def with_model_keys(work: AnnData, model: FIMP, inputs: Inputs) -> AnnData:
+def with_model_keys(work: AnnData | MuData, model: FIMP, inputs: Inputs) -> AnnData | MuData:
     """Give the working copy the keys under which the model was set up: the caller's keys name the caller's data."""
     setup = model.registry["setup_args"]
     query = work.copy() if work.is_view else work
     if setup["layer"] is not None:
-        query.layers[setup["layer"]] = query.X
+        for part in parts_of(query, inputs.modality):
+            if not part.is_sequence:
+                part.adata.layers[setup["layer"]] = part.adata.X
     if setup["connectivities_key"] not in query.obsp:
         query.obsp[setup["connectivities_key"]] = query.obsp[inputs.connectivities_key]
     if setup["spatial_key"] not in query.obsm and inputs.spatial_key in query.obsm:
@@ -171,10 +172,12 @@ def _fingerprint(work: AnnData | MuData, inputs: Inputs) -> tuple[Any, ...]:
     marks: list[Any] = [_checksum(pd.util.hash_pandas_object(table).to_numpy()) for table in (nodes.obs_names, *groups)]
     marks.append(_checksum(nodes.obsp[inputs.connectivities_key]))
     for part in parts_of(work, inputs.modality):
-        values = part.adata.obsm.get(PIXELS_KEY) if part.kind == "patch" else part.adata.X
-        if values is None:  # files of images
-            marks += part.adata.obs[PATH_KEY].astype(str).tolist()
+        if part.is_sequence:
+            held = [value for place in sequence_kind(part.kind).parts(part.adata).values() for value in place.values()]
+            # Names of files tell images apart; they are not opened.
+            marks += [_checksum(pd.util.hash_pandas_object(v).to_numpy() if hasattr(v, "iloc") else v) for v in held]
             continue
+        values = part.adata.X
         marks.append(_checksum(pd.util.hash_pandas_object(part.adata.var_names).to_numpy()))
         # Expression that is not in memory is known by where it is: reading all of it would take longer than most calls.
         marks.append(_checksum(values) if storage(values) == "memory" else identity(values))
@@ -202,7 +205,7 @@ def _device(accelerator: str) -> str:
 
 def _report(model: FIMP, work: AnnData | MuData, inputs: Inputs, accelerator: str, zero_shot: bool) -> None:
     nodes, parts = nodes_of(work, inputs.modality), parts_of(work, inputs.modality)
-    tables = [part.adata for part in parts if part.kind not in SEQUENCES]
+    tables = [part.adata for part in parts if not part.is_sequence]
     n_vars = sum(table.n_vars for table in tables)
     shapes = model.module.sequences.values()
     # With what the optimiser keeps of those that are trained.

@@ -1,0 +1,70 @@
+"""How much training is enough, from what there is to learn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fimp_sc.data import GraphData
+
+# An epoch over a small section is a handful of steps, over a large one it is thousands: budget steps, not epochs.
+_STEPS, _EPOCHS = 600, (8, 100)
+# Compact blocks that make up a batch: small enough for a batch to hold cells of several domains.
+_CELLS_PER_PART = 64
+_BATCH = (64, 256)
+_VALIDATIONS = 30
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Size and number of steps, where the user does not say.
+
+    Attributes
+    ----------
+    batch_size, parts
+        See :class:`~fimp_sc.data.BlockSampler`.
+    mask_ratio
+        Smallest and largest hidden share of a node.
+    steps, least_epochs, most_epochs, validations
+        Of a training; 0 validations for one in every epoch.
+    plan
+        Arguments of the training plan.
+    """
+
+    batch_size: int
+    parts: int
+    mask_ratio: tuple[float, float] = (0.0, 0.4)
+    steps: int = _STEPS
+    least_epochs: int = _EPOCHS[0]
+    most_epochs: int = _EPOCHS[1]
+    validations: int = 0
+    plan: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, data: GraphData, train_idx: NDArray[np.int64], batch_size: int | None) -> Schedule:
+        """Return the schedule for training nodes; a given ``batch_size`` is kept."""
+        usual = int(np.clip(2 ** round(np.log2(max(len(train_idx) / 24, 1))), *_BATCH))
+        if data.source is not None:
+            size = batch_size or usual
+            return cls(size, max(size // _CELLS_PER_PART, 1))
+        # Signals and images start from less than expression does, and learn relations of pairs of nodes.
+        largest = int(np.bincount(data.library[train_idx]).max())
+        whole = data.library.max() > 0 and largest <= _BATCH[1]
+        size = batch_size or (largest if whole else usual)
+        return cls(
+            size, 1 if whole else max(size // _CELLS_PER_PART, 1), mask_ratio=(0.1, 0.6), steps=800, most_epochs=400,
+            validations=_VALIDATIONS, plan={"lr": 2e-3},
+        )  # fmt: skip
+
+    def epochs(self, n_batches: int) -> int:
+        """Return the number of epochs of ``n_batches`` steps."""
+        return int(np.clip(round(self.steps / max(n_batches, 1)), self.least_epochs, self.most_epochs))
+
+    def validate_every(self, epochs: int) -> int:
+        """Return after how many epochs to validate."""
+        return max(epochs // self.validations, 1) if self.validations else 1

@@ -1,0 +1,100 @@
+"""Where training starts: at what simple linear models of the training nodes already tell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from lightning.fabric.utilities import move_data_to_device
+
+from fimp_sc.data import BlockDataset, BlockSampler
+from fimp_sc.model._base import GraphModel
+from fimp_sc.model._inference import infer
+from fimp_sc.nn import FoundationNetwork
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fimp_sc.data import Batch, ExpressionSource, GraphData
+    from fimp_sc.model._module import FIMPModule
+
+_MOST_CELLS_TO_START = 4096
+_MOST_CELLS_FOR_COMPONENTS = 50_000
+_CELLS_TO_STANDARDISE = 256
+# Nodes whose tokens give components, and blocks of them to which heads of sequences are fitted.
+_NODES_FOR_COMPONENTS, _NODES_PER_BLOCK, _BLOCKS = 1000, 128, 4
+_RIDGE = 0.3
+
+
+class StartingModel(GraphModel):
+    """A graph model that starts from its training nodes rather than from random weights alone."""
+
+    def _start_from_data(
+        self,
+        data: GraphData,
+        train_idx: np.ndarray,
+        val_idx: np.ndarray,
+        class_balance: float,
+        mask_ratio: tuple[float, float],
+    ) -> GraphData:
+        module = self.module
+        counts = np.bincount(data.label[train_idx][data.label[train_idx] >= 0], minlength=len(self.classes))
+        if self.classes:
+            module.set_class_weight(counts, class_balance)
+        # A foundation model has a scale of its own.
+        foundation = isinstance(module.network, FoundationNetwork)
+        if not foundation:
+            for name, sequence in data.sequences.items():
+                module.set_sequence_statistics(name, sequence.statistics(train_idx))
+        if data.source is not None:
+            measured = data.source.present(train_idx)
+            if not len(measured):
+                raise ValueError("No training node has values of the table: check train_indices.")
+            self._start_from_expression(data.source, measured, val_idx)
+        data = self._graph_data(self.adata)
+        module.eval()
+        if foundation:
+            few = np.sort(np.random.default_rng(self.random_state).permutation(train_idx)[:_CELLS_TO_STANDARDISE])
+            module.start_from_embeddings(
+                infer(module, data, few, _embedding, n_layers=self.n_layers, n_tokens=self.n_tokens)
+            )
+        if data.sequences:
+            self._start_from_sequences(data, train_idx, mask_ratio)
+        return data
+
+    def _start_from_expression(self, source: ExpressionSource, train_idx: np.ndarray, val_idx: np.ndarray) -> None:
+        module, rng = self.module, np.random.default_rng(self.random_state)
+        some = train_idx
+        if len(train_idx) > _MOST_CELLS_FOR_COMPONENTS:
+            some = np.sort(rng.choice(train_idx, _MOST_CELLS_FOR_COMPONENTS, replace=False))
+        rows = source.sparse_rows(some)
+        statistics = source.gene_statistics(train_idx)
+        module.set_statistics(statistics, rows)
+        if isinstance(module.network, FoundationNetwork):
+            return
+        data = self._graph_data(self.adata)
+        source = cast("ExpressionSource", data.source)
+        seen = source.present(val_idx[data.graph.degree[val_idx] > 0])[:_MOST_CELLS_TO_START]
+        mean_of = data.graph.averaging(seen, self.n_layers)
+        sources = np.unique(mean_of.indices)
+        around = mean_of[:, sources] @ source.sparse_rows(sources)
+        module.start_as_smoother(
+            rows, source.sparse_rows(seen), around, statistics.mean, random_state=self.random_state
+        )
+
+    def _start_from_sequences(self, data: GraphData, train_idx: np.ndarray, mask_ratio: tuple[float, float]) -> None:
+        """Let tokens start as their components, and heads as least squares on hidden tokens of some blocks."""
+        module, rng = self.module, np.random.default_rng(self.random_state)
+        if not isinstance(module.network, FoundationNetwork):
+            for name, source in data.sequences.items():
+                there = train_idx[~source.absent[train_idx]]
+                few = np.sort(rng.permutation(there)[:_NODES_FOR_COMPONENTS])
+                module.start_from_components(name, source.fields(few, len(few))["target"])
+        dataset = BlockDataset(data, n_layers=self.n_layers, n_tokens=self.n_tokens, mask_ratio=mask_ratio)
+        blocks = list(BlockSampler(data, train_idx, batch_size=_NODES_PER_BLOCK, random_state=self.random_state))
+        chosen = rng.permutation(len(blocks))[:_BLOCKS]
+        module.fit_heads((move_data_to_device(dataset[blocks[i]], module.device) for i in chosen), _RIDGE)
+
+
+def _embedding(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
+    return outputs["embedding"]

@@ -1,0 +1,81 @@
+"""How layers start where nodes are sequences of numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from fimp_sc.nn._sequence import MARK
+
+if TYPE_CHECKING:
+    from fimp_sc.nn._sequence import SequenceEmbedding
+    from fimp_sc.nn._transformer import TransformerLayer
+
+# Logit of a token of the same position, and of a source's summary relative to it.
+_FOCUS, _SUMMARY = 10.0, -0.5
+# By how much the logits of masked tokens are lowered.
+_MASKED = -8.0
+# Of queries, in the column of each head that summaries and masked tokens answer to.
+_BIAS = 4.0
+# Share of the usual random start that remains; size of messages, and of those of later layers.
+_NOISE, _MESSAGE, _LATER = 0.05, 4.0, 0.3
+
+
+@torch.no_grad()
+def start_as_gated_mean(layer: TransformerLayer, embedding: SequenceEmbedding, *, later: bool) -> None:
+    r"""Initialise a layer as a signed mean, with gates, over what neighbours show at the same position.
+
+    Token :math:`(i, t)` starts by receiving
+
+    .. math:: \sum_h W_h \, \mathrm{mean}_j \, g_h(i, j) \, x_{jt}, \qquad g_h(i, j) = \sigma(q_h(i)^\top k_h(j) + b)
+
+    for tokens :math:`x_{jt}` of neighbours that are not masked: queries and keys match on the position; the summary of
+    a source competes with that match at about equal strength and carries no value, so that what it takes is a gate,
+    which depends on the places of both nodes; keys of masked tokens lie below either. Heads of either sign give each
+    pair of places a weight of its own. From a random start most of an epoch budget goes into finding this.
+
+    Parameters
+    ----------
+    layer
+        Pre-norm layer to change.
+    embedding
+        Which columns hold what.
+    later
+        Half of the heads carry what sources received in the layer before, also at their masked tokens.
+    """
+    attention, spread = layer.attention, embedding.spread
+    n_heads, d_model = attention.n_heads, len(attention.query.weight)
+    width = d_model // n_heads
+    for linear in (attention.query, attention.key, attention.value, attention.output, layer.contract):
+        linear.weight.mul_(_NOISE)
+        linear.bias.zero_()
+    n_position, n_where = (part.stop - part.start for part in (embedding.at, embedding.where))
+    # A third of a head is left to gates.
+    n_match = max(min(n_position, width - width // 3 - 1), 1)
+    unit = math.sqrt(width) / _BIAS * spread  # weight of a key that makes one logit of a column of size one
+    for head in range(n_heads):
+        first = head * width
+        match, constant = slice(first, first + n_match), first + n_match
+        gate = slice(constant + 1, first + width)
+        turn = torch.linalg.qr(torch.randn(n_position, n_position))[0][:n_match]
+        gain = spread * math.sqrt(_FOCUS * math.sqrt(width) / n_match)
+        filled = later and head >= n_heads // 2
+        for linear in (attention.query, attention.key):
+            linear.weight[match, embedding.at] = gain * turn
+            linear.weight[constant] = 0.0
+            if n_where > 0:
+                linear.weight[gate, embedding.where] = torch.randn(gate.stop - gate.start, n_where) / math.sqrt(n_where)
+        attention.query.bias[constant] = _BIAS
+        # A summary asks all tokens alike, as it has no counterpart to look for.
+        attention.query.weight[constant, embedding.summary_flag] = -_BIAS * spread / math.sqrt(n_position)
+        attention.key.weight[constant, embedding.summary_flag] = unit * (_FOCUS + _SUMMARY) / math.sqrt(n_position)
+        if not filled:
+            attention.key.weight[constant, embedding.masked_flag] = _MASKED * unit / MARK
+        read = embedding.received if filled else embedding.own
+        write = embedding.received_later if later else embedding.received
+        columns = torch.arange(min(embedding.own.stop, width))  # narrow heads carry the leading components
+        attention.value.weight[first + columns, read.start + columns] += 1.0
+        size = _MESSAGE * spread * 2 / n_heads * (_LATER if later else 1.0)
+        attention.output.weight[write.start + columns, first + columns] += size * (1.0 if head % 2 == 0 else -0.5)
