@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from anndata import AnnData
+from mudata import MuData
+from scipy import sparse
 
 import fimp_sc
+from fimp_sc.data._modality import quiet_mudata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from anndata import AnnData
 
 mpl.use("Agg")
 # More threads than free cores make small tensors many times slower.
@@ -89,3 +95,134 @@ def scgpt_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def _recordings() -> MuData:
+    rng = np.random.default_rng(0)
+    waves = rng.normal(size=(3, 47)).cumsum(1)
+    bold = rng.normal(size=(2, 12, 3)) @ waves * 20 + rng.normal(size=(2, 12, 47)) * 10 + 1e3
+    return fimp_sc.pp.fmri(
+        bold, coordinates=rng.normal(size=(12, 3)), n_neighbors=2, labels={"lobe": ["front", "back", "side"] * 4}
+    )
+
+
+@pytest.fixture
+def recordings(_recordings: MuData) -> MuData:
+    """Modality "fmri": 2 recordings x 12 regions x 47 time points with places, a graph and "lobe"; may be changed."""
+    return _copy(_recordings)
+
+
+@pytest.fixture(scope="session")
+def _pictures() -> MuData:
+    rng = np.random.default_rng(1)
+    tint = rng.integers(0, 150, (20, 1, 1, 3))
+    pixels = (tint + rng.integers(0, 100, (20, 8, 9, 3))).astype(np.uint8)
+    labels = {"site": np.where(tint.sum((1, 2, 3)) > 220, "bright", "dark")}
+    return fimp_sc.pp.images(pixels, coordinates=rng.random((20, 2)), n_neighbors=2, labels=labels)
+
+
+@pytest.fixture
+def pictures(_pictures: MuData) -> MuData:
+    """Modality "image": 20 images of 8 x 9 pixels with a graph and "site"; may be changed."""
+    return _copy(_pictures)
+
+
+@pytest.fixture(scope="session")
+def _joint() -> MuData:
+    rng = np.random.default_rng(2)
+    names, points = np.array([f"n{i}" for i in range(24)]), rng.random((24, 2))
+    kind = rng.integers(0, 2, 24)
+    rna, image, bold = np.arange(2, 24), rng.permutation(24)[:18], np.sort(rng.permutation(24)[:20])
+    bold = np.union1d(bold, np.setdiff1d(np.arange(24), np.union1d(rna, image)))
+    counts = rng.poisson(1 + 3 * (kind[:, None] == np.arange(14) % 2)).astype(np.float32)
+    genes = pd.DataFrame(index=[f"g{i}" for i in range(14)])
+    parts = {
+        "rna": AnnData(sparse.csr_matrix(counts[rna]), pd.DataFrame(index=names[rna]), genes),
+        "image": fimp_sc.pp.images(
+            rng.integers(0, 255, (18, 6, 6, 1), dtype=np.uint8), coordinates=points[image], names=names[image],
+            n_neighbors=2,
+        )["image"],
+        "bold": AnnData(rng.normal(5, 2, (len(bold), 12)).astype(np.float32), pd.DataFrame(index=names[bold])),
+    }  # fmt: skip
+    parts["bold"].uns["fimp_modality"] = {"kind": "signal"}
+    with quiet_mudata():
+        mdata = MuData(parts)
+    row = [int(name[1:]) for name in mdata.obs_names]
+    mdata.obs["kind"] = pd.Categorical(np.array(["one", "two"])[kind[row]])
+    mdata.obsm["spatial"] = points[row]
+    near = np.linalg.norm(points[row][:, None] - points[row], axis=2).argsort(1)[:, 1:4]
+    graph = sparse.csr_matrix((np.ones(near.size), (np.repeat(np.arange(24), 3), near.ravel())), shape=(24, 24))
+    mdata.obsp["spatial_connectivities"] = graph
+    return mdata
+
+
+@pytest.fixture
+def joint(_joint: MuData) -> MuData:
+    """Expression ("rna"), images ("image", in another order) and signals ("bold") of 24 nodes; each lacks some.
+
+    A graph of all nodes, their coordinates and their "kind" are in the whole object. A copy that a test may change.
+    """
+    return _copy(_joint)
+
+
+def _copy(mdata: MuData) -> MuData:
+    with quiet_mudata():
+        return mdata.copy()
+
+
+@pytest.fixture(scope="session")
+def copied_mudata() -> Callable[[MuData], MuData]:
+    """Copy a MuData object without warnings about future versions."""
+    return _copy
+
+
+def _contents(mdata: MuData) -> dict[tuple[str, ...], Any]:
+    """Return a deep copy of everything in an object, by modality ("" for the whole), attribute and key."""
+    found: dict[tuple[str, ...], Any] = {}
+    for name, part in {"": mdata, **mdata.mod}.items():
+        found[name, "names"] = [list(part.obs_names), list(part.var_names)]
+        if name:
+            found[name, "X"] = deepcopy(part.X)
+        for kind in ("obs", "var", "obsm", "varm", "obsp", "varp", "layers", "uns"):
+            entries = getattr(part, kind, None)
+            for key in () if entries is None else list(entries):
+                found[name, kind, key] = deepcopy(entries[key])
+    return found
+
+
+def _assert_same(a: Any, b: Any, where: str) -> None:
+    assert type(a) is type(b), where
+    if sparse.issparse(a):
+        assert a.dtype == b.dtype, where
+        a, b = a.toarray(), b.toarray()
+    if isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype, where
+        np.testing.assert_array_equal(a, b, err_msg=where)
+    elif isinstance(a, pd.Series):
+        pd.testing.assert_series_equal(a, b)
+    elif isinstance(a, pd.DataFrame):
+        pd.testing.assert_frame_equal(a, b)
+    elif hasattr(a, "items"):
+        assert list(a) == list(b), where
+        for key in a:
+            _assert_same(a[key], b[key], f"{where}/{key}")
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="session")
+def only_changed() -> Callable[..., Any]:
+    """Context in which a MuData object gains the named entries, ``(modality, attribute, key)``, and nothing else."""
+
+    @contextmanager
+    def check(mdata: MuData, *written: tuple[str, ...]) -> Iterator[None]:
+        before = _contents(mdata)
+        yield
+        after = _contents(mdata)
+        assert set(after) - set(before) == set(written)
+        assert set(before) <= set(after)
+        for place, value in before.items():
+            _assert_same(value, after[place], "/".join(place))
+
+    return check

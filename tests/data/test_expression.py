@@ -255,3 +255,66 @@ def test_statistics_are_plain_values() -> None:
     assert isinstance(found, GeneStatistics)
     assert found.mean.dtype == found.fraction.dtype == np.float32
     assert found.fraction.sum() == pytest.approx(1.0)
+
+
+# Absent nodes and real numbers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["csr", "dense"])
+@pytest.mark.parametrize("scale", ["counts", "real"])
+def test_absent_nodes_count_nowhere(kind: str, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches have the centres that they have in an object without these nodes."""
+    read_in_pieces(monkeypatch)
+    values = counts() if scale == "counts" else counts() - 5
+    absent, batch = EVERYTHING % 3 == 1, (EVERYTHING >= 25).astype(np.int64)
+    absent[7:14] = True  # all that is read at once
+    values[absent] = 0
+    hidden = np.random.default_rng(0).random(values.shape) < 0.3
+    for mask in (None, hidden):
+        without = {"batch": batch[~absent], "hidden": None if mask is None else mask[~absent]}
+        expected = make_source(FORMATS[kind](values[~absent]), scale=scale, **without)
+        source = make_source(FORMATS[kind](values), scale=scale, batch=batch, hidden=mask, absent=absent)
+        np.testing.assert_allclose(source.center, expected.center, rtol=1e-5)
+        present = source.present(np.array([9, 13, 3, 4, 25]))
+        np.testing.assert_array_equal(present, [3])
+        np.testing.assert_array_equal(source.present(EVERYTHING), np.flatnonzero(~absent))
+        wanted = expected.gene_statistics(np.arange((~absent).sum())).mean
+        np.testing.assert_allclose(source.gene_statistics(source.present(EVERYTHING)).mean, wanted, rtol=1e-5)
+    np.testing.assert_array_equal(make_source(counts()).present(EVERYTHING), EVERYTHING)
+
+
+def test_nothing_of_absent_nodes_is_observed() -> None:
+    absent, columns = EVERYTHING % 4 == 0, np.where(SAME == 4, -1, SAME)
+    source = make_source(counts(), columns, absent=absent)
+    np.testing.assert_array_equal(observed(source, EVERYTHING), ~absent[:, None] & (SAME != 4))
+    np.testing.assert_array_equal(observed(source, np.array([8, 0])), np.zeros((2, N_GENES), dtype=bool))
+    patterns, _ = source.observed(np.array([5, 3, 3]))
+    assert len(patterns) == 1, "nodes that are all there share one pattern"
+    hidden = np.random.default_rng(0).random((N_OBS, N_GENES)) < 0.3
+    both = make_source(counts(), columns, hidden=hidden, absent=absent)
+    np.testing.assert_array_equal(observed(both, EVERYTHING), ~absent[:, None] & (SAME != 4) & ~hidden)
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense", "fortran"])
+def test_real_numbers_are_used_as_they_are(kind: str) -> None:
+    values = (counts() - 4.25).astype(np.float32)
+    stored = FORMATS[kind](values)
+    first = ExpressionSource(stored, SAME, "real", None)
+    some = np.array([7, 3, 3, 39])
+    np.testing.assert_array_equal(first.rows(some), values[some])
+    np.testing.assert_array_equal(first.sparse_rows(some).toarray(), values[some])
+    found = first.gene_statistics(EVERYTHING)
+    np.testing.assert_allclose(found.mean, values.mean(0), rtol=1e-5)
+    assert (found.fraction == 0).all(), "real numbers are no shares of anything"
+    assert found.target_sum == 1.0
+    order = np.random.default_rng(1).permutation(N_GENES)
+    second = ExpressionSource(FORMATS[kind](values[:, order]), np.argsort(order), "real", found)
+    np.testing.assert_array_equal(second.rows(some), values[some])
+    np.testing.assert_allclose(second.center[0], values.mean(0), rtol=1e-5)
+
+
+def test_a_missing_feature_does_not_change_the_scale_of_real_numbers() -> None:
+    values = counts() - 4
+    found = ExpressionSource(values, SAME, "real", None).gene_statistics(EVERYTHING)
+    part = ExpressionSource(values[:, :5], np.where(SAME < 5, SAME, -1), "real", found)
+    np.testing.assert_array_equal(part.rows(EVERYTHING), np.where(SAME < 5, values, 0))

@@ -51,12 +51,12 @@ def damaged(value) -> sparse.csr_matrix:
     [
         (ring().toarray(), TypeError, r"must be a sparse matrix, found ndarray: convert it with scipy.sparse"),
         (ring().astype(complex), TypeError, "real weights"),
-        (ring(11), ValueError, r"The graph has the shape \(11, 11\), but 12 cells need \(12, 12\)"),
-        (damaged(np.nan), ValueError, "2 NaN or infinite weights, first from cell 3 to cell 2"),
-        (damaged(-1), ValueError, "2 negative weights, first from cell 3 to cell 2"),
-        (sparse.csr_matrix((12, 12)), ValueError, "no edges between cells"),
-        (sparse.eye(12, format="csr"), ValueError, "no edges between cells"),  # self-loops join nobody
-        (ring() * 0, ValueError, "no edges between cells"),  # nor do stored zeros
+        (ring(11), ValueError, r"The graph has the shape \(11, 11\), but 12 nodes need \(12, 12\)"),
+        (damaged(np.nan), ValueError, "2 NaN or infinite weights, first from node 3 to node 2"),
+        (damaged(-1), ValueError, "2 negative weights, first from node 3 to node 2"),
+        (sparse.csr_matrix((12, 12)), ValueError, "no edges between nodes"),
+        (sparse.eye(12, format="csr"), ValueError, "no edges between nodes"),  # self-loops join nobody
+        (ring() * 0, ValueError, "no edges between nodes"),  # nor do stored zeros
     ],
 )
 def test_bad_graphs(graph, error, message):
@@ -68,7 +68,7 @@ def test_edges_joining_libraries_are_counted():
     adata = make_adata(section=["a"] * 6 + ["b"] * 6)
     adata.obsp["g"] = ring()
     check_graph(adata, "g", None)
-    message = r"adata.obsp\['g'\] has 2 edges that join samples, for instance cell 6 of 'b' with cell 5 of 'a'"
+    message = r"adata.obsp\['g'\] has 2 edges that join samples, for instance node 6 of 'b' with node 5 of 'a'"
     with pytest.raises(ValueError, match=message):
         check_graph(adata, "g", "section")
     with pytest.raises(MissingKeyError, match=r"'sample' is not in adata\.obs"):
@@ -80,10 +80,10 @@ def test_edges_joining_libraries_are_counted():
     check_graph(adata, "g", "section")
 
 
-def test_isolated_cells_give_one_warning_and_self_loops_do_not_help():
+def test_isolated_nodes_give_one_warning_and_self_loops_do_not_help():
     graph = (ring() + sparse.eye(12)).tolil()
     graph[3, 4] = graph[7, 8] = 0
-    with pytest.warns(UserWarning, match="2 of 12 cells have no neighbours") as record:
+    with pytest.warns(UserWarning, match="2 of 12 nodes have no neighbours.*their own tokens alone") as record:
         check_connectivities(graph.tocsr(), 12)
     assert sum("no neighbours" in str(warning.message) for warning in record) == 1
 

@@ -8,7 +8,17 @@ import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch.utils.data import DataLoader
 
-from fimp_sc.data import Batch, BlockDataset, BlockSampler, Destinations, GraphData, NodeGraph, block_loader
+from fimp_sc.data import (
+    Batch,
+    BlockDataset,
+    BlockSampler,
+    Destinations,
+    GraphData,
+    NodeGraph,
+    SequenceShape,
+    SequenceSource,
+    block_loader,
+)
 
 CUTS = ("batch_size", "parts", "shuffle", "random_state")
 
@@ -39,7 +49,9 @@ def visible_in(batch: Batch) -> torch.Tensor:
 def assert_equal(left: Batch, right: Batch) -> None:
     assert left.keys() == right.keys()
     for key in left:
-        if isinstance(left[key], list):
+        if isinstance(left[key], dict):
+            assert_equal(left[key], right[key])
+        elif isinstance(left[key], list):
             assert len(left[key]) == len(right[key]), key
             assert all(np.array_equal(a, b) for a, b in zip(left[key], right[key], strict=True)), key
         else:
@@ -278,3 +290,111 @@ def test_no_destinations_no_batches(graph_data) -> None:
         loader = make_loader(graph_data, np.array([], dtype=np.int64), shuffle=shuffle)
         assert len(loader) == 0
         assert list(loader) == []
+
+
+# Sequences ------------------------------------------------------------------------------------------------------------
+
+
+def signals(n=90) -> np.ndarray:
+    rng = np.random.default_rng(5)
+    return (rng.normal(size=(n, 4, 3)) * rng.uniform(1, 9, (n, 1, 1)) + 20).astype(np.float32)
+
+
+@pytest.fixture
+def joint_data(graph_data_factory) -> GraphData:
+    """Expression, signals that every fifth node lacks, and images, of which some patches are hidden."""
+    data = graph_data_factory()
+    rng = np.random.default_rng(6)
+    images = rng.normal(size=(90, 5, 2)).astype(np.float32)
+    data.sequences = {
+        "bold": SequenceSource(
+            lambda nodes: signals()[nodes], SequenceShape(4, 3, 2), 90, by_node=True, coordinates=data.coordinates,
+            absent=np.arange(90) % 5 == 0,
+        ),
+        "image": SequenceSource(
+            lambda nodes: images[nodes], SequenceShape(5, 2), 90, hidden=rng.random((90, 5)) < 0.3
+        ),
+    }  # fmt: skip
+    return data
+
+
+@pytest.mark.parametrize("masks", [{}, {"mask_ratio": (0.3, 0.6), "mask_cells": 0.8}])
+def test_sequences_of_a_batch_are_those_of_its_nodes(joint_data, masks) -> None:
+    dataset = make_dataset(joint_data, **masks)
+    for item in make_sampler(joint_data):
+        batch = dataset[item]
+        nodes, n_dst = batch["nodes"].numpy(), len(item.nodes)
+        np.testing.assert_array_equal(nodes[:n_dst], item.nodes)
+        assert len(nodes) > n_dst
+        assert set(batch["sequences"]) == {"bold", "image"}
+        for name, source in joint_data.sequences.items():
+            made = batch["sequences"][name]
+            f, p = source.shape.n_tokens, source.shape.token_size
+            for key, shape in (
+                ("value", (len(nodes), f, p)), ("masked", (len(nodes), f)), ("padding", (len(nodes), f)),
+                ("coordinates", (len(nodes), source.shape.n_coordinates)), ("mean", (n_dst, 1, 1)),
+                ("std", (n_dst, 1, 1)), ("target", (n_dst, f, p)), ("target_mask", (n_dst, f)),
+            ):  # fmt: skip
+                assert made[key].shape == shape, (name, key)
+            assert made["target_mask"].any() == bool(masks)
+        signal = batch["sequences"]["bold"]
+        back = signal["target"] * signal["std"] + signal["mean"]
+        there = item.nodes % 5 > 0
+        np.testing.assert_allclose(back[there], signals()[item.nodes[there]], rtol=1e-4)
+        np.testing.assert_array_equal(signal["padding"].all(1), nodes % 5 == 0)
+        np.testing.assert_allclose(signal["coordinates"], joint_data.coordinates[nodes], rtol=1e-6)
+
+
+def test_expression_is_the_same_with_sequences_beside_it(joint_data) -> None:
+    masks = {"mask_ratio": (0.3, 0.6), "gene_mask_ratio": 0.3, "mask_cells": 0.7}
+    item = Destinations(np.array([7, 3, 60]), 1)
+    both = dict(make_dataset(joint_data, **masks)[item])
+    sequences = both.pop("sequences")
+    joint_data.sequences, known = {}, joint_data.sequences
+    alone = make_dataset(joint_data, **masks)[item]
+    assert_equal(both, alone)
+    joint_data.source, joint_data.sequences = None, known
+    of_sequences = make_dataset(joint_data, **masks)[item]
+    assert set(of_sequences) == {"nodes", "n_nodes", "indptr", "indices", "label", "sequences"}
+    assert_equal(of_sequences["sequences"], sequences)
+
+
+def test_masks_of_sequences_come_from_the_seed(joint_data) -> None:
+    dataset = make_dataset(joint_data, mask_ratio=(0.3, 0.6))
+    nodes = np.array([7, 3, 61])
+    first, again, other = (dataset[Destinations(nodes, seed)]["sequences"] for seed in (1, 1, 2))
+    assert_equal(first, again)
+    for name in first:
+        assert not torch.equal(first[name]["masked"], other[name]["masked"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 90])
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_messages_of_sequences_are_those_in_the_whole_graph(joint_data, batch_size: int, n_layers: int) -> None:
+    """Every layer adds up the sources of a node; in the whole graph that is a power of its matrix."""
+    everything = np.arange(90)
+    adjacency = joint_data.graph.csr.toarray().astype(np.float64)
+    whole = {
+        name: np.linalg.matrix_power(adjacency, n_layers)
+        @ source.fields(everything, 90)["value"].reshape(90, -1).double().numpy()
+        for name, source in joint_data.sequences.items()
+    }
+    served = 0
+    for batch in make_loader(joint_data, n_layers=n_layers, batch_size=batch_size):
+        for name, expected in whole.items():
+            h = batch["sequences"][name]["value"].flatten(1).double()
+            for layer in range(n_layers):
+                h = h[: batch["n_nodes"][layer]]
+                indptr, indices = batch["indptr"][layer], batch["indices"][layer]
+                h = torch.stack([h[sources].sum(0) for sources in indices.tensor_split(indptr[1:-1])])
+            np.testing.assert_allclose(h, expected[destinations(batch)], rtol=1e-5, atol=1e-4)
+        served += len(destinations(batch))
+    assert served == 90
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_sequences_of_workers_are_those_of_this_process(joint_data) -> None:
+    kwargs = {"batch_size": 32, "shuffle": True, "mask_ratio": (0.2, 0.5)}
+    loaders = make_loader(joint_data, **kwargs), make_loader(joint_data, num_workers=1, **kwargs)
+    for here, there in zip(*loaders, strict=True):
+        assert_equal(here, there)

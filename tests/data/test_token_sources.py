@@ -216,3 +216,25 @@ def test_centred_tokens_have_the_centred_values_of_the_highest_genes(n_tokens: i
             assert found[cell, token] == pytest.approx(expected)
     # The whole panel fits: genes that are not expressed are tokens too.
     assert bool(((values[np.arange(N)[:, None], genes.numpy()] == 0) & ~padding.numpy()).any()) == (n_tokens == G)
+
+
+@pytest.mark.parametrize("n_tokens", [G, 5])
+def test_of_real_numbers_those_furthest_from_zero_become_tokens(n_tokens: int) -> None:
+    values, (visible, pattern) = expression(), masks()
+    values *= np.random.default_rng(4).choice([-1, 1], values.shape).astype(np.float32)
+    # The furthest are hidden in some cells, and their values must not count.
+    profile = torch.from_numpy(values + 0.3) * visible[pattern]
+    genes, found, padding = CentredTokens(torch.arange(G))(
+        sparse.csr_matrix(values), profile, visible, pattern, n_tokens
+    )
+    signs = set()
+    for cell in range(N):
+        shown = np.flatnonzero(visible[pattern[cell]].numpy() & ((values[cell] != 0) | (n_tokens == G)))
+        chosen = genes[cell][~padding[cell]].numpy()
+        expected = shown[np.argsort(-np.abs(values[cell, shown]), kind="stable")][:n_tokens]
+        far = values[cell, expected] != 0
+        assert chosen[: far.sum()].tolist() == expected[far].tolist()
+        assert set(chosen) == set(expected)
+        np.testing.assert_allclose(found[cell][~padding[cell]], values[cell, chosen] + np.float32(0.3), rtol=1e-6)
+        signs |= set(np.sign(values[cell, chosen]))
+    assert {-1, 1} <= signs

@@ -168,3 +168,25 @@ def test_memory_is_bounded_and_matrix_untouched(form, monkeypatch):
     tracemalloc.stop()
     assert peak < 2e6  # the matrix takes 8e6 bytes or more
     assert abs(matrix - copy).sum() == 0
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("form", FORMATS)
+def test_real_numbers_may_be_negative_and_zero_throughout(form):
+    matrix = counts() - 2.5
+    matrix[3] = 0
+    matrix[:, 6] = -1
+    assert check_values(FORMATS[form](matrix), where="adata.X", input_scale="real") == "real"
+    assert check_values(FORMATS[form](-counts()), where="adata.X", input_scale="real") == "real"
+    with pytest.raises(ValueError, match=r'below zero.*For numbers that are no expression pass input_scale="real"'):
+        check_values(FORMATS[form](matrix), where="adata.X")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, "1 value that is NaN"), (-np.inf, "1 value that is inf"), (0, "zero everywhere")]
+)
+def test_bad_real_numbers(value, message):
+    matrix = np.zeros((3, 4)) if value == 0 else counts() - 2.5
+    matrix[1, 2] = value
+    with pytest.raises(ValueError, match=message):
+        check_values(matrix, where="adata.X", input_scale="real")

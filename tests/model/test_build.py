@@ -100,9 +100,9 @@ def test_fimp_base_starts_from_vectors_of_genes(tissue, train, tmp_path, form: s
     [
         ({"foundation": None}, r"checkpoint='.*' needs foundation="),
         ({"checkpoint": None}, r"needs checkpoint=, the folder with args\.json"),
-        ({"foundation": "scGPT"}, "foundation must be one of 'scgpt', found 'scGPT'"),
-        ({"foundation": "vit"}, "'vit' does not read gene expression"),
-        ({"foundation": "brainlm"}, "'brainlm' does not read gene expression"),
+        ({"foundation": "scGPT"}, "foundation must be one of 'scgpt', 'vit', 'brainlm', found 'scGPT'"),
+        ({"foundation": "vit"}, "'vit' reads one modality, of images; this model is set up with expression"),
+        ({"foundation": "brainlm"}, "'brainlm' reads one modality, of signals; this model is set up with expression"),
         ({"gene_embeddings": {"A": [1.0]}}, "gene_embeddings are for FIMP-base"),
         ({"train_foundation": "half"}, "train_foundation must be .* found 'half'"),
         ({"train_foundation": "last:3"}, "N from 1 to 2"),

@@ -367,7 +367,7 @@ def test_isolated_cells_are_described_by_their_own_genes(tissue, make_model, tra
 
 
 def test_isolated_cells_are_announced(tissue) -> None:
-    with pytest.warns(UserWarning, match="2 of 120 cells have no neighbours"):
+    with pytest.warns(UserWarning, match="2 of 120 nodes have no neighbours"):
         FIMP.setup_anndata(isolate(tissue, [3, 4]))
 
 

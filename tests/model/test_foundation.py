@@ -78,7 +78,7 @@ def test_without_edges_a_cell_is_what_the_foundation_model_makes_of_it(distinct,
     graph = sparse.lil_matrix((120, 120))
     graph[0, 1] = 1.0
     distinct.obsp["spatial_connectivities"] = graph.tocsr()
-    with pytest.warns(UserWarning, match="119 of 120 cells have no neighbours"):
+    with pytest.warns(UserWarning, match="119 of 120 nodes have no neighbours"):
         model = make(distinct)
     z = model.get_latent_representation()
     expected = by_hand(distinct, checkpoint, alone=True)

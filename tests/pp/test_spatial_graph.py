@@ -262,7 +262,7 @@ def test_survives_h5ad(arguments, tmp_path):
 
 def test_isolated_cells_warn_once():
     adata = make_adata([[0, 0], [1, 0], [0, 1], [500, 500]])
-    with pytest.warns(UserWarning, match="1 of 4 cells have no neighbours") as record:
+    with pytest.warns(UserWarning, match="1 of 4 nodes have no neighbours") as record:
         spatial_graph(adata, method="radius", radius=2)
     assert sum("no neighbours" in str(warning.message) for warning in record) == 1
 
@@ -282,7 +282,7 @@ def test_real_sections_are_never_joined(shared_data):
 
 def test_real_visium_grid(shared_data):
     adata = ad.read_h5ad(shared_data / "dlpfc_visium_151673.h5ad")
-    with pytest.warns(UserWarning, match="1 of 3,639 cells have no neighbours"):  # a spot on its own
+    with pytest.warns(UserWarning, match="1 of 3,639 nodes have no neighbours"):  # a spot on its own
         spatial_graph(adata, method="grid", key_added="grid")
     spatial_graph(adata)
     degree = np.diff(adata.obsp["grid_connectivities"].indptr)

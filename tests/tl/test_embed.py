@@ -254,7 +254,7 @@ def spoil(adata: ad.AnnData, how: str) -> dict:
         ("coordinates", ValueError, "NaN or infinite for 1 of"),
         ("graph shape", TypeError, "must be a sparse matrix"),
         ("joined", ValueError, "edges that join samples"),
-        ("no edges", ValueError, "no edges between cells"),
+        ("no edges", ValueError, "no edges between nodes"),
         ("layer", KeyError, "'missing' is not in adata.layers"),
         ("library", KeyError, "library_key="),
         ("batch", KeyError, "batch_key="),

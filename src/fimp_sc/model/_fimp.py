@@ -179,6 +179,9 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
                     foundation, self.registry, checkpoint, stored.get("foundation"), **how
                 )
                 stored = {"foundation": config}
+            elif (foundation is not None or gene_embeddings is not None) and (shapes or not tables):
+                what = f"foundation={foundation!r}" if foundation is not None else "gene_embeddings"
+                raise ValueError(f"{what} is for expression alone; this model reads {[*shapes]} too or instead.")
             elif foundation is not None:
                 network, config = foundation_network(
                     foundation, self.genes, checkpoint, None if stored else self._vocabulary_rows(vocabulary_key),

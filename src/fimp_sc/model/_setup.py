@@ -9,7 +9,7 @@ from scvi.data import AnnDataManager
 from scvi.data._manager import AnnDataManagerValidationCheck
 from scvi.model.base import BaseModelClass
 
-from fimp_sc.data._parts import as_modalities, parts_of, registered_keys
+from fimp_sc.data._parts import Part, as_modalities, parts_of, registered_keys
 from fimp_sc.model._fields import SEQUENCE_KEY, registered_fields
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class RegisteringModel(BaseModelClass):
 
 def check_layer(layer: str | None, parts: list[Part]) -> None:
     """Raise a ValueError where a layer is named, and signals and images, which have none, are all there is."""
-    if layer is not None and all(part.kind in SEQUENCES for part in parts):
+    if layer is not None and all(part.is_sequence for part in parts):
         raise ValueError(
             f"layer={layer!r} is for expression and features: signals are read from X, and images from their pixels or "
             "files. Leave it out."

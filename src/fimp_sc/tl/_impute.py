@@ -105,9 +105,7 @@ def impute(
         adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
         connectivities_key=connectivities_key, input_scale=input_scale,
     )  # fmt: skip
-    if all(part.kind in SEQUENCES for part in parts_of(target, inputs.modality)) and (
-        genes is not None or scale != "log"
-    ):
+    if all(part.is_sequence for part in parts_of(target, inputs.modality)) and (genes is not None or scale != "log"):
         raise ValueError(
             "genes= and scale= are for expression and features: signals and images are predicted as a whole, as they "
             "are. Leave them out."

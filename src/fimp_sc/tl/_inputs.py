@@ -23,6 +23,7 @@ from fimp_sc.data._checks import (
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._modality import MODALITY_KEY, get_modality, quiet_mudata
 from fimp_sc.data._parts import as_modalities, check_whole, is_mudata, nodes_of, parts_of, registered_keys
+from fimp_sc.model._setup import check_layer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
