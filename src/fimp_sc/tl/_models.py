@@ -219,7 +219,7 @@ def _report(model: FIMP, work: AnnData | MuData, inputs: Inputs, accelerator: st
         )
     n_tokens = (model.n_tokens if tables else 0) + sum(shape.n_tokens for shape in shapes)
     n_values = n_vars + sum(shape.n_tokens * shape.token_size for shape in shapes)
-    block = n_nodes * (12 * n_values + copies * (n_tokens + 1) * network.width) * 4
+    block = min(n_nodes, 2 * nodes.n_obs) * (12 * n_values + copies * (n_tokens + 1) * network.width) * 4
     matrix = 0
     for table in tables:
         if storage(table.X) == "memory":
