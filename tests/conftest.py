@@ -186,7 +186,8 @@ def _contents(mdata: MuData) -> dict[tuple[str, ...], Any]:
             found[name, "X"] = deepcopy(part.X)
         for kind in ("obs", "var", "obsm", "varm", "obsp", "varp", "layers", "uns"):
             entries = getattr(part, kind, None)
-            for key in () if entries is None else list(entries):
+            # Recent anndata lists X among layers, as None.
+            for key in () if entries is None else [key for key in entries if key is not None]:
                 found[name, kind, key] = deepcopy(entries[key])
     return found
 

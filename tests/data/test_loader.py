@@ -318,7 +318,7 @@ def joint_data(graph_data_factory) -> GraphData:
     return data
 
 
-@pytest.mark.parametrize("masks", [{}, {"mask_ratio": (0.3, 0.6), "mask_cells": 0.8}])
+@pytest.mark.parametrize("masks", [{}, {"mask_ratio": (0.3, 0.6)}, {"mask_ratio": (0.3, 0.6), "mask_cells": 0.0}])
 def test_sequences_of_a_batch_are_those_of_its_nodes(joint_data, masks) -> None:
     dataset = make_dataset(joint_data, **masks)
     for item in make_sampler(joint_data):
@@ -336,7 +336,7 @@ def test_sequences_of_a_batch_are_those_of_its_nodes(joint_data, masks) -> None:
                 ("std", (n_dst, 1, 1)), ("target", (n_dst, f, p)), ("target_mask", (n_dst, f)),
             ):  # fmt: skip
                 assert made[key].shape == shape, (name, key)
-            assert made["target_mask"].any() == bool(masks)
+            assert made["target_mask"].any() == (bool(masks) and "mask_cells" not in masks)
         signal = batch["sequences"]["bold"]
         back = signal["target"] * signal["std"] + signal["mean"]
         there = item.nodes % 5 > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -201,3 +203,17 @@ def test_nothing_of_the_object_is_changed() -> None:
     source.tokens(np.arange(N_REGIONS))[:] = 0
     source.fields(np.arange(N_REGIONS), 3, (0.5, 0.5))["value"].zero_()
     np.testing.assert_array_equal(mdata["fmri"].X, toy_signals())
+
+
+@pytest.mark.parametrize("start", [0, 3, 22])
+def test_signals_are_cut_from_any_time_on_and_a_segment_is_left(start: int) -> None:
+    """Also where the first segment would start too late: it is the last one then."""
+    mdata = fimp_sc.pp.fmri(toy_signals(), connectivity=RING)
+    source = source_of(parts_of(mdata, None)[0], N_REGIONS, 5)
+    source = pickle.loads(pickle.dumps(source))  # as workers get it where processes are not forked
+    nodes = np.array([4, 0])
+    first = min(start, N_TIMES - 5)
+    n = (N_TIMES - first) // 5
+    tokens = source.tokens(nodes, start)
+    np.testing.assert_array_equal(tokens.reshape(2, -1), toy_signals()[nodes, first : first + 5 * n])
+    assert tokens.shape == (2, n, 5)

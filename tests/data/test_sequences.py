@@ -50,6 +50,7 @@ def test_fields_of_signals_as_they_are_seen() -> None:
     absent, hidden = some_nodes(), some_tokens()
     nodes = np.array([8, 3, 0, 11, 2, 13, 5])
     assert absent[nodes].any()
+    hidden |= absent[:, None]
     source = make_source(by_node=True, absent=absent, hidden=hidden)
     made = source.fields(nodes, 4, (0.2, 0.6), seed=7)
     for key, shape, dtype in (

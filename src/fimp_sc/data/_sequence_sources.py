@@ -39,7 +39,8 @@ def token_shape(kind: str, size: Sequence[int], token_size: int, n_coordinates: 
     ValueError
         When ``token_size`` does not fit.
     """
-    return SequenceShape(*sequence_kind(kind).tokens(size, token_size), n_coordinates)
+    found = sequence_kind(kind)
+    return SequenceShape(*found.tokens(size, token_size), n_coordinates, aligned=not found.by_node)
 
 
 def left_over(kind: str, size: Sequence[int], token_size: int) -> str | None:

@@ -34,11 +34,15 @@ class SequenceShape:
         Numbers in a token, ``p``: time points of a segment, or colour values of a patch.
     n_coordinates
         Coordinates of a node that its tokens know of, ``c``; 0 for none.
+    aligned
+        Whether the same token of all nodes shows the same part of them, as patches of images do, and segments of
+        signals, which start anywhere, do not.
     """
 
     n_tokens: int
     token_size: int
     n_coordinates: int = 0
+    aligned: bool = True
 
 
 @dataclass(frozen=True)

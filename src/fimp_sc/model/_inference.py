@@ -208,7 +208,7 @@ def _by_layer(
             return network.layers[level](*parts)
         # The sequences of the destinations alone: what they look like, and on which scale.
         sequences = {name: source.fields(nodes, len(nodes)) for name, source in data.sequences.items()}
-        last: Any = {"sequences": sequences} if runner.reconstruct else {}
+        last: Any = {"sequences": sequences}
         n_queries = network.n_queries(last, reconstruct=runner.reconstruct)
         states = network.layers[level](*parts, n_queries)
         outputs = runner.module.outputs(states, last, reconstruct=runner.reconstruct)

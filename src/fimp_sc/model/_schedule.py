@@ -32,6 +32,8 @@ class Schedule:
         Smallest and largest hidden share of a node.
     steps, least_epochs, most_epochs, validations
         Of a training; 0 validations for one in every epoch.
+    patience
+        Validations without gain after which to stop.
     plan
         Arguments of the training plan.
     """
@@ -43,6 +45,7 @@ class Schedule:
     least_epochs: int = _EPOCHS[0]
     most_epochs: int = _EPOCHS[1]
     validations: int = 0
+    patience: int = 3
     plan: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -58,7 +61,7 @@ class Schedule:
         size = batch_size or (largest if whole else usual)
         return cls(
             size, 1 if whole else max(size // _CELLS_PER_PART, 1), mask_ratio=(0.1, 0.6), steps=800, most_epochs=400,
-            validations=_VALIDATIONS, plan={"lr": 2e-3},
+            validations=_VALIDATIONS, patience=6, plan={"lr": 2e-3},
         )  # fmt: skip
 
     def epochs(self, n_batches: int) -> int:

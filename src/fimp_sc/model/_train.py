@@ -83,7 +83,7 @@ class TrainableModel(StartingModel):
         mask_cells: float | None = None,
         class_balance: float = 0.5,
         early_stopping: bool = True,
-        early_stopping_patience: int = 3,
+        early_stopping_patience: int | None = None,
         plan_kwargs: dict[str, Any] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
@@ -118,9 +118,9 @@ class TrainableModel(StartingModel):
         class_balance
             0 weighs cells alike, 1 classes alike, in the label loss.
         early_stopping
-            Stop when the validation loss has not improved by more than 0.0002 for ``early_stopping_patience`` epochs
-            (validations, of which there are about 30 where there are no genes). With validation cells the weights of
-            the best epoch are kept in any case.
+            Stop when the validation loss has not improved by more than 0.0002 for ``early_stopping_patience``
+            validations, by default 3; where there are no genes 6, of about 30 in all. With validation cells the
+            weights of the best epoch are kept in any case.
         plan_kwargs
             Passed to the training plan (``lr``, ``weight_decay``, ...).
         **trainer_kwargs
@@ -185,7 +185,7 @@ class TrainableModel(StartingModel):
                 callbacks=[
                     *trainer_kwargs.pop("callbacks", []),
                     *([best] if validated else []),
-                    *([_stopping(early_stopping_patience)] if stopping else []),
+                    *([_stopping(early_stopping_patience or schedule.patience)] if stopping else []),
                     # This form of averaging leaves weights that do not change as they are, to the bit.
                     WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGING)),
                 ],

@@ -106,7 +106,8 @@ class FIMPNetwork(nn.Module):
 
     def n_queries(self, batch: Batch, *, reconstruct: bool = False) -> int:
         """Return how many tokens of a destination the last layer must update."""
-        sequences = batch["sequences"].values() if reconstruct and self.sequences is not None else ()
+        wanted = self.sequences is not None and (reconstruct or self.embedding is None)
+        sequences = batch["sequences"].values() if wanted else ()
         return 1 + sum(nodes["value"].shape[1] for nodes in sequences)
 
     def states(self, batch: Batch, n_queries: int | None = None) -> Tensor:
@@ -144,9 +145,11 @@ class FIMPNetwork(nn.Module):
     def read(self, tokens: Tensor) -> Tensor:
         """Return the embedding of each node from its tokens after the last layer.
 
-        The vector that marks summary tokens is taken off again, so that an embedding is centred like the values.
+        The vector that marks summary tokens is taken off again, so that an embedding is centred like the values. Of
+        signals and images alone the mean of their tokens is added: these are what training asks for.
         """
-        return tokens[:, 0] - self.summary_mark
+        summary = tokens[:, 0] - self.summary_mark
+        return summary if self.embedding is not None else summary + tokens[:, 1:].mean(1)
 
     def split(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the tokens of sequences, ``(n_dst, f, d_model)`` by modality, from the last layer's tokens."""

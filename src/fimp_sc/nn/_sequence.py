@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ _PLACE_FEATURES, _PLACE_LENGTH = 128, 0.4
 # Sizes of value and place columns beside those of the position, which have unit size: small, so that the norm before
 # attention hardly depends on them and layers start nearly linear.
 _VALUE, _PLACE = 0.3, 0.4
+# Components of each token that enter the start of a summary.
+_SUMMARISED = 16
 # Of masked tokens, in their column.
 MARK = 2.0
 
@@ -28,7 +30,8 @@ class SequenceEmbedding(nn.Module):
     """Embed tokens of numbers: ``linear(value) + position[i] + linear(place)``, or a mask where hidden.
 
     Columns are shared out at the start: the value, two blocks that layers write to, the position, the place, one that
-    marks masked tokens and one that marks summaries. Training is free to use them otherwise.
+    marks masked tokens and one that marks summaries. Training is free to use them otherwise. Where the tokens of nodes
+    are aligned, all of them together make the start of the summary: a small network of the components of each token.
 
     Parameters
     ----------
@@ -53,7 +56,10 @@ class SequenceEmbedding(nn.Module):
         self.value = nn.Linear(shape.token_size, d_model)
         self.position = nn.Parameter(torch.zeros(shape.n_tokens, d_model))
         self.mask = nn.Parameter(torch.zeros(d_model))
-        self.whole = nn.Sequential(nn.Linear(d_model, 2 * d_model), nn.GELU(), nn.Linear(2 * d_model, d_model))
+        self.whole: nn.Sequential | None = None
+        if shape.aligned:
+            n_inputs = shape.n_tokens * min(width, _SUMMARISED)
+            self.whole = nn.Sequential(nn.Linear(n_inputs, 2 * d_model), nn.GELU(), nn.Linear(2 * d_model, d_model))
         self.place: nn.Linear | None = None
         self.place_of_summary: nn.Linear | None = None
         if shape.n_coordinates:
@@ -65,10 +71,15 @@ class SequenceEmbedding(nn.Module):
 
     def forward(self, nodes: SequenceBatch) -> tuple[Tensor, Tensor]:
         """Return the tokens ``(n, f, d_model)`` and what they add to the summaries of their nodes, ``(n, d_model)``."""
-        tokens = torch.where(nodes["masked"][..., None], self.mask, self.value(nodes["value"]))
-        tokens = tokens + self.position[nodes["position"]]
         seen = ~(nodes["masked"] | nodes["padding"])
-        whole = (self.whole(tokens) * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp(min=1)
+        value = self.value(nodes["value"])
+        tokens = torch.where(nodes["masked"][..., None], self.mask, value) + self.position[nodes["position"]]
+        whole = tokens.new_zeros(len(tokens), tokens.shape[2])
+        if self.whole is not None:
+            # As large as if all tokens were seen.
+            share = seen.shape[1] / seen.sum(1, keepdim=True).clamp(min=1)
+            parts = value[..., self.own][..., :_SUMMARISED] / _VALUE * seen[..., None]
+            whole = self.whole((parts * share[..., None]).flatten(1))
         if self.place is not None and self.place_of_summary is not None:
             angle = nodes["coordinates"] @ self.frequency.T
             waves = torch.cat([angle.cos(), angle.sin()], dim=1) / math.sqrt(angle.shape[1])
@@ -104,9 +115,15 @@ class SequenceEmbedding(nn.Module):
         self.start_from(torch.linalg.qr(torch.randn(p, min(p, d_model)))[0])
         self.position[:, self.at] = spread_codes(len(self.position), self.at.stop - self.at.start)
         self.mask[self.masked_flag] = MARK
-        last: Any = self.whole[2]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        if self.whole is not None:
+            # Into the columns of the place, from where layers read it.
+            first: Any = self.whole[0]
+            last: Any = self.whole[2]
+            nn.init.normal_(first.weight, std=first.in_features**-0.5)
+            last.bias.zero_()
+            other = torch.ones(d_model, dtype=torch.bool)
+            other[self.where] = False
+            last.weight[other] = 0.0
         for linear in (self.place, self.place_of_summary):
             if linear is not None:
                 linear.weight.zero_()

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from fimp_sc.nn._sequence import SequenceEmbedding
     from fimp_sc.nn._transformer import TransformerLayer
 
-# Logit of a token of the same position, and of a source's summary relative to it.
-_FOCUS, _SUMMARY = 10.0, -0.5
+# Logit of a token of the same position, and of a source's summary relative to it; where summaries hold what nodes show,
+# tokens leave them alone.
+_FOCUS, _SUMMARY, _NO_GATE = 10.0, -0.5, -6.0
 # By how much the logits of masked tokens are lowered.
 _MASKED = -8.0
 # Of queries, in the column of each head that summaries and masked tokens answer to.
@@ -34,7 +35,8 @@ def start_as_gated_mean(layer: TransformerLayer, embedding: SequenceEmbedding, *
     for tokens :math:`x_{jt}` of neighbours that are not masked: queries and keys match on the position; the summary of
     a source competes with that match at about equal strength and carries no value, so that what it takes is a gate,
     which depends on the places of both nodes; keys of masked tokens lie below either. Heads of either sign give each
-    pair of places a weight of its own. From a random start most of an epoch budget goes into finding this.
+    pair of places a weight of its own. From a random start most of an epoch budget goes into finding this. Summaries
+    read tokens evenly; where these are aligned, they receive the mean of their neighbours' summaries instead.
 
     Parameters
     ----------
@@ -68,9 +70,11 @@ def start_as_gated_mean(layer: TransformerLayer, embedding: SequenceEmbedding, *
             if n_where > 0:
                 linear.weight[gate, embedding.where] = torch.randn(gate.stop - gate.start, n_where) / math.sqrt(n_where)
         attention.query.bias[constant] = _BIAS
-        # A summary asks all tokens alike, as it has no counterpart to look for.
-        attention.query.weight[constant, embedding.summary_flag] = -_BIAS * spread / math.sqrt(n_position)
-        attention.key.weight[constant, embedding.summary_flag] = unit * (_FOCUS + _SUMMARY) / math.sqrt(n_position)
+        summary = _FOCUS + (_SUMMARY if embedding.whole is None else _NO_GATE)
+        attention.key.weight[constant, embedding.summary_flag] = unit * summary / math.sqrt(n_position)
+        # A summary asks all tokens alike, or summaries most.
+        turned = -1.0 if embedding.whole is None else 1.5
+        attention.query.weight[constant, embedding.summary_flag] = turned * _BIAS * spread / math.sqrt(n_position)
         if not filled:
             attention.key.weight[constant, embedding.masked_flag] = _MASKED * unit / MARK
         read = embedding.received if filled else embedding.own
@@ -79,3 +83,21 @@ def start_as_gated_mean(layer: TransformerLayer, embedding: SequenceEmbedding, *
         attention.value.weight[first + columns, read.start + columns] += 1.0
         size = _MESSAGE * spread * 2 / n_heads * (_LATER if later else 1.0)
         attention.output.weight[write.start + columns, first + columns] += size * (1.0 if head % 2 == 0 else -0.5)
+        if embedding.whole is not None:
+            _pass_summaries(layer, embedding, head, spread, later=later)
+
+
+def _pass_summaries(
+    layer: TransformerLayer, embedding: SequenceEmbedding, head: int, spread: float, *, later: bool
+) -> None:
+    """Let a head carry its part of what summaries hold, into columns that summaries have to spare."""
+    attention = layer.attention
+    width = len(attention.query.weight) // attention.n_heads
+    carried = min(embedding.own.stop, width)  # by tokens
+    held = torch.arange(embedding.where.start, embedding.where.stop)
+    spare = torch.arange(embedding.at.stop)
+    n = min(len(held), len(spare))
+    mine = torch.arange(head, n, attention.n_heads)[: width - carried]
+    through = head * width + carried + torch.arange(len(mine))
+    attention.value.weight[through, (spare if later else held)[mine]] += 1.0
+    attention.output.weight[spare[mine], through] += spread
