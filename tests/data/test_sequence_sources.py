@@ -43,7 +43,8 @@ def source_of(part, n_obs: int, token_size: int, **kwargs):
     ("kind", "size", "expected"),
     [
         ("signal", [200], 20),
-        ("signal", [7], 7),
+        ("signal", [50], 12),
+        ("signal", [3], 1),
         ("patch", [224, 224, 3], 16),  # as in ViT
         ("patch", [28, 28, 1], 7),
         ("patch", [64, 20, 3], 5),
@@ -68,7 +69,7 @@ def test_default_sizes_can_be_used(kind: str, size: list[int], expected: int) ->
     ],
 )
 def test_shapes(kind, size, token_size, expected) -> None:
-    assert token_shape(kind, size, token_size, 2) == SequenceShape(*expected, n_coordinates=2)
+    assert token_shape(kind, size, token_size, 2) == SequenceShape(*expected, 2, aligned=kind == "patch")
 
 
 @pytest.mark.parametrize("token_size", [0, -1, 8])

@@ -47,7 +47,6 @@ def test_signals_without_coordinates(recordings) -> None:
     assert model.module.sequences["fmri"].n_coordinates == 0
 
 
-@pytest.mark.xfail(reason="default_token_size is 20, or all of a recording of up to 39 time points: nothing to hide")
 @pytest.mark.filterwarnings("ignore:.*are left out")
 @pytest.mark.parametrize("n_times", [12, 20, 39])
 def test_short_recordings_have_several_tokens(recordings, n_times) -> None:
@@ -197,7 +196,6 @@ def test_pixels_must_have_the_shape_of_an_image(pictures) -> None:
         FIMP.setup_mudata(pictures)
 
 
-@pytest.mark.xfail(reason="says that there are no genes: data/_parts.py takes any unknown kind for a table")
 def test_a_kind_nobody_knows(pictures) -> None:
     pictures["image"].uns["fimp_modality"]["kind"] = "film"
     with pytest.raises(ValueError, match="'film'"):

@@ -40,7 +40,8 @@ class SignalKind(SequenceKind):
 
     def default_token_size(self, size: Sequence[int]) -> int:
         """See :class:`SequenceKind`."""
-        return min(_SEGMENT, size[0])
+        # Of a short recording a quarter, so that there is something to hide and something to see.
+        return min(_SEGMENT, max(size[0] // 4, 1))
 
     def tokens(self, size: Sequence[int], token_size: int) -> tuple[int, int]:
         """See :class:`SequenceKind`."""

@@ -194,9 +194,9 @@ class BlockDataset(Dataset["Batch"]):
         if data.sequences:
             made["sequences"] = {
                 name: source.fields(
-                    nodes, n_dst, self.mask_ratio, node_share=self.mask_cells, vary=self.vary, seed=seed
+                    nodes, n_dst, self.mask_ratio, node_share=self.mask_cells, vary=self.vary, seed=seed + i
                 )
-                for name, source in data.sequences.items()
+                for i, (name, source) in enumerate(data.sequences.items())
             }
         return made
 

@@ -169,7 +169,7 @@ def describe_modality(
     """
     name, adata = get_modality(mdata, modality)
     where = f"mdata[{name!r}]" if mdata is not adata else "adata"
-    info = _info(adata, where)
+    info = modality_info(adata, where)
     description: dict[str, Any] = {"modality": name, "kind": info["kind"], "n_obs": adata.n_obs}
     description |= {"n_edges": 0, "connectivities_key": None, "library_key": info.get("library_key")}
     library = None
@@ -191,7 +191,16 @@ def describe_modality(
     return description | _content(adata, info, where, 1 if library is None else len(library.categories))
 
 
-def _info(adata: AnnData, where: str) -> dict[str, Any]:
+def modality_info(adata: AnnData, where: str) -> dict[str, Any]:
+    """Return what a modality says of itself in ``uns``.
+
+    Raises
+    ------
+    MissingKeyError
+        It says nothing.
+    ValueError
+        Its kind is unknown.
+    """
     info = adata.uns.get(MODALITY_KEY)
     if info is None or "kind" not in info:
         raise missing_key(

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from fimp_sc.data._access import in_memory, missing_key
 from fimp_sc.data._kinds import sequence_kinds
-from fimp_sc.data._modality import CONNECTIVITIES_KEY, MODALITY_KEY, describe_modality, get_modality
+from fimp_sc.data._modality import CONNECTIVITIES_KEY, MODALITY_KEY, describe_modality, get_modality, modality_info
 from fimp_sc.data._pixels import PIXELS_KEY
 
 if TYPE_CHECKING:
@@ -205,7 +205,9 @@ def expand_rows(matrix: Any, rows: NDArray[np.int64], where: str) -> sparse.csr_
 
 def _kind(adata: AnnData) -> str:
     info = adata.uns.get(MODALITY_KEY)
-    return "expression" if info is None or "kind" not in info else str(info["kind"])
+    if info is None or "kind" not in info or info["kind"] == "expression":
+        return "expression"
+    return str(modality_info(adata, "adata")["kind"])
 
 
 def check_whole(data: AnnData | MuData, key: str, modality: str | Sequence[str] | None, nodes: AnnData) -> None:

@@ -152,13 +152,15 @@ class SequenceSource:
         """
         generator = torch.Generator().manual_seed(seed)
         vary = vary and self.by_node
-        start = int(torch.randint(0, self.shape.token_size, (1,), generator=generator)) if vary else 0
+        # What is hidden is known for segments from the first time point on.
+        cut = vary and self.hidden is None
+        start = int(torch.randint(0, self.shape.token_size, (1,), generator=generator)) if cut else 0
         values = torch.from_numpy(self.tokens(nodes, start))
         if vary and float(torch.rand(1, generator=generator)) < 0.5:
             values = -values
         padding = torch.from_numpy(self.absent[nodes])[:, None].expand(-1, values.shape[1]).contiguous()
         kept = torch.zeros_like(padding)
-        if self.hidden is not None and not vary:
+        if self.hidden is not None:
             kept = torch.from_numpy(self.hidden[nodes]) & ~padding
         # Numbers are standardised by all that is seen, tokens that stay out of the block included.
         position, shown = torch.arange(values.shape[1]), torch.ones(values.shape[1], dtype=torch.bool)
@@ -168,7 +170,7 @@ class SequenceSource:
             shown = torch.zeros_like(shown).index_fill_(0, chosen, True)
         drawn = torch.zeros_like(padding)
         if ratio is not None:
-            drawn = hide_tokens(~(padding | kept), ratio, generator)
+            drawn = hide_tokens(~(padding | kept) & shown, ratio, generator)
             drawn &= torch.rand(len(nodes), 1, generator=generator) < node_share
         masked = kept | drawn
         mean, std = self._standard(values, ~(padding | masked))
@@ -237,7 +239,10 @@ class SequenceSource:
         return SequenceStatistics(mean, std if std > _LEAST_SPREAD * abs(mean) else 1.0, center, spread)
 
     def _standard(self, values: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``(n, 1, 1)`` mean and standard deviation, the latter 0 for nodes that do not move."""
+        """Return ``(n, 1, 1)`` mean and standard deviation, the latter 0 for nodes that do not move.
+
+        Nodes of which nothing is seen have those of the training nodes.
+        """
         if not self.by_node:
             whole = values.new_ones(len(values), 1, 1)
             return self.mean * whole, self.std * whole
@@ -246,7 +251,9 @@ class SequenceSource:
         mean = values.masked_fill(~seen, 0.0).sum((1, 2), keepdim=True) / count
         variance = (values - mean).square().masked_fill(~seen, 0.0).sum((1, 2), keepdim=True) / count
         std = variance.sqrt()
-        return mean, std.masked_fill(std <= _LEAST_SPREAD * mean.abs(), 0.0)
+        std = std.masked_fill(std <= _LEAST_SPREAD * mean.abs(), 0.0)
+        nothing = ~seen.any(1, keepdim=True)
+        return mean.masked_fill(nothing, self.mean), std.masked_fill(nothing, self.std)
 
 
 def hide_tokens(known: Tensor, ratio: tuple[float, float], generator: torch.Generator) -> Tensor:

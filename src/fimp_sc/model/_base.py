@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 from scvi.model.base import BaseModelClass
 
 from fimp_sc.data import BinnedTokens, CentredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
     from numpy.typing import NDArray
+    from scipy import sparse
     from torch import Tensor
 
     from fimp_sc.data import TokenSource
@@ -132,7 +132,6 @@ class GraphModel(BaseModelClass):
             matrix = get_matrix(table.adata, setup["layer"])
             if table.rows is not None:
                 matrix = expand_rows(matrix, table.rows, f"mdata[{table.name!r}]")
-                hidden = hidden if hidden is None else expand_rows(sparse.csr_matrix(hidden), table.rows, "hidden")
             scale = manager.registry["field_registries"][X_KEY]["state_registry"][ExpressionField.SCALE]
             columns = match_columns(self.genes, table.adata)
             data.source = ExpressionSource(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,6 +109,8 @@ def sequence_shapes(
 
     Raises
     ------
+    TypeError
+        When a size is no whole number.
     ValueError
         When a size does not fit, or is given for what is not there.
     """
@@ -120,6 +123,8 @@ def sequence_shapes(
     for name, state in states.items():
         kind, size = state[SequenceField.KIND], state[SequenceField.SIZE]
         wanted = given.get(name)
+        if wanted is not None and (not isinstance(wanted, Integral) or isinstance(wanted, bool)):
+            raise TypeError(f"token_size must be a whole number, found {wanted!r}.")
         sizes[name] = default_token_size(kind, size) if wanted is None else int(wanted)
         shapes[name] = token_shape(kind, size, sizes[name], state[SequenceField.N_COORDINATES])
         rest = left_over(kind, size, sizes[name])

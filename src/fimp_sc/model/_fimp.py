@@ -10,6 +10,7 @@ import torch
 from anndata import AnnData
 
 from fimp_sc.data._access import missing_key
+from fimp_sc.data._modality import quiet_mudata
 from fimp_sc.model._build import foundation_network, gene_vectors, sequence_network, sequence_shapes
 from fimp_sc.model._module import FIMPModule
 from fimp_sc.model._predict import PredictiveModel, check_choice
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 _TOKENS, _TOKENS_FOUNDATION = 32, 200
-_WIDTH, _WIDTH_SEQUENCES = 64, 128
+_WIDTH, _WIDTH_SEQUENCES, _LEAST_WIDTH = 64, 128, 12
 _DROPOUT = 0.2
 _CHECKPOINTS = {
     "scgpt": "args.json, vocab.json and best_model.pt; the authors of scGPT link it from their repository",
@@ -59,9 +60,9 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
         Token budget: the highest values of a cell become tokens; in FIMP-base all genes enter the summary token. By
         default 32, or 200 for a foundation model.
     token_size
-        Of signals: time points of a segment, by default 20; of images: pixels of the side of a patch, by default a
-        quarter of the shorter side and at most 16. A dictionary by modality where there are several. Time points and
-        pixels that do not fill a segment or patch are left out, with a warning.
+        Of signals: time points of a segment, by default 20 or, of short recordings, a quarter; of images: pixels of the
+        side of a patch, by default a quarter of the shorter side and at most 16. A dictionary by modality where there
+        are several. Time points and pixels that do not fill a segment or patch are left out, with a warning.
     layer
         Of FIMP-base: ``"practical"`` (pre-norm transformer layer with residuals) or ``"paper"`` (messages added, one
         projection).
@@ -167,6 +168,10 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
             torch.manual_seed(random_state)
             if foundation not in ("vit", "brainlm"):
                 shapes, self.token_sizes = sequence_shapes(self.registry, token_size, warn=adata is not None)
+                if shapes and n_latent < _LEAST_WIDTH:
+                    raise ValueError(
+                        f"n_latent must be at least {_LEAST_WIDTH} for signals and images, found {n_latent}"
+                    )
             match = {"species": species, "orthologs": orthologs}
             how: dict[str, Any] = {
                 "trained": train_foundation, "source": source, "aggregate": aggregate, "self_loops": self_loops,
@@ -265,6 +270,11 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
         model.is_trained_ = reference.is_trained
         model._validate_anndata(adata)
         return model
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model as :meth:`scvi.model.base.BaseModelClass.save` does."""
+        with quiet_mudata():
+            super().save(*args, **kwargs)
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model to a folder to share: ``config.json``, ``model.safetensors``, ``genes.txt``, ``README.md``.

@@ -144,7 +144,8 @@ class PredictiveModel(GraphModel):
             ``"log"``: ``log1p`` of values scaled to the model's common total; ``"counts"``: scaled back to the
             total of each cell (for input on the log scale: ``expm1``). Not negative.
         hidden
-            ``(n_obs, n_vars)`` boolean, True for entries that the model must not see.
+            ``(n_obs, n_vars)`` boolean, True for entries that the model must not see; of several modalities a row for
+            each node of the whole object.
         decoder
             Read values with the expression decoder of the foundation model instead of the head that training fits;
             possible without training. Every gene becomes a token with a hidden value, so that cost grows with the
@@ -226,7 +227,8 @@ class PredictiveModel(GraphModel):
         Returns
         -------
         float32 on the scale of the data: signals ``(len(indices), n_times)`` or images ``(len(indices), height, width,
-        channels)``; NaN for what does not fill a segment or patch.
+        channels)``; NaN for what does not fill a segment or patch. Signals of which nothing is seen, and whose scale
+        is not known therefore, are on that of the training nodes as a whole.
 
         Raises
         ------

@@ -34,6 +34,9 @@ class Schedule:
         Of a training; 0 validations for one in every epoch.
     patience
         Validations without gain after which to stop.
+    spare_labeled
+        Whether half of the nodes go without a mask where there are labels, so that these are learnt from nodes as they
+        are predicted.
     plan
         Arguments of the training plan.
     """
@@ -46,6 +49,7 @@ class Schedule:
     most_epochs: int = _EPOCHS[1]
     validations: int = 0
     patience: int = 3
+    spare_labeled: bool = True
     plan: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -61,8 +65,12 @@ class Schedule:
         size = batch_size or (largest if whole else usual)
         return cls(
             size, 1 if whole else max(size // _CELLS_PER_PART, 1), mask_ratio=(0.1, 0.6), steps=800, most_epochs=400,
-            validations=_VALIDATIONS, patience=6, plan={"lr": 2e-3},
+            validations=_VALIDATIONS, patience=6, spare_labeled=False, plan={"lr": 2e-3},
         )  # fmt: skip
+
+    def mask_cells(self, labeled: bool) -> float:
+        """Return the probability that a node is masked at all."""
+        return 0.5 if labeled and self.spare_labeled else 1.0
 
     def epochs(self, n_batches: int) -> int:
         """Return the number of epochs of ``n_batches`` steps."""

@@ -113,8 +113,8 @@ class TrainableModel(StartingModel):
         gene_mask_ratio
             Largest share of genes hidden in a whole block, so that the model copes with other gene panels.
         mask_cells
-            Probability that a cell is masked at all. By default 1 without labels, and 0.5 with labels, so that these
-            are learnt from cells as they are predicted.
+            Probability that a cell is masked at all. By default 1 without labels or without genes, and 0.5 otherwise,
+            so that labels are learnt from cells as they are predicted.
         class_balance
             0 weighs cells alike, 1 classes alike, in the label loss.
         early_stopping
@@ -149,7 +149,7 @@ class TrainableModel(StartingModel):
             parts=schedule.parts,
             mask_ratio=mask_ratio,
             gene_mask_ratio=gene_mask_ratio,
-            mask_cells=mask_cells if mask_cells is not None else 0.5 if self.classes else 1.0,
+            mask_cells=schedule.mask_cells(bool(self.classes)) if mask_cells is None else mask_cells,
             random_state=self.random_state,
             num_workers=_workers(accelerator) if num_workers is None else num_workers,
             pin_memory=on_gpu(accelerator),

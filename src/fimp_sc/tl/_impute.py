@@ -4,11 +4,12 @@ import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc.data._access import missing_key
 from fimp_sc.data._kinds import sequence_kind
-from fimp_sc.data._parts import parts_of
+from fimp_sc.data._parts import expand_rows, parts_of
 from fimp_sc.tl._inputs import choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
 from fimp_sc.tl._results import finite_or_raise, placed, record
@@ -185,12 +186,11 @@ def _place(part: Part) -> tuple[Any, str]:
 
 def _mask(name: str, part: Part, nodes: pd.Index) -> Any:
     mask = _place(part)[0][name]
-    if not part.is_sequence:
-        return mask  # in the rows of the modality, which the model brings to those of nodes
-    mask = np.asarray(mask)
     if part.adata.obs_names.equals(nodes):
-        return mask
+        return mask if sparse.issparse(mask) else np.asarray(mask)
     rows = part.adata.obs_names.get_indexer(nodes)
-    out = mask[rows]
+    if sparse.issparse(mask):
+        return expand_rows(mask, rows.astype(np.int64), name).astype(bool)
+    out = np.asarray(mask)[rows]
     out[rows < 0] = False
     return out

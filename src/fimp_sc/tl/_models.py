@@ -77,6 +77,7 @@ def fitted_model(
         unused += [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]
         if unused:
             raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
+        _check_modalities(given, work, inputs)
         return FIMP.load_query_data(with_model_keys(work, given, inputs), given)
     mark = _fingerprint(work, inputs)
     remembered = _models.get(id(adata))
@@ -101,6 +102,17 @@ def fitted_model(
         return fresh
     fresh.train(max_epochs, accelerator=accelerator, **{"enable_progress_bar": verbose, **(train_kwargs or {})})
     return fresh
+
+
+def _check_modalities(model: FIMP, work: AnnData | MuData, inputs: Inputs) -> None:
+    parts = parts_of(work, inputs.modality)
+    known = list(model.module.sequences)
+    table = "expression or features, " if len(model.genes) else ""
+    if len(parts) != len(known) + bool(table):
+        raise ValueError(
+            f"The model reads {table}signals and images {known}, and modality= names {[part.name for part in parts]}: "
+            "name the modalities that the model was trained on."
+        )
 
 
 def with_model_keys(work: AnnData | MuData, model: FIMP, inputs: Inputs) -> AnnData | MuData:
