@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fimp_sc.data import SequenceShape, SequenceSource, SequenceStatistics
-from fimp_sc.data._sequences import hide_tokens, patches, picture, segments, series
+from fimp_sc.data._cuts import patches, picture, segments, series
+from fimp_sc.data._sequences import hide_tokens
 
 N, F, P = 14, 6, 4
 ALL = np.arange(N)

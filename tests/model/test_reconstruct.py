@@ -11,8 +11,8 @@ import torch
 from scipy import sparse
 
 import fimp_sc
+from fimp_sc.data._cuts import patches, segments
 from fimp_sc.data._modality import quiet_mudata
-from fimp_sc.data._sequences import patches, segments
 from fimp_sc.model import FIMP
 from fimp_sc.model._reconstruct import predict_all
 

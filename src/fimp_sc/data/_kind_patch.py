@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fimp_sc.data._cuts import patches, picture
 from fimp_sc.data._kinds import SequenceKind, register_kind
 from fimp_sc.data._pixels import PATH_KEY, PIXELS_KEY, check_images, image_shape, read_pixels
-from fimp_sc.data._sequences import patches, picture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fimp_sc.data._access import in_memory
+from fimp_sc.data._cuts import segments, series
 from fimp_sc.data._kinds import SequenceKind, register_kind
 from fimp_sc.data._rows import open_rows
-from fimp_sc.data._sequences import segments, series
 from fimp_sc.data._signal_checks import check_signals
 
 if TYPE_CHECKING:

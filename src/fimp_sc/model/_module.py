@@ -6,24 +6,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from scipy import sparse
-from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
-from sklearn.decomposition import PCA
+from scvi.module.base import LossOutput, auto_move_data
 from torch import Tensor, nn
 
-from fimp_sc.model._smoother import linear_smoother
+from fimp_sc.model._module_start import StartingModule
 from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
-    from fimp_sc.data import Batch, GeneStatistics, SequenceBatch, SequenceShape, SequenceStatistics
-
-
-_LEAST_VARIANCE = 1e-8
+    from fimp_sc.data import Batch, SequenceBatch, SequenceShape
 
 
-class FIMPModule(BaseModuleClass):
+class FIMPModule(StartingModule):
     """FIMP network with heads for masked values and, where there are labels, a label head.
 
     Parameters
@@ -45,9 +40,6 @@ class FIMPModule(BaseModuleClass):
     network
         A foundation model instead of FIMP-base, which makes the parameters of the network above meaningless.
     """
-
-    embedding_mean: Tensor
-    embedding_std: Tensor
 
     def __init__(
         self,
@@ -190,173 +182,6 @@ class FIMPModule(BaseModuleClass):
     def sample(self, *args: Any, **kwargs: Any) -> None:
         """FIMP predicts means and has no generative distribution to sample from."""
         raise TypeError("FIMP has no distribution to sample from; use get_expression for predicted means.")
-
-    @torch.no_grad()
-    def set_statistics(self, statistics: GeneStatistics, train: sparse.csr_matrix) -> None:
-        """Set what the training cells tell about genes.
-
-        Parameters
-        ----------
-        statistics
-            Of the training cells.
-        train
-            ``(n_cells, n_features)`` CSR log-normalised expression of training cells.
-        """
-        self.gene_mean.copy_(torch.from_numpy(statistics.mean))
-        self.gene_fraction.copy_(torch.from_numpy(statistics.fraction))
-        self.target_sum.fill_(statistics.target_sum)
-        variance = float(train.power(2).mean()) - float(np.square(statistics.mean).mean())
-        self.value_variance.fill_(max(variance, _LEAST_VARIANCE))
-
-    def set_class_weight(self, counts: np.ndarray, balance: float = 0.0) -> None:
-        """Set what an error in each class costs.
-
-        Parameters
-        ----------
-        counts
-            ``(n_labels,)`` training cells per class.
-        balance
-            0 weighs cells alike, 1 classes alike.
-        """
-        counts = np.maximum(counts, 1)
-        weight = (counts / counts.mean()) ** -balance
-        self.class_weight.copy_(torch.from_numpy(weight * counts.sum() / (weight * counts).sum()))
-
-    def set_sequence_statistics(self, name: str, statistics: SequenceStatistics) -> None:
-        """Set what the training nodes tell about a modality of signals or images."""
-        buffers: Any = self.statistics[str(list(self.sequences).index(name))]
-        buffers.mean.fill_(statistics.mean)
-        buffers.std.fill_(statistics.std)
-        buffers.center.copy_(torch.from_numpy(statistics.center))
-        buffers.spread.copy_(torch.from_numpy(statistics.spread))
-
-    def start_from_components(self, name: str, tokens: Tensor) -> None:
-        """Let the tokens of a modality start as their principal components.
-
-        Parameters
-        ----------
-        name
-            Of the modality.
-        tokens
-            ``(n, f, p)`` standardised numbers of training nodes.
-        """
-        numbers = tokens.flatten(0, 1).double()
-        basis = torch.linalg.eigh(numbers.T @ numbers).eigenvectors.flip(1)
-        parts: Any = self.network.sequences
-        parts.embeddings[parts.names.index(name)].start_from(basis.float().to(self.device))
-
-    @torch.no_grad()
-    def fit_heads(self, batches: Iterable[Batch], ridge: float) -> None:
-        """Set the heads that read signals and images to least squares over the hidden tokens of some blocks.
-
-        Parameters
-        ----------
-        batches
-            Blocks with hidden tokens.
-        ridge
-            Added to the diagonal of the normal equations.
-        """
-        square: dict[str, Tensor] = {}
-        product: dict[str, Tensor] = {}
-        for batch in batches:
-            states = self.network.states(batch, self.network.n_queries(batch, reconstruct=True))
-            for name, part in self.network.split(states, batch).items():
-                nodes = batch["sequences"][name]
-                hidden = nodes["target_mask"]
-                x = torch.nn.functional.pad(part[hidden], (0, 1), value=1.0).double()
-                square[name] = square.get(name, 0) + x.T @ x
-                product[name] = product.get(name, 0) + x.T @ nodes["target"][hidden].double()
-        for name, head in self.network.heads.items():
-            if name in square:
-                eye = torch.eye(len(square[name]), dtype=torch.float64, device=self.device)
-                weight = torch.linalg.solve(square[name] + ridge * eye, product[name]).float()
-                linear: Any = head
-                linear.weight.copy_(weight[:-1].T)
-                linear.bias.copy_(weight[-1])
-
-    def start_from_vectors(self, vectors: np.ndarray, known: np.ndarray) -> None:
-        """Use pretrained vectors of genes, see :meth:`~fimp_sc.nn.FeatureEmbedding.start_from_vectors`."""
-        if not isinstance(self.network, FIMPNetwork) or self.network.embedding is None:
-            raise TypeError("Only FIMP-base of genes starts from their vectors.")
-        self.network.embedding.start_from_vectors(vectors, known)
-
-    @torch.no_grad()
-    def start_from_embeddings(self, embedding: np.ndarray) -> None:
-        """Let the heads of a foundation model see standardised embeddings, and start by predicting gene means.
-
-        Embeddings of one tissue differ little from each other beside their common mean, which would hide from a
-        linear map what they say about a cell.
-
-        Parameters
-        ----------
-        embedding
-            ``(n_cells, width)`` of some training cells.
-        """
-        std = embedding.std(0)
-        self.embedding_mean.copy_(torch.from_numpy(embedding.mean(0)))
-        self.embedding_std.copy_(torch.from_numpy(np.maximum(std, 1e-3 * max(float(std.max()), 1e-6))))
-        if self.value_head is not None:
-            nn.init.zeros_(self.value_head.loading)
-
-    @torch.no_grad()
-    def start_as_smoother(
-        self,
-        train: sparse.csr_matrix,
-        validation: sparse.csr_matrix,
-        around: sparse.csr_matrix,
-        mean: np.ndarray,
-        *,
-        random_state: int = 0,
-    ) -> None:
-        """Let training start as the best linear smoother of principal components.
-
-        The gene loadings become the leading principal components of the training cells, so the summary token of a
-        cell is its vector of PCA scores, beside which the layers write the scores of its neighbours' mean. How much a
-        component of either tells about hidden entries is measured on the validation cells, and sets how strongly the
-        value head reads it: components that only memorise the noise of the training cells start at zero.
-
-        Parameters
-        ----------
-        train, validation
-            ``(n_cells, n_features)`` CSR log-normalised expression.
-        around
-            ``(n_validation, n_features)`` CSR, mean expression around each validation cell.
-        mean
-            ``(n_features,)`` mean expression of the training cells.
-        random_state
-            Seed.
-        """
-        if not isinstance(self.network, FIMPNetwork) or self.network.embedding is None or self.value_head is None:
-            raise TypeError("Only FIMP-base of genes starts from principal components.")
-        n_own, n_neighbourhood = self.network.n_own, self.network.n_neighbourhood
-        n_components = min(n_own, min(train.shape) - 1)
-        if n_components < 1 or float(self.value_variance) <= _LEAST_VARIANCE:
-            return
-        deviation = np.sqrt(np.maximum(np.asarray(train.power(2).mean(0)).ravel() - mean**2, 0.0))
-        # Halfway between covariance, where a few strong genes decide, and correlation, where noise does.
-        gene_scale = np.sqrt(np.maximum(deviation, 1e-3 * max(float(deviation.max()), 1e-8)))
-        pca = PCA(n_components, svd_solver="arpack", random_state=random_state)
-        pca.fit(train @ sparse.diags(1.0 / gene_scale))
-        spread = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
-        # Likewise between plain scores and whitened ones.
-        scale = np.sqrt(spread)
-        scale *= np.mean(spread / scale)
-        encode = pca.components_.T / (gene_scale[:, None] * scale)
-        decode = pca.components_.T * (gene_scale[:, None] * scale)
-        shared = min(n_components, n_neighbourhood)
-        columns = np.zeros((len(mean), n_own + shared))
-        columns[:, :n_components] = decode
-        if validation.shape[0]:
-            own, neighbours = linear_smoother(validation, around, mean, encode, decode, shared, random_state)
-            columns[:, :n_components] = decode * own
-            columns[:, n_own:] = decode[:, :shared] * neighbours
-        self.network.embedding.start_from(encode)
-        self.value_head.start_from(columns)
-        if self.label_head is not None:
-            deviations = np.ones(n_own + shared)
-            deviations[:n_components] = spread / scale
-            deviations[n_own:] = (spread / scale)[:shared]
-            self.label_head.start_from(deviations)
 
 
 class _Statistics(nn.Module):
