@@ -5,11 +5,13 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import anndata as ad
+import mudata
 import numpy as np
 import pytest
 
 import fimp_sc
 from fimp_sc import cli
+from fimp_sc.data._modality import quiet_mudata
 
 
 @pytest.fixture
@@ -34,7 +36,9 @@ def calls(monkeypatch) -> list[tuple[str, dict]]:
     tools = ModuleType("fimp_sc.tl")
     for name in ("embed", "annotate", "impute"):
         setattr(tools, name, recorder(name))
-    tools.get_model = lambda adata: SimpleNamespace(save=lambda path: recorded.append(("save", {"path": path})))
+    tools.get_model = lambda adata, modality: SimpleNamespace(
+        save=lambda path: recorded.append(("save", {"path": path}))
+    )
     monkeypatch.setitem(sys.modules, "fimp_sc.tl", tools)
     # Once loaded for real, the submodule is an attribute too.
     monkeypatch.setattr(fimp_sc, "tl", tools, raising=False)
@@ -222,3 +226,15 @@ def test_broken_checkpoint_is_one_line(tmp_path, section, capsys) -> None:
     assert "without_files" in message
     assert message.count("\n") == 1
     assert not output.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*are left out")
+def test_modalities_of_a_file(tmp_path, recordings) -> None:
+    source, output = tmp_path / "brain.h5mu", tmp_path / "out.h5mu"
+    with quiet_mudata():
+        recordings.write_h5mu(source)
+    assert cli.main(["embed", str(source), "--output", str(output), "--modality", "fmri", "--max-epochs", "1"]) == 0
+    with quiet_mudata():
+        assert mudata.read_h5mu(output)["fmri"].obsm["X_fimp"].shape == (recordings["fmri"].n_obs, 128)
+    assert cli.main(["embed", str(source), "--output", str(tmp_path / "out.h5ad"), "--modality", "fmri"]) == 2
+    assert cli.main(["embed", str(source), "--output", str(output), "--modality", "no"]) == 2

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from anndata import AnnData
+    from mudata import MuData
 
 _USER_ERRORS = (ValueError, KeyError, OSError)
 _SLOTS = ("obs", "obsm", "obsp", "layers", "uns")
@@ -68,26 +69,54 @@ def _run_tool(
         message = f"--save-model: {str(save_model)!r} exists already; name a new folder."
         raise ValueError(message)
 
-    import anndata
+    if source.suffix != output.suffix and ".h5mu" in (source.suffix, output.suffix):
+        message = f"--output: {output.name!r} must end like the input, {source.name!r}."
+        raise ValueError(message)
 
-    adata = anndata.read_h5ad(source)
-    before = {slot: set(getattr(adata, slot).keys()) for slot in _SLOTS}
-    getattr(fimp_sc.tl, command)(adata, verbose=not quiet, **arguments)
+    data = _read(source)
+    before = _keys(data)
+    getattr(fimp_sc.tl, command)(data, verbose=not quiet, **arguments)
     if save_model is not None:
-        fimp_sc.tl.get_model(adata).save(str(save_model))
-    _write(adata, output)
+        fimp_sc.tl.get_model(data, arguments.get("modality")).save(str(save_model))
+    _write(data, output)
     if not quiet:
-        added = [f'.{slot}["{key}"]' for slot in _SLOTS for key in getattr(adata, slot) if key not in before[slot]]
+        added = [key for key in _keys(data) if key not in before]
         print(f"Wrote {output}; new in it: {', '.join(added) or 'nothing, existing keys were replaced'}")
         if save_model is not None:
             print(f"Saved the model to {save_model}")
 
 
-def _write(adata: AnnData, output: Path) -> None:
+def _read(source: Path) -> AnnData | MuData:
+    if source.suffix != ".h5mu":
+        import anndata
+
+        return anndata.read_h5ad(source)
+    import mudata
+
+    from fimp_sc.data._modality import quiet_mudata
+
+    with quiet_mudata():
+        return mudata.read_h5mu(source)
+
+
+def _keys(data: AnnData | MuData) -> list[str]:
+    """Return the entries of an object and its modalities, as one writes them."""
+    parts = {"": data} | {f'["{name}"]': part for name, part in getattr(data, "mod", {}).items()}
+    found = []
+    for where, part in parts.items():
+        for slot in _SLOTS:
+            entries = getattr(part, slot, None)  # MuData has no layers
+            found += [f'{where}.{slot}["{key}"]' for key in ([] if entries is None else entries.keys())]
+    return found
+
+
+def _write(data: Any, output: Path) -> None:
     """Write beside the target first, so that a failure leaves neither half a file nor a lost one."""
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".fimp-sc-") as folder:
-        part = Path(folder) / "output.h5ad"
-        adata.write_h5ad(part)
+    from fimp_sc.data._modality import quiet_mudata
+
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".fimp-sc-") as folder, quiet_mudata():
+        part = Path(folder) / output.name
+        (data.write_h5mu if hasattr(data, "write_h5mu") else data.write_h5ad)(part)
         part.replace(output)
 
 
@@ -133,21 +162,26 @@ def _add_tool(commands: Any, name: str, summary: str) -> argparse.ArgumentParser
     tool: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", argument_default=argparse.SUPPRESS
     )
-    tool.add_argument("source", type=Path, metavar="INPUT.h5ad", help="annotated data with .obsm['spatial']")
+    tool.add_argument("source", type=Path, metavar="INPUT.h5ad", help="cells with .obsm['spatial'], or a .h5mu file")
     tool.add_argument("--output", type=Path, required=True, metavar="OUT.h5ad", help="where to write the result")
     return tool
 
 
 def _add_common(tool: argparse.ArgumentParser) -> None:
+    tool.add_argument("--modality", nargs="+", metavar="NAME", help="modality of a .h5mu file to read, or several")
     tool.add_argument("--layer", metavar="KEY", help="layer with the expression (default: .X)")
     tool.add_argument("--library-key", metavar="KEY", help="column of .obs that tells samples apart")
     tool.add_argument("--batch-key", metavar="KEY", help="column of .obs with batches")
     tool.add_argument("--spatial-key", metavar="KEY", help="key of .obsm with the coordinates")
     tool.add_argument("--connectivities-key", metavar="KEY", help="key of .obsp with the graph; built if missing")
-    tool.add_argument("--input-scale", choices=("auto", "counts", "normalized", "log"), help="what the values are")
+    tool.add_argument(
+        "--input-scale", choices=("auto", "counts", "normalized", "log", "real"), help="what the values are"
+    )
     tool.add_argument("--key-added", metavar="KEY", help="name of what is written")
     tool.add_argument("--gene-embeddings", metavar="FILE", help="pretrained vectors of genes to start from")
-    tool.add_argument("--foundation", choices=("scgpt",), help="foundation model that makes the messages")
+    tool.add_argument(
+        "--foundation", choices=("scgpt", "vit", "brainlm"), help="foundation model that makes the messages"
+    )
     tool.add_argument("--checkpoint", metavar="DIR", help="folder of the foundation model")
     tool.add_argument("--model", metavar="DIR", help="saved model to apply instead of training one")
     tool.add_argument("--save-model", type=Path, metavar="DIR", help="new folder to save the model to")

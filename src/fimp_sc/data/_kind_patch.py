@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fimp_sc.data._cuts import patches, picture
-from fimp_sc.data._kinds import SequenceKind, register_kind
+from fimp_sc.data._kinds import SequenceKind
 from fimp_sc.data._pixels import PATH_KEY, PIXELS_KEY, check_images, image_shape, read_pixels
 
 if TYPE_CHECKING:
@@ -94,4 +94,4 @@ class PatchKind(SequenceKind):
         )
 
 
-register_kind(PatchKind())
+KIND = PatchKind()

@@ -8,7 +8,7 @@ import numpy as np
 
 from fimp_sc.data._access import in_memory
 from fimp_sc.data._cuts import segments, series
-from fimp_sc.data._kinds import SequenceKind, register_kind
+from fimp_sc.data._kinds import SequenceKind
 from fimp_sc.data._rows import open_rows
 from fimp_sc.data._signal_checks import check_signals
 
@@ -86,4 +86,4 @@ class SignalKind(SequenceKind):
         )
 
 
-register_kind(SignalKind())
+KIND = SignalKind()

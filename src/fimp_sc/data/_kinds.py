@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-# Modules of the kinds that come with the package, loaded when a kind is asked for.
-_OWN = ("_kind_signal", "_kind_patch")
+# Kinds that come with the package and their modules, loaded when a kind is asked for.
+_OWN = {"signal": "_kind_signal", "patch": "_kind_patch"}
 _TABLES = ("expression", "feature")
 
 _kinds: dict[str, SequenceKind] = {}
@@ -125,9 +125,13 @@ def register_kind(kind: SequenceKind) -> None:
 
     Raises
     ------
+    TypeError
+        When it is not an instance of a kind.
     ValueError
         When the name is that of expression or features.
     """
+    if not isinstance(kind, SequenceKind):
+        raise TypeError(f"register_kind takes an instance of a SequenceKind, found {kind!r}.")
     if kind.name in _TABLES:
         raise ValueError(f"{kind.name!r} is the name of a kind of tables: choose another.")
     _kinds[kind.name] = kind
@@ -135,8 +139,9 @@ def register_kind(kind: SequenceKind) -> None:
 
 def sequence_kinds() -> dict[str, SequenceKind]:
     """Return all kinds of sequences by name."""
-    for module in _OWN:
-        import_module(f"fimp_sc.data.{module}")
+    for name, module in _OWN.items():
+        if name not in _kinds:  # else it was replaced
+            _kinds[name] = import_module(f"fimp_sc.data.{module}").KIND
     return _kinds
 
 

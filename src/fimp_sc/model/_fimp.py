@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _TOKENS, _TOKENS_FOUNDATION = 32, 200
 _WIDTH, _WIDTH_SEQUENCES, _LEAST_WIDTH = 64, 128, 12
-_DROPOUT = 0.2
+_DROPOUT, _DROPOUT_LABELS = 0.2, 0.5
 _CHECKPOINTS = {
     "scgpt": "args.json, vocab.json and best_model.pt; the authors of scGPT link it from their repository",
     "vit": "config.json and model.safetensors, or the name of a repository on the Hugging Face hub",
@@ -71,8 +71,8 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
     reduce
         ``"mean"`` or ``"sum"`` over neighbours, in FIMP-base.
     dropout
-        Rate on messages, on what feed-forward parts add and before the label head; by default 0.2, and 0 where there
-        are neither genes nor labels.
+        Rate on messages, on what feed-forward parts add and before the label head; by default 0.2; without
+        genes 0.5 where labels are learnt, 0 otherwise.
     label_weight
         Weight of the label loss beside the masked-expression loss.
     gene_embeddings
@@ -151,7 +151,8 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
             n_tokens = _TOKENS if foundation is None else _TOKENS_FOUNDATION
         tables = bool(self.summary_stats.n_vars)
         n_latent = (_WIDTH if tables else _WIDTH_SEQUENCES) if n_latent is None else n_latent
-        dropout = (_DROPOUT if tables or self.classes else 0.0) if dropout is None else dropout
+        if dropout is None:
+            dropout = _DROPOUT if tables else _DROPOUT_LABELS if self.classes else 0.0
         check_choice("layer", layer, ("practical", "paper"))
         check_choice("reduce", reduce, ("mean", "sum"))
         for name, number in (("n_latent", n_latent), ("n_layers", n_layers), ("n_tokens", n_tokens)):

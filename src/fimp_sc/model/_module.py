@@ -123,7 +123,7 @@ class FIMPModule(StartingModule):
 
     def outputs(self, states: Tensor, batch: Batch, *, reconstruct: bool = True) -> dict[str, Any]:
         """Return what is read off the tokens of the destinations after the last layer."""
-        out: dict[str, Any] = {"embedding": self.network.read(states)}
+        out: dict[str, Any] = {"embedding": self.network.read(states, batch)}
         if reconstruct and self.sequences:
             heads = self.network.heads
             out["sequences"] = {name: heads[name](part) for name, part in self.network.split(states, batch).items()}

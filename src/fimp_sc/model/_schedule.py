@@ -17,6 +17,8 @@ _STEPS, _EPOCHS = 600, (8, 100)
 # Compact blocks that make up a batch: small enough for a batch to hold cells of several domains.
 _CELLS_PER_PART = 64
 _BATCH = (64, 256)
+# Nodes of a recording that go into one batch: a part of it would read most of the others as neighbours.
+_RECORDING = 512
 _VALIDATIONS = 30
 
 
@@ -60,12 +62,13 @@ class Schedule:
             size = batch_size or usual
             return cls(size, max(size // _CELLS_PER_PART, 1))
         # Signals and images start from less than expression does, and learn relations of pairs of nodes.
+        labeled = bool((data.label[train_idx] >= 0).any())
         largest = int(np.bincount(data.library[train_idx]).max())
-        whole = data.library.max() > 0 and largest <= _BATCH[1]
+        whole = data.library.max() > 0 and largest <= _RECORDING
         size = batch_size or (largest if whole else usual)
         return cls(
             size, 1 if whole else max(size // _CELLS_PER_PART, 1), mask_ratio=(0.1, 0.6), steps=800, most_epochs=400,
-            validations=_VALIDATIONS, patience=6, spare_labeled=False, plan={"lr": 2e-3},
+            validations=_VALIDATIONS, patience=6, spare_labeled=False, plan={"lr": 1e-3 if labeled else 2e-3},
         )  # fmt: skip
 
     def mask_cells(self, labeled: bool) -> float:

@@ -72,7 +72,7 @@ class FoundationNetwork(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return ``(n_dst, width)``: the summary token of each destination after the last layer."""
-        return self.read(self.states(batch, self.n_queries(batch)))
+        return self.read(self.states(batch, self.n_queries(batch)), batch)
 
     def n_queries(self, batch: Batch, *, reconstruct: bool = False) -> int | None:
         """Return how many tokens of a destination the last layer must update, ``None`` for all."""
@@ -87,7 +87,7 @@ class FoundationNetwork(nn.Module):
         tokens, padding = self.tokens(batch)
         return self.stack(tokens, padding, batch["indptr"][0], batch["indices"][0], n_queries)
 
-    def read(self, tokens: Tensor) -> Tensor:
+    def read(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Return the embedding of each node from its tokens after the last layer."""
         return tokens[:, 0] if self._has_summary else tokens.mean(1)
 

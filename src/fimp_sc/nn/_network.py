@@ -75,7 +75,9 @@ class FIMPNetwork(nn.Module):
         if n_features:
             self.embedding = FeatureEmbedding(n_features, d_model, vector_width)
             self.embedding.mark_summary_outside(slice(self.n_neighbourhood), neighbourhood)
-        self.sequences = SequenceParts(sequences, d_model, apart=bool(n_features)) if sequences else None
+        self.sequences: SequenceParts | None = None
+        if sequences:
+            self.sequences = SequenceParts(sequences, d_model, apart=bool(n_features), dropout=dropout)
         self.mark: nn.Parameter | None = None
         first: Any = None
         if self.sequences is not None and not n_features:
@@ -102,7 +104,7 @@ class FIMPNetwork(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return ``(n_dst, d_model)``: the summary token of each destination after the last layer."""
-        return self.read(self.states(batch, self.n_queries(batch)))
+        return self.read(self.states(batch, self.n_queries(batch)), batch)
 
     def n_queries(self, batch: Batch, *, reconstruct: bool = False) -> int:
         """Return how many tokens of a destination the last layer must update."""
@@ -142,14 +144,16 @@ class FIMPNetwork(nn.Module):
         """``(d_model,)``, what marks summary tokens."""
         return self.mark if self.embedding is None else self.embedding.summary  # type: ignore[return-value]
 
-    def read(self, tokens: Tensor) -> Tensor:
+    def read(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Return the embedding of each node from its tokens after the last layer.
 
         The vector that marks summary tokens is taken off again, so that an embedding is centred like the values. Of
-        signals and images alone the mean of their tokens is added: these are what training asks for.
+        signals and images alone, what their tokens say is added: these are what training asks for.
         """
         summary = tokens[:, 0] - self.summary_mark
-        return summary if self.embedding is not None else summary + tokens[:, 1:].mean(1)
+        if self.embedding is not None or self.sequences is None:
+            return summary
+        return summary + self.sequences.pooled(tokens, batch["sequences"])
 
     def split(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the tokens of sequences, ``(n_dst, f, d_model)`` by modality, from the last layer's tokens."""

@@ -39,11 +39,13 @@ class SequenceEmbedding(nn.Module):
         Of the tokens of a node.
     d_model
         Width of a token.
+    dropout
+        Rate inside what reads aligned tokens after the last layer.
     """
 
     frequency: Tensor
 
-    def __init__(self, shape: SequenceShape, d_model: int) -> None:
+    def __init__(self, shape: SequenceShape, d_model: int, dropout: float = 0.0) -> None:
         super().__init__()
         width = max(min(shape.token_size, d_model // 6), 1)
         n_position = max(min(20, d_model // 6), 1)
@@ -57,9 +59,14 @@ class SequenceEmbedding(nn.Module):
         self.position = nn.Parameter(torch.zeros(shape.n_tokens, d_model))
         self.mask = nn.Parameter(torch.zeros(d_model))
         self.whole: nn.Sequential | None = None
+        self.pool: nn.Sequential | None = None
         if shape.aligned:
             n_inputs = shape.n_tokens * min(width, _SUMMARISED)
             self.whole = nn.Sequential(nn.Linear(n_inputs, 2 * d_model), nn.GELU(), nn.Linear(2 * d_model, d_model))
+            self.pool = nn.Sequential(
+                nn.Linear((1 + blocks) * n_inputs, 2 * d_model), nn.GELU(), nn.Dropout(dropout),
+                nn.Linear(2 * d_model, d_model),
+            )  # fmt: skip
         self.place: nn.Linear | None = None
         self.place_of_summary: nn.Linear | None = None
         if shape.n_coordinates:
@@ -85,6 +92,27 @@ class SequenceEmbedding(nn.Module):
             waves = torch.cat([angle.cos(), angle.sin()], dim=1) / math.sqrt(angle.shape[1])
             tokens, whole = tokens + self.place(waves)[:, None], whole + self.place_of_summary(waves)
         return tokens, whole
+
+    def pooled(self, tokens: Tensor, padding: Tensor) -> Tensor:
+        """Return what tokens after the last layer say of their nodes, ``(n, d_model)``.
+
+        Of aligned tokens it is read from the columns of values, their own and received ones, each at its place; of
+        others it is their mean.
+
+        Parameters
+        ----------
+        tokens, padding
+            ``(n, f, d_model)`` and ``(n, f)``.
+        """
+        tokens = tokens.masked_fill(padding[..., None], 0.0)
+        if self.pool is None:
+            return tokens.sum(1) / (~padding).sum(1, keepdim=True).clamp(min=1)
+        blocks = [tokens[..., start : start + min(self.own.stop, _SUMMARISED)] for start in self._blocks()]
+        return self.pool((torch.cat(blocks, dim=2) / _VALUE).flatten(1))
+
+    def _blocks(self) -> list[int]:
+        """Return the first columns of values: own, received, and received later."""
+        return sorted({self.own.start, self.received.start, self.received_later.start})
 
     @property
     def spread(self) -> float:
@@ -118,7 +146,7 @@ class SequenceEmbedding(nn.Module):
         if self.whole is not None:
             # Into the columns of the place, from where layers read it.
             first: Any = self.whole[0]
-            last: Any = self.whole[2]
+            last: Any = self.whole[-1]
             nn.init.normal_(first.weight, std=first.in_features**-0.5)
             last.bias.zero_()
             other = torch.ones(d_model, dtype=torch.bool)
@@ -155,12 +183,14 @@ class SequenceParts(nn.Module):
         Width of tokens.
     apart
         Whether nodes have other tokens too, to tell them from.
+    dropout
+        See :class:`SequenceEmbedding`.
     """
 
-    def __init__(self, shapes: Mapping[str, SequenceShape], d_model: int, *, apart: bool) -> None:
+    def __init__(self, shapes: Mapping[str, SequenceShape], d_model: int, *, apart: bool, dropout: float = 0.0) -> None:
         super().__init__()
         self.names = list(shapes)
-        self.embeddings = nn.ModuleList(SequenceEmbedding(shape, d_model) for shape in shapes.values())
+        self.embeddings = nn.ModuleList(SequenceEmbedding(shape, d_model, dropout) for shape in shapes.values())
         self.heads = nn.ModuleList(nn.Linear(d_model, shape.token_size) for shape in shapes.values())
         self.modality = nn.Parameter(torch.randn(len(shapes), d_model) * 0.3) if len(shapes) + apart > 1 else None
 
@@ -174,6 +204,15 @@ class SequenceParts(nn.Module):
             wholes.append(whole.masked_fill(absent.all(1)[:, None], 0.0))
             padding.append(absent)
         return tokens, torch.stack(wholes).sum(0), padding
+
+    def pooled(self, tokens: Tensor, nodes: Mapping[str, SequenceBatch]) -> Tensor:
+        """Return what all tokens after the last layer say of their nodes, ``(n_dst, d_model)``."""
+        parts = self.split(tokens, nodes)
+        made = []
+        for name, module in zip(self.names, self.embeddings, strict=True):
+            embedding: Any = module
+            made.append(embedding.pooled(parts[name], nodes[name]["padding"][: len(tokens)]))
+        return torch.stack(made).sum(0)
 
     def split(self, tokens: Tensor, nodes: Mapping[str, SequenceBatch]) -> dict[str, Tensor]:
         """Return the tokens of each modality, ``(n_dst, f, d_model)``, from all after the last layer."""

@@ -41,7 +41,7 @@ def start_as_gated_mean(layer: TransformerLayer, embedding: SequenceEmbedding, *
     Parameters
     ----------
     layer
-        Pre-norm layer to change.
+        Pre-norm layer to change. One with heads of a single column is left as it is.
     embedding
         Which columns hold what.
     later
@@ -50,6 +50,8 @@ def start_as_gated_mean(layer: TransformerLayer, embedding: SequenceEmbedding, *
     attention, spread = layer.attention, embedding.spread
     n_heads, d_model = attention.n_heads, len(attention.query.weight)
     width = d_model // n_heads
+    if width < 2:
+        return  # no room for both a match and a constant: the usual random start stays
     for linear in (attention.query, attention.key, attention.value, attention.output, layer.contract):
         linear.weight.mul_(_NOISE)
         linear.bias.zero_()

@@ -119,11 +119,16 @@ def sequence_input(foundation: Foundation, kind: str, size: Sequence[int], n_coo
     if kind == "patch":
         side, other = config["patch_size"]
         expected = [*config["image_size"], config["n_channels"]]
-        if list(size) != expected or side != other:
+        if side != other:
             raise ValueError(
-                f"This ViT reads images of {expected[0]} × {expected[1]} pixels with {expected[2]} channels in square "
-                f"patches, found {size[0]} × {size[1]} with {size[2]}: resize them with pp.images(image_size=...), or "
-                "choose another checkpoint."
+                f"This ViT has patches of {side} × {other} pixels, and only square ones are supported: choose another "
+                "checkpoint."
+            )
+        if list(size) != expected:
+            raise ValueError(
+                f"This ViT reads images of {expected[0]} × {expected[1]} pixels with {expected[2]} channels, found "
+                f"{size[0]} × {size[1]} with {size[2]}: resize them with pp.images(image_size=...), or choose another "
+                "checkpoint."
             )
         return PatchInput(foundation.embedding, side)
     if n_coordinates != 3:
