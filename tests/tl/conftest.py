@@ -135,3 +135,16 @@ def section(_tl_tissue: ad.AnnData) -> ad.AnnData:
     adata = adata[np.asarray(adata.X.sum(axis=1)).ravel() > 0].copy()
     del adata.obs["section"]
     return adata
+
+
+@pytest.fixture
+def trainings(monkeypatch) -> list[FIMP]:
+    """Models trained from here on."""
+    done, train = [], FIMP.train
+
+    def spy(self, *args, **kwargs):
+        done.append(self)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(FIMP, "train", spy)
+    return done
