@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 import fimp_sc
-from fimp_sc.data._kinds import sequence_kinds
+from fimp_sc.data._kinds import sequence_kind, sequence_kinds
 from fimp_sc.model._fields import (
     LABELS_KEY,
     SEQUENCE_KEY,
@@ -143,6 +143,12 @@ def check_config(config: Mapping[str, Any], path: Path, cls: type[FIMP]) -> dict
     for name, state in config["sequences"].items():
         if not _is_sequence(state):
             raise _wrong(path, f"sequences.{name}", state)
+        kind = state[SequenceField.KIND]
+        if kind not in sequence_kinds():
+            raise CheckpointError(
+                f"{str(path)!r} describes a model of nodes of the kind {kind!r}, which is not known here: make it "
+                "known with fimp_sc.data.register_kind before."
+            )
     register = cls.setup_mudata if "modality" in config["setup_args"] else cls.setup_anndata
     setup = _arguments(config["setup_args"], register, path, "setup_args")
     classes = config["classes"]
@@ -251,7 +257,9 @@ def _is_sequence(state: Any) -> bool:
     if not isinstance(state, dict) or set(state) != keys:
         return False
     kind, size, n_coordinates = (state[key] for key in (SequenceField.KIND, SequenceField.SIZE, "n_coordinates"))
-    if kind not in sequence_kinds() or not isinstance(size, list) or n_coordinates not in (0, 2, 3):
+    if not isinstance(kind, str) or not isinstance(size, list) or n_coordinates not in (0, 2, 3):
+        return False
+    if kind in sequence_kinds() and len(size) != len(sequence_kind(kind).size_names):
         return False
     return bool(size) and all(isinstance(number, int) and number >= 1 for number in size)
 

@@ -133,6 +133,12 @@ class TrainableModel(StartingModel):
         IndexError
             When indices are out of range.
         """
+        module = self.module
+        if module.value_head is None and module.label_head is None and not module.network.heads:
+            raise ValueError(
+                "There is nothing to learn: this foundation model does not reconstruct signals, and there are no "
+                "labels. Use it without training (zero_shot=True in fimp_sc.tl.embed), or name labels with labels_key=."
+            )
         data = self._graph_data(self.adata)
         train_idx, val_idx = self._split(data, validation_size, train_indices, validation_indices)
         schedule = Schedule.of(data, train_idx, batch_size)

@@ -1,0 +1,137 @@
+"""Saved models, and trained models on other sections."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import fimp_sc
+from fimp_sc.model import FIMP
+
+
+def other_section(n_obs=70, seed=5) -> ad.AnnData:
+    adata = fimp_sc.datasets.toy_tissue(n_obs=n_obs, random_state=seed)
+    adata = adata[:, adata.X.getnnz(axis=0) > 0].copy()
+    fimp_sc.pp.spatial_graph(adata, library_key="section", n_neighbors=4)
+    return adata
+
+
+def restrict(adata: ad.AnnData, genes) -> ad.AnnData:
+    return adata[:, list(genes)].copy()
+
+
+@pytest.mark.parametrize("layer", ["practical", "paper"])
+def test_saved_models_are_the_same(tissue, make_model, train, tmp_path, layer: str) -> None:
+    model = make_model(tissue, {"labels_key": "label", "library_key": "section"}, layer=layer, random_state=7)
+    train(model, max_epochs=1)
+    model.save(str(tmp_path / "model"))
+    again = FIMP.load(str(tmp_path / "model"), adata=tissue, accelerator="cpu")
+    np.testing.assert_array_equal(again.get_latent_representation(), model.get_latent_representation())
+    pd.testing.assert_frame_equal(again.predict(soft=True), model.predict(soft=True))
+    np.testing.assert_array_equal(again.get_expression(), model.get_expression())
+    assert again.is_trained
+    assert again.random_state == 7
+    np.testing.assert_array_equal(again.history["train_loss"], model.history["train_loss"])
+
+
+def test_saved_with_its_object(trained: FIMP, tmp_path) -> None:
+    trained.save(str(tmp_path / "model"), save_anndata=True)
+    again = FIMP.load(str(tmp_path / "model"), accelerator="cpu")
+    np.testing.assert_array_equal(again.get_latent_representation(), trained.get_latent_representation())
+
+
+def gene_lists(genes: np.ndarray) -> dict[str, list[str]]:
+    rng = np.random.default_rng(0)
+    extra = [g for g in other_section().var_names if g not in set(genes)][:9]
+    return {
+        "same": list(genes),
+        "permuted": list(rng.permutation(genes)),
+        "subset": list(genes[5:30]),
+        "extra": [*extra, *genes],
+        "one": [genes[3]],
+    }
+
+
+@pytest.mark.parametrize("kind", ["same", "permuted", "subset", "extra"])
+def test_sections_with_another_gene_list(trained: FIMP, kind: str) -> None:
+    full = other_section()
+    genes = gene_lists(trained.genes)[kind]
+    query = restrict(full, genes)
+    before = query.X.copy()
+    bound = FIMP.load_query_data(query, trained)
+    assert bound.is_trained
+    z = bound.get_latent_representation()
+    assert z.shape == (70, 16)
+    assert np.isfinite(z).all()
+    assert bound.classes == trained.classes
+    np.testing.assert_array_equal(bound.genes, trained.genes)
+    np.testing.assert_allclose(bound.predict(soft=True).sum(axis=1), 1, rtol=1e-5)
+    assert bound.get_expression().shape == query.shape
+    assert np.isfinite(bound.get_expression(genes=list(trained.genes))).all(), "also genes that are not measured"
+    assert (before != query.X).nnz == 0
+    np.testing.assert_allclose(trained.get_latent_representation(query.copy()), z, atol=1e-5)
+    reference = FIMP.load_query_data(restrict(full, trained.genes), trained).get_latent_representation()
+    if kind == "subset":
+        assert np.abs(z - reference).max() > 1e-3
+        assert np.corrcoef(z.ravel(), reference.ravel())[0, 1] > 0.7
+    else:
+        np.testing.assert_allclose(z, reference, atol=1e-4)
+
+
+@pytest.mark.parametrize("as_path", [str, lambda path: path])
+def test_query_data_from_a_folder(trained: FIMP, tmp_path, as_path) -> None:
+    trained.save(str(tmp_path / "model"))
+    query = other_section()
+    bound = FIMP.load_query_data(query, as_path(tmp_path / "model"))
+    np.testing.assert_array_equal(
+        bound.get_latent_representation(), FIMP.load_query_data(query.copy(), trained).get_latent_representation()
+    )
+
+
+def test_reference_and_query_do_not_share_weights(trained: FIMP) -> None:
+    bound = FIMP.load_query_data(other_section(), trained)
+    before = trained.get_latent_representation()
+    for parameter in bound.module.parameters():
+        parameter.data.zero_()
+    np.testing.assert_array_equal(trained.get_latent_representation(), before)
+
+
+def test_section_without_labels_or_with_other_labels(trained: FIMP) -> None:
+    query = other_section()
+    assert "label" not in query.obs
+    bound = FIMP.load_query_data(query, trained)
+    predicted = bound.predict()
+    query.obs["label"] = "something else"
+    np.testing.assert_array_equal(FIMP.load_query_data(query, trained).predict(), predicted)
+
+
+def test_section_without_shared_genes_is_an_error(trained: FIMP) -> None:
+    query = other_section()
+    query.var_names = [f"ENSG{i}" for i in range(query.n_vars)]
+    with pytest.raises(ValueError, match=r"No gene of adata.var_names is known to the model.*ENSG0"):
+        FIMP.load_query_data(query, trained)
+    with pytest.raises(ValueError, match=r"No gene of adata.var_names is known to the model"):
+        trained.get_latent_representation(query)
+
+
+@pytest.mark.parametrize("missing", ["graph", "library"])
+def test_section_without_graph_or_library_is_an_error(trained: FIMP, missing: str) -> None:
+    query = other_section()
+    if missing == "graph":
+        del query.obsp["spatial_connectivities"]
+    else:
+        del query.obs["section"]
+    with pytest.raises(KeyError, match="spatial_connectivities" if missing == "graph" else "section"):
+        trained.get_latent_representation(query)
+
+
+def test_model_trained_on_log_values_fits_counts_of_the_same_cells(tissue, make_model, train) -> None:
+    """`auto` resolves per object: both scales must end on the same values."""
+    counts = tissue.copy()
+    total = np.asarray(tissue.X.sum(axis=1))
+    tissue.X = sparse.csr_matrix(np.log1p(tissue.X.toarray() / total * 1000.0).astype(np.float32))
+    model = train(make_model(tissue), max_epochs=1)
+    np.testing.assert_allclose(model.get_latent_representation(counts), model.get_latent_representation(), atol=1e-3)
