@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from scipy import sparse
     from torch import Tensor
 
-    from fimp_sc.data import TokenSource
+    from fimp_sc.data import SequenceSource, TokenSource
     from fimp_sc.model._inference import Read
     from fimp_sc.model._module import FIMPModule
 
@@ -138,23 +138,38 @@ class GraphModel(BaseModelClass):
                 matrix, columns, scale, self._statistics(), codes[BATCH_KEY], hidden, table.absent
             )
             data.tokens = self._token_source()
-        places = getattr(getattr(self.module.network, "embedding", None), "places", None)
-        if places is not None and located is not None:
-            located = places(located)
+        data.sequences = self._sequence_sources(adata, located, hidden_tokens or {})
+        return data
+
+    def _sequence_sources(
+        self,
+        adata: AnnData | MuData,
+        located: NDArray[np.floating] | None,
+        hidden_tokens: Mapping[str, NDArray[np.bool_]],
+    ) -> dict[str, SequenceSource]:
+        network, states = (
+            self.module.network,
+            self.get_anndata_manager(adata, required=True).registry["field_registries"],
+        )
+        if located is not None and isinstance(network, FoundationNetwork) and network.sequence is not None:
+            located = network.embedding.places(located)
+        sources = {}
         for i, (name, shape) in enumerate(self.module.sequences.items()):
-            state = manager.registry["field_registries"][SEQUENCE_KEY + name]["state_registry"]
-            size = self.token_sizes[name]
-            here = token_shape(state[SequenceField.KIND], state[SequenceField.SIZE], size, shape.n_coordinates)
+            state, size = states[SEQUENCE_KEY + name]["state_registry"], self.token_sizes[name]
             known: Any = self.module.statistics[str(i)]
-            data.sequences[name] = sequence_source(
-                self._sequence_part(adata, name), nodes.n_obs, here, size,
+            sources[name] = sequence_source(
+                self._sequence_part(adata, name),
+                self._nodes(adata).n_obs,
+                # Another object may have fewer tokens.
+                token_shape(state[SequenceField.KIND], state[SequenceField.SIZE], size, shape.n_coordinates),
+                size,
                 coordinates=None if located is None else located[:, : shape.n_coordinates],
                 statistics=SequenceStatistics(
                     float(known.mean), float(known.std), known.center.cpu().numpy(), known.spread.cpu().numpy()
                 ),
-                hidden=(hidden_tokens or {}).get(name),
-            )  # fmt: skip
-        return data
+                hidden=hidden_tokens.get(name),
+            )
+        return sources
 
     def _token_source(self) -> TokenSource:
         gene_rank: Tensor = self.module.gene_rank.cpu()  # type: ignore[operator, union-attr]
