@@ -94,12 +94,6 @@ def test_all_nodes_in_another_order_are_no_absent_ones() -> None:
     assert second.absent is None
 
 
-def test_a_modality_describes_itself() -> None:
-    part = parts_of(mdata_of(bold=part_of("abc", "signal"), rna=part_of("abc")), "bold")[0]
-    part.adata.X[:, 0] = 9  # signals must not be constant
-    assert part.info()["n_times"] == 3
-
-
 @pytest.mark.parametrize(("given", "expected"), [(None, None), ("a", ["a"]), (["a", "b"], ["a", "b"]), (("b",), ["b"])])
 def test_names_of_modalities(given, expected) -> None:
     assert as_modalities(given) == expected
@@ -226,6 +220,8 @@ def test_one_modality_needs_no_graph_of_the_whole() -> None:
     mdata = two()
     for modality in (None, "rna", ["rna"]):
         check_whole(mdata, "g", modality, mdata["rna"])
+    with pytest.raises(MissingKeyError, match="need one graph of all"):
+        check_whole(mdata, "g", ["rna", "image"], mdata["rna"])
 
 
 def test_keys_that_modalities_name_for_themselves() -> None:

@@ -14,9 +14,10 @@ from scipy import sparse
 
 import fimp_sc
 from fimp_sc.data import SequenceShape, SequenceStatistics
-from fimp_sc.data._modality import quiet_mudata
+from fimp_sc.data._kinds import sequence_kind
+from fimp_sc.data._modality import describe_modality, quiet_mudata
 from fimp_sc.data._parts import parts_of
-from fimp_sc.data._sequence_sources import default_token_size, left_over, sequence_source, token_shape, untoken
+from fimp_sc.data._sequence_sources import sequence_source, token_shape
 
 N_REGIONS, N_TIMES = 8, 23
 RING = np.roll(np.eye(8), 1, axis=1)
@@ -32,7 +33,7 @@ def toy_images(n=8, shape=(7, 9, 3), seed=0) -> np.ndarray:
 
 def source_of(part, n_obs: int, token_size: int, **kwargs):
     kind = part.kind
-    size = [part.adata.n_vars] if kind == "signal" else part.info()["image_shape"]
+    size = sequence_kind(kind).size(part.adata)
     return sequence_source(part, n_obs, token_shape(kind, size, token_size), token_size, **kwargs)
 
 
@@ -52,7 +53,7 @@ def source_of(part, n_obs: int, token_size: int, **kwargs):
     ],
 )
 def test_default_sizes_can_be_used(kind: str, size: list[int], expected: int) -> None:
-    found = default_token_size(kind, size)
+    found = sequence_kind(kind).default_token_size(size)
     assert found == expected
     assert token_shape(kind, size, found).n_tokens > 0
 
@@ -97,7 +98,7 @@ def test_sizes_that_cannot_be(token_size: int) -> None:
 def test_what_is_left_out_is_said(kind, size, token_size, expected) -> None:
     if kind == "patch" and expected:
         expected += ", which do not fill patches of 3 × 3"
-    assert left_over(kind, size, token_size) == expected
+    assert sequence_kind(kind).left_over(size, token_size) == expected
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def test_signals_of_regions() -> None:
     flat = made["value"].reshape(4, -1)
     np.testing.assert_allclose(flat.mean(1), 0, atol=1e-5)
     np.testing.assert_allclose(flat.std(1, correction=0), 1, rtol=1e-5)
-    back = untoken(part, tokens, 5)
+    back = sequence_kind("signal").restore(tokens, [N_TIMES], 5)
     np.testing.assert_array_equal(back[:, :20], toy_signals()[nodes, :20])
     assert back.shape == (4, N_TIMES)
     assert np.isnan(back[:, 20:]).all()
@@ -144,7 +145,7 @@ def test_images_from_memory_and_from_files(stored: str, tmp_path) -> None:
             Image.fromarray(image).save(path)
     mdata = fimp_sc.pp.images(images, adjacency=RING, lazy=stored == "files")
     (part,) = parts_of(mdata, "image")
-    assert part.info()["stored"] == stored
+    assert describe_modality(mdata)["stored"] == stored
     known = SequenceStatistics(100.0, 50.0, np.zeros(0, np.float32), np.ones(0, np.float32))
     source = source_of(part, 8, 3, statistics=known)
     nodes = np.array([5, 1, 5])
@@ -152,7 +153,7 @@ def test_images_from_memory_and_from_files(stored: str, tmp_path) -> None:
     assert tokens.shape == (3, 2 * 3, 27)
     np.testing.assert_array_equal(tokens[:, 4].reshape(3, 3, 3, 3), pixels[nodes, 3:6, 3:6])
     np.testing.assert_allclose(source.fields(nodes, 3)["value"], (tokens - 100) / 50, rtol=1e-6)
-    back = untoken(part, tokens, 3)
+    back = sequence_kind("patch").restore(tokens, [7, 9, 3], 3)
     np.testing.assert_array_equal(back[:, :6, :9], pixels[nodes, :6])
     assert back.shape == (3, 7, 9, 3)
     assert np.isnan(back[:, 6:]).all()

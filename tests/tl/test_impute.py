@@ -21,19 +21,6 @@ def embedded(tissue, quick):
     return tissue
 
 
-@pytest.fixture
-def trainings(monkeypatch) -> list[FIMP]:
-    """Models trained from here on."""
-    done, train = [], FIMP.train
-
-    def spy(self, *args, **kwargs):
-        done.append(self)
-        return train(self, *args, **kwargs)
-
-    monkeypatch.setattr(FIMP, "train", spy)
-    return done
-
-
 AGAIN = {"library_key": "section", "accelerator": "cpu", "verbose": False}
 
 

@@ -12,6 +12,7 @@ from fimp_sc.data._access import in_memory, missing_key
 from fimp_sc.data._adjacency import check_adjacency
 from fimp_sc.data._checks import check_coordinates, check_obs_key
 from fimp_sc.data._kinds import sequence_kinds
+from fimp_sc.data._pixels import check_images
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -244,7 +245,7 @@ def _content(adata: AnnData, info: dict[str, Any], where: str, n_recordings: int
     kind = sequence_kinds()[str(info["kind"])]
     size = kind.size(adata, where)
     if info["kind"] == "patch":
-        return {"image_shape": tuple(size), "stored": "pixels" if "pixels" in adata.obsm else "files"}
+        return {"image_shape": tuple(size), "stored": check_images(adata, where)}
     if info["kind"] != "signal":
         return {"size": list(size)}
     interval = info.get("sampling_interval")

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from fimp_sc.data._access import in_memory, missing_key
 from fimp_sc.data._kinds import sequence_kinds
-from fimp_sc.data._modality import CONNECTIVITIES_KEY, MODALITY_KEY, describe_modality, get_modality, modality_info
+from fimp_sc.data._modality import CONNECTIVITIES_KEY, MODALITY_KEY, get_modality, modality_info
 from fimp_sc.data._pixels import PIXELS_KEY
 
 if TYPE_CHECKING:
@@ -52,10 +52,6 @@ class Part:
         """``(n_obs,)`` bool, nodes without this modality, if there are any."""
         missing = None if self.rows is None else self.rows < 0
         return missing if missing is not None and missing.any() else None
-
-    def info(self) -> dict[str, Any]:
-        """Return what the modality says of itself, see :func:`~fimp_sc.data.describe_modality`."""
-        return describe_modality(self.adata, need_graph=False)
 
 
 def is_mudata(data: Any) -> bool:

@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from fimp_sc.data._sequences import SequenceStatistics
 
 
-def default_token_size(kind: str, size: Sequence[int]) -> int:
-    """Return the usual size of a token; see :meth:`SequenceKind.default_token_size`."""
-    return sequence_kind(kind).default_token_size(size)
-
-
 def token_shape(kind: str, size: Sequence[int], token_size: int, n_coordinates: int = 0) -> SequenceShape:
     """Return the tokens of a node.
 
@@ -41,11 +36,6 @@ def token_shape(kind: str, size: Sequence[int], token_size: int, n_coordinates: 
     """
     found = sequence_kind(kind)
     return SequenceShape(*found.tokens(size, token_size), n_coordinates, aligned=not found.by_node)
-
-
-def left_over(kind: str, size: Sequence[int], token_size: int) -> str | None:
-    """Say what does not fill a token and is left out, if anything."""
-    return sequence_kind(kind).left_over(size, token_size)
 
 
 def sequence_source(
@@ -102,9 +92,3 @@ class Reader:
         """Return ``(n, f, p)`` tokens from ``start`` on."""
         rows = nodes if self.rows is None else self.rows[nodes]
         return sequence_kind(self.kind).read(self.adata, rows, self.token_size, start)
-
-
-def untoken(part: Part, tokens: NDArray[np.floating], token_size: int) -> NDArray[np.float32]:
-    """Turn ``(n, f, p)`` tokens into values again: of signals ``(n, n_times)``, of images ``(n, height, width, c)``."""
-    kind = sequence_kind(part.kind)
-    return kind.restore(tokens, kind.size(part.adata), token_size)

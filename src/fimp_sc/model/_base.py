@@ -11,6 +11,7 @@ from scvi.model.base import BaseModelClass
 
 from fimp_sc.data import BinnedTokens, CentredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs
+from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import Part, expand_rows, nodes_of, parts_of
 from fimp_sc.data._sequence_sources import sequence_source, token_shape
 from fimp_sc.data._sequences import SequenceStatistics
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from scipy import sparse
     from torch import Tensor
 
-    from fimp_sc.data import SequenceSource, TokenSource
+    from fimp_sc.data import SequenceKind, SequenceSource, TokenSource
     from fimp_sc.model._inference import Read
     from fimp_sc.model._module import FIMPModule
 
@@ -101,6 +102,12 @@ class GraphModel(BaseModelClass):
         """Return the modality of a registered object that holds signals or images under ``name``."""
         return SequenceField(name, "", self._modality(adata)).part(adata)
 
+    def _sequence_size(self, adata: AnnData | MuData, name: str) -> tuple[SequenceKind, list[int]]:
+        """Return the kind of a modality of signals or images, and the size of the values of a node."""
+        registries = self.get_anndata_manager(adata, required=True).registry["field_registries"]
+        state = registries[SEQUENCE_KEY + name]["state_registry"]
+        return sequence_kind(state[SequenceField.KIND]), state[SequenceField.SIZE]
+
     def _graph_data(
         self,
         adata: AnnData | MuData,
@@ -147,22 +154,19 @@ class GraphModel(BaseModelClass):
         located: NDArray[np.floating] | None,
         hidden_tokens: Mapping[str, NDArray[np.bool_]],
     ) -> dict[str, SequenceSource]:
-        network, states = (
-            self.module.network,
-            self.get_anndata_manager(adata, required=True).registry["field_registries"],
-        )
+        network = self.module.network
         if located is not None and isinstance(network, FoundationNetwork) and network.sequence is not None:
             located = network.embedding.places(located)
         sources = {}
         for i, (name, shape) in enumerate(self.module.sequences.items()):
-            state, size = states[SEQUENCE_KEY + name]["state_registry"], self.token_sizes[name]
+            (kind, size), token_size = self._sequence_size(adata, name), self.token_sizes[name]
             known: Any = self.module.statistics[str(i)]
             sources[name] = sequence_source(
                 self._sequence_part(adata, name),
                 self._nodes(adata).n_obs,
                 # Another object may have fewer tokens.
-                token_shape(state[SequenceField.KIND], state[SequenceField.SIZE], size, shape.n_coordinates),
-                size,
+                token_shape(kind.name, size, token_size, shape.n_coordinates),
+                token_size,
                 coordinates=None if located is None else located[:, : shape.n_coordinates],
                 statistics=SequenceStatistics(
                     float(known.mean), float(known.std), known.center.cpu().numpy(), known.spread.cpu().numpy()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fimp_sc.data._sequence_sources import default_token_size, left_over, token_shape
+from fimp_sc.data._kinds import sequence_kind
+from fimp_sc.data._sequence_sources import token_shape
 from fimp_sc.model._fields import SEQUENCE_KEY, X_KEY, SequenceField
 from fimp_sc.nn import FoundationNetwork
 from fimp_sc.pretrained import GeneVectors, build_foundation, read_foundation, read_gene_vectors
@@ -125,9 +126,9 @@ def sequence_shapes(
         wanted = given.get(name)
         if wanted is not None and (not isinstance(wanted, Integral) or isinstance(wanted, bool)):
             raise TypeError(f"token_size must be a whole number, found {wanted!r}.")
-        sizes[name] = default_token_size(kind, size) if wanted is None else int(wanted)
+        sizes[name] = sequence_kind(kind).default_token_size(size) if wanted is None else int(wanted)
         shapes[name] = token_shape(kind, size, sizes[name], state[SequenceField.N_COORDINATES])
-        rest = left_over(kind, size, sizes[name])
+        rest = sequence_kind(kind).left_over(size, sizes[name])
         if rest and warn:
             warnings.warn(f"{name!r}: {rest}, are left out. Choose another token_size to use them.", stacklevel=4)
     return shapes, sizes

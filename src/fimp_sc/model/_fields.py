@@ -79,7 +79,7 @@ class _Field(BaseAnnDataField):
         return False
 
     def validate_field(self, adata: AnnData | MuData) -> None:
-        """Check what is registered."""
+        super().validate_field(adata)
 
     def register_field(self, adata: AnnData | MuData) -> dict:
         return super().register_field(adata)
@@ -185,7 +185,6 @@ class SequenceField(_Field):
 
     def register_field(self, adata: AnnData | MuData) -> dict:
         part = self.part(adata)
-        part.info()  # checks the rest
         kind, n_coordinates = sequence_kind(part.kind), 0
         if kind.located and self._spatial_key in self.nodes(adata).obsm:
             n_coordinates = check_coordinates(self.nodes(adata), self._spatial_key).shape[1]
@@ -259,7 +258,10 @@ class GroupField(_Field):
 
 
 class LabelField(_Field):
-    """Labels in ``obs``. Another object may lack the column or have other classes: these are unlabeled there."""
+    """Labels in ``obs``, checked where they are learnt from.
+
+    Another object needs none; it may lack the column or have other classes, which are unlabeled there.
+    """
 
     _attr = "obs"
     CLASSES = "categorical_mapping"
@@ -271,9 +273,6 @@ class LabelField(_Field):
     @property
     def is_empty(self) -> bool:
         return self.attr_key is None
-
-    def validate_field(self, adata: AnnData | MuData) -> None:
-        """Nothing: an object to predict needs no labels, and they are checked where they are learnt from."""
 
     def register_field(self, adata: AnnData | MuData) -> dict:
         nodes = self.nodes(adata)

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fimp_sc.data._sequence_sources import untoken
 from fimp_sc.model._base import GraphModel
 from fimp_sc.model._decode import decoded_expression
 from fimp_sc.model._fields import X_KEY, ExpressionField
@@ -250,9 +249,9 @@ class PredictiveModel(GraphModel):
                 else "This model reads no signals or images: call get_expression."
             )
         adata = self._validate_anndata(adata)
-        part, size, n_obs = self._sequence_part(adata, modality), self.token_sizes[modality], self._nodes(adata).n_obs
-        n_tokens = self._graph_data(adata).sequences[modality].shape.n_tokens
-        given = None if hidden is None else hidden_tokens(hidden, part, n_tokens, size)
+        kind, size = self._sequence_size(adata, modality)
+        token_size, n_obs = self.token_sizes[modality], self._nodes(adata).n_obs
+        given = None if hidden is None else hidden_tokens(hidden, kind, n_obs, size, token_size)
         nodes = self._indices(self._nodes(adata), indices)
         how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
 
@@ -262,7 +261,8 @@ class PredictiveModel(GraphModel):
             tokens = self._collect(adata, nodes, read, how, data, reconstruct=True)
             return np.where(now[nodes, :, None], tokens, np.float32(np.nan))
 
-        return untoken(part, predict_all(n_obs, n_tokens, given, self.random_state, predict), size)
+        tokens = predict_all(n_obs, kind.tokens(size, token_size)[0], given, self.random_state, predict)
+        return kind.restore(tokens, size, token_size)
 
 
 def _latent(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:

@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fimp_sc.data._kinds import sequence_kind
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from fimp_sc.data._parts import Part
+    from fimp_sc.data import SequenceKind
 
 # Each token is predicted in one of so many passes, in which it is hidden along with a fifth of the others.
 _PASSES = 5
 
 
-def hidden_tokens(hidden: Any, part: Part, n_tokens: int, token_size: int) -> NDArray[np.bool_]:
+def hidden_tokens(
+    hidden: Any, kind: SequenceKind, n_obs: int, size: Sequence[int], token_size: int
+) -> NDArray[np.bool_]:
     """Return which tokens are hidden from what a user says of tokens, or of values: time points, pixels.
 
     Parameters
@@ -27,10 +27,12 @@ def hidden_tokens(hidden: Any, part: Part, n_tokens: int, token_size: int) -> ND
     hidden
         Boolean, ``(n_obs, n_tokens)`` or as the kind of the modality takes it (:meth:`SequenceKind.mask`); a token
         with any hidden value is hidden.
-    part
-        The modality.
-    n_tokens, token_size
-        Number of tokens and their size.
+    kind
+        Of the modality.
+    n_obs
+        Number of nodes.
+    size, token_size
+        Of the values of a node, and of its tokens; see :class:`~fimp_sc.data.SequenceKind`.
 
     Returns
     -------
@@ -43,13 +45,11 @@ def hidden_tokens(hidden: Any, part: Part, n_tokens: int, token_size: int) -> ND
     ValueError
         It has another shape.
     """
-    values, kind = np.asarray(hidden), sequence_kind(part.kind)
-    n_obs = part.adata.n_obs if part.rows is None else len(part.rows)
+    values, n_tokens = np.asarray(hidden), kind.tokens(size, token_size)[0]
     if values.dtype != bool:
         raise TypeError(f"hidden must be boolean, found {values.dtype}.")
     if values.shape == (n_obs, n_tokens):
         return values
-    size = list(kind.size(part.adata))
     found = kind.mask(values, size, token_size) if len(values) == n_obs else None
     if found is None:
         what = ", ".join(kind.size_names)
