@@ -8,34 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from foundation_toys import ALONE, JOINED, ONE_EPOCH, QUICK, SIZES, N, assert_frozen, graph, weights_of
 
 import fimp_sc
 from fimp_sc.model import FIMP
 
-SIDE, N = 12, 14
-SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
-ONE_EPOCH = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False}
-QUICK = {"max_epochs": 1, "accelerator": "cpu", "verbose": False}
+SIDE = 12
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no neighbours:UserWarning")
-ALONE, JOINED = np.arange(4), np.arange(4, N)
-
-
-def graph() -> np.ndarray:
-    """The first four nodes have no neighbours, the others are a ring."""
-    ring = np.zeros((N, N))
-    ring[JOINED, np.roll(JOINED, 1)] = 1
-    return ring + ring.T
-
-
-def weights_of(model: FIMP) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in model.module.network.state_dict().items() if not k.startswith("head.")}
-
-
-def assert_frozen(model: FIMP, before: dict[str, torch.Tensor]) -> None:
-    after = weights_of(model)
-    assert after.keys() == before.keys()
-    assert [name for name, value in after.items() if not torch.equal(value, before[name])] == []
 
 
 def make_pixels(channels=3, side=SIDE) -> np.ndarray:
