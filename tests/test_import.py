@@ -7,7 +7,7 @@ import pytest
 
 import fimp_sc
 
-NAMESPACES = ("data", "datasets", "model", "nn", "pl", "pp", "tl")
+NAMESPACES = ("data", "datasets", "metrics", "model", "nn", "pl", "pp", "pretrained", "tl")
 HEAVY = ("anndata", "lightning", "matplotlib", "pandas", "scanpy", "scvi", "squidpy", "torch", "torch_geometric")
 
 

@@ -3,8 +3,9 @@
 The namespaces load when first used, so that ``import fimp_sc`` stays cheap:
 
 - ``pp``: things done once to the object (spatial graph, genes matched with a vocabulary);
-- ``tl``: embed, annotate, impute; each writes its result to the object;
+- ``tl``: embed, annotate, impute, niches; each writes its result to the object;
 - ``pl``: figures;
+- ``metrics``: scores of labels, niches and imputed values;
 - ``model``: the class behind ``tl``;
 - ``pretrained``: readers of foundation models and of gene vectors;
 - ``data``, ``nn``: tokens, graph blocks and layers for those who build on them;
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from fimp_sc import data, datasets, model, nn, pl, pp, pretrained, tl
+    from fimp_sc import data, datasets, metrics, model, nn, pl, pp, pretrained, tl
 
-__all__ = ["__version__", "data", "datasets", "model", "nn", "pl", "pp", "pretrained", "tl"]
+__all__ = ["__version__", "data", "datasets", "metrics", "model", "nn", "pl", "pp", "pretrained", "tl"]
 
 try:
     __version__ = version("fimp-sc")

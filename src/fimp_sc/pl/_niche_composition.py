@@ -1,0 +1,146 @@
+"""Which kinds of cells make up each niche."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from fimp_sc.data._access import get_obs, missing_key
+from fimp_sc.pl._common import finish
+from fimp_sc.pl._spatial import _palette
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+_MAX_ROWS = 18
+_TOO_MANY = 20  # kinds whose colours can be told apart in bars
+
+
+def niche_composition(
+    adata: AnnData,
+    key: str = "fimp_niche",
+    groupby: str = "cell_type",
+    *,
+    kind: Literal["auto", "bars", "heatmap"] = "auto",
+    cmap: str = "viridis",
+    ax: Axes | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+) -> Axes | None:
+    """Draw the share of each kind of cells in every niche.
+
+    Parameters
+    ----------
+    adata
+        Object with niches, as :func:`fimp_sc.tl.niches` writes them.
+    key
+        Column of `.obs` with niches; their colours, `.uns[f"{key}_colors"]`, mark them at the left.
+    groupby
+        Column of `.obs` with the kinds, for instance cell types, in the colours of `.uns[f"{groupby}_colors"]` if that
+        fits. Cells that miss either are left out.
+    kind
+        `"bars"`, stacked to 100 %; `"heatmap"`, where many kinds are easier to read; `"auto"`, the former for up to
+        20 kinds.
+    cmap
+        Colour map of the heat map.
+    ax
+        Axes to draw into; by default a new figure.
+    show
+        Show the figure and return nothing; by default if no `ax` is given.
+    save
+        File to write the figure to.
+
+    Returns
+    -------
+    None if the figure is shown, else the axes.
+
+    Raises
+    ------
+    KeyError
+        If `key` or `groupby` is not found.
+    ValueError
+        If no cell has both, or `kind` is none of these.
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.transforms import ScaledTranslation
+
+    if kind not in {"auto", "bars", "heatmap"}:
+        raise ValueError(f"kind must be 'auto', 'bars' or 'heatmap', found {kind!r}.")
+    columns = {}
+    for name, advice in ((key, "Run fimp_sc.tl.niches(adata) first, or set key=."), (groupby, "Set groupby=.")):
+        if name not in adata.obs:
+            raise missing_key(name, "adata.obs", adata.obs, advice)
+        columns[name] = pd.Categorical(get_obs(adata, [name])[name])
+    niches, kinds = columns[key], columns[groupby]
+    counts = np.zeros((len(niches.categories), len(kinds.categories)), dtype=np.int64)
+    both = (niches.codes >= 0) & (kinds.codes >= 0)
+    np.add.at(counts, (niches.codes[both], kinds.codes[both]), 1)
+    rows, parts = np.flatnonzero(counts.sum(axis=1)), np.flatnonzero(counts.sum(axis=0))
+    if not rows.size:
+        raise ValueError(f"No cell has both a niche (obs[{key!r}]) and a kind (obs[{groupby!r}]).")
+    shares = counts[rows] / counts[rows].sum(axis=1, keepdims=True)
+
+    show = ax is None if show is None else show
+    heatmap = kind == "heatmap" or (kind == "auto" and len(parts) > _TOO_MANY)
+    if ax is None:
+        width = 2.2 + 0.32 * len(parts) if heatmap else 6.5
+        _, ax = plt.subplots(figsize=(max(width, 4), 1.3 + 0.32 * len(rows)), layout="constrained")
+    names = [str(kinds.categories[part]) for part in parts]
+    if heatmap:
+        _draw_heatmap(ax, shares[:, parts], names, groupby, cmap)
+    else:
+        _draw_bars(ax, shares, parts, names, _palette(adata, groupby, kinds), groupby)
+    colours = _palette(adata, key, niches)
+    # Nine points left of the axes, whatever these show.
+    place = ax.get_yaxis_transform() + ScaledTranslation(-9 / 72, 0, ax.figure.dpi_scale_trans)
+    ax.scatter(
+        np.zeros(len(rows)),
+        np.arange(len(rows)),
+        s=70,
+        marker="s",
+        c=[colours[row] for row in rows],
+        clip_on=False,
+        transform=place,
+    )
+    sizes = counts[rows].sum(axis=1)
+    ax.set_yticks(
+        np.arange(len(rows)), [f"{niches.categories[row]}  ({n:,})" for row, n in zip(rows, sizes, strict=True)]
+    )
+    ax.tick_params(axis="y", length=0, pad=16)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_ylabel(f"{key} (cells)")
+    return None if finish(ax, show, save) else ax
+
+
+def _draw_bars(ax: Axes, shares: Any, parts: Any, names: list[str], colours: list[Any], title: str) -> None:
+    left = np.zeros(len(shares))
+    for part, name in zip(parts, names, strict=True):
+        ax.barh(
+            np.arange(len(shares)), shares[:, part], 0.78, left=left, color=colours[part], edgecolor="white",
+            linewidth=0.6, label=name,
+        )  # fmt: skip
+        left += shares[:, part]
+    ax.set_xlim(0, 1)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    ax.set_xlabel("Share of cells")
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.legend(
+        title=title, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="small",
+        ncols=-(-len(names) // _MAX_ROWS),
+    )  # fmt: skip
+
+
+def _draw_heatmap(ax: Axes, shares: Any, names: list[str], title: str, cmap: str) -> None:
+    image = ax.imshow(shares, aspect="auto", cmap=cmap, vmin=0, interpolation="nearest")
+    ax.set_xticks(np.arange(len(names)), names, rotation=90, fontsize="small")
+    ax.set_xlabel(title)
+    ax.spines[:].set_visible(False)
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    bar.set_label("Share of niche")
+    bar.outline.set_visible(False)

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib.metadata import version
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+from anndata import ImplicitModificationWarning
+
+import fimp_sc
+from fimp_sc.data._access import get_obs, in_memory, missing_key
+from fimp_sc.data._checks import check_object
+from fimp_sc.data._parts import is_mudata, registered_keys
+from fimp_sc.tl._clusterings import Leiden, fit_mixture
+from fimp_sc.tl._inputs import copied
+from fimp_sc.tl._niche_colors import niche_colors
+from fimp_sc.tl._smooth import smoothed
+from fimp_sc.tl._stability import mixtures_of_halves, most_stable, seeds_of_leiden, stability
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["mixture", "leiden"]
+Covariance = Literal["tied", "full", "diag", "spherical"]
+
+
+def niches(
+    adata: AnnData | MuData,
+    n_niches: int | None = None,
+    *,
+    use_rep: str = "X_fimp",
+    method: Method = "mixture",
+    smooth: int | None = None,
+    n_components: int | None = 15,
+    covariance_type: Covariance = "tied",
+    n_range: tuple[int, int] = (4, 15),
+    n_seeds: int = 5,
+    labels_key: str | None = None,
+    library_key: str | None = None,
+    connectivities_key: str = "spatial_connectivities",
+    key_added: str = "fimp_niche",
+    random_state: int = 0,
+    copy: bool = False,
+) -> AnnData | MuData | None:
+    """Divide the tissue into niches: groups of cells whose embeddings, and whose surroundings, are alike.
+
+    Parameters
+    ----------
+    adata
+        Cells with an embedding and, unless ``smooth=0``, a spatial graph; a MuData object that :func:`embed` wrote to
+        as a whole will do.
+    n_niches
+        Number of niches; ``None`` chooses it: every number of ``n_range`` is tried several times, and the largest one
+        is taken with which the clusterings agree about as well as with the best (mean adjusted Rand index of all
+        pairs at most 0.05 below the highest). Mixtures are compared between random halves of the cells, Leiden
+        clusterings between seeds.
+    use_rep
+        Representation in ``obsm``, ``(n_obs, n_features)``.
+    method
+        ``"mixture"``
+            a mixture of normal distributions of scikit-learn, the likeliest of ``n_seeds`` starts.
+        ``"leiden"``
+            Leiden clusters of scanpy's graph of nearest neighbours in the representation; the resolution that gives
+            the number is searched by bisection. Needs igraph (``pip install igraph``).
+    smooth
+        How many times the representation of a cell is replaced by the mean over the cell itself and its neighbours in
+        the spatial graph, whose edges all count alike. More makes larger, smoother niches; 0 needs no graph. By
+        default 1 for a mixture, and 0 for Leiden, whose clusters it would make stringy.
+    n_components
+        Leading principal components of the (averaged) representation that are clustered; ``None`` for all of it.
+    covariance_type
+        Of the mixture, as in :class:`sklearn.mixture.GaussianMixture`. ``"tied"``: niches differ in their means.
+    n_range
+        Smallest and largest number to try without ``n_niches``.
+    n_seeds
+        Starts of the mixture, and clusterings of each number that are compared.
+    labels_key
+        Column of ``obs``, for instance of cell types, that is counted in every niche.
+    library_key
+        Column of ``obs`` with samples. No edge of the graph may join two.
+    connectivities_key
+        Graph in ``obsp``.
+    key_added
+        Where to write in ``obs`` and ``uns``.
+    random_state
+        Seed. The order of cells does not matter.
+    copy
+        Return a copy with the results instead of writing to ``adata``.
+
+    Returns
+    -------
+    ``None``, or the copy. Writes ``obs[key_added]`` (categorical, ``"0"`` is the largest niche, ``"1"`` the next),
+    ``uns[f"{key_added}_colors"]`` (colours that stay apart for colour-blind readers), and ``uns[key_added]``:
+    parameters, seed, versions, ``n_niches``; ``stability`` (table of the numbers that were tried, with their agreement)
+    without ``n_niches``; ``composition`` (numbers of cells, labels × niches; cells without label are left out) with
+    ``labels_key``. Nothing is written when the call fails.
+
+    Raises
+    ------
+    KeyError
+        When the representation, the graph or a column is missing.
+    ValueError
+        When values, graph or arguments cannot be used.
+    ImportError
+        When ``method="leiden"`` and igraph is missing.
+    """
+    target: Any = adata
+    if not is_mudata(target):
+        check_object(target)
+        own = registered_keys(target, None)
+        library_key = library_key or own["library_key"]
+        if connectivities_key == "spatial_connectivities":
+            connectivities_key = own["connectivities_key"]
+    if smooth is None:
+        smooth = int(method == "mixture")
+    _check_choices(method, smooth, covariance_type, n_seeds, random_state)
+    if n_components is not None and (not _is_whole(n_components) or n_components < 1):
+        raise ValueError(f"n_components must be a whole number of at least 1, or None; found {n_components!r}.")
+    raw = _representation(target, use_rep)
+    numbers = _numbers(n_niches, n_range, len(raw) if n_niches is not None or method == "leiden" else len(raw) // 2)
+    labels = None if labels_key is None else _labels(target, labels_key, key_added)
+    # In an order that values alone decide, so that random starts do not depend on the order of cells.
+    order = np.lexsort(raw.T[::-1])
+    values = smoothed(target, raw, order, smooth, connectivities_key, library_key)
+    values = _components(values, n_components)
+    values /= np.sqrt(values.var(axis=0).mean()) or 1.0
+
+    found: dict[str, Any] = {}
+    seeds = {"n_seeds": int(n_seeds), "random_state": int(random_state)}
+    leiden = Leiden(values, random_state) if method == "leiden" else None
+    if n_niches is None:
+        clusterings = (
+            mixtures_of_halves(values, covariance_type=covariance_type, **seeds)
+            if leiden is None
+            else seeds_of_leiden(leiden, **seeds)
+        )
+        found["stability"] = stability(clusterings, numbers)
+        n_niches = most_stable(found["stability"])
+        logger.info("%d niches: the largest stable number from %d to %d.", n_niches, numbers[0], numbers[-1])
+    if leiden is None:
+        model = fit_mixture(
+            values, n_niches, covariance_type=covariance_type, n_init=n_seeds, random_state=random_state
+        )
+        clusters = model.predict(values)
+    else:
+        clusters, found["resolution"] = leiden.with_number(n_niches, random_state)
+    codes = np.empty(len(raw), dtype=np.int64)
+    codes[order] = _by_size(clusters)
+    n_found = int(codes.max()) + 1
+    if n_found != n_niches:
+        logger.warning("Found %d niches instead of %d: the cells do not divide further.", n_found, n_niches)
+    names = [str(i) for i in range(n_found)]
+    column = pd.Series(pd.Categorical.from_codes(codes.tolist(), categories=names), index=target.obs_names)
+    if labels is not None:
+        table = pd.crosstab(labels.to_numpy(), column.to_numpy()).reindex(columns=names, fill_value=0)
+        found["composition"] = table.rename_axis(index=labels_key, columns=None)
+
+    params = {
+        "use_rep": use_rep, "method": method, "smooth": int(smooth), "n_components": n_components,
+        "covariance_type": covariance_type, "n_range": list(map(int, n_range)), "n_seeds": int(n_seeds),
+        "labels_key": labels_key, "library_key": library_key, "connectivities_key": connectivities_key,
+    }  # fmt: skip
+    used = ("scikit-learn", "numpy") if leiden is None else ("scanpy", "igraph", "numpy")
+    result = {
+        "params": {key: value for key, value in params.items() if value is not None},
+        "random_state": int(random_state),
+        "n_niches": n_found,
+        "versions": {"fimp-sc": fimp_sc.__version__, **{package: version(package) for package in used}},
+        **found,
+    }
+    target = copied(target) if copy else target
+    with warnings.catch_warnings():
+        # Writing to a view turns it into an object of its own, as anndata documents.
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        target.obs[key_added] = column
+        target.uns[f"{key_added}_colors"] = niche_colors(n_found)
+        target.uns[key_added] = result
+    return target if copy else None
+
+
+def _check_choices(method: Any, smooth: Any, covariance_type: Any, n_seeds: Any, random_state: Any) -> None:
+    choices = {"method": (method, Method), "covariance_type": (covariance_type, Covariance)}
+    for name, (value, allowed) in choices.items():
+        if value not in get_args(allowed):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(allowed)))}; found {value!r}.")
+    for name, value, smallest in (("smooth", smooth, 0), ("n_seeds", n_seeds, 2), ("random_state", random_state, 0)):
+        if not _is_whole(value) or value < smallest:
+            raise ValueError(f"{name} must be a whole number of at least {smallest}, found {value!r}.")
+
+
+def _representation(adata: Any, key: str) -> NDArray[np.float64]:
+    """Return a representation in memory, ``(n_obs, n_features)``."""
+    if key not in adata.obsm:
+        advice = "Run fimp_sc.tl.embed(adata) first, or name another representation with use_rep=."
+        raise missing_key(key, "adata.obsm", adata.obsm, advice)
+    where = f"adata.obsm[{key!r}]"
+    held = in_memory(adata.obsm[key], where)
+    values = np.array(held.toarray() if hasattr(held, "toarray") else held, dtype=np.float64)
+    if values.ndim != 2 or not values.shape[1]:
+        raise ValueError(f"{where} has the shape {values.shape}, and one row of numbers for each cell is needed.")
+    bad = ~np.isfinite(values).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"{where} is NaN or infinite for {int(bad.sum()):,} of {len(values):,} cells, first "
+            f"{adata.obs_names[int(bad.argmax())]!r}: remove these cells, for instance with "
+            f"adata[np.isfinite(adata.obsm[{key!r}]).all(axis=1)], or embed them."
+        )
+    if (values == values[0]).all():
+        raise ValueError(f"{where} is the same for all {len(values):,} cells: there is nothing to divide.")
+    return values
+
+
+def _components(values: NDArray[np.float64], n_components: int | None) -> NDArray[np.float64]:
+    """Return centred values, or their leading principal components."""
+    centred: NDArray[np.float64] = values - values.mean(axis=0)
+    if n_components is None or n_components >= min(centred.shape):
+        return centred
+    from sklearn.decomposition import PCA
+
+    scores: NDArray[np.float64] = PCA(n_components, svd_solver="full").fit_transform(centred)
+    return scores
+
+
+def _numbers(n_niches: Any, n_range: Any, limit: int) -> list[int]:
+    """Return the numbers of niches to try, at most ``limit``."""
+    if n_niches is not None:
+        if not _is_whole(n_niches) or not 2 <= n_niches <= limit:
+            raise ValueError(
+                f"n_niches must be a whole number from 2 to the number of cells, {limit:,}; found {n_niches!r}."
+            )
+        return [int(n_niches)]
+    low, high = n_range
+    if not (_is_whole(low) and _is_whole(high) and 2 <= low <= min(high, limit)):
+        raise ValueError(
+            f"n_range must be two whole numbers, the smaller one from 2 to {max(limit, 2):,} (half of the cells for "
+            f"mixtures): found {n_range!r}. Pass n_niches= to set the number."
+        )
+    return list(range(int(low), min(int(high), limit) + 1))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral)
+
+
+def _labels(adata: Any, key: str, key_added: str) -> pd.Series:
+    if key not in adata.obs:
+        raise missing_key(key, "adata.obs", adata.obs, "Name the column to count with labels_key=.")
+    if key == key_added:
+        raise ValueError(f"labels_key and key_added are both {key!r}, and niches would replace the labels.")
+    labels = get_obs(adata, [key])[key]
+    return labels.astype(object).where(labels.notna(), None).map(str, na_action="ignore")
+
+
+def _by_size(clusters: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Renumber clusters by size, the largest first; of equal ones that whose first cell comes first."""
+    _, first, codes, counts = np.unique(clusters, return_index=True, return_inverse=True, return_counts=True)
+    rank = np.empty(len(counts), dtype=np.int64)
+    rank[np.lexsort([first, -counts])] = np.arange(len(counts))
+    return rank[codes]
