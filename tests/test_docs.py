@@ -18,8 +18,49 @@ from fimp_sc.data._modality import quiet_mudata
 from fimp_sc.datasets import toy_tissue
 from fimp_sc.model import FIMP
 
-PAGE = Path(__file__).parents[1] / "docs" / "modalities.md"
+DOCS = Path(__file__).parents[1] / "docs"
 RING = np.roll(np.eye(12), 1, axis=1) + np.roll(np.eye(12), -1, axis=1)
+# Pages whose code stands by itself, and how many blocks each has.
+PAGES = {
+    "index.md": 1,
+    "quick_start.md": 5,
+    "guide/choices.md": 4,
+    "guide/cost.md": 1,
+    "guide/labels.md": 2,
+    "guide/evaluation.md": 7,
+    "guide/reproducibility.md": 2,
+    "extend.md": 2,
+}
+
+
+def code_of(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run(blocks: list[str], page: Path, names: dict) -> None:
+    with quiet_mudata():  # as readers of the page make their own objects
+        for block in blocks:
+            exec(compile(block, str(page), "exec"), names)
+    plt.close("all")
+
+
+def small_tissue(n_obs: int = 240, random_state: int = 0) -> ad.AnnData:
+    """Return the toy tissue without the genes that so few cells do not express."""
+    adata = toy_tissue(n_obs, random_state)
+    return adata[:, np.asarray(adata.X.sum(0)).ravel() > 0].copy()
+
+
+@pytest.fixture(autouse=True)
+def _short(tmp_path, monkeypatch) -> None:
+    """One epoch, a small tissue, no windows, and files in a folder that goes away."""
+    train = FIMP.train
+    monkeypatch.setattr(
+        FIMP, "train", lambda self, *args, **kwargs: train(self, 1, **{**kwargs, "enable_progress_bar": False})
+    )
+    monkeypatch.setattr(fimp_sc.datasets, "toy_tissue", small_tissue)
+    monkeypatch.setattr(plt, "show", lambda *args, **kwargs: None)
+    monkeypatch.setattr(_kinds, "_kinds", dict(_kinds.sequence_kinds()))
+    monkeypatch.chdir(tmp_path)
 
 
 def toy_objects(folder: Path) -> dict:
@@ -27,8 +68,7 @@ def toy_objects(folder: Path) -> dict:
     files = [folder / f"{i}.png" for i in range(12)]
     for file in files:
         Image.fromarray(rng.integers(0, 256, (30, 40, 3)).astype(np.uint8)).save(file)
-    adata = toy_tissue(n_obs=60, random_state=0)
-    adata = adata[:, np.asarray(adata.X.sum(0)).ravel() > 0].copy()
+    adata = small_tissue(n_obs=60)
     adata.obs["layer"] = adata.obs["niche"]
     herd = ad.AnnData(
         obs={"weight": rng.random(12)}, obsm={"track": rng.normal(size=(12, 50)).cumsum(1)},
@@ -54,28 +94,34 @@ def toy_objects(folder: Path) -> dict:
     }
 
 
-def test_code_of_the_page_on_modalities_runs(tmp_path, monkeypatch) -> None:
+def test_code_of_the_page_on_modalities_runs(tmp_path) -> None:
     torch_geometric_data = pytest.importorskip("torch_geometric.data")
     import torch
 
-    train = FIMP.train
-    monkeypatch.setattr(
-        FIMP, "train", lambda self, *args, **kwargs: train(self, 1, **{**kwargs, "enable_progress_bar": False})
-    )
-    monkeypatch.setattr(plt, "show", lambda *args, **kwargs: None)
-    monkeypatch.setattr(_kinds, "_kinds", dict(_kinds.sequence_kinds()))
     edges = torch.tensor([[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 0]])
     names = toy_objects(tmp_path)
     names["data"] = torch_geometric_data.Data(x=torch.randn(6, 3), edge_index=edges, y=torch.tensor([0, 1] * 3))
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    run = [block for block in blocks if "checkpoint=" not in block]
-    assert len(run) == 6
-    with quiet_mudata():  # as readers of the page make their own objects
-        for block in run:
-            exec(compile(block, str(PAGE), "exec"), names)
-    plt.close("all")
+    page = DOCS / "modalities.md"
+    blocks = [block for block in code_of(page) if "checkpoint=" not in block]
+    assert len(blocks) == 6
+    run(blocks, page, names)
     assert names["herd"].obsm["X_fimp"].shape == (12, 128)
     made = names["herd"].obsm["fimp"]
     assert np.isfinite(made[:, :40]).all()
     assert np.isnan(made[:, 40:]).all(), "steps that fill no token"
     assert np.isfinite(names["mdata"].obsm["X_fimp"]).all()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_code_of_the_other_pages_runs(name: str, tmp_path, scgpt_checkpoint) -> None:
+    blocks = code_of(DOCS / name)
+    assert len(blocks) == PAGES[name]
+    if any("scGPT_human/" in block for block in blocks):
+        (tmp_path / "scGPT_human").symlink_to(scgpt_checkpoint(toy_tissue(n_obs=60).var_names[:700]))
+    run(blocks, DOCS / name, {})
+
+
+def test_no_other_page_has_code() -> None:
+    kept = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if code_of(path)}
+    kept = {name for name in kept if not name.startswith(("_build/", "api/", "generated/"))}
+    assert kept == {*PAGES, "modalities.md"}

@@ -118,9 +118,10 @@ class TrainableModel(StartingModel):
         class_balance
             0 weighs cells alike, 1 classes alike, in the label loss.
         early_stopping
-            Stop when the validation loss has not improved by more than 0.0002 for ``early_stopping_patience``
-            validations, by default 3; where there are no genes 6, of about 30 in all. With validation cells the
-            weights of the best epoch are kept in any case.
+            Stop when the validation loss no longer improves by more than 0.0002. With validation cells the weights of
+            the best epoch are kept in any case.
+        early_stopping_patience
+            Validations without improvement to wait for, by default 3; where there are no genes 6, of about 30 in all.
         plan_kwargs
             Passed to the training plan (``lr``, ``weight_decay``, ...).
         **trainer_kwargs

@@ -1,0 +1,102 @@
+"""Everything public says what it takes and what it gives."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import pytest
+
+import fimp_sc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FunctionType
+
+NAMESPACES = [name for name in fimp_sc.__all__ if name != "__version__"]
+PUBLIC = [(namespace, name) for namespace in NAMESPACES for name in import_module(f"fimp_sc.{namespace}").__all__]
+
+
+def sections(docstring: str) -> dict[str, str]:
+    """Return the text of a numpydoc docstring by section; what comes first is under an empty name."""
+    parts = re.split(r"^(\w[\w ]*)\n-{3,}\n", inspect.cleandoc(docstring), flags=re.MULTILINE)
+    return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def documented(docstring: str) -> set[str]:
+    """Return the names that have an entry in one of the sections for parameters."""
+    found = sections(docstring)
+    text = "\n".join(found.get(section, "") for section in ("Parameters", "Other Parameters", "Attributes"))
+    names = re.findall(r"^(\S.*?)(?: : .*)?$", text, flags=re.MULTILINE)
+    return {name.strip().lstrip("*") for entry in names for name in entry.split(",")}
+
+
+def parameters(function: FunctionType | type) -> set[str]:
+    """Return the names of parameters that a caller can give."""
+    return set(inspect.signature(function).parameters) - {"self", "cls"}
+
+
+def own_methods(cls: type) -> Iterator[tuple[str, FunctionType]]:
+    """Yield public methods that this package defines, functions behind class methods and properties included."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("fimp_sc."):
+            for name, value in vars(base).items():
+                function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+                if not name.startswith("_") and inspect.isfunction(function):
+                    yield f"{base.__name__}.{name}", function
+
+
+def test_docstrings_are_read_as_people_read_them() -> None:
+    text = """Do it.
+
+    Parameters
+    ----------
+    first, second
+        Two.
+    third : int
+        One, with a comma: it counts.
+    **kwargs
+        More.
+
+    Returns
+    -------
+    The result.
+    """
+    assert documented(text) == {"first", "second", "third", "kwargs"}
+    assert sections(text)["Returns"].strip() == "The result."
+    assert sections(text)[""].strip() == "Do it."
+
+
+@pytest.mark.parametrize(("namespace", "name"), PUBLIC)
+def test_public_names_are_documented(namespace: str, name: str) -> None:
+    thing = getattr(import_module(f"fimp_sc.{namespace}"), name)
+    text = thing.__doc__
+    assert text, "no docstring"
+    assert inspect.cleandoc(text).splitlines()[0].endswith("."), "the first line is a sentence"
+    if inspect.isclass(thing):
+        if issubclass(thing, dict | tuple | Exception) or inspect.isabstract(thing) or hasattr(thing, "_is_protocol"):
+            return  # made by name, or never
+        # `registry` is how scvi-tools makes models of saved ones.
+        assert parameters(thing) - documented(text) <= {"args", "kwargs", "registry"}
+        return
+    assert parameters(thing) <= documented(text)
+    if inspect.signature(thing).return_annotation not in (None, "None"):
+        known = sections(text)
+        assert {"Returns", "Yields"} & set(known) or re.match(r"(Return|Yield|Use|Read|Build)", known[""])
+
+
+@pytest.mark.parametrize(("namespace", "name"), PUBLIC)
+def test_methods_are_documented(namespace: str, name: str) -> None:
+    thing = getattr(import_module(f"fimp_sc.{namespace}"), name)
+    if not inspect.isclass(thing):
+        return
+    for where, method in own_methods(thing):
+        # Hooks of Lightning, torch and scvi-tools are called by them, not by people.
+        if where.split(".")[0] in ("BlockSplitter", "FIMPModule", "FIMPTrainingPlan"):
+            continue
+        assert method.__doc__, where
+        if "Parameters" in sections(method.__doc__):
+            told = documented(method.__doc__) | set(re.findall(r"``(\w+)``", method.__doc__))
+            assert parameters(method) - told <= {"args", "kwargs"}, where
