@@ -1,6 +1,9 @@
-"""The baselines, each written once. Nothing here sees test labels or hidden entries."""
+"""The simple baselines, each written once. Nothing here sees test labels or hidden entries."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import scipy.sparse as sp
@@ -10,10 +13,12 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-from _common import totals
+from _common import library, log_normalise, neighbours, totals
+from _harness import Fit, Method, Run
+from _problems import HIDDEN, Annotation, Masked
 
 N_PCS = 50
-HIDDEN = 0.15
+N_NEIGHBOURS, N_NEIGHBOURS_MASKED = 10, 6
 
 
 def fit_pca(x: sp.csr_matrix, n_components: int = N_PCS) -> PCA:
@@ -41,15 +46,23 @@ def logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, blocks: np
     return search.fit(train, labels, groups=blocks).predict(test)
 
 
-def annotate(
-    train: dict[str, np.ndarray], labels: np.ndarray, test: dict[str, np.ndarray], blocks: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Labels of the `test` rows for each kind of features, with C = 1 and with C chosen on the training cells."""
-    out = {}
-    for kind in train:
-        out[f"logistic, {kind}, C = 1"] = logistic(train[kind], labels, test[kind])
-        out[f"logistic, {kind}, C chosen"] = logistic(train[kind], labels, test[kind], blocks)
-    return out
+def annotate(problem: Annotation, run: Run, kind: str, *, chosen: bool) -> Fit:
+    """Labels of the query cells from logistic regression on PCs of the genes that reference and query share."""
+    reference, query = problem.reference, problem.query
+    shared = reference.var_names.intersection(query.var_names)
+    labels = reference.obs["label"].to_numpy()
+    known = labels != "Unknown"
+    # Query cells that are there in training have no label: the PCA comes from the others.
+    fitted = known if query is reference else np.ones(len(known), bool)
+    sections = {"reference": reference, "query": query}
+    x = {name: log_normalise(part[:, shared].X, problem.target) for name, part in sections.items()}
+    pca = fit_pca(x["reference"][fitted])
+    features = {}
+    for name, part in sections.items():
+        graph = neighbours(np.asarray(part.obsm["spatial"], float), N_NEIGHBOURS, library(part, problem.data))
+        features[name] = spatial_features(pca.transform(x[name]), graph)[kind]
+    blocks = problem.blocks[known] if chosen else None
+    return Fit(logistic(features["reference"][known], labels[known], features["query"], blocks))
 
 
 def neighbour_mean(x: sp.csr_matrix, hidden: sp.csr_matrix, graph: sp.csr_matrix, mean: np.ndarray) -> np.ndarray:
@@ -110,3 +123,54 @@ def ridge(
         model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 4, 9)))
         out[:, genes] = model.fit(np.hstack([own, near_train]), dense[:, genes]).predict(test)
     return out
+
+
+def _masked(predict: Callable[..., np.ndarray], problem: Masked, run: Run) -> Fit:
+    adata, test = problem.adata, problem.test
+    x, visible = adata.X[test].toarray(), ~problem.hidden[test].toarray()
+    return Fit(np.asarray(predict(problem, x, visible, run)))
+
+
+def _gene_mean(problem: Masked, x: np.ndarray, visible: np.ndarray, run: Run) -> np.ndarray:
+    mean = np.asarray(problem.adata.X[~problem.test].mean(axis=0)).ravel()
+    return np.broadcast_to(mean, x.shape)
+
+
+def _near(problem: Masked, x: np.ndarray, visible: np.ndarray, run: Run) -> np.ndarray:
+    adata = problem.adata
+    graph = neighbours(np.asarray(adata.obsm["spatial"], float), N_NEIGHBOURS_MASKED, library(adata, problem.data))[
+        problem.test
+    ]
+    return neighbour_mean(adata.X, problem.hidden, graph, _gene_mean(problem, x, visible, run)[0])
+
+
+def _pca(problem: Masked, x: np.ndarray, visible: np.ndarray, run: Run, *, how: str) -> np.ndarray:
+    pca = fit_pca(problem.adata.X[~problem.test])
+    if how == "filled":
+        return reconstruct_filled(pca, x, visible)
+    return reconstruct_visible(pca, x, visible, prior=how == "prior")
+
+
+def _ridge(problem: Masked, x: np.ndarray, visible: np.ndarray, run: Run) -> np.ndarray:
+    adata, train = problem.adata, ~problem.test
+    lib = library(adata, problem.data)
+    part = neighbours(
+        np.asarray(adata.obsm["spatial"], float)[train], N_NEIGHBOURS_MASKED, None if lib is None else lib[train]
+    )
+    near = _near(problem, x, visible, run)
+    return ridge(fit_pca(adata.X[train]), adata.X[train], part, x, visible, near, run.seed)
+
+
+ANNOTATION: dict[str, Method] = {
+    f"logistic, {kind}, C {'chosen' if chosen else '= 1'}": partial(annotate, kind=kind, chosen=chosen)
+    for kind in ("own", "neighbours", "own + neighbours")
+    for chosen in (False, True)
+}
+MASKED: dict[str, Method] = {
+    "gene mean": partial(_masked, _gene_mean),
+    "neighbour mean": partial(_masked, _near),
+    "PCA, hidden = gene mean": partial(_masked, partial(_pca, how="filled")),
+    "PCA, visible genes, small ridge": partial(_masked, partial(_pca, how="ridge")),
+    "PCA, visible genes, probabilistic": partial(_masked, partial(_pca, how="prior")),
+    "ridge on PCs, own + neighbours": partial(_masked, _ridge),
+}

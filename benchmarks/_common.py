@@ -1,11 +1,13 @@
-"""What the benchmark scripts share: arguments, data, splits, scores and the result table. Needs no FIMP."""
+"""What the benchmark scripts share: arguments, data, splits, scores and the result table."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
 import time
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +18,8 @@ import scipy.sparse as sp
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.neighbors import NearestNeighbors
 
+from fimp_sc.data._value_checks import check_values
+
 HERE = Path(__file__).resolve().parent
 UNLABELLED = ("Unlabelled", "Ambiguous")
 MIN_TRAIN_CELLS = 5  # a class with fewer labelled training cells is left out for every method
@@ -23,11 +27,22 @@ MIN_TRAIN_CELLS = 5  # a class with fewer labelled training cells is left out fo
 
 @dataclass(frozen=True)
 class Data:
-    """One data set: its file, the size of its spatial blocks (cells) and the key that separates sections."""
+    """One data set.
+
+    Attributes
+    ----------
+    file
+        In the folder of the data; or, of a set that is fetched or made, a function, as "package:function".
+    block_size
+        Cells of a spatial block.
+    library_key, label_key
+        Columns of ``obs`` that separate sections and hold cell types.
+    """
 
     file: str
     block_size: int
     library_key: str | None = None
+    label_key: str = "cell_type"
 
 
 DATA = {
@@ -35,20 +50,37 @@ DATA = {
     "dlpfc_151674": Data("dlpfc_visium_151674.h5ad", 100),
     "merfish": Data("merfish_hypothalamus_animal1.h5ad", 140, "bregma"),
     "starmap": Data("starmap_visual_cortex_1020.h5ad", 40),
+    "toy": Data("fimp_sc.datasets:toy_tissue", 40, "section"),
+    # The sets of the paper, which squidpy downloads.
+    "slideseqv2": Data("squidpy.datasets:slideseqv2", 400, None, "cluster"),
+    "seqfish": Data("squidpy.datasets:seqfish", 200, None, "celltype_mapped_refined"),
 }
+ONLINE = ("slideseqv2", "seqfish")
 
 
-def parser(doc: str | None, datasets: tuple[str, ...] = ()) -> argparse.ArgumentParser:
-    """Arguments that all scripts have; `datasets` are the choices (and default) of ``--datasets``."""
+GROUPS = ("baselines", "fimp", "shuffled")
+
+
+def parser(
+    doc: str | None,
+    datasets: tuple[str, ...] = (),
+    methods: tuple[tuple[str, ...], tuple[str, ...]] = (GROUPS, GROUPS[:2]),
+    more: tuple[str, ...] = (),
+) -> argparse.ArgumentParser:
+    """Arguments that all scripts have.
+
+    `datasets` are the default of ``--datasets``, and with `more` its choices; `methods` are the choices and the default
+    of ``--methods``.
+    """
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", type=Path, default=os.environ.get("FIMP_SC_DATA", HERE.parent.parent / "shared" / "data"))
     p.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, … (splits, hidden entries and FIMP)")
     p.add_argument("--max-epochs", type=int, default=None, help="epochs of FIMP; default: FIMP's own")
     p.add_argument("--accelerator", default="auto")
-    p.add_argument("--methods", nargs="+", default=["baselines", "fimp"], choices=["baselines", "fimp", "shuffled"])
+    p.add_argument("--methods", nargs="+", default=list(methods[1]), choices=methods[0])
     p.add_argument("--quick", action="store_true", help="1 seed, 1 epoch: checks that the script runs")
     if datasets:
-        p.add_argument("--datasets", nargs="+", default=list(datasets), choices=datasets)
+        p.add_argument("--datasets", nargs="+", default=list(datasets), choices=(*datasets, *more))
     return p
 
 
@@ -61,15 +93,32 @@ def parse(p: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def load(name: str, folder: Path):
-    """Read a data set; ``obs["label"]`` holds its cell types with "Unknown" where they must not be scored."""
+    """Read a data set; ``obs["cell_type"]`` holds its cell types, ``obs["label"]`` those that may be scored.
+
+    The label is "Unknown" where there is no type, or one of `UNLABELLED`. ``X`` is on a linear scale: values that are
+    logarithms are turned back.
+    """
     import anndata
 
-    path = Path(folder) / DATA[name].file
-    if not path.exists():
-        raise FileNotFoundError(f"{path} not found: give the folder of the .h5ad files with --data or FIMP_SC_DATA.")
-    adata = anndata.read_h5ad(path)
-    labels = adata.obs["cell_type"].astype(str)
-    adata.obs["label"] = labels.mask(labels.isin(UNLABELLED) | adata.obs["cell_type"].isna(), "Unknown")
+    data = DATA[name]
+    if ":" in data.file:
+        module, function = data.file.split(":")
+        adata = getattr(importlib.import_module(module), function)()
+    else:
+        path = Path(folder) / data.file
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} not found: give the folder of the .h5ad files with --data or FIMP_SC_DATA."
+            )
+        adata = anndata.read_h5ad(path)
+    adata.obs["cell_type"] = labels = adata.obs[data.label_key].astype(str)
+    adata.obs["label"] = labels.mask(labels.isin(UNLABELLED) | adata.obs[data.label_key].isna(), "Unknown")
+    adata.X = sp.csr_matrix(adata.X)
+    if ":" in data.file:
+        with warnings.catch_warnings(action="ignore"):  # empty genes are dropped by the tasks
+            logarithms = check_values(adata.X, where="X") == "log"
+        if logarithms:
+            adata.X = adata.X.expm1()
     return adata
 
 
@@ -170,36 +219,65 @@ def expression_scores(truth: np.ndarray, predicted: np.ndarray, gene_mean: np.nd
 
 
 class Results:
-    """Rows of (data, method, seed, scores); prints them as they come, then the table, and writes one CSV."""
+    """Rows of (data, method, seed, scores) in one CSV, which is written whenever a row is added."""
 
     def __init__(self, name: str, args: argparse.Namespace, group: str = "data") -> None:
-        self.name, self.args, self.group, self.rows = name, args, group, []
+        self.args, self.group, self.keys = args, group, [group, "method", "seed"]
+        self.path = HERE / "results" / f"{name}{'_quick' if args.quick else ''}.csv"
+        self.new: list[dict[str, object]] = []
 
-    def add(self, data: str, method: str, seed: int, scores: dict[str, float], started: float | None = None) -> None:
-        """Add one row; `started` is a ``time.perf_counter()`` value taken before the method ran."""
-        seconds = {} if started is None else {"seconds": time.perf_counter() - started}
-        self.rows.append({self.group: data, "method": method, "seed": seed, **scores, **seconds})
-        print(data, method, f"seed {seed}:", ", ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
+    def has(self, data: str, method: str, seed: int) -> bool:
+        """Whether the CSV has this row."""
+        rows = self._read()
+        return bool(len(rows) and ((rows[self.group] == data) & (rows.method == method) & (rows.seed == seed)).any())
+
+    def add(
+        self,
+        data: str,
+        method: str,
+        seed: int,
+        scores: dict[str, float],
+        started: float | None = None,
+        note: str = "",
+    ) -> None:
+        """Add one row in place of an older one; `started` is a ``time.perf_counter()`` value from before the method."""
+        row: dict[str, object] = {self.group: data, "method": method, "seed": seed, **scores}
+        if started is not None:
+            row["seconds"] = time.perf_counter() - started
+        if note:
+            row["note"] = note
+        row |= {"max_epochs": "default" if self.args.max_epochs is None else self.args.max_epochs, **environment()}
+        print(data, method, f"seed {seed}:", ", ".join(f"{k} {v:.4g}" for k, v in scores.items()), flush=True)
+        self.new.append(row)
+        table, old = pd.DataFrame([row]), self._read()
+        if len(old):
+            same = pd.MultiIndex.from_frame(old[self.keys]).isin(pd.MultiIndex.from_frame(table[self.keys]))
+            table = pd.concat([old[~same], table]).sort_values([self.group], kind="stable")
+        self.path.parent.mkdir(exist_ok=True)
+        unfinished = self.path.with_suffix(f".{os.getpid()}")
+        table.to_csv(unfinished, index=False, float_format="%.5g")
+        unfinished.replace(self.path)
 
     def finish(self) -> None:
-        """Print mean ± standard deviation over seeds and update the CSV; rows of methods not run now are kept."""
-        table, keys = pd.DataFrame(self.rows), [self.group, "method"]
-        scores = [c for c in table.columns if c not in {*keys, "seed", "seconds"}]
+        """Print mean ± standard deviation over the seeds of all rows of the groups and methods that were run."""
+        if not self.new:
+            print("nothing to run: all rows are there")
+            return
+        run, table = pd.DataFrame(self.new), self._read()
+        keys = self.keys[:2]
+        table = table[pd.MultiIndex.from_frame(table[keys]).isin(pd.MultiIndex.from_frame(run[keys]))]
+        known = {*self.keys, "seconds", "note", "max_epochs", *environment()}
+        scores = [c for c in table.columns if c not in known]
         print(f"\n| {self.group} | method | " + " | ".join(scores) + " |\n" + "|---" * (2 + len(scores)) + "|")
         for (data, method), rows in table.groupby(keys, sort=False):
             cells = [f"{rows[c].mean():.3f} ± {rows[c].std(ddof=0):.3f}" for c in scores]
             print(f"| {data} | {method} | " + " | ".join(cells) + " |")
-        table["max_epochs"] = "default" if self.args.max_epochs is None else self.args.max_epochs
-        for key, value in environment().items():
-            table[key] = value
-        path = HERE / "results" / f"{self.name}{'_quick' if self.args.quick else ''}.csv"
-        path.parent.mkdir(exist_ok=True)
-        if path.exists():
-            old = pd.read_csv(path, dtype={self.group: str, "method": str})
-            rerun = pd.MultiIndex.from_frame(old[keys]).isin(pd.MultiIndex.from_frame(table[keys]))
-            table = pd.concat([old[~rerun], table]).sort_values([self.group], kind="stable")
-        table.to_csv(path, index=False, float_format="%.5g")
-        print(f"\nwritten: {os.path.relpath(path)}")
+        print(f"\nwritten: {os.path.relpath(self.path)}")
+
+    def _read(self) -> pd.DataFrame:
+        if not self.path.exists():
+            return pd.DataFrame()
+        return pd.read_csv(self.path, dtype={self.group: str, "method": str, "max_epochs": str})
 
 
 def environment() -> dict[str, str | int]:

@@ -1,17 +1,99 @@
-"""How the benchmarks call FIMP: public functions and default settings only."""
+"""FIMP and its variants as methods: public functions, and default settings but for what a variant's name says."""
 
 from __future__ import annotations
 
-import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse as sp
+
+from _harness import Fit, Method, MissingError, Run
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from _problems import Annotation, Embedding, Masked
 
 
-def prepare(adata, library_key: str | None, *, shuffle_seed: int | None = None):
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the defaults.
+
+    Attributes
+    ----------
+    model, train
+        Arguments of ``FIMP`` and of ``FIMP.train``.
+    n_neighbors
+        Of the graph; 0 leaves no messages but those between a cell's own genes.
+    shuffled
+        Whether positions are permuted within each section: the same graph of random cells.
+    vectors
+        Pretrained vectors of genes: a file of the folder of the data.
+    permuted
+        Whether these vectors are dealt out to other genes.
+    deep
+        Layers of a randomly initialised stack in scGPT's format, trained like the rest.
+    foundation
+        What is trained of the foundation model of ``--checkpoint``, see ``FIMP``.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    n_neighbors: int = 6
+    shuffled: bool = False
+    vectors: str | None = None
+    permuted: bool = False
+    deep: int = 0
+    foundation: str | None = None
+
+
+GENE_VECTORS = "spatialformer_gene_embeddings_512.npz"
+DEFAULT = {"FIMP": Variant()}
+CONTROLS = {"FIMP, shuffled positions": Variant(shuffled=True), "FIMP, no messages": Variant(n_neighbors=0)}
+VECTORS = {
+    "FIMP, gene vectors": Variant(vectors=GENE_VECTORS),
+    "FIMP, gene vectors permuted": Variant(vectors=GENE_VECTORS, permuted=True),
+}
+ABLATIONS = {
+    "FIMP, 8 tokens": Variant(model={"n_tokens": 8}),
+    "FIMP, 128 tokens": Variant(model={"n_tokens": 128}),
+    "FIMP, 3 neighbours": Variant(n_neighbors=3),
+    "FIMP, 12 neighbours": Variant(n_neighbors=12),
+    "FIMP, 1 layer": Variant(model={"n_layers": 1}),
+    "FIMP, 3 layers": Variant(model={"n_layers": 3}),
+    "FIMP, no self loops": Variant(model={"self_loops": False}),
+    "FIMP, sum": Variant(model={"reduce": "sum"}),
+    "FIMP, paper layer": Variant(model={"layer": "paper"}),
+    "FIMP, 0 to 20 % hidden": Variant(train={"mask_ratio": (0.0, 0.2)}),
+    "FIMP, 20 to 60 % hidden": Variant(train={"mask_ratio": (0.2, 0.6)}),
+    "FIMP, random stack of 4 layers": Variant(deep=4),
+}
+FOUNDATION = {
+    "FIMP-scGPT, frozen": Variant(foundation="frozen"),
+    "FIMP-scGPT, lora": Variant(foundation="lora"),
+}
+GROUPS = {
+    "fimp": DEFAULT,
+    "controls": CONTROLS,
+    "vectors": VECTORS,
+    "ablations": ABLATIONS,
+    "foundation": FOUNDATION,
+}
+
+
+def prepare(
+    adata: AnnData, library_key: str | None, *, shuffle_seed: int | None = None, n_neighbors: int = 6
+) -> AnnData:
     """Copy of `adata` with FIMP's spatial graph.
 
     With `shuffle_seed` the positions are permuted within each section first: the same graph joins random cells, which
-    shows what the neighbours are worth.
+    shows what the neighbours are worth. Without neighbours a single pair stays joined, as a graph must have an edge.
     """
     import fimp_sc
 
@@ -24,25 +106,102 @@ def prepare(adata, library_key: str | None, *, shuffle_seed: int | None = None):
             idx = np.flatnonzero(sections == name)
             xy[idx] = xy[rng.permutation(idx)]
         adata.obsm["spatial"] = xy
-    fimp_sc.pp.spatial_graph(adata, library_key=library_key, overwrite=True)  # a part of a section needs its own
+    # A part of a section needs its own graph.
+    fimp_sc.pp.spatial_graph(adata, library_key=library_key, overwrite=True, n_neighbors=max(n_neighbors, 1))
+    if n_neighbors == 0:
+        graph = sp.coo_matrix(adata.obsp["spatial_connectivities"])
+        pair = [graph.row[0], graph.col[0]]
+        edge = sp.csr_matrix((np.ones(2, np.float32), (pair, pair[::-1])), shape=graph.shape)
+        adata.obsp["spatial_connectivities"] = edge
     return adata
 
 
-def train(adata, args: argparse.Namespace, seed: int, **setup):
-    """Train FIMP with its defaults on `adata`; `setup` goes to ``FIMP.setup_anndata``.
+def annotate(problem: Annotation, run: Run, variant: Variant) -> Fit:
+    """Labels of the query cells."""
+    prepared = _graphs(problem.reference, problem, run, variant)
+    how = {"labels_key": "label", "unlabeled_category": "Unknown", "library_key": problem.library_key}
+    model, fit = _train(prepared, run, variant, **how)
+    if problem.query is not problem.reference:
+        model = _apply(model, _graphs(problem.query, problem, run, variant))
+    return replace(fit, values=np.asarray(model.predict()).astype(str))
 
-    ``args.model``, where a script sets it, holds arguments of the model other than its defaults.
-    """
+
+def masked(problem: Masked, run: Run, variant: Variant) -> Fit:
+    """Expression of the test cells, (n_test, n_vars)."""
+    part = _graphs(problem.adata[~problem.test], problem, run, variant)
+    model, fit = _train(part, run, variant, library_key=problem.library_key, input_scale="log")
+    whole = _apply(model, _graphs(problem.adata, problem, run, variant))
+    how = {"indices": np.flatnonzero(problem.test), "hidden": problem.hidden, "scale": "log"}
+    return replace(fit, values=np.asarray(whole.get_expression(**how)))
+
+
+def embed(problem: Embedding, run: Run, variant: Variant) -> Fit:
+    """The embedding that ``tl.embed`` writes, (n_obs, n_latent)."""
+    prepared = _graphs(problem.adata, problem, run, variant)
+    model, fit = _train(prepared, run, variant, library_key=problem.library_key)
+    return replace(fit, values=model.get_latent_representation())
+
+
+def groups(task: Callable[[Any, Run, Variant], Fit]) -> dict[str, dict[str, Method]]:
+    """All variants as methods of `annotate`, `masked` or `embed`, by group."""
+    return {group: {name: partial(task, variant=v) for name, v in named.items()} for group, named in GROUPS.items()}
+
+
+def _graphs(adata: AnnData, problem: Any, run: Run, variant: Variant) -> AnnData:
+    shuffle = run.seed if variant.shuffled else None
+    return prepare(adata, problem.library_key, shuffle_seed=shuffle, n_neighbors=variant.n_neighbors)
+
+
+def _train(adata: AnnData, run: Run, variant: Variant, **setup: Any) -> tuple[Any, Fit]:
     from fimp_sc.model import FIMP
 
     FIMP.setup_anndata(adata, **setup)
-    model = FIMP(adata, random_state=seed, **getattr(args, "model", {}))
-    model.train(max_epochs=args.max_epochs, accelerator=args.accelerator)
-    return model
+    arguments = dict(variant.model)
+    if variant.vectors is not None:
+        arguments |= _with_vectors(adata, run, variant)
+    if variant.foundation is not None:
+        if run.checkpoint is None:
+            raise MissingError("--checkpoint DIR names the folder of scGPT")
+        arguments |= {"foundation": "scgpt", "checkpoint": run.checkpoint, "train_foundation": variant.foundation}
+    with tempfile.TemporaryDirectory() as folder:
+        if variant.deep:
+            arguments |= _random_stack(Path(folder), adata, variant.deep)
+        model = FIMP(adata, random_state=run.seed, **arguments)
+    started = time.process_time()
+    how = {"max_epochs": 1 if run.quick else None, "accelerator": run.accelerator, "enable_progress_bar": False}
+    model.train(**how, **variant.train)
+    seconds = time.process_time() - started
+    parameters = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
+    history = model.history
+    validation = float(history["validation_loss"].min().iloc[0])
+    return model, Fit(np.empty(0), parameters, len(history["train_loss"]), seconds, validation)
 
 
-def apply(model, adata):
+def _apply(model: Any, adata: AnnData) -> Any:
     """The trained model bound to another section or a larger part of the same one; nothing is retrained."""
     from fimp_sc.model import FIMP
 
     return FIMP.load_query_data(adata, model)
+
+
+def _with_vectors(adata: AnnData, run: Run, variant: Variant) -> dict[str, Any]:
+    """Vectors of human genes for the genes of `adata`, by ``var["human_symbol"]``."""
+    from fimp_sc.pretrained import GeneVectors, read_gene_vectors
+
+    vectors = read_gene_vectors(run.data / str(variant.vectors))
+    rows = {name: i for i, name in enumerate(vectors.names)}
+    symbols = adata.var["human_symbol"].astype(str).to_numpy()
+    mine = np.flatnonzero([s in rows for s in symbols])
+    values = vectors.values[[rows[s] for s in symbols[mine]]]
+    if variant.permuted:
+        values = values[np.random.default_rng(run.seed).permutation(len(values))]
+    return {"gene_embeddings": GeneVectors(adata.var_names[mine].astype(str).to_numpy(), values)}
+
+
+def _random_stack(folder: Path, adata: AnnData, layers: int) -> dict[str, Any]:
+    """A stack with random weights as wide as FIMP-base, for what depth alone gives."""
+    from foundation import write_checkpoint
+
+    genes = list(map(str, adata.var_names))
+    write_checkpoint(folder, genes, width=64, layers=layers, heads=4, n_genes=len(genes) + 3)
+    return {"foundation": "scgpt", "checkpoint": folder, "train_foundation": "full", "n_tokens": 32}

@@ -1,4 +1,4 @@
-"""PyTorch Geometric's GCN, GraphSAGE and GAT (and an MLP without the graph) for classes and values of nodes."""
+"""Graph networks of PyTorch Geometric (and an MLP without the graph), and how they are trained and chosen."""
 
 from __future__ import annotations
 
@@ -50,6 +50,53 @@ class GraphNetwork(nn.Module):
         return self.second(self.dropout(h), *graph)
 
 
+class Training:
+    """A network, its optimizer and its best weights so far; can be stopped and continued.
+
+    Parameters
+    ----------
+    losses
+        Gives the losses of one epoch, one for each step.
+    validate
+        Gives the score, of which lower is better.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: Callable[[], Iterable[torch.Tensor]],
+        validate: Callable[[], float],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        patience: int = PATIENCE,
+    ) -> None:
+        self.model, self.losses, self.validate, self.patience = model, losses, validate, patience
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
+        self.best, self.kept = np.inf, copy.deepcopy(model.state_dict())
+        self.epochs = self.best_epoch = 0
+
+    def run(self, epochs: int) -> None:
+        """Train until there were `epochs` in all, or for as long as the patience lasts."""
+        while self.epochs < epochs and self.epochs - self.best_epoch < self.patience:
+            self.model.train()
+            for loss in self.losses():
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+            self.model.eval()
+            with torch.no_grad():
+                score = self.validate()
+            self.epochs += 1
+            if score < self.best:
+                self.best, self.kept, self.best_epoch = score, copy.deepcopy(self.model.state_dict()), self.epochs
+
+    def finish(self) -> nn.Module:
+        """Return the network with its best weights, for predictions."""
+        self.model.load_state_dict(self.kept)
+        return self.model.eval()
+
+
 def fit(
     model: nn.Module,
     losses: Callable[[], Iterable[torch.Tensor]],
@@ -64,25 +111,10 @@ def fit(
 
     `losses` gives the losses of one epoch, one for each step.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
-    best, kept, waited = np.inf, copy.deepcopy(model.state_dict()), 0
-    for _ in range(EPOCHS if epochs is None else epochs):
-        model.train()
-        for loss in losses():
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            score = validate()
-        waited += 1
-        if score < best:
-            best, kept, waited = score, copy.deepcopy(model.state_dict()), 0
-        if waited >= patience:
-            break
-    model.load_state_dict(kept)
-    model.eval()
-    return float(best)
+    training = Training(model, losses, validate, lr=lr, weight_decay=weight_decay, patience=patience)
+    training.run(EPOCHS if epochs is None else epochs)
+    training.finish()
+    return float(training.best)
 
 
 def classify(

@@ -1,4 +1,4 @@
-"""Print the tables of all results as Markdown: ``python benchmarks/tables.py``."""
+"""Render the results: ``python benchmarks/tables.py`` writes RESULTS.md from the CSV files."""
 
 from __future__ import annotations
 
@@ -6,35 +6,79 @@ from pathlib import Path
 
 import pandas as pd
 
-SCORES = ["accuracy", "macro_f1", "r2", "r2_gene", "mse"]
+HERE = Path(__file__).resolve().parent
+TITLES = {
+    "annotate_section": "Cell types of another section",
+    "annotate_blocks": "Cell types of held-out blocks",
+    "annotate_blocks_inductive": "Cell types of held-out blocks that are not there in training",
+    "masked_expression": "Hidden expression in held-out blocks",
+    "embedding": "Features without labels: cell types and domains",
+    "fmri": "Hidden segments of fMRI signals",
+    "images": "Noisy digits at places of a simulated town",
+    "features": "Documents of a simulated citation graph",
+    "attention": "Cost of attention across edges",
+    "embed_cost": "Cost of tl.embed",
+    "foundation": "Cost of a foundation model",
+    "scale": "Large data",
+    "torch_compile": "torch.compile",
+}
+SCORES = ["accuracy", "macro_f1", "r2", "r2_gene", "mse", "ari", "ari_smoothed", "nmi", "nmi_smoothed"]
 COSTS = ["forward_s", "both_s", "step_ms", "first_s", "graph_s", "read_s", "embed_s", "us_per_cell", "ms_per_cell"]
-COSTS += ["epoch_s", "total_s", "trained", "heads"]
-MEMORY = ["peak_mb", "before_gb", "peak_gb", "result_gb"]
+COSTS += ["epoch_s", "epochs", "total_s", "cpu_s", "peak_mb", "before_gb", "peak_gb", "result_gb"]
+COSTS += ["parameters", "trained", "heads"]
 
 
-def cell(values: pd.Series) -> str:
-    """Mean ± standard deviation, or nothing where the method has no such figure."""
-    if values.isna().all():
+def score(values: pd.Series) -> str:
+    """Mean ± standard deviation over seeds, or nothing where the method has no such figure."""
+    return "" if values.isna().all() else f"{values.mean():.3f} ± {values.std(ddof=0):.3f}"
+
+
+def cost(values: pd.Series) -> str:
+    """Mean over seeds to three digits."""
+    mean = values.mean()
+    if pd.isna(mean):
         return ""
-    if values.mean() >= 10_000:
-        return f"{values.mean():,.0f}"
-    return f"{values.mean():.3f} ± {values.std(ddof=0):.3f}"
+    return f"{mean:,.0f}" if mean >= 100 else f"{mean:.3g}"
 
 
-def table(path: Path) -> str:
-    """Mean ± standard deviation over seeds of the scores in one CSV."""
-    rows = pd.read_csv(path)
-    keys = [rows.columns[0], "method"] if "method" in rows else [rows.columns[0]]
-    scores = [name for name in (*SCORES, *COSTS, *MEMORY) if name in rows]
-    lines = [f"### {path.stem}", "", "| " + " | ".join([*keys, *scores, "seeds"]) + " |"]
-    lines.append("|---" * (len(keys) + len(scores) + 1) + "|")
+def table(rows: pd.DataFrame, keys: list[str]) -> list[str]:
+    """Lines of a Markdown table with one line for each value of `keys`."""
+    scores = [name for name in SCORES if name in rows and rows[name].notna().any()]
+    costs = [name for name in COSTS if name in rows and rows[name].notna().any()]
+    lines = ["| " + " | ".join([*keys, *scores, *costs, "seeds"]) + " |"]
+    lines.append("|---" * (len(keys) + len(scores) + len(costs) + 1) + "|")
     for names, group in rows.groupby(keys, sort=False):
-        cells = [cell(group[name]) for name in scores]
-        lines.append("| " + " | ".join([*map(str, names), *cells, str(len(group))]) + " |")
-    return "\n".join(lines)
+        cells = [*map(str, names), *(score(group[name]) for name in scores), *(cost(group[name]) for name in costs)]
+        lines.append("| " + " | ".join([*cells, str(len(group))]) + " |")
+    return lines
+
+
+def render(folder: Path) -> str:
+    """All tables of the CSV files in `folder` as one page."""
+    page = [
+        "# Results",
+        "",
+        "Mean ± standard deviation over seeds; costs are means. What each figure is and which command makes it is in",
+        "[README.md](README.md); `python benchmarks/tables.py` makes this page from the CSV files in `results/`.",
+        "",
+    ]
+    for name, title in TITLES.items():
+        path = folder / f"{name}.csv"
+        if not path.exists():
+            continue
+        rows = pd.read_csv(path)
+        group = rows.columns[0]
+        page += [f"## {title}", "", f"`{name}.py`" if name != "annotate_blocks_inductive" else "`--inductive`", ""]
+        if "method" not in rows:
+            page += [*table(rows, [group]), ""]
+        elif rows[group].nunique() == 1 or rows.groupby(group).method.nunique().max() == 1:
+            page += [*table(rows, [group, "method"]), ""]
+        else:
+            for data, part in rows.groupby(group, sort=False):
+                page += [f"### {title}: {data}", "", *table(part, ["method"]), ""]
+    return "\n".join(page).rstrip() + "\n"
 
 
 if __name__ == "__main__":
-    for found in sorted((Path(__file__).resolve().parent / "results").glob("*.csv")):
-        if not found.stem.endswith("_quick"):
-            print(table(found), end="\n\n")
+    (HERE / "RESULTS.md").write_text(render(HERE / "results"))
+    print("written: RESULTS.md")

@@ -1,0 +1,139 @@
+"""Residual networks on graphs of tissue, with all kinds of layers, and how their settings are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import nn
+from torch.nn import functional
+
+from _graph_networks import KINDS, Training, edge_index
+from _harness import Fit
+
+NETWORKS = ("MLP", *KINDS, "GIN", "GPS")
+WIDTH, HEADS = 128, 4
+
+
+class Graph:
+    """Edges of all nodes, and of each section by itself, which is where global attention stays.
+
+    Parameters
+    ----------
+    graph
+        (n, n), entry [i, j] is an edge from j to i.
+    sections
+        (n,) section of each node, or None for one section; no edge may join two.
+    """
+
+    def __init__(self, graph: sp.spmatrix, sections: np.ndarray | None = None) -> None:
+        graph = sp.csr_matrix(graph)
+        self.edges, self.parts = edge_index(graph), [(torch.arange(graph.shape[0]), edge_index(graph))]
+        if sections is not None:
+            rows = [np.flatnonzero(sections == name) for name in np.unique(sections)]
+            self.parts = [(torch.from_numpy(r), edge_index(graph[r][:, r])) for r in rows]
+
+
+class Network(nn.Module):
+    """A linear map of the features, two residual layers of one of `NETWORKS`, and a linear map to the outputs.
+
+    The first map keeps wide features cheap, as some layers would sum the features of neighbours first. In GCN,
+    GraphSAGE, GAT and GIN a layer is ``h + dropout(relu(conv(norm(h))))``; in the MLP ``conv`` is linear. GPS has its
+    own residuals, around GIN and the Performer's attention over the whole section: exact attention takes
+    O(cells²), seconds for a step on sections of thousands of cells.
+
+    Parameters
+    ----------
+    dropout, drop_inputs
+        Shares of hidden values and of features that are dropped.
+    zero
+        Let all outputs begin at 0.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        n_in: int,
+        n_out: int,
+        *,
+        width: int = WIDTH,
+        dropout: float = 0.0,
+        drop_inputs: float = 0.0,
+        zero: bool = False,
+    ) -> None:
+        super().__init__()
+        self.kind, self.dropout, self.drop_inputs = kind, nn.Dropout(dropout), nn.Dropout(drop_inputs)
+        self.first, self.head = nn.Linear(n_in, width), nn.Linear(width, n_out)
+        self.layers = nn.ModuleList(layer(kind, width, dropout) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        if zero:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def encode(self, x: torch.Tensor, graph: Graph) -> torch.Tensor:
+        """Hidden values (n, width) of the features (n, n_in)."""
+        h = self.first(self.drop_inputs(x))
+        for conv, norm in zip(self.layers, self.norms, strict=False):
+            if self.kind == "GPS":
+                parts = [conv(h[nodes], edges) for nodes, edges in graph.parts]
+                h = torch.zeros_like(h).index_copy(0, torch.cat([nodes for nodes, _ in graph.parts]), torch.cat(parts))
+            else:
+                near = () if self.kind == "MLP" else (graph.edges,)
+                h = h + self.dropout(functional.relu(conv(norm(h), *near)))
+        return self.norms[2](h)
+
+    def forward(self, x: torch.Tensor, graph: Graph) -> torch.Tensor:
+        """(n, n_out) of the features (n, n_in)."""
+        return self.head(self.encode(x, graph))
+
+
+def layer(kind: str, width: int, dropout: float) -> nn.Module:
+    """One layer that keeps the width."""
+    from torch_geometric import nn as geometric
+
+    if kind in ("GIN", "GPS"):
+        mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+        gin = geometric.GINConv(mlp, train_eps=True)
+        if kind == "GIN":
+            return gin
+        return geometric.GPSConv(
+            width,
+            gin,
+            heads=HEADS,
+            dropout=dropout,
+            norm="layer_norm",  # of each node: statistics of batches differ between a part and the whole section
+            norm_kwargs={"mode": "node"},
+            attn_type="performer",
+            attn_kwargs={"head_channels": width // HEADS},
+        )
+    if kind == "GAT":
+        return geometric.GATConv(width, width // HEADS, heads=HEADS)
+    return {"MLP": nn.Linear, "GCN": geometric.GCNConv, "GraphSAGE": geometric.SAGEConv}[kind](width, width)
+
+
+def n_parameters(model: nn.Module) -> int:
+    """Trained numbers."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def choose(trainings: Sequence[Training], trial: int, epochs: int) -> int:
+    """Train each for `trial` epochs and go on with the best of them until `epochs`; return its position."""
+    for training in trainings:
+        training.run(min(trial, epochs))
+    chosen = int(np.argmin([training.best for training in trainings]))
+    trainings[chosen].run(epochs)
+    return chosen
+
+
+def summary(trainings: Sequence[Training], chosen: int, configuration: tuple[float, ...], seconds: float) -> Fit:
+    """Return what a `Fit` holds besides its values; epochs and seconds are of all configurations.
+
+    `configuration` is the learning rate, the dropout and the weight decay that were chosen.
+    """
+    best = trainings[chosen]
+    lr, dropout, weight_decay = configuration
+    note = f"lr {lr:g}, dropout {dropout:g}, weight decay {weight_decay:g}, epoch {best.best_epoch} of {best.epochs}"
+    epochs = sum(training.epochs for training in trainings)
+    return Fit(np.empty(0), n_parameters(best.model), epochs, seconds, float(best.best), note)
