@@ -179,7 +179,7 @@ def scvi_latent(problem: Embedding, run: Run) -> Fit:
     if path.exists():
         with np.load(path) as kept:
             return Fit(
-                kept["z"], int(kept["parameters"]), int(kept["epochs"]), float(kept["training_s"]), "kept latent"
+                kept["z"], int(kept["parameters"]), int(kept["epochs"]), float(kept["training_s"]), note="kept latent"
             )
     fit = train_scvi(x, run)
     CACHE.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ def graphst(problem: Embedding, run: Run) -> Fit:
     seconds = time.process_time() - started
     components = min(GRAPHST_COMPONENTS, min(values.shape) - 1)
     values = PCA(components, svd_solver="arpack", random_state=0).fit_transform(values)
-    return Fit(values, _size(model.model), epochs, seconds, "sparse graph")
+    return Fit(values, _size(model.model), epochs, seconds, note="sparse graph")
 
 
 def stagate(problem: Embedding, run: Run) -> Fit:

@@ -13,6 +13,7 @@ TITLES = {
     "annotate_blocks_inductive": "Cell types of held-out blocks that are not there in training",
     "masked_expression": "Hidden expression in held-out blocks",
     "embedding": "Features without labels: cell types and domains",
+    "niches": "Niches against annotated regions",
     "fmri": "Hidden segments of fMRI signals",
     "images": "Noisy digits at places of a simulated town",
     "features": "Documents of a simulated citation graph",

@@ -28,6 +28,7 @@ PAGES = {
     "guide/cost.md": 1,
     "guide/labels.md": 2,
     "guide/evaluation.md": 7,
+    "guide/niches_attention.md": 5,
     "guide/reproducibility.md": 2,
     "extend.md": 2,
 }

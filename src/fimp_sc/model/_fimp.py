@@ -11,6 +11,7 @@ from anndata import AnnData
 
 from fimp_sc.data._access import missing_key
 from fimp_sc.data._modality import quiet_mudata
+from fimp_sc.model._attention import AttentiveModel
 from fimp_sc.model._build import foundation_network, gene_vectors, sequence_network, sequence_shapes
 from fimp_sc.model._module import FIMPModule
 from fimp_sc.model._predict import PredictiveModel, check_choice
@@ -33,7 +34,7 @@ _CHECKPOINTS = {
 }
 
 
-class FIMP(RegisteringModel, TrainableModel, PredictiveModel):
+class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
     """Foundation-informed message passing between cells (arXiv 2210.09475), brain regions, images or any nodes.
 
     A cell is a sequence of gene tokens; over each edge of the graph the tokens of the destination attend to those of

@@ -1,0 +1,168 @@
+"""How much groups of cells matter to each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from fimp_sc.data._access import missing_key
+from fimp_sc.pl._common import finish
+from fimp_sc.pl._spatial import _MISSING_COLOUR
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+_LABELS = {
+    "influence": "Mean influence",
+    "z": "z of influence",
+    "n_edges": "Edges",
+    "n_significant": "Pairs of genes",
+}
+_MOST_NUMBERS = 12  # groups whose squares have room for numbers
+
+
+def attention(
+    adata: AnnData,
+    key: str = "fimp_attention",
+    *,
+    value: Literal["influence", "z", "n_edges", "n_significant"] = "influence",
+    fdr: float = 0.05,
+    numbers: bool | None = None,
+    cmap: str = "viridis",
+    ax: Axes | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+) -> Axes | None:
+    """Draw a heat map of what goes from each group of cells to each other one.
+
+    Parameters
+    ----------
+    adata
+        Object with the results of :func:`fimp_sc.tl.attention`.
+    key
+        Their name in `.uns`.
+    value
+        `"influence"`, mean over edges; `"z"`, how many standard deviations it is above that of groups dealt out at
+        random; `"n_edges"`; `"n_significant"`, the number of pairs of genes with a false discovery rate of at most
+        `fdr`. Groups that share no edge, and those that were not tested, are grey.
+    fdr
+        Where the false discovery rate of the drawn influence (or z) is at most this, its number has a star.
+    numbers
+        Write numbers into the squares; by default for up to 12 groups.
+    cmap
+        Colour map.
+    ax
+        Axes to draw into; by default a new figure.
+    show
+        Show the figure and return nothing; by default if no `ax` is given.
+    save
+        File to write the figure to.
+
+    Returns
+    -------
+    None if the figure is shown, else the axes.
+
+    Raises
+    ------
+    KeyError
+        If there are no such results.
+    ValueError
+        If `value` is none of these.
+    """
+    from matplotlib import colormaps
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    if value not in _LABELS:
+        raise ValueError(f"value must be one of {', '.join(map(repr, _LABELS))}, found {value!r}.")
+    result = attention_result(adata, key)
+    table = pd.DataFrame(result["groups"])
+    names = _names(table)
+    if value == "n_significant":
+        drawn = _count(pd.DataFrame(result["pairs"]), names, fdr)
+    else:
+        drawn = _square(table, value, names)
+    marked = _square(table, "fdr", names) <= fdr if value in {"influence", "z"} else np.zeros(drawn.shape, dtype=bool)
+
+    show = ax is None if show is None else show
+    if ax is None:
+        side = max(0.5 * min(len(names), _MOST_NUMBERS), 0.3 * len(names), 1.5)
+        _, ax = plt.subplots(figsize=(side + 2.6, side + 1.4), layout="constrained")
+    shades = colormaps[cmap].with_extremes(bad=_MISSING_COLOUR)
+    counts = value.startswith("n_")
+    lowest = 0 if counts and np.isfinite(drawn).any() else None
+    image = ax.imshow(np.ma.masked_invalid(drawn), cmap=shades, vmin=lowest, interpolation="nearest")
+    if numbers or (numbers is None and len(names) <= _MOST_NUMBERS):
+        _write_numbers(ax, image, drawn, marked, whole=counts)
+    ax.set_xticks(np.arange(len(names)), names, rotation=90, fontsize="small")
+    ax.set_yticks(np.arange(len(names)), names, fontsize="small")
+    ax.set_xlabel("Destination")
+    ax.set_ylabel("Source")
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ticks = MaxNLocator("auto", integer=True) if counts else None
+    label = _LABELS[value] + (f", FDR ≤ {fdr:g}" if value == "n_significant" else "")
+    ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03, ticks=ticks).set_label(label)
+    if marked.any():
+        ax.set_title(f"*  FDR ≤ {fdr:g}", fontsize="small", loc="right")
+    return None if finish(ax, show, save) else ax
+
+
+def attention_result(adata: AnnData, key: str) -> dict[str, Any]:
+    """Return what :func:`fimp_sc.tl.attention` wrote to ``uns[key]``.
+
+    Raises
+    ------
+    MissingKeyError
+        There is nothing, or something else.
+    """
+    advice = "Run fimp_sc.tl.attention(adata, groupby) first, or set key=."
+    if key not in adata.uns:
+        raise missing_key(key, "adata.uns", adata.uns, advice)
+    result = adata.uns[key]
+    found = dict(result) if hasattr(result, "keys") else {}
+    for table in ("groups", "pairs"):
+        if table not in found:
+            raise missing_key(table, f"adata.uns[{key!r}]", found, f"These are no results of attention. {advice}")
+    return found
+
+
+def _names(table: pd.DataFrame) -> list[str]:
+    """Return the groups that have edges, in the order of their categories."""
+    source, destination = (pd.Categorical(table[f"{side}_group"]) for side in ("source", "destination"))
+    order = dict.fromkeys([*source.categories, *destination.categories])
+    there = {*source, *destination}
+    return [str(name) for name in order if name in there]
+
+
+def _square(table: pd.DataFrame, value: str, names: list[str]) -> NDArray[np.float64]:
+    out = np.full((len(names), len(names)), np.nan)
+    place = pd.Index(names)
+    rows, columns = (place.get_indexer(table[f"{side}_group"].astype(str)) for side in ("source", "destination"))
+    out[rows, columns] = table[value]
+    return out
+
+
+def _count(pairs: pd.DataFrame, names: list[str], fdr: float) -> NDArray[np.float64]:
+    sides = ["source_group", "destination_group"]
+    text = pairs[sides].astype(str).assign(n=(pairs["fdr"] <= fdr).to_numpy())
+    return _square(text.groupby(sides, as_index=False)["n"].sum(), "n", names)
+
+
+def _write_numbers(ax: Axes, image: Any, drawn: NDArray[np.float64], marked: NDArray[np.bool_], *, whole: bool) -> None:
+    for (row, column), number in np.ndenumerate(drawn):
+        if not np.isfinite(number):
+            continue
+        red, green, blue, _ = image.cmap(image.norm(number))
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        text = f"{number:,.0f}" if whole else f"{number:.2g}" if abs(number) < 10 else f"{number:.0f}"
+        ax.text(
+            column, row, text + "*" * bool(marked[row, column]), ha="center", va="center", fontsize="small",
+            color="white" if dark else "black",
+        )  # fmt: skip

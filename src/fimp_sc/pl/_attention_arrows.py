@@ -1,0 +1,181 @@
+"""What one cell hears of each of its neighbours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from fimp_sc.data._access import get_graph, get_obs, missing_key
+from fimp_sc.pl._attention import attention_result
+from fimp_sc.pl._common import finish, node_positions
+from fimp_sc.pl._spatial import _MISSING_COLOUR, _coordinates, _palette
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+_THINNEST, _THICKEST = 1.0, 5.0  # points
+
+
+def attention_arrows(
+    adata: AnnData,
+    cell: str | int,
+    *,
+    key: str = "fimp_attention",
+    groupby: str | None = None,
+    library_key: str | None = None,
+    spatial_key: str | None = None,
+    size: float | None = None,
+    cmap: str = "viridis_r",
+    ax: Axes | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+) -> Axes | None:
+    """Draw the surroundings of a cell, with an arrow from each neighbour as strong as its influence.
+
+    Parameters
+    ----------
+    adata
+        Object with coordinates and the results of :func:`fimp_sc.tl.attention`.
+    cell
+        The destination: a name of `.obs_names`, or a position.
+    key
+        Where the results are in `.obsp` and `.uns`.
+    groupby
+        Column of `.obs` to colour cells by, in `.uns[f"{groupby}_colors"]` if that fits; by default the one of which
+        attention was read.
+    library_key
+        Column of `.obs` that tells the samples apart: cells of others are not drawn. By default the one of the results.
+    spatial_key
+        Key of `.obsm` with the coordinates; the first two columns are drawn. By default the one of the results.
+    size
+        Marker area in square points; by default it follows from the number of cells in view.
+    cmap
+        Colour map of the arrows, from 0 to the largest influence on this cell.
+    ax
+        Axes to draw into; by default a new figure.
+    show
+        Show the figure and return nothing; by default if no `ax` is given.
+    save
+        File to write the figure to.
+
+    Returns
+    -------
+    None if the figure is shown, else the axes, whose patches are the arrows, strongest last.
+
+    Raises
+    ------
+    KeyError
+        If the results, the cell, a column or the coordinates are not found.
+    ValueError
+        If the cell has no neighbours.
+    """
+    from matplotlib import pyplot as plt
+
+    params = dict(attention_result(adata, key).get("params", {}))
+    if key not in adata.obsp:
+        raise missing_key(key, "adata.obsp", adata.obsp, "Run fimp_sc.tl.attention(adata, groupby) first.")
+    groupby = params.get("groupby") if groupby is None else groupby
+    library_key = params.get("library_key") if library_key is None else library_key
+    xy = _coordinates(adata, params.get("spatial_key", "spatial") if spatial_key is None else spatial_key)
+    for name in (groupby, library_key):
+        if name is not None and name not in adata.obs:
+            raise missing_key(name, "adata.obs", adata.obs, "Set groupby= or library_key=.")
+    centre = int(node_positions(adata, [cell])[0])
+    row = get_graph(adata, key)[[centre]].tocoo()
+    if not row.nnz:
+        raise ValueError(f"Cell {adata.obs_names[centre]!r} has no neighbours in adata.obsp[{key!r}]: choose another.")
+    order = np.argsort(row.data, kind="stable")
+    neighbours, influence = row.col[order], np.asarray(row.data[order], dtype=np.float64)
+
+    half = 1.35 * np.abs(xy[neighbours] - xy[centre]).max()
+    seen = (np.abs(xy - xy[centre]) <= 1.05 * half).all(1)
+    if library_key is not None:
+        library = get_obs(adata, [library_key])[library_key].to_numpy()
+        seen &= library == library[centre]
+    rows = np.flatnonzero(seen)
+    if size is None:
+        size = float(np.clip(25_000 / len(rows), 12, 260))
+
+    show = ax is None if show is None else show
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    ax.set_aspect("equal")
+    ax.set_xlim(xy[centre, 0] - half, xy[centre, 0] + half)
+    ax.set_ylim(xy[centre, 1] - half, xy[centre, 1] + half)
+    _draw_cells(ax, adata, groupby, xy, rows, np.append(neighbours, centre), size)
+    _draw_arrows(ax, xy[neighbours], xy[centre], influence, size, cmap)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_title(f"Influence on {adata.obs_names[centre]}", fontsize="medium")
+    return None if finish(ax, show, save) else ax
+
+
+def _draw_cells(
+    ax: Axes,
+    adata: AnnData,
+    groupby: str | None,
+    xy: NDArray[np.float64],
+    rows: NDArray[np.int64],
+    joined: NDArray[np.int64],
+    size: float,
+) -> None:
+    """Draw cells in view; those of the drawn edges solid, the last of them, the destination, with a thick rim."""
+    from matplotlib.colors import to_rgba_array
+    from matplotlib.lines import Line2D
+
+    if groupby is None:
+        codes, names, palette = np.zeros(adata.n_obs, dtype=np.int64), [], ["#8c8c8c"]
+    else:
+        category = pd.Categorical(get_obs(adata, [groupby])[groupby])
+        codes, palette = np.asarray(category.codes), _palette(adata, groupby, category)
+        names = [(str(name), palette[i]) for i, name in enumerate(category.categories) if (codes[rows] == i).any()]
+        if (codes[rows] < 0).any():
+            names.append(("missing", _MISSING_COLOUR))
+    colours = to_rgba_array([*palette, _MISSING_COLOUR])[codes]
+    others = np.setdiff1d(rows, joined)
+    faint = colours[others]
+    faint[:, 3] = 0.35
+    if len(others):
+        ax.scatter(xy[others, 0], xy[others, 1], s=0.6 * size, c=faint, linewidths=0, zorder=1)
+    widths = [0.8] * (len(joined) - 1) + [2.2]
+    ax.scatter(xy[joined, 0], xy[joined, 1], s=size, c=colours[joined], edgecolors="black", linewidths=widths, zorder=3)
+    if names:
+        handles = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in names]
+        ax.legend(
+            handles=handles, title=groupby, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
+            fontsize="small",
+        )  # fmt: skip
+
+
+def _draw_arrows(
+    ax: Axes,
+    start: NDArray[np.float64],
+    end: NDArray[np.float64],
+    influence: NDArray[np.float64],
+    size: float,
+    cmap: str,
+) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import FancyArrowPatch
+
+    largest = float(influence.max())
+    norm = Normalize(0, largest if largest > 0 else 1.0)
+    radius = np.sqrt(size / np.pi)  # points
+    for (x, y), strength in zip(start.tolist(), norm(influence), strict=True):
+        width = _THINNEST + (_THICKEST - _THINNEST) * float(strength)
+        style = f"simple,tail_width={width},head_width={2.2 * width + 4},head_length={width + 6}"
+        arrow: Any = FancyArrowPatch(
+            (x, y), (float(end[0]), float(end[1])), arrowstyle=style, shrinkA=radius + 1, shrinkB=radius + 3,
+            facecolor=colormaps[cmap](strength), edgecolor="#404040", linewidth=0.5, zorder=2 + 0.5 * float(strength),
+        )  # fmt: skip
+        ax.add_patch(arrow)
+    bar = ax.figure.colorbar(ScalarMappable(norm, cmap), ax=ax, location="left", shrink=0.6, pad=0.03)
+    bar.set_label("Influence")

@@ -1,0 +1,128 @@
+"""Pairs of genes that go together in neighbours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+
+from fimp_sc.data._access import missing_key
+from fimp_sc.pl._attention import attention_result
+from fimp_sc.pl._common import finish
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+_LABELS = {"z": "z", "score": "Score", "attention": "Mean attention"}
+_SMALLEST, _LARGEST = 25.0, 190.0  # square points
+
+
+def gene_pairs(
+    adata: AnnData,
+    key: str = "fimp_attention",
+    *,
+    n_top: int = 20,
+    x: Literal["z", "score", "attention"] = "z",
+    source_group: str | None = None,
+    destination_group: str | None = None,
+    fdr: float = 0.05,
+    cmap: str = "viridis",
+    ax: Axes | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+) -> Axes | None:
+    """Draw the most significant pairs of genes, a dot for each: larger with more edges, brighter with a smaller FDR.
+
+    Parameters
+    ----------
+    adata
+        Object with the results of :func:`fimp_sc.tl.attention`.
+    key
+        Their name in `.uns`.
+    n_top
+        How many to draw at most, in the order of the table, most significant first.
+    x
+        Column of the table for the horizontal axis.
+    source_group, destination_group
+        Only pairs of this group; all by default.
+    fdr
+        Dots of at most this false discovery rate have a black rim.
+    cmap
+        Colour map of −log10 FDR.
+    ax
+        Axes to draw into; by default a new figure.
+    show
+        Show the figure and return nothing; by default if no `ax` is given.
+    save
+        File to write the figure to.
+
+    Returns
+    -------
+    None if the figure is shown, else the axes.
+
+    Raises
+    ------
+    KeyError
+        If there are no such results, or no such group.
+    ValueError
+        If there is no pair to draw, or `x` is none of these.
+    """
+    from matplotlib import pyplot as plt
+
+    if x not in _LABELS:
+        raise ValueError(f"x must be one of {', '.join(map(repr, _LABELS))}, found {x!r}.")
+    if n_top < 1:
+        raise ValueError(f"n_top must be at least 1, found {n_top}.")
+    table = pd.DataFrame(attention_result(adata, key)["pairs"])
+    chosen = table["fdr"].notna().to_numpy()
+    for side, name in (("source_group", source_group), ("destination_group", destination_group)):
+        groups = table[side].astype(str)
+        if name is not None and name not in set(groups):
+            raise missing_key(name, f"{side} of the tested pairs", dict.fromkeys(groups), f"Set {side}=.")
+        chosen = chosen if name is None else chosen & (groups == name).to_numpy()
+    table = table[chosen].head(n_top)
+    if table.empty:
+        raise ValueError(f"adata.uns[{key!r}]['pairs'] has no tested pair of these groups.")
+
+    show = ax is None if show is None else show
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8.2, 1.2 + 0.26 * max(len(table), 6)), layout="constrained")
+    place, n_edges = np.arange(len(table)), table["n_edges"].to_numpy(dtype=np.float64)
+    most = float(n_edges.max())
+    dots = ax.scatter(
+        table[x], place, s=_area(n_edges, most), c=-np.log10(table["fdr"].to_numpy(dtype=np.float64)), cmap=cmap,
+        vmin=0, edgecolors=np.where(table["fdr"] <= fdr, "black", "#bfbfbf"), linewidths=0.9, zorder=2,
+    )  # fmt: skip
+    ax.set_yticks(place, _titles(table), fontsize="small")
+    ax.set_ylim(len(table) - 0.4, -0.6)
+    ax.margins(x=0.08)
+    ax.set_xlabel(_LABELS[x])
+    ax.grid(axis="y", color="#e5e5e5", linewidth=0.8, zorder=0)
+    ax.set_axisbelow(True)
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    sizes = [round(most / 4), round(most / 2), round(most)]
+    handles = [ax.scatter([], [], s=_area(size, most), color="#8c8c8c", label=f"{size:,}") for size in sizes]
+    edge = ax.scatter([], [], s=_area(most, most), facecolor="white", edgecolor="black", label=f"FDR ≤ {fdr:g}")
+    ax.legend(
+        handles=[*handles, edge], title="Edges", loc="upper left", bbox_to_anchor=(1.22, 1.0), frameon=False,
+        fontsize="small", labelspacing=0.9,
+    )  # fmt: skip
+    bar = ax.figure.colorbar(dots, cax=ax.inset_axes((1.04, 0.1, 0.035, 0.8)))
+    bar.set_label("−log10 FDR")
+    return None if finish(ax, show, save) else ax
+
+
+def _area(n_edges: float | NDArray[np.float64], most: float) -> NDArray[np.float64]:
+    return _SMALLEST + (_LARGEST - _SMALLEST) * np.asarray(n_edges, dtype=np.float64) / most
+
+
+def _titles(table: pd.DataFrame) -> list[str]:
+    columns = (table[name].astype(str) for name in ("source_gene", "source_group", "destination_gene"))
+    rows = zip(*columns, table["destination_group"].astype(str), strict=True)
+    return [f"{source} ({sender}) → {gene} ({receiver})" for source, sender, gene, receiver in rows]

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from attention_toys import heard
+from matplotlib import colormaps
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgba
+
+from fimp_sc import pl
+
+# Source group x destination group, in the order of the categories: B, A.
+TRUTH = {
+    "influence": [[1.5, 2.0], [30.0, np.nan]],
+    "z": [[-1.0, 3.5], [np.nan, np.nan]],
+    "n_edges": [[1200, 40], [7, np.nan]],
+    "n_significant": [[1, 1], [1, np.nan]],
+}
+
+
+def numbers(ax) -> dict[tuple[float, float], str]:
+    return {text.get_position()[::-1]: text.get_text() for text in ax.texts}
+
+
+@pytest.mark.parametrize("value", TRUTH)
+def test_squares_are_the_table(value) -> None:
+    ax = pl.attention(heard(), value=value, show=False)
+    drawn = ax.images[0].get_array()
+    np.testing.assert_array_equal(np.ma.filled(drawn.astype(float), np.nan), TRUTH[value])
+    for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["B", "A"]
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("Source", "Destination")
+    ax.figure.canvas.draw()
+
+
+def test_what_is_missing_is_grey() -> None:
+    ax = pl.attention(heard(), show=False)
+    image = ax.images[0]
+    np.testing.assert_allclose(image.cmap(image.norm(image.get_array()))[1, 1], to_rgba("#d3d3d3"))
+    assert colormaps["viridis"].get_bad().tolist() != image.cmap.get_bad().tolist(), "maps of matplotlib stay"
+
+
+def test_numbers_and_stars() -> None:
+    assert numbers(pl.attention(heard(), show=False)) == {(0, 0): "1.5", (0, 1): "2*", (1, 0): "30"}
+    assert numbers(pl.attention(heard(), fdr=1e-3, show=False))[0, 1] == "2"
+    assert numbers(pl.attention(heard(), value="n_edges", show=False)) == {(0, 0): "1,200", (0, 1): "40", (1, 0): "7"}
+    assert not numbers(pl.attention(heard(), numbers=False, show=False))
+
+
+def test_stricter_rates_leave_fewer_pairs_of_genes() -> None:
+    ax = pl.attention(heard(), value="n_significant", fdr=5e-3, show=False)
+    assert ax.images[0].get_array().tolist() == [[0, 1], [0, None]]
+    assert ax.images[0].get_clim()[0] == 0
+
+
+def test_axes_show_and_save(monkeypatch, tmp_path) -> None:
+    _, own = plt.subplots()
+    adata = heard()
+    adata.uns["other"] = adata.uns.pop("fimp_attention")
+    assert pl.attention(adata, "other", ax=own, save=tmp_path / "a.png") is own
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(True))
+    assert pl.attention(adata, "other") is None
+    assert shown == [True]
+
+
+def test_unusable_input() -> None:
+    adata = heard()
+    with pytest.raises(ValueError, match="value must be one of 'influence'"):
+        pl.attention(adata, value="attention", show=False)
+    with pytest.raises(KeyError, match=r"no results of attention\. Run fimp_sc\.tl\.attention"):
+        pl.attention(adata, "kind_colors", show=False)
+    del adata.uns["fimp_attention"]
+    with pytest.raises(KeyError, match=r"Run fimp_sc\.tl\.attention\(adata, groupby\) first"):
+        pl.attention(adata, show=False)

@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+import fimp_sc
+from fimp_sc.datasets import toy_communication
+from fimp_sc.tl import _attention
+
+QUICK = {"max_epochs": 1, "accelerator": "cpu", "verbose": False, "library_key": "section"}
+SMALL = {**QUICK, "model_kwargs": {"n_latent": 16, "n_heads": 2, "n_tokens": 16}}
+KEY = ["source_group", "destination_group", "source_gene", "destination_gene"]
+GRAPH = {"spatial_connectivities", "spatial_distances"}
+
+
+def tissue(seed: int, n_obs: int = 400, *, planted: bool = True) -> ad.AnnData:
+    """Return a tissue in which every cell has a molecule."""
+    adata = toy_communication(n_obs, seed, planted=planted, n_genes=20)
+    return adata[np.asarray(adata.X.sum(1)).ravel() > 0].copy()
+
+
+@pytest.fixture(scope="session")
+def tissues() -> dict[tuple[int, bool], ad.AnnData]:
+    """Attention read of tissues of two seeds, with and without a pair that speaks; not to be changed."""
+    out = {(seed, planted): tissue(seed, planted=planted) for seed in (11, 12) for planted in (True, False)}
+    for adata in out.values():
+        fimp_sc.tl.attention(adata, "cell_type", **SMALL)
+    return out
+
+
+@pytest.fixture
+def read(tissues) -> ad.AnnData:
+    """Tissue in which attention was read; a copy that a test may change."""
+    return tissues[11, True].copy()
+
+
+@pytest.fixture(scope="session")
+def model(tissues) -> fimp_sc.model.FIMP:
+    return fimp_sc.tl.get_model(tissues[11, True])
+
+
+@pytest.fixture
+def fresh() -> ad.AnnData:
+    return tissue(5, 100)
+
+
+def pairs(adata: ad.AnnData, key: str = "fimp_attention") -> pd.DataFrame:
+    return adata.uns[key]["pairs"]
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_the_pair_that_speaks_ranks_first(tissues, seed) -> None:
+    adata = tissues[seed, True]
+    names = adata.uns["communication"]
+    planted = [names["sender"], names["receiver"], names["ligand"], names["receptor"]]
+    first = pairs(adata).iloc[0]
+    assert first[KEY].tolist() == planted
+    assert first["fdr"] < 0.02
+    significant = pairs(adata)[pairs(adata)["fdr"] < 0.01]
+    assert {*significant["source_gene"], *significant["destination_gene"]} <= {names["ligand"], names["receptor"]}
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_nothing_is_found_where_nothing_speaks(tissues, seed) -> None:
+    table = pairs(tissues[seed, False])
+    assert table["fdr"].min() > 0.05
+    assert 0.02 < (table["pvalue"] < 0.05).mean() < 0.09
+    assert table["z"].std() == pytest.approx(1, abs=0.15)
+    assert len(table) > 2000
+
+
+def test_what_is_written(tissues, read) -> None:
+    assert set(read.obsp) == {"fimp_attention", *GRAPH}
+    influence, graph = read.obsp["fimp_attention"], read.obsp["spatial_connectivities"]
+    assert influence.dtype == np.float32
+    np.testing.assert_array_equal(influence.indices, graph.indices)
+    np.testing.assert_array_equal(influence.indptr, graph.indptr)
+    assert influence.diagonal().sum() == 0
+    result = read.uns["fimp_attention"]
+    assert result["n_tests"] == len(result["pairs"])
+    assert set(result["genes"]) <= set(read.var_names)
+    assert result["params"]["groupby"] == "cell_type"
+    assert result["params"]["null"] == "neighbours"
+    assert (np.diff(result["pairs"]["pvalue"]) >= 0).all()
+    assert (result["pairs"]["n_edges"] >= 30).all()
+    assert not result["pairs"].duplicated(KEY).any()
+
+
+def test_table_of_groups_is_the_mean_over_edges(read) -> None:
+    coo = read.obsp["fimp_attention"].tocoo()
+    kind = read.obs["cell_type"].to_numpy()
+    edges = pd.DataFrame({"source_group": kind[coo.col], "destination_group": kind[coo.row], "influence": coo.data})
+    expected = edges.groupby(KEY[:2])["influence"].agg(["mean", "size"])
+    table = read.uns["fimp_attention"]["groups"].astype(dict.fromkeys(KEY[:2], str)).set_index(KEY[:2])
+    expected = expected.loc[table.index]
+    np.testing.assert_allclose(table["influence"], expected["mean"], rtol=1e-5)
+    np.testing.assert_array_equal(table["n_edges"], expected["size"])
+
+
+def test_attention_and_score_of_pairs(read, model) -> None:
+    genes = list(read.uns["fimp_attention"]["genes"])
+    mean, n_edges, names = model.get_gene_attention(read.obs["cell_type"], genes=genes)
+    totals = np.asarray(read.X.sum(1))
+    values = np.log1p(read.X.toarray() / totals * np.median(totals))[:, read.var_names.get_indexer(genes)]
+    strata = read.obs["section"].astype(str) + read.obs["cell_type"].astype(str)
+    values = values - pd.DataFrame(values).groupby(strata.to_numpy()).transform("mean").to_numpy()
+    coo, kind = read.obsp["spatial_connectivities"].tocoo(), read.obs["cell_type"].to_numpy()
+    for _, row in pairs(read).iloc[[0, 1, 50, 1000, -1]].iterrows():
+        source, destination, of, to = row[KEY]
+        s, d, g, h = names.index(source), names.index(destination), genes.index(of), genes.index(to)
+        assert row["attention"] == pytest.approx(mean[s, d, g, h], abs=1e-6)
+        assert row["n_edges"] == n_edges[s, d]
+        chosen = (kind[coo.col] == source) & (kind[coo.row] == destination)
+        edges = pd.DataFrame({"i": coo.row[chosen], "j": coo.col[chosen]})
+        k = edges.groupby("i")["j"].transform("size").to_numpy()
+        term = values[edges["i"], h] * values[edges["j"], g] / k
+        assert row["score"] == pytest.approx(term.sum() / np.sqrt((term**2).sum()), rel=1e-3, abs=1e-4)
+
+
+def test_order_of_cells_does_not_matter(read, model) -> None:
+    order = np.random.default_rng(0).permutation(read.n_obs)
+    other = read[order].copy()
+    del other.uns["fimp_attention"], other.obsp["fimp_attention"]
+    fimp_sc.tl.attention(other, "cell_type", model=model, **QUICK)
+    there, here = other.obsp["fimp_attention"], read.obsp["fimp_attention"]
+    np.testing.assert_allclose(there.toarray(), here[order][:, order].toarray(), rtol=1e-4, atol=1e-6)
+    table = pd.concat([pairs(read).set_index(KEY), pairs(other).set_index(KEY).add_prefix("other_")], axis=1)
+    assert len(table) == len(pairs(read))
+    for name in ("attention", "score", "n_edges"):
+        np.testing.assert_allclose(table[name], table[f"other_{name}"], rtol=1e-3, atol=1e-4)
+    # Other permutations are drawn.
+    assert table["z"].corr(table["other_z"]) > 0.97
+
+
+def test_batch_size_does_not_matter(read) -> None:
+    fimp_sc.tl.attention(read, "cell_type", key_added="other", inference_kwargs={"batch_size": 13}, **SMALL)
+    one, other = (read.obsp[key].toarray() for key in ("fimp_attention", "other"))
+    np.testing.assert_allclose(one, other, rtol=1e-4)
+    pd.testing.assert_frame_equal(pairs(read), pairs(read, "other"), rtol=1e-4)
+
+
+def test_the_model_is_used_again_and_the_seed_repeats(read, model, trainings) -> None:
+    for key in "ab":
+        fimp_sc.tl.attention(read, "cell_type", key_added=key, model=model, **QUICK)
+    assert not trainings
+    pd.testing.assert_frame_equal(pairs(read, "a"), pairs(read, "b"))
+    fimp_sc.tl.attention(read, "cell_type", key_added="c", model=model, random_state=1, **QUICK)
+    assert (pairs(read, "c")["z"] != pairs(read, "a")["z"]).any()
+
+
+@pytest.mark.parametrize("statistic", ["covariance", "content", "attention"])
+@pytest.mark.parametrize("null", ["neighbours", "labels"])
+def test_other_questions(read, model, null, statistic) -> None:
+    names = read.uns["communication"]
+    genes = [names["ligand"], names["receptor"], *(g for g in read.var_names if g not in names.values())][:8]
+    how = {"null": null, "statistic": statistic, "genes": genes, "n_permutations": 20}
+    fimp_sc.tl.attention(read, "cell_type", key_added="k", model=model, **how, **QUICK)
+    table = pairs(read, "k")
+    assert set(read.uns["k"]["genes"]) == set(genes)
+    assert {*table["source_gene"], *table["destination_gene"]} <= set(genes)
+    assert table["pvalue"].between(0, 1, inclusive="right").all()
+    same = table.merge(pairs(read)[[*KEY, "attention"]], on=KEY, suffixes=("", "_before"))
+    assert len(same) > 50
+    np.testing.assert_allclose(same["attention"], same["attention_before"], rtol=1e-4, atol=1e-7)
+    if statistic == "attention":
+        np.testing.assert_allclose(table["score"], table["attention"], rtol=1e-5)
+    if null == "labels" and statistic == "attention":
+        # Ligand and receptor are markers of their types: no other cells have them.
+        planted = table[(table[KEY] == [names[n] for n in ("sender", "receiver", "ligand", "receptor")]).all(axis=1)]
+        assert (planted["z"] > 3).all()
+
+
+def test_pairs_to_test(read, model, caplog) -> None:
+    names = read.uns["communication"]
+    asked = pd.DataFrame(
+        {"ligand": [names["ligand"], "CD74", "NONE"], "receptor": [names["receptor"], "CD52", "CD74"]},
+        index=list("xyz"),
+    )
+    fimp_sc.tl.attention(read, "cell_type", pairs=asked, key_added="k", model=model, **QUICK)
+    assert "1 of 3 pairs name a gene that is not known" in caplog.text
+    table = pairs(read, "k")
+    tested = set(zip(table["source_gene"], table["destination_gene"], strict=True))
+    assert tested == {(names["ligand"], names["receptor"]), ("CD74", "CD52")}
+    assert table.iloc[0][KEY].tolist() == [names["sender"], names["receiver"], names["ligand"], names["receptor"]]
+
+
+def test_pairs_with_too_little_support_are_not_tested(read, model) -> None:
+    fimp_sc.tl.attention(read, "cell_type", key_added="k", model=model, min_support=40, **QUICK)
+    genes = list(read.uns["k"]["genes"])
+    present = model._gene_tokens(model._attention_data(None), genes).present()
+    share = pd.DataFrame(present, columns=genes).groupby(read.obs["cell_type"].to_numpy()).mean()
+    n_edges = read.uns["k"]["groups"].set_index(KEY[:2])["n_edges"]
+    expected = {
+        (source, destination, of, to)
+        for (source, destination), n in n_edges.items() for of in genes for to in genes
+        if n * share.loc[source, of] * share.loc[destination, to] >= 40
+    }  # fmt: skip
+    assert set(pairs(read, "k")[KEY].itertuples(index=False, name=None)) == expected
+    assert 0 < len(expected) < len(pairs(read))
+
+
+def test_cells_without_group_are_left_out(read, model) -> None:
+    read.obs["part"] = read.obs["cell_type"].astype(object).where(np.arange(read.n_obs) % 3 > 0)
+    fimp_sc.tl.attention(read, "part", key_added="k", model=model, **QUICK)
+    assert read.obsp["k"].nnz == read.obsp["fimp_attention"].nnz, "influence is that of all edges"
+    kept = read.obs["part"].notna().to_numpy()
+    edges = read.obsp["spatial_connectivities"][kept][:, kept].nnz
+    assert read.uns["k"]["groups"]["n_edges"].sum() == edges
+
+
+def test_results_survive_a_file(read, tmp_path) -> None:
+    read.write_h5ad(tmp_path / "a.h5ad")
+    again = ad.read_h5ad(tmp_path / "a.h5ad")
+    for table in ("groups", "pairs"):
+        pd.testing.assert_frame_equal(again.uns["fimp_attention"][table], read.uns["fimp_attention"][table])
+    assert (again.obsp["fimp_attention"] != read.obsp["fimp_attention"]).nnz == 0
+    for draw in (fimp_sc.pl.attention, fimp_sc.pl.gene_pairs):
+        draw(again, show=False).figure.canvas.draw()
+    fimp_sc.pl.attention_arrows(again, 0, show=False).figure.canvas.draw()
+
+
+def test_copy_leaves_the_object_alone(fresh, unchanged) -> None:
+    with unchanged(fresh):
+        out = fimp_sc.tl.attention(fresh, "cell_type", copy=True, min_edges=10, min_support=1, **SMALL)
+    assert {"fimp_attention", *GRAPH} <= set(out.obsp)
+
+
+def test_only_results_and_graph_are_written(fresh, unchanged) -> None:
+    with unchanged(fresh, obsp={"fimp_attention", *GRAPH}, uns={"fimp_attention", "spatial_neighbors"}):
+        assert fimp_sc.tl.attention(fresh, "cell_type", min_edges=10, min_support=1, **SMALL) is None
+
+
+def test_a_call_that_fails_late_writes_nothing(fresh, unchanged, monkeypatch) -> None:
+    def fail(*args, **kwargs):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(_attention, "gene_tests", fail)
+    with unchanged(fresh), pytest.raises(MemoryError):
+        fimp_sc.tl.attention(fresh, "cell_type", **SMALL)
+
+
+def test_foundation_stack(fresh, scgpt_checkpoint, unchanged) -> None:
+    how = {**QUICK, "foundation": "scgpt", "checkpoint": scgpt_checkpoint(list(fresh.var_names)), "min_edges": 10}
+    how["min_support"] = 1
+    with unchanged(fresh), pytest.raises(ValueError, match=r"use a model with aggregate='layer'"):
+        fimp_sc.tl.attention(fresh, "cell_type", model_kwargs={"n_tokens": 12, "aggregate": "final"}, **how)
+    fimp_sc.tl.attention(fresh, "cell_type", model_kwargs={"n_tokens": 12}, **how)
+    assert fresh.obsp["fimp_attention"].data.min() > 0
+    assert pairs(fresh)["attention"].max() > 0
+
+
+BAD = [
+    ({"groupby": "type"}, KeyError, r"'type' is not in adata\.obs"),
+    ({"groupby": "one"}, ValueError, "has one group only"),
+    ({"genes": ["CD74", "nothing"]}, KeyError, "'nothing' is not in the genes of the model"),
+    ({"pairs": pd.DataFrame({"from": ["a"], "to": ["b"]})}, KeyError, "Name the columns 'source' and 'target'"),
+    ({"pairs": pd.DataFrame({"source": ["a"], "target": ["b"]})}, ValueError, "None of the 1 pairs"),
+    ({"pairs": pd.DataFrame({"source": [], "target": []})}, ValueError, "no rows"),
+    ({"pairs": [("a", "b")]}, TypeError, "must be a data frame"),
+    ({"null": "nothing"}, ValueError, "null"),
+    ({"statistic": "nothing"}, ValueError, "statistic"),
+    ({"n_permutations": 3}, ValueError, "at least 10, found 3"),
+    ({"n_genes": 0}, ValueError, "n_genes must be at least 1"),
+    ({"influence_layer": 9}, ValueError, "layer must be from 0 to 1, found 9"),
+    ({"min_edges": 10**6}, ValueError, "Nothing to test"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD)
+def test_unusable_input(read, model, unchanged, arguments, error, message) -> None:
+    read.obs["one"] = "same"
+    arguments = {"groupby": "cell_type", **arguments}
+    with unchanged(read), pytest.raises(error, match=message):
+        fimp_sc.tl.attention(read, key_added="k", model=model, **arguments, **QUICK)
+
+
+def test_images_have_no_genes(pictures) -> None:
+    with pytest.raises(ValueError, match="attention reads genes"):
+        fimp_sc.tl.attention(pictures, "site", modality="image", verbose=False)
+
+
+def test_several_modalities(joint, only_changed) -> None:
+    how = {"max_epochs": 1, "accelerator": "cpu", "verbose": False, "n_permutations": 10, "min_edges": 3}
+    size = {"n_latent": 16, "n_heads": 2, "token_size": {"image": 2}}
+    with only_changed(joint, ("", "obsp", "k"), ("", "uns", "k")):
+        fimp_sc.tl.attention(
+            joint, "kind", modality=["rna", "image"], key_added="k", min_support=1, model_kwargs=size, **how
+        )
+    influence, graph = joint.obsp["k"], joint.obsp["spatial_connectivities"]
+    read = joint.obs_names.isin([*joint["rna"].obs_names, *joint["image"].obs_names])
+    assert not read.all(), "nodes with signals alone have no place in the model"
+    np.testing.assert_array_equal(influence.toarray() > 0, (graph.toarray() > 0) & read[:, None] & read)
+    table = pairs(joint, "k")
+    assert {*table["source_gene"], *table["destination_gene"]} <= set(joint["rna"].var_names)
+    assert table["attention"].max() > 0
