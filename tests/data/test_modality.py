@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -190,3 +192,10 @@ def test_empty_modalities_are_refused():
         describe_modality(adata_of("signal")[:0].copy())
     with pytest.raises(ValueError, match="no features"):
         describe_modality(adata_of("feature")[:, :0].copy())
+
+
+def test_the_root_logger_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    with quiet_mudata():
+        pass
+    assert logging.getLogger().handlers == []

@@ -28,9 +28,20 @@ def recordings(*sizes: int) -> np.ndarray:
 )
 def test_expression(n_train: int, size: int, parts: int) -> None:
     found = of(n_train)
-    assert found == Schedule(size, parts)
-    assert (found.mask_ratio, found.steps, found.plan) == ((0.0, 0.4), 600, {})
-    assert (found.validations, found.patience) == (0, 3)
+    assert (found.batch_size, found.parts) == (size, parts)
+    assert (found.mask_ratio, found.validations, found.patience) == ((0.0, 0.4), 0, 3)
+
+
+@pytest.mark.parametrize(("n_train", "more"), [(1, 1), (4000, 1), (5000, 1.5), (8000, 3), (10_000, 4), (10**6, 4)])
+def test_more_cells_without_labels_make_more_and_larger_steps(n_train: int, more: float) -> None:
+    found = of(n_train)
+    assert found.steps == 600 * more
+    assert found.plan == ({} if more == 1 else {"lr": pytest.approx(5e-4 * more)})
+
+
+def test_labels_keep_the_usual_steps() -> None:
+    found = of(10_000, labeled=[3])
+    assert (found.steps, found.plan) == (600, {})
 
 
 @pytest.mark.parametrize("batch_size", [1, 50, 100, 1000])

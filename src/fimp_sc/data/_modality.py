@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -36,10 +37,16 @@ def quiet_mudata() -> Iterator[None]:
     import mudata
 
     set_options = getattr(mudata, "set_options", None)
-    with warnings.catch_warnings(), nullcontext() if set_options is None else set_options(pull_on_update=False):
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
+    root, handler = logging.getLogger(), logging.NullHandler()
+    # Setting options logs by `logging.info`, which gives a root logger without handlers one that prints everything.
+    root.addHandler(handler)
+    try:
+        with warnings.catch_warnings(), nullcontext() if set_options is None else set_options(pull_on_update=False):
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        root.removeHandler(handler)
 
 
 def check_modality_name(modality: Any) -> str:

@@ -92,8 +92,8 @@ class TrainableModel(StartingModel):
         Parameters
         ----------
         max_epochs
-            Upper limit of epochs; by default as many as make about 600 steps, between 8 and 100; where there are no
-            genes 800 steps, in up to 400 epochs.
+            Upper limit of epochs; by default as many as make about 600 steps, between 8 and 100; without labels
+            more from 4,000 training cells on, up to 2,400; where there are no genes 800 steps, in up to 400 epochs.
         accelerator, devices
             As in Lightning; ``"auto"`` takes a GPU when there is one. With several devices give ``strategy="ddp"``
             too: every device then takes its share of the blocks of an epoch, so that a step covers ``devices`` times
@@ -123,7 +123,8 @@ class TrainableModel(StartingModel):
         early_stopping_patience
             Validations without improvement to wait for, by default 3; where there are no genes 6, of about 30 in all.
         plan_kwargs
-            Passed to the training plan (``lr``, ``weight_decay``, ...).
+            Passed to the training plan (``lr``, ``weight_decay``, ...). By default ``lr`` grows with the number of
+            steps, from 5e-4 to 2e-3.
         **trainer_kwargs
             Passed to :class:`scvi.train.Trainer` and so to Lightning.
 
