@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
-from matplotlib.colors import to_rgba
+from matplotlib.colors import to_hex, to_rgba
 
 from fimp_sc import pl
 
@@ -106,3 +106,12 @@ def test_unusable_input(toy) -> None:
     toy.obsm["line"] = np.zeros((toy.n_obs, 1))
     with pytest.raises(ValueError, match="two columns"):
         pl.spatial(toy, "niche", spatial_key="line", show=False)
+
+
+def test_cells_without_label_are_grey_and_shift_no_colour(toy) -> None:
+    toy.obs["before"] = toy.obs["cell_type"].astype(str)
+    toy.obs.loc[toy.obs_names[:10], "before"] = "Unknown"  # sorts between other names
+    axes = pl.spatial(toy, ["cell_type", "before"], show=False)
+    whole, part = (axes[i, 0].collections[0].get_facecolors() for i in range(2))
+    np.testing.assert_array_equal(whole[10:], part[10:])
+    assert {to_hex(colour) for colour in part[:10]} == {"#d3d3d3"}

@@ -9,6 +9,7 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
+from fimp_sc._palette import palette
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _MISSING_COLOUR = "#d3d3d3"
 _MAX_LEGEND_ROWS = 15
+# What cells without label are called by default.
+_UNKNOWN = "Unknown"
 
 
 def spatial(
@@ -41,7 +44,8 @@ def spatial(
     color
         What to colour by, one or several of: a column of `.obs`; a gene of `.var_names` (values of `.X` or of
         `layer`); a pair such as `("X_fimp", 0)`, a column of that `.obsm` array.
-        Categories take their colours from `.uns[f"{color}_colors"]` if that fits.
+        Categories take their colours from `.uns[f"{color}_colors"]` if that fits, else colours that stay apart for
+        colour-blind readers; cells that are "Unknown" are grey.
     library_key
         Column of `.obs` that tells the samples apart; None draws all cells in one panel.
     layer
@@ -164,17 +168,14 @@ def _panels(adata: AnnData, library_key: str | None) -> list[tuple[str | None, N
 
 
 def _palette(adata: AnnData, key: str, value: pd.Categorical) -> list[Any]:
-    from matplotlib import colormaps
-
-    n = len(value.categories)
     stored = adata.uns.get(f"{key}_colors")
-    if stored is not None and len(stored) >= n:
-        return [str(colour) for colour in stored[:n]]
-    if n <= 10:
-        return [colormaps["tab10"](i) for i in range(n)]
-    if n <= 20:
-        return [colormaps["tab20"](i) for i in range(n)]
-    return [colormaps["gist_ncar"]((i + 0.5) / n) for i in range(n)]
+    if stored is not None and len(stored) >= len(value.categories):
+        return [str(colour) for colour in stored[: len(value.categories)]]
+    # Cells without label take no colour from the others, so that these look alike before and after annotation.
+    known = value.categories != _UNKNOWN
+    colours = np.full(len(known), _MISSING_COLOUR, dtype=object)
+    colours[known] = palette(int(known.sum()))
+    return colours.tolist()
 
 
 def _draw_categories(

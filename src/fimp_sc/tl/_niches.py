@@ -11,12 +11,12 @@ import pandas as pd
 from anndata import ImplicitModificationWarning
 
 import fimp_sc
+from fimp_sc._palette import palette
 from fimp_sc.data._access import get_obs, in_memory, missing_key
 from fimp_sc.data._checks import check_object
 from fimp_sc.data._parts import is_mudata, registered_keys
 from fimp_sc.tl._clusterings import Leiden, fit_mixture
 from fimp_sc.tl._inputs import copied
-from fimp_sc.tl._niche_colors import niche_colors
 from fimp_sc.tl._smooth import smoothed
 from fimp_sc.tl._stability import mixtures_of_halves, most_stable, seeds_of_leiden, stability
 
@@ -180,7 +180,7 @@ def niches(
         # Writing to a view turns it into an object of its own, as anndata documents.
         warnings.simplefilter("ignore", ImplicitModificationWarning)
         target.obs[key_added] = column
-        target.uns[f"{key_added}_colors"] = niche_colors(n_found)
+        target.uns[f"{key_added}_colors"] = palette(n_found)
         target.uns[key_added] = result
     return target if copy else None
 

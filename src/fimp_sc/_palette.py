@@ -1,4 +1,4 @@
-"""Colours of niches."""
+"""Colours of categories."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _PALETTE = (
 )  # fmt: skip
 
 
-def niche_colors(n: int) -> list[str]:
-    """Return the colours of niches 0 to ``n - 1``; a niche has the same colour whatever their number."""
+def palette(n: int) -> list[str]:
+    """Return ``n`` colours; the first ones are the same whatever the number."""
     if n <= len(_PALETTE):
         return list(_PALETTE[:n])
     from scanpy.plotting.palettes import default_102
