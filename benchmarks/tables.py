@@ -31,7 +31,9 @@ COSTS += ["parameters", "trained", "heads"]
 
 def score(values: pd.Series) -> str:
     """Mean ± standard deviation over seeds, or nothing where the method has no such figure."""
-    return "" if values.isna().all() else f"{values.mean():.3f} ± {values.std(ddof=0):.3f}"
+    if values.isna().all():
+        return ""
+    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=0):.3f}" if len(values) > 1 else "")
 
 
 def cost(values: pd.Series) -> str:
@@ -59,8 +61,9 @@ def render(folder: Path) -> str:
     page = [
         "# Results",
         "",
-        "Mean ± standard deviation over seeds; costs are means. What each figure is and which command makes it is in",
-        "[README.md](README.md); `python benchmarks/tables.py` makes this page from the CSV files in `results/`.",
+        "Mean ± standard deviation over seeds; costs are means. Seeds set the split, which differs in difficulty: compare",
+        "rows of unlike numbers of seeds by their CSV rows, seed by seed. What each figure is and which command makes it",
+        "is in [README.md](README.md); `python benchmarks/tables.py` makes this page from the CSV files in `results/`.",
         "",
     ]
     for name, title in TITLES.items():

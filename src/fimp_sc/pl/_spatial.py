@@ -84,10 +84,13 @@ def spatial(
     if size is None:
         size = float(np.clip(20_000 / max(len(rows) for _, rows in panels), 1, 60))
 
+    # As high as the tissue is for its width, so that wide tissue leaves no gaps.
+    extent = np.ptp(xy, axis=0)
+    height = 0.4 + float(np.clip(3.0 * extent[1] / max(extent[0], 1e-12), 2.0, 4.5))
     _, axes = plt.subplots(
         len(colors),
         len(panels),
-        figsize=(3.0 * len(panels) + 2.4, 3.3 * len(colors)),
+        figsize=(3.0 * len(panels) + 2.4, height * len(colors)),
         squeeze=False,
         layout="constrained",
     )
