@@ -61,9 +61,10 @@ def render(folder: Path) -> str:
     page = [
         "# Results",
         "",
-        "Mean ± standard deviation over seeds; costs are means. Seeds set the split, which differs in difficulty: compare",
-        "rows of unlike numbers of seeds by their CSV rows, seed by seed. What each figure is and which command makes it",
-        "is in [README.md](README.md); `python benchmarks/tables.py` makes this page from the CSV files in `results/`.",
+        "Mean ± standard deviation over seeds; costs are means. Seeds set the split, and splits differ in difficulty:",
+        "compare rows of unlike numbers of seeds by their CSV rows, seed by seed. What each figure is and which command",
+        "makes it is in [README.md](README.md); `python benchmarks/tables.py` makes this page from the CSV files in",
+        "`results/`.",
         "",
     ]
     for name, title in TITLES.items():
