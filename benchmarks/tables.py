@@ -62,7 +62,7 @@ def render(folder: Path) -> str:
         "# Results",
         "",
         "Mean ± standard deviation over seeds; costs are means. Seeds set the split, and splits differ in difficulty:",
-        "compare rows of unlike numbers of seeds by their CSV rows, seed by seed. What each figure is and which command",
+        "compare rows of unlike numbers of seeds by their CSV rows, seed by seed. What a figure is and which command",
         "makes it is in [README.md](README.md); `python benchmarks/tables.py` makes this page from the CSV files in",
         "`results/`.",
         "",
