@@ -62,6 +62,7 @@ def task(harness, monkeypatch, *words: str, methods=None, calls=None):
 
     methods = methods or {"one": lambda p, run: harness.Fit(np.ones(1), 7, 2, 4.0, 0.5, "lr 1")}
     monkeypatch.setattr(sys, "argv", ["task", "--data", ".", "--seeds", "2", *words])
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")  # which the harness sets: put back after the test
     harness.main("task", "", ("a", "b"), problem, {"simple": methods, "none": {}}, default=("simple",))
 
 

@@ -312,7 +312,8 @@ def spy_on_loader_arguments(monkeypatch) -> dict:
 def test_default_batch_size_makes_some_24_steps_of_an_epoch(tissue, make_model, monkeypatch, n_train, batch_size):
     seen = spy_on_loader_arguments(monkeypatch)
     model = make_model(tissue)
-    monkeypatch.setattr(model, "_split", lambda *args: (np.arange(n_train), np.arange(0)))
+    train_idx = np.resize(np.arange(tissue.n_obs), n_train)
+    monkeypatch.setattr(model, "_split", lambda *args: (train_idx, np.arange(0)))
     monkeypatch.setattr(model, "_start_from_data", lambda data, *args: data)
     with pytest.raises(InterruptedError):
         model.train(accelerator="cpu")
