@@ -26,7 +26,7 @@ SMALL = {
 }
 LARGEST = 1_000_000  # bytes
 # Folders of a machine, at the beginning of a text or after anything that is no part of an address or name.
-PATHS = re.compile(r"(?<![\w./:])/(?:home|root|tmp|usr|opt|var|work|Users|mnt|private)/\w|[A-Z]:\\\\\w")
+PATHS = re.compile(r"(?<![\w./:])/(?:home|root|tmp|usr|opt|var|srv|Users|mnt|private)/\w|[A-Z]:\\\\\w")
 
 
 def notebook(name: str) -> dict:
@@ -118,7 +118,7 @@ def test_notebook_names_no_folder_of_a_machine(name: str) -> None:
     assert not PATHS.findall(json.dumps(content, ensure_ascii=False))
 
 
-@pytest.mark.parametrize("text", ["/home/me/a.h5ad", "in /tmp/x", "C:\\data", "'/work/x'", "(/usr/lib)"])
+@pytest.mark.parametrize("text", ["/home/me/a.h5ad", "in /tmp/x", "C:\\data", "'/srv/x'", "(/usr/lib)"])
 def test_folders_of_a_machine_are_recognised(text: str) -> None:
     assert PATHS.search(json.dumps({"source": [f"read {text}"]}))
 
