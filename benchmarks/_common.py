@@ -123,9 +123,13 @@ def load(name: str, folder: Path):
 
 
 def library(adata, name: str) -> np.ndarray | None:
-    """Section of each cell, or None when the data set is one section."""
-    key = DATA[name].library_key
-    return None if key is None else adata.obs[key].astype(str).to_numpy()
+    """Section of each cell of a data set, or None when it is one section."""
+    return sections(adata, DATA[name].library_key)
+
+
+def sections(adata, library_key: str | None) -> np.ndarray | None:
+    """Section of each cell, (n_obs,), or None when all are of one section."""
+    return None if library_key is None else adata.obs[library_key].astype(str).to_numpy()
 
 
 def log_normalise(x, target: float) -> sp.csr_matrix:

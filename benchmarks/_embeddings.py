@@ -23,7 +23,7 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler, normalize
 
 from _baselines import fit_pca, spatial_features
-from _common import log_normalise, neighbours, totals
+from _common import log_normalise, neighbours, sections, totals
 from _harness import Fit, Method, Run
 
 if TYPE_CHECKING:
@@ -41,15 +41,9 @@ CACHE = Path(__file__).resolve().parent / "results" / ".cache"
 CODE = Path(__file__).read_bytes()  # a latent is not kept across changes of this file
 
 
-def sections(problem: Embedding) -> np.ndarray | None:
-    """Section of each cell, (n_obs,), or None where all are of one section."""
-    key = problem.library_key
-    return None if key is None else problem.adata.obs[key].astype(str).to_numpy()
-
-
 def spatial(problem: Embedding, k: int) -> sp.csr_matrix:
     """Graph of the `k` nearest cells of the same section, (n_obs, n_obs) binary CSR."""
-    return neighbours(np.asarray(problem.adata.obsm["spatial"], float), k, sections(problem))
+    return neighbours(np.asarray(problem.adata.obsm["spatial"], float), k, sections(problem.adata, problem.library_key))
 
 
 def mean_with_self(features: np.ndarray, graph: sp.csr_matrix, times: int = 1) -> np.ndarray:
@@ -218,7 +212,7 @@ def scviva(problem: Embedding, run: Run) -> Fit:
     import scvi
 
     latent = scvi_latent(problem, run).values
-    lib = sections(problem)
+    lib = sections(problem.adata, problem.library_key)
     n = len(latent)
     clusters = KMeans(N_CLUSTERS, n_init=5, random_state=run.seed).fit_predict(latent)
     obs = {"cluster": [f"c{i}" for i in clusters], "section": np.repeat("0", n) if lib is None else lib}

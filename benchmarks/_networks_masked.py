@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import _networks as networks
 from _baselines import fit_pca
-from _common import DATA, folds, neighbours
+from _common import DATA, folds, neighbours, sections
 from _harness import Fit, Method, Run
 from _problems import HIDDEN, Masked
 
@@ -33,11 +33,6 @@ def validation_cells(adata, data: str, library_key: str | None, seed: int) -> np
     xy = np.asarray(adata.obsm["spatial"], float)
     blocks = spatial_blocks(xy, DATA[data].block_size, library=sections(adata, library_key), random_state=seed)
     return folds(blocks, 8, seed) == 0
-
-
-def sections(adata, library_key: str | None) -> np.ndarray | None:
-    """Section of each cell, or None where there is one."""
-    return None if library_key is None else adata.obs[library_key].astype(str).to_numpy()
 
 
 def graph_of(adata, library_key: str | None) -> networks.Graph:

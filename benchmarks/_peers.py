@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from sklearn.decomposition import PCA
 
-from _embeddings import counts, sections, spatial, variable_genes
+from _common import sections
+from _embeddings import counts, spatial, variable_genes
 from _harness import Fit, Method, Run
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def stagate(problem: Embedding, run: Run) -> Fit:
 def apart(problem: Embedding) -> np.ndarray:
     """Positions (n_obs, d) with each section moved so far along the first axis that none is near another."""
     xy = np.array(problem.adata.obsm["spatial"], float)
-    lib = sections(problem)
+    lib = sections(problem.adata, problem.library_key)
     if lib is not None:
         xy[:, 0] += 10 * np.ptp(xy, axis=0).max() * np.unique(lib, return_inverse=True)[1]
     return xy
