@@ -112,7 +112,7 @@ def attention(
     max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs
         As in :func:`embed`.
     inference_kwargs
-        ``batch_size``, the number of cells of a block.
+        ``batch_size``, the number of cells of a block; nothing else.
 
     Returns
     -------
@@ -160,6 +160,9 @@ def attention(
     check_choice("statistic", statistic, ("covariance", "content", "attention"))
     if n_permutations < _LEAST_PERMUTATIONS:
         raise ValueError(f"n_permutations must be at least {_LEAST_PERMUTATIONS}, found {n_permutations}.")
+    unknown = sorted(set(inference_kwargs or {}) - {"batch_size"})
+    if unknown:
+        raise ValueError(f"inference_kwargs takes 'batch_size' alone, found {', '.join(map(repr, unknown))}.")
     adata = copied(adata) if copy else adata
     target, inputs = choose(
         adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
