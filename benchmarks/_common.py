@@ -79,6 +79,7 @@ def parser(
     p.add_argument("--accelerator", default="auto")
     p.add_argument("--methods", nargs="+", default=list(methods[1]), choices=methods[0])
     p.add_argument("--quick", action="store_true", help="1 seed, 1 epoch: checks that the script runs")
+    p.add_argument("--again", action="store_true", help="compute rows that are there already, too")
     if datasets:
         p.add_argument("--datasets", nargs="+", default=list(datasets), choices=(*datasets, *more))
     return p
@@ -234,6 +235,10 @@ class Results:
         """Whether the CSV has this row."""
         rows = self._read()
         return bool(len(rows) and ((rows[self.group] == data) & (rows.method == method) & (rows.seed == seed)).any())
+
+    def wants(self, data: str, method: str, seed: int) -> bool:
+        """Whether this row is to be computed: it is not there, or all are asked for."""
+        return self.args.again or self.args.quick or not self.has(data, method, seed)
 
     def add(
         self,

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-KINDS = ("GCN", "GraphSAGE", "GAT")
+KINDS = ("GCN", "GraphSAGE", "GAT", "GIN", "GPS")
 EPOCHS, PATIENCE = 300, 30
-GAT_HEADS = 4
+HEADS = 4
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -28,26 +28,55 @@ def edge_index(graph: sp.spmatrix, copies: int = 1) -> torch.Tensor:
     return torch.from_numpy(edges.astype(np.int64))
 
 
+def layer(kind: str, n_in: int, n_out: int, *, heads: int = HEADS, dropout: float = 0.0) -> nn.Module:
+    """One layer; GPS, with its own residuals around GIN and the Performer's attention, keeps the width."""
+    from torch_geometric import nn as geometric
+
+    if kind in ("GIN", "GPS"):
+        mlp = nn.Sequential(nn.Linear(n_in, n_out), nn.ReLU(), nn.Linear(n_out, n_out))
+        gin = geometric.GINConv(mlp, train_eps=True)
+        if kind == "GIN":
+            return gin
+        return geometric.GPSConv(
+            n_in,
+            gin,
+            heads=heads,
+            dropout=dropout,
+            norm="layer_norm",  # of each node: statistics of batches differ between a part and the whole graph
+            norm_kwargs={"mode": "node"},
+            attn_type="performer",
+            attn_kwargs={"head_channels": n_in // heads},
+        )
+    if kind == "GAT":
+        return geometric.GATConv(n_in, n_out // heads, heads=heads)
+    return {"MLP": nn.Linear, "GCN": geometric.GCNConv, "GraphSAGE": geometric.SAGEConv}[kind](n_in, n_out)
+
+
 class GraphNetwork(nn.Module):
-    """Two layers of one kind with a ReLU and dropout between them; "MLP" does without the graph."""
+    """Two layers of one kind with a ReLU and dropout between them; "MLP" does without the graph.
+
+    GPS has two layers of the hidden width between linear maps.
+    """
 
     def __init__(self, kind: str, n_in: int, n_out: int, *, hidden: int = 256, dropout: float = 0.0) -> None:
-        from torch_geometric.nn import GATConv, GCNConv, SAGEConv
-
         super().__init__()
         self.kind, self.dropout = kind, nn.Dropout(dropout)
-        if kind == "GAT":
-            self.first = GATConv(n_in, hidden // GAT_HEADS, heads=GAT_HEADS)
-            self.second = GATConv(hidden, n_out)
-        else:
-            layer = {"MLP": nn.Linear, "GCN": GCNConv, "GraphSAGE": SAGEConv}[kind]
-            self.first, self.second = layer(n_in, hidden), layer(hidden, n_out)
+        ends = "MLP" if kind == "GPS" else kind
+        self.first = layer(ends, n_in, hidden)
+        self.second = layer(ends, hidden, n_out, heads=1)
+        middle = (layer(kind, hidden, hidden, dropout=dropout) for _ in range(2 if kind == "GPS" else 0))
+        self.middle = nn.ModuleList(middle)
 
-    def forward(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
-        """(n, n_out) of the features (n, n_in) and `edges` (2, e)."""
-        graph = () if self.kind == "MLP" else (edges,)
-        h = functional.relu(self.first(self.dropout(x), *graph))
-        return self.second(self.dropout(h), *graph)
+    def forward(self, x: torch.Tensor, edges: torch.Tensor, parts: torch.Tensor | None = None) -> torch.Tensor:
+        """(n, n_out) of the features (n, n_in) and `edges` (2, e).
+
+        `parts` (n,), ascending, tells graphs apart that GPS must not attend across.
+        """
+        graph = () if self.kind in ("MLP", "GPS") else (edges,)
+        h = self.first(self.dropout(x), *graph)
+        for conv in self.middle:
+            h = conv(h, edges, batch=parts)
+        return self.second(self.dropout(functional.relu(h)), *graph)
 
 
 class Training:
@@ -162,6 +191,7 @@ def classify(
 def regress(
     kind: str,
     edges: torch.Tensor,
+    parts: torch.Tensor,
     draw: Callable[[], Iterable[Batch]],
     validation: Batch,
     test: torch.Tensor,
@@ -171,7 +201,7 @@ def regress(
     """Predicted values of the nodes of `test`, float32 (n, n_out).
 
     A batch is the features (n, n_in), the true values (n, n_out) and where these are hidden, boolean (n, n_out), which
-    is where the squared error is taken. All batches have the graph `edges`.
+    is where the squared error is taken. All batches have the graph `edges`; `parts` are those of `GraphNetwork`.
 
     Parameters
     ----------
@@ -183,8 +213,8 @@ def regress(
 
     def loss(batch: Batch) -> torch.Tensor:
         inputs, truth, hidden = batch
-        return ((model(inputs, edges) - truth)[hidden] ** 2).mean()
+        return ((model(inputs, edges, parts) - truth)[hidden] ** 2).mean()
 
     fit(model, lambda: map(loss, draw()), lambda: loss(validation).item(), lr=2e-3, epochs=epochs, patience=10)
     with torch.no_grad():
-        return model(test, edges).numpy()
+        return model(test, edges, parts).numpy()

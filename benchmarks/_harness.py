@@ -107,7 +107,6 @@ def main(
     """
     p = parser(doc, datasets, methods=(tuple(groups), default), more=("toy", *ONLINE))
     p.add_argument("--only", nargs="+", help="names of methods, instead of all of their groups")
-    p.add_argument("--again", action="store_true", help="compute rows that are there already, too")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of each method")
     p.add_argument("--checkpoint", type=Path, help="folder of scGPT, for the methods of the group foundation")
     if options is not None:
@@ -129,7 +128,7 @@ def main(
     failed = False
     for data in args.datasets:
         for seed in range(args.seeds):
-            missing = {t: m for t, m in wanted.items() if args.again or args.quick or not results.has(data, t, seed)}
+            missing = {t: m for t, m in wanted.items() if results.wants(data, t, seed)}
             if not missing:
                 continue
             posed, score = problem(data, args, seed)

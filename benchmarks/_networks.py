@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from _graph_networks import KINDS, Training, edge_index
+from _graph_networks import KINDS, Training, edge_index, layer
 from _harness import Fit
 
-NETWORKS = ("MLP", *KINDS, "GIN", "GPS")
-WIDTH, HEADS = 128, 4
+NETWORKS = ("MLP", *KINDS)
+WIDTH = 128
 
 
 class Graph:
@@ -66,7 +66,7 @@ class Network(nn.Module):
         super().__init__()
         self.kind, self.dropout, self.drop_inputs = kind, nn.Dropout(dropout), nn.Dropout(drop_inputs)
         self.first, self.head = nn.Linear(n_in, width), nn.Linear(width, n_out)
-        self.layers = nn.ModuleList(layer(kind, width, dropout) for _ in range(2))
+        self.layers = nn.ModuleList(layer(kind, width, width, dropout=dropout) for _ in range(2))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         if zero:
             nn.init.zeros_(self.head.weight)
@@ -87,30 +87,6 @@ class Network(nn.Module):
     def forward(self, x: torch.Tensor, graph: Graph) -> torch.Tensor:
         """(n, n_out) of the features (n, n_in)."""
         return self.head(self.encode(x, graph))
-
-
-def layer(kind: str, width: int, dropout: float) -> nn.Module:
-    """One layer that keeps the width."""
-    from torch_geometric import nn as geometric
-
-    if kind in ("GIN", "GPS"):
-        mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
-        gin = geometric.GINConv(mlp, train_eps=True)
-        if kind == "GIN":
-            return gin
-        return geometric.GPSConv(
-            width,
-            gin,
-            heads=HEADS,
-            dropout=dropout,
-            norm="layer_norm",  # of each node: statistics of batches differ between a part and the whole section
-            norm_kwargs={"mode": "node"},
-            attn_type="performer",
-            attn_kwargs={"head_channels": width // HEADS},
-        )
-    if kind == "GAT":
-        return geometric.GATConv(width, width // HEADS, heads=HEADS)
-    return {"MLP": nn.Linear, "GCN": geometric.GCNConv, "GraphSAGE": geometric.SAGEConv}[kind](width, width)
 
 
 def n_parameters(model: nn.Module) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import scipy.sparse as sp
@@ -119,20 +120,24 @@ def network(
 
     validation, test = (batch(*one) for one in tries)
     edges = networks.edge_index(graph, n_windows)
-    predicted = networks.regress(kind, edges, draw, validation, test[0], seed, 2 if quick else None)
+    parts = torch.arange(n_windows).repeat_interleave(n_regions)
+    predicted = networks.regress(kind, edges, parts, draw, validation, test[0], seed, 2 if quick else None)
     return predicted.reshape(n_windows, n_regions, -1).swapaxes(0, 1).reshape(n_regions, n_times)
 
 
 def baselines(train: np.ndarray, tries: Tries, graph: sp.csr_matrix, ratio: float, seed: int, quick: bool) -> Iterator:
-    """Yield (method, predicted signals) of the second of `tries`; `train` is (recording, region, time)."""
+    """Yield (method, function that predicts the signals of the second of `tries`).
+
+    `train` is (recording, region, time).
+    """
     signals, gap = tries[1]
-    yield "mean fill", np.zeros_like(signals)
-    yield "linear interpolation", interpolate(signals, gap)
-    yield "neighbours' mean", neighbour_mean(signals, gap, graph)
+    yield "mean fill", partial(np.zeros_like, signals)
+    yield "linear interpolation", partial(interpolate, signals, gap)
+    yield "neighbours' mean", partial(neighbour_mean, signals, gap, graph)
     everyone = sp.csr_matrix(1 - np.eye(len(signals)))
-    yield "ridge, neighbours", ridge(train, tries, graph, ratio, seed, own=False)
-    yield "ridge, neighbours + own interpolation", ridge(train, tries, graph, ratio, seed, own=True)
-    yield "ridge, all regions", ridge(train, tries, everyone, ratio, seed, own=False)
+    yield "ridge, neighbours", partial(ridge, train, tries, graph, ratio, seed, own=False)
+    yield "ridge, neighbours + own interpolation", partial(ridge, train, tries, graph, ratio, seed, own=True)
+    yield "ridge, all regions", partial(ridge, train, tries, everyone, ratio, seed, own=False)
     for fill in ("mean", "interpolation"):
         for kind in networks.KINDS:
-            yield f"{kind}, {fill}", network(kind, fill, train, tries, graph, ratio, seed, quick)
+            yield f"{kind}, {fill}", partial(network, kind, fill, train, tries, graph, ratio, seed, quick)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import scipy.sparse as sp
@@ -24,6 +25,7 @@ import _graph_networks as networks
 from _baselines import spatial_features
 from _common import Results, label_scores, parse, parser
 
+DATA, TITLES = "simulated citations", {"fimp": "FIMP", "shuffled": "FIMP, shuffled graph"}
 CLASS_SIZES = (818, 426, 418, 351, 298, 217, 180)
 N_WORDS, N_EDGES, WITHIN = 1433, 5278, 0.81
 WORDS_EACH, TOPICAL = 18, 0.25  # mean number of words of a paper; mean share of them from its class's topics
@@ -88,15 +90,16 @@ def baselines(
     seed: int,
     quick: bool,
 ) -> Iterator:
-    """Yield (method, predicted classes of all nodes)."""
+    """Yield (method, function that predicts the classes of all nodes)."""
     x = normalize(words, norm="l1").toarray() * np.float32(WORDS_EACH)
     for kind, features in spatial_features(x, links).items():
-        yield f"logistic, {kind}", logistic(features, labels, train, validation)
+        yield f"logistic, {kind}", partial(logistic, features, labels, train, validation)
     around = normalize(links + sp.eye(len(labels)), norm="l1")
-    yield "logistic, mean of own and neighbours, twice", logistic(around @ (around @ x), labels, train, validation)
+    twice = around @ (around @ x)
+    yield "logistic, mean of own and neighbours, twice", partial(logistic, twice, labels, train, validation)
     for kind in ("MLP", *networks.KINDS):
         epochs = 2 if quick else None
-        yield kind, networks.classify(kind, x, links, labels, train, validation, seed, epochs, hidden=64)
+        yield kind, partial(networks.classify, kind, x, links, labels, train, validation, seed, epochs, hidden=64)
 
 
 def fimp(words, links, known: np.ndarray, validation: np.ndarray, args: argparse.Namespace, seed: int) -> np.ndarray:
@@ -124,18 +127,17 @@ def main() -> None:
     for seed in range(args.seeds):
         words, links, labels = cite(seed)
         train, validation, test = split(labels, seed)
-        started = time.perf_counter()
         if "baselines" in args.methods:
-            for method, predicted in baselines(words, links, labels, train, validation, seed, args.quick):
-                results.add("simulated citations", method, seed, label_scores(labels[test], predicted[test]), started)
-                started = time.perf_counter()
+            for method, predict in baselines(words, links, labels, train, validation, seed, args.quick):
+                if results.wants(DATA, method, seed):
+                    started = time.perf_counter()
+                    results.add(DATA, method, seed, label_scores(labels[test], predict()[test]), started)
         known = np.where(train | validation, labels.astype(str), "Unknown")
-        for method in [m for m in ("fimp", "shuffled") if m in args.methods]:
+        for method in [m for m in TITLES if m in args.methods and results.wants(DATA, TITLES[m], seed)]:
             started = time.perf_counter()
             order = np.arange(len(labels)) if method == "fimp" else np.random.default_rng(seed).permutation(len(labels))
             predicted = fimp(words, links[order][:, order], known, validation, args, seed)
-            title = "FIMP" if method == "fimp" else "FIMP, shuffled graph"
-            results.add("simulated citations", title, seed, label_scores(labels[test], predicted[test]), started)
+            results.add(DATA, TITLES[method], seed, label_scores(labels[test], predicted[test]), started)
         results.finish()  # after each seed, so that a run cut short keeps its rows
 
 

@@ -30,6 +30,7 @@ from _common import Results, parse, parser
 from _signals import SEGMENT, baselines, hide, points, score, standardise
 
 N_NEIGHBOURS = 6
+TITLES = {"fimp": "FIMP", "shuffled": "FIMP, shuffled graph"}
 RATIOS = (0.2, 0.5)
 FILES = {"hcp": "fmri_hcp_aal2_7subjects.npz", "lemon": "fmri_lemon_fsa5_424patches.npz"}
 STARTS = (0, 160, 320, 492)  # of the recordings that the one of `lemon` is cut into
@@ -144,20 +145,20 @@ def run(name, bold, connectivity, xyz, interval, test: int, args: argparse.Names
             (standardise(bold[r], points(s)), points(s)) for r, s in zip((validation, test), segments, strict=True)
         ]
         truth, gap = tries[1]
-        data, started = f"{name}, {args.graph}, {ratio}", time.perf_counter()
+        data = f"{name}, {args.graph}, {ratio}"
         if "baselines" in args.methods:
-            for method, predicted in baselines(whole[train], tries, graph, ratio, test, args.quick):
-                results.add(data, method, test, score(truth[gap], predicted[gap]), started)
-                started = time.perf_counter()
-        for method in [m for m in ("fimp", "shuffled") if m in args.methods]:
+            for method, predict in baselines(whole[train], tries, graph, ratio, test, args.quick):
+                if results.wants(data, method, test):
+                    started = time.perf_counter()
+                    results.add(data, method, test, score(truth[gap], predict()[gap]), started)
+        for method in [m for m in TITLES if m in args.methods and results.wants(data, TITLES[m], test)]:
             started = time.perf_counter()
             used = options if method == "fimp" else shuffled(options, graph, test)
             if method not in models:  # one model for all shares of hidden segments
                 signals = {f"training {r}": whole[r] for r in train} | {"validation": whole[validation]}
                 models[method] = fimp(modality(signals, n_pieces, used, interval), args, test)
             predicted = reconstruct(models[method], truth, segments[1], n_pieces, used, interval)
-            title = "FIMP" if method == "fimp" else "FIMP, shuffled graph"
-            results.add(data, title, test, score(truth[gap], predicted[gap]), started)
+            results.add(data, TITLES[method], test, score(truth[gap], predicted[gap]), started)
 
 
 if __name__ == "__main__":

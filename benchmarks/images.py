@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from torch.nn import functional
 import _graph_networks as networks
 from _common import Results, folds, label_scores, parse, parser
 
+TITLES = {"fimp": "FIMP", "shuffled": "FIMP, shuffled positions"}
 N_DISTRICTS, OWN_DIGIT = 30, 0.95  # share of a district's places that ask for its digit
 NOISE = 0.5  # standard deviation of the pixels' noise, where black is 0 and white 1
 N_NEIGHBOURS, BLOCK_SIZE = 6, 30
@@ -125,25 +127,30 @@ def logistic(x: np.ndarray, labels: np.ndarray, train: np.ndarray, validation: n
 
 
 def baselines(mdata, labels: np.ndarray, train: np.ndarray, validation: np.ndarray, seed: int, quick: bool) -> Iterator:
-    """Yield (method, predicted digits of all images)."""
+    """Yield (method, function that predicts the digits of all images)."""
     adata = mdata["image"]
     graph = sp.csr_matrix(adata.obsp["spatial_connectivities"])
     pixels = np.asarray(adata.obsm["pixels"], np.float32)
     x = (pixels - pixels[train].mean()) / pixels[train].std()
     epochs = 2 if quick else None
-    yield "MLP", networks.classify("MLP", x, graph, labels, train, validation, seed, epochs)
-    predicted, embedding = convolution(x, labels, train, validation, seed, quick)
-    yield "CNN", predicted
+    yield "MLP", partial(networks.classify, "MLP", x, graph, labels, train, validation, seed, epochs)
+    trained = cache(partial(convolution, x, labels, train, validation, seed, quick))
+    yield "CNN", lambda: trained()[0]
     places = np.radians(adata.obsm["spatial"])
     near = KNeighborsClassifier(10, metric="haversine").fit(places[train], labels[train])
-    yield "majority of the 10 nearest training images", near.predict(places)
+    yield "majority of the 10 nearest training images", partial(near.predict, places)
     mean = normalize(graph, norm="l1")
-    once, twice = mean @ embedding, mean @ (mean @ embedding)
-    yield "logistic on CNN, own + neighbours", logistic(np.hstack([embedding, once]), labels, train, validation)
-    both = np.hstack([embedding, once, twice])
-    yield "logistic on CNN, own + neighbours + theirs", logistic(both, labels, train, validation)
+
+    def around(hops: int) -> np.ndarray:
+        means = [trained()[1]]
+        for _ in range(hops):
+            means.append(mean @ means[-1])
+        return logistic(np.hstack(means), labels, train, validation)
+
+    yield "logistic on CNN, own + neighbours", partial(around, 1)
+    yield "logistic on CNN, own + neighbours + theirs", partial(around, 2)
     for kind in networks.KINDS:
-        yield kind, networks.classify(kind, x, graph, labels, train, validation, seed, epochs)
+        yield kind, partial(networks.classify, kind, x, graph, labels, train, validation, seed, epochs)
 
 
 def fimp(mdata, train: np.ndarray, validation: np.ndarray, args: argparse.Namespace, seed: int) -> np.ndarray:
@@ -216,19 +223,18 @@ def main() -> None:
         mdata = fimp_sc.pp.images(pixels, coordinates=places, labels=known, n_neighbors=N_NEIGHBOURS)
         graph = sp.coo_matrix(mdata["image"].obsp["spatial_connectivities"])
         print(f"{(labels[graph.row] == labels[graph.col]).mean():.0%} of neighbours show the same digit.")
-        started = time.perf_counter()
         if "baselines" in args.methods:
-            for method, predicted in baselines(mdata, labels, train, validation, seed, args.quick):
-                results.add(data, method, seed, label_scores(labels[test], predicted[test]), started)
-                started = time.perf_counter()
-        for method in [m for m in ("fimp", "shuffled") if m in args.methods]:
+            for method, predict in baselines(mdata, labels, train, validation, seed, args.quick):
+                if results.wants(data, method, seed):
+                    started = time.perf_counter()
+                    results.add(data, method, seed, label_scores(labels[test], predict()[test]), started)
+        for method in [m for m in TITLES if m in args.methods and results.wants(data, TITLES[m], seed)]:
             started = time.perf_counter()
             if method == "shuffled":
                 moved = np.random.default_rng(seed).permutation(places)
                 mdata = fimp_sc.pp.images(pixels, coordinates=moved, labels=known, n_neighbors=N_NEIGHBOURS)
             predicted = fimp(mdata, train, validation, args, seed)
-            title = "FIMP" if method == "fimp" else "FIMP, shuffled positions"
-            results.add(data, title, seed, label_scores(labels[test], predicted[test]), started)
+            results.add(data, TITLES[method], seed, label_scores(labels[test], predicted[test]), started)
         results.finish()  # after each seed, so that a run cut short keeps its rows
 
 

@@ -12,6 +12,7 @@ TITLES = {
     "annotate_blocks": "Cell types of held-out blocks",
     "annotate_blocks_inductive": "Cell types of held-out blocks that are not there in training",
     "masked_expression": "Hidden expression in held-out blocks",
+    "noise_ceiling": "What could be predicted of hidden expression",
     "embedding": "Features without labels: cell types and domains",
     "niches": "Niches against annotated regions",
     "fmri": "Hidden segments of fMRI signals",

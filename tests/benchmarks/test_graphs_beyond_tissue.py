@@ -110,9 +110,25 @@ def test_baselines_do_not_see_hidden_values_of_the_test(signals):
     other = [parts[0], (np.where(gap, 99, x).astype(np.float32), gap)]
     first = dict(signals.baselines(train, parts, STAR, 0.25, 0, quick=True))
     second = dict(signals.baselines(train, other, STAR, 0.25, 0, quick=True))
-    assert len(first) == 12
-    for method, predicted in first.items():
-        np.testing.assert_array_equal(predicted[gap], second[method][gap], err_msg=method)
+    assert len(first) == 16
+    for method, predict in first.items():
+        np.testing.assert_array_equal(predict()[gap], second[method]()[gap], err_msg=method)
+
+
+@pytest.mark.parametrize("kind", ["GIN", "GPS"])
+def test_parts_of_a_graph_do_not_see_each_other(load_script, kind):
+    import torch
+
+    networks = load_script("_graph_networks")
+    torch.manual_seed(0)
+    model = networks.GraphNetwork(kind, 3, 2, hidden=8).eval()
+    x, edges = torch.randn(2 * STAR.shape[0], 3), networks.edge_index(STAR, 2)
+    parts = torch.arange(2).repeat_interleave(STAR.shape[0])
+    moved = torch.cat([x[: STAR.shape[0]], x[STAR.shape[0] :] + 1])
+    with torch.no_grad():
+        one, other = model(x, edges, parts), model(moved, edges, parts)
+    torch.testing.assert_close(one[: STAR.shape[0]], other[: STAR.shape[0]])
+    assert not torch.allclose(one[STAR.shape[0] :], other[STAR.shape[0] :])
 
 
 def test_structural_graph_keeps_the_strongest_of_each_row(load_script):
