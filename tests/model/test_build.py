@@ -129,4 +129,4 @@ def test_missing_and_damaged_checkpoints_are_refused(tissue, make, checkpoint, t
 
 def test_budget_of_tokens_is_larger_for_a_foundation_model(tissue, make) -> None:
     assert make(tissue, n_tokens=None).n_tokens == 200
-    assert FIMP(tissue).n_tokens == 32
+    assert FIMP(tissue).n_tokens == 16

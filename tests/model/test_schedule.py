@@ -32,15 +32,23 @@ def test_expression(n_train: int, size: int, parts: int) -> None:
     assert (found.mask_ratio, found.validations, found.patience) == ((0.0, 0.4), 0, 3)
 
 
-@pytest.mark.parametrize(("n_train", "more"), [(1, 1), (4000, 1), (5000, 1.5), (8000, 3), (10_000, 4), (10**6, 4)])
-def test_more_cells_without_labels_make_more_and_larger_steps(n_train: int, more: float) -> None:
-    found = of(n_train)
+@pytest.mark.parametrize(
+    ("n_train", "more", "faster"),
+    [(1, 1, 1), (4000, 1, 1), (5000, 1.5, 3.375), (6000, 2, 8), (8000, 3, 16), (10_000, 4, 16), (10**6, 4, 16)],
+)
+@pytest.mark.parametrize("labeled", [(), (0,)])
+def test_more_cells_make_more_and_larger_steps(n_train: int, more: float, faster: float, labeled) -> None:
+    found = of(n_train, labeled=labeled)
     assert found.steps == 600 * more
-    assert found.plan == ({} if more == 1 else {"lr": pytest.approx(5e-4 * more)})
+    if labeled:
+        faster = min(faster, 8)
+    larger = {"lr": pytest.approx(5e-4 * faster), "lr_loadings": pytest.approx(2e-3 * faster**0.5)}
+    assert found.plan == ({} if more == 1 else larger)
 
 
-def test_labels_keep_the_usual_steps() -> None:
-    found = of(10_000, labeled=[3])
+def test_a_foundation_model_keeps_the_usual_steps() -> None:
+    data = SimpleNamespace(source=object(), library=np.zeros(10_000, int), label=np.full(10_000, -1))
+    found = Schedule.of(data, np.arange(10_000), None, pretrained=True)
     assert (found.steps, found.plan) == (600, {})
 
 

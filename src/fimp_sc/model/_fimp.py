@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-_TOKENS, _TOKENS_FOUNDATION = 32, 200
+_TOKENS, _TOKENS_FOUNDATION = 16, 200
 _WIDTH, _WIDTH_SEQUENCES, _LEAST_WIDTH = 64, 128, 12
 _DROPOUT, _DROPOUT_LABELS = 0.2, 0.5
 _CHECKPOINTS = {
@@ -59,7 +59,7 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
         Attention heads; must divide ``n_latent``.
     n_tokens
         Token budget: the highest values of a cell become tokens; in FIMP-base all genes enter the summary token. By
-        default 32, or 200 for a foundation model.
+        default 16, or 200 for a foundation model.
     token_size
         Of signals: time points of a segment, by default 20 or, of short recordings, a quarter; of images: pixels of the
         side of a patch, by default a quarter of the shorter side and at most 16. A dictionary by modality where there

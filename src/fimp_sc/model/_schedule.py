@@ -20,9 +20,10 @@ _BATCH = (64, 256)
 # Nodes of a recording that go into one batch: a part of it would read most of the others as neighbours.
 _RECORDING = 512
 _VALIDATIONS = 30
-# Expression without labels: up to this many training cells the linear model that training starts from is nearly all
-# that can be learnt, and small steps keep it; the more cells, the more and the larger the steps that pay.
-_FEW, _MOST, _LR = 4000, 4.0, 5e-4
+# Expression: up to this many training cells the linear model that training starts from is nearly all that can be
+# learnt, and small steps keep it; the more cells, the more and the larger the steps that pay.
+_FEW, _MOST, _FASTEST, _FASTEST_LABELS = 4000, 4.0, 16.0, 8.0
+_LR, _LR_LOADINGS = 5e-4, 2e-3
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,20 @@ class Schedule:
     plan: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, data: GraphData, train_idx: NDArray[np.int64], batch_size: int | None) -> Schedule:
-        """Return the schedule for training nodes; a given ``batch_size`` is kept."""
+    def of(
+        cls, data: GraphData, train_idx: NDArray[np.int64], batch_size: int | None, *, pretrained: bool = False
+    ) -> Schedule:
+        """Return the schedule for training nodes; a given ``batch_size`` is kept.
+
+        A ``pretrained`` foundation model is fine-tuned with as many and as large steps on many cells as on few.
+        """
         usual = int(np.clip(2 ** round(np.log2(max(len(train_idx) / 24, 1))), *_BATCH))
         labeled = bool((data.label[train_idx] >= 0).any())
         if data.source is not None:
             size = batch_size or usual
-            more = 1.0 if labeled else float(np.clip(2 * len(train_idx) / _FEW - 1, 1.0, _MOST))
-            plan = {"lr": more * _LR} if more > 1 else {}
+            more = 1.0 if pretrained else float(np.clip(2 * len(train_idx) / _FEW - 1, 1.0, _MOST))
+            faster = min(more**3, _FASTEST_LABELS if labeled else _FASTEST)
+            plan = {"lr": faster * _LR, "lr_loadings": faster**0.5 * _LR_LOADINGS} if more > 1 else {}
             return cls(size, max(size // _CELLS_PER_PART, 1), steps=round(more * _STEPS), plan=plan)
         # Signals and images start from less than expression does, and learn relations of pairs of nodes.
         largest = int(np.bincount(data.library[train_idx]).max())

@@ -19,6 +19,7 @@ from fimp_sc.data import BlockSplitter, split_by_blocks
 from fimp_sc.model._plan import FIMPTrainingPlan
 from fimp_sc.model._schedule import Schedule
 from fimp_sc.model._start import StartingModel
+from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,8 +93,8 @@ class TrainableModel(StartingModel):
         Parameters
         ----------
         max_epochs
-            Upper limit of epochs; by default as many as make about 600 steps, between 8 and 100; without labels
-            more from 4,000 training cells on, up to 2,400; where there are no genes 800 steps, in up to 400 epochs.
+            Upper limit of epochs; by default as many as make about 600 steps, between 8 and 100; of FIMP-base from
+            4,000 training cells on more, up to 2,400; where there are no genes 800 steps, in up to 400 epochs.
         accelerator, devices
             As in Lightning; ``"auto"`` takes a GPU when there is one. With several devices give ``strategy="ddp"``
             too: every device then takes its share of the blocks of an epoch, so that a step covers ``devices`` times
@@ -124,7 +125,7 @@ class TrainableModel(StartingModel):
             Validations without improvement to wait for, by default 3; where there are no genes 6, of about 30 in all.
         plan_kwargs
             Passed to the training plan (``lr``, ``weight_decay``, ...). By default ``lr`` grows with the number of
-            steps, from 5e-4 to 2e-3.
+            steps, from 5e-4 to 8e-3 (4e-3 with labels), and so does ``lr_loadings``, from 2e-3.
         **trainer_kwargs
             Passed to :class:`scvi.train.Trainer` and so to Lightning.
 
@@ -143,7 +144,8 @@ class TrainableModel(StartingModel):
             )
         data = self._graph_data(self.adata)
         train_idx, val_idx = self._split(data, validation_size, train_indices, validation_indices)
-        schedule = Schedule.of(data, train_idx, batch_size)
+        pretrained = isinstance(module.network, FoundationNetwork)
+        schedule = Schedule.of(data, train_idx, batch_size, pretrained=pretrained)
         mask_ratio = schedule.mask_ratio if mask_ratio is None else mask_ratio
         if not self.is_trained:
             data = self._start_from_data(data, train_idx, val_idx, class_balance, mask_ratio)
