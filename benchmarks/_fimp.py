@@ -62,6 +62,7 @@ VECTORS = {
 }
 ABLATIONS = {
     "FIMP, 8 tokens": Variant(model={"n_tokens": 8}),
+    "FIMP, 32 tokens": Variant(model={"n_tokens": 32}),
     "FIMP, 128 tokens": Variant(model={"n_tokens": 128}),
     "FIMP, 3 neighbours": Variant(n_neighbors=3),
     "FIMP, 12 neighbours": Variant(n_neighbors=12),
@@ -204,4 +205,4 @@ def _random_stack(folder: Path, adata: AnnData, layers: int) -> dict[str, Any]:
 
     genes = list(map(str, adata.var_names))
     write_checkpoint(folder, genes, width=64, layers=layers, heads=4, n_genes=len(genes) + 3)
-    return {"foundation": "scgpt", "checkpoint": folder, "train_foundation": "full", "n_tokens": 32}
+    return {"foundation": "scgpt", "checkpoint": folder, "train_foundation": "full", "n_tokens": 16}
