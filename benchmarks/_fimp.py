@@ -57,8 +57,8 @@ GENE_VECTORS = "spatialformer_gene_embeddings_512.npz"
 DEFAULT = {"FIMP": Variant()}
 CONTROLS = {"FIMP, shuffled positions": Variant(shuffled=True), "FIMP, no messages": Variant(n_neighbors=0)}
 VECTORS = {
-    "FIMP, gene vectors": Variant(vectors=GENE_VECTORS),
-    "FIMP, gene vectors permuted": Variant(vectors=GENE_VECTORS, permuted=True),
+    "FIMP, 32 tokens, gene vectors": Variant(model={"n_tokens": 32}, vectors=GENE_VECTORS),
+    "FIMP, 32 tokens, gene vectors permuted": Variant(model={"n_tokens": 32}, vectors=GENE_VECTORS, permuted=True),
 }
 ABLATIONS = {
     "FIMP, 8 tokens": Variant(model={"n_tokens": 8}),
