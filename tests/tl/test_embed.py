@@ -191,6 +191,12 @@ def test_arguments_without_effect_on_a_trained_model_are_an_error(reference, sec
         fimp_sc.tl.embed(section, model=reference, **{what: {"n_latent": 8}})
 
 
+def test_arguments_of_training_can_all_come_by_train_kwargs(section) -> None:
+    usual = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False}
+    fimp_sc.tl.embed(section, model_kwargs={"n_latent": 8}, train_kwargs=usual)
+    assert len(fimp_sc.tl.get_model(section).history["train_loss"]) == 2
+
+
 def test_untrained_model_is_an_error(tissue, section, unchanged) -> None:
     fimp_sc.pp.spatial_graph(tissue)
     FIMP.setup_anndata(tissue)
@@ -240,6 +246,7 @@ def spoil(adata: ad.AnnData, how: str) -> dict:
         "scale": {"input_scale": "raw"},
         "option": {"model_kwargs": {"n_latent": 10, "n_heads": 4}},
         "train option": {"train_kwargs": {"validation_size": 2.0}},
+        "epochs twice": {"max_epochs": 1, "train_kwargs": {"max_epochs": 2}},
     }.get(how, {})
 
 
@@ -258,6 +265,7 @@ def spoil(adata: ad.AnnData, how: str) -> dict:
         ("layer", KeyError, "'missing' is not in adata.layers"),
         ("library", KeyError, "library_key="),
         ("batch", KeyError, "batch_key="),
+        ("epochs twice", ValueError, "are the same argument"),
         ("graph key", KeyError, "connectivities_key="),
         ("scale", ValueError, "input_scale='raw'"),
         ("option", ValueError, "not a multiple"),

@@ -58,6 +58,11 @@ def fitted_model(
     """Return a model for the working copy: the given one, the remembered one, or one trained (or just built) now."""
     what = {"gene_embeddings": gene_embeddings, "foundation": foundation, "checkpoint": checkpoint}
     arguments = {name: value for name, value in what.items() if value is not None} | (model_kwargs or {})
+    twice = (train_kwargs or {}).get("max_epochs")
+    if max_epochs is not None and twice is not None:
+        raise ValueError(
+            f"max_epochs={max_epochs} and train_kwargs={{'max_epochs': {twice}}} are the same argument: leave one out."
+        )
     if isinstance(model, str | Path):
         given: FIMP | None
         if is_pretrained(model):
@@ -100,7 +105,8 @@ def fitted_model(
     if zero_shot:
         fresh.to_device(_device(accelerator))
         return fresh
-    fresh.train(max_epochs, accelerator=accelerator, **{"enable_progress_bar": verbose, **(train_kwargs or {})})
+    usual = {"max_epochs": max_epochs, "accelerator": accelerator, "enable_progress_bar": verbose}
+    fresh.train(**usual | (train_kwargs or {}))
     return fresh
 
 
