@@ -29,7 +29,8 @@ import anndata, torch
 import fimp_sc
 path, folder, max_epochs, accelerator = sys.argv[1:]
 section = anndata.read_h5ad(path)
-fimp_sc.tl.embed(section, max_epochs=int(max_epochs), accelerator=accelerator, verbose=False)
+how = {"model_kwargs": {"n_tokens": 32}, "accelerator": accelerator, "verbose": False}
+fimp_sc.tl.embed(section, max_epochs=int(max_epochs), **how)
 fimp_sc.tl.get_model(section).save(folder)
 print("{}")
 """
