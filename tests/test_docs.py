@@ -55,9 +55,8 @@ def small_tissue(n_obs: int = 240, random_state: int = 0) -> ad.AnnData:
 def _short(tmp_path, monkeypatch) -> None:
     """One epoch, a small tissue, no windows, and files in a folder that goes away."""
     train = FIMP.train
-    monkeypatch.setattr(
-        FIMP, "train", lambda self, *args, **kwargs: train(self, 1, **{**kwargs, "enable_progress_bar": False})
-    )
+    short = {"max_epochs": 1, "enable_progress_bar": False}
+    monkeypatch.setattr(FIMP, "train", lambda self, *args, **kwargs: train(self, **kwargs | short))
     monkeypatch.setattr(fimp_sc.datasets, "toy_tissue", small_tissue)
     monkeypatch.setattr(plt, "show", lambda *args, **kwargs: None)
     monkeypatch.setattr(_kinds, "_kinds", dict(_kinds.sequence_kinds()))

@@ -56,9 +56,8 @@ def run(content: dict, small: dict) -> dict:
 def _short(tmp_path, monkeypatch) -> None:
     """One epoch, no windows, no progress bars, and files in a folder that goes away."""
     train = FIMP.train
-    monkeypatch.setattr(
-        FIMP, "train", lambda self, *args, **kwargs: train(self, 1, **{**kwargs, "enable_progress_bar": False})
-    )
+    short = {"max_epochs": 1, "enable_progress_bar": False}
+    monkeypatch.setattr(FIMP, "train", lambda self, *args, **kwargs: train(self, **kwargs | short))
     monkeypatch.setattr(plt, "show", lambda *args, **kwargs: None)
     monkeypatch.chdir(tmp_path)
 
