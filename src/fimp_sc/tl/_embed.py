@@ -81,8 +81,8 @@ def embed(
     model
         A trained model, or the folder of a saved one, to apply without training; its genes are matched by name.
     max_epochs
-        Upper limit of epochs; by default about 600 steps, and up to four times as many from 4,000 cells on without
-        labels, with early stopping.
+        Upper limit of epochs; by default about 600 steps, and up to four times as many from 4,000 cells on, with early
+        stopping.
     accelerator
         ``"auto"`` takes a GPU when there is one.
     random_state
