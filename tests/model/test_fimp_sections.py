@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -9,7 +11,8 @@ import pytest
 from scipy import sparse
 
 import fimp_sc
-from fimp_sc.model import FIMP
+from fimp_sc.data._checks import check_values
+from fimp_sc.model import FIMP, _fields
 
 
 def other_section(n_obs=70, seed=5) -> ad.AnnData:
@@ -79,6 +82,16 @@ def test_sections_with_another_gene_list(trained: FIMP, kind: str) -> None:
         assert np.corrcoef(z.ravel(), reference.ravel())[0, 1] > 0.7
     else:
         np.testing.assert_allclose(z, reference, atol=1e-4)
+
+
+def test_an_object_is_registered_once(trained: FIMP, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+    read = []
+    monkeypatch.setattr(_fields, "check_values", lambda *a, **k: read.append(k["where"]) or check_values(*a, **k))
+    with caplog.at_level(logging.INFO, logger="fimp_sc"):
+        bound = FIMP.load_query_data(restrict(other_section(), list(trained.genes[::2])), trained)
+        bound.get_latent_representation()
+    assert read == ["adata.X"]
+    assert caplog.text.count("genes are known to the model") == 1
 
 
 @pytest.mark.parametrize("as_path", [str, lambda path: path])

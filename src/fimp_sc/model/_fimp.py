@@ -270,7 +270,10 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
         model.to_device(reference.device)
         model.module.eval()
         model.is_trained_ = reference.is_trained
-        model._validate_anndata(adata)
+        # Left to itself, scvi-tools would register the object once more, reading all of its values again.
+        model._adata = adata
+        model._adata_manager = cls._get_most_recent_anndata_manager(adata, required=True)
+        model._register_manager_for_instance(model._adata_manager)
         return model
 
     def save(self, *args: Any, **kwargs: Any) -> None:
