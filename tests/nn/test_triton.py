@@ -30,12 +30,15 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-def load(name: str) -> ModuleType:
-    """A second copy of the module: how its kernels run is decided when it is executed."""
-    origin = importlib.util.find_spec("fimp_sc.nn._triton").origin
-    spec = importlib.util.spec_from_file_location(name, origin)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def load() -> ModuleType:
+    """A second copy of the module and its kernels: how these run is decided when they are executed."""
+    names = ("fimp_sc.nn._triton_kernels", "fimp_sc.nn._triton")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            spec = importlib.util.find_spec(name)
+            module = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, name, module)
+            spec.loader.exec_module(module)
     return module
 
 
@@ -53,7 +56,7 @@ def interpreted() -> tuple[ModuleType, list[tuple]]:
             for name, function in vars(namespace).items()
             if isinstance(function, triton.JITFunction)
         ]
-        return load("_triton_interpreted"), exchange
+        return load(), exchange
 
 
 @pytest.fixture
@@ -329,13 +332,13 @@ def compile_kernels(dtype: torch.dtype, capability: int, dim: int, tokens: int, 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module = load("_triton_compiled")
+    module = load()
     element = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     types = dict.fromkeys(("Q", "K", "V", "OUT", "GRAD", "DQ", "DK", "DV"), f"*{element}")
     types |= dict.fromkeys(("LSE", "DELTA", "WEIGHT"), "*fp32") | {"PADDED": "*u8", "BOUND": "*i32"}
     types |= dict.fromkeys(("INDPTR", "INDICES", "EDGES", "DESTINATIONS"), "*i64")
     types |= dict.fromkeys(("scale", "scale_log2"), "fp32")
-    for kernel in (module._forward_kernel, module._destination_kernel, module._source_kernel):
+    for kernel in (module.forward_kernel, module.destination_kernel, module.source_kernel):
         options = module._options(dtype, dim, tokens, tokens, torch.zeros(1) if padded else None)
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
         constants = options if padded else {**options, "PADDED": None, "BOUND": None}
@@ -369,12 +372,12 @@ def test_kernels_compile(tmp_path: Path) -> None:
 def test_compiled_kernels_need_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x = torch.zeros(1, 1, 1, 16)
-    assert "CUDA devices, not on 'cpu'" in load("_triton_compiled").unsupported(x, x)
+    assert "CUDA devices, not on 'cpu'" in load().unsupported(x, x)
 
 
 def test_module_imports_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    module = load("_without_triton")
+    module = load()
     x = torch.zeros(1, 1, 1, 16)
     assert module.unsupported(x, x) == "triton is not installed"
     with pytest.raises(ValueError, match="triton is not installed"):
