@@ -180,7 +180,7 @@ def test_linear_smoother_is_non_negative_least_squares_component_by_component() 
         problem = make_smoother_problem(seed, n=530 if seed == 0 else 40)
         expected = fit_by_brute_force(**problem, n_neighbourhood=3, random_state=seed)
         problem |= {name: sparse.csr_matrix(problem[name]) for name in ("cells", "around")}
-        own, neighbours = linear_smoother(**problem, n_neighbourhood=3, random_state=seed)
+        own, neighbours, _ = linear_smoother(**problem, n_neighbourhood=3, random_state=seed)
         assert (own.shape, neighbours.shape) == ((4,), (3,))
         np.testing.assert_allclose(own, expected[0], rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(neighbours, expected[1], rtol=1e-3, atol=1e-5)
@@ -217,6 +217,44 @@ def test_components_of_noise_start_smaller_than_those_of_signal() -> None:
     assert factor[0] > 0.6
     assert factor[4] < 0.5 * factor[0]
     assert shrunk.value_head.loading[:, 5:].abs().max() < 1e-6
+
+
+def count_by_brute_force(slope: np.ndarray, weight: np.ndarray) -> int:
+    """Components above 0.05 of the closest sequence that never rises, by its min-max formula."""
+    n = len(slope)
+    mean = [
+        [np.average(slope[i : j + 1], weights=weight[i : j + 1]) if j >= i else 0.0 for j in range(n)] for i in range(n)
+    ]
+    return sum(max(min(mean[i][j] for i in range(k + 1)) for j in range(k, n)) > 0.05 for k in range(n))
+
+
+def test_components_that_tell_something_are_counted() -> None:
+    found = set()
+    for seed in range(100):
+        problem = make_smoother_problem(seed)
+        encode, decode, centred = problem["encode"], problem["decode"], problem["cells"] - problem["mean"]
+        hidden = np.random.default_rng(seed).random(centred.shape) < 0.15
+        row, gene = np.nonzero(hidden)
+        scores = (np.where(hidden, 0.0, centred) @ encode / 0.85)[row] * decode[gene]
+        square = (scores**2).sum(0)
+        expected = count_by_brute_force(scores.T @ centred[row, gene] / square, square)
+        problem |= {name: sparse.csr_matrix(problem[name]) for name in ("cells", "around")}
+        assert linear_smoother(**problem, n_neighbourhood=3, random_state=seed).n_telling == expected
+        found.add(expected)
+    assert len(found) >= 4
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_components_of_noise_are_left_out_of_the_summary_on_demand(drop: bool) -> None:
+    module = make_module()
+    # Components of other cells tell nothing of these.
+    strangers = cells(400, seed=1)[:, ::-1]
+    start(module, cells(), strangers, strangers, drop_noise=drop)
+    told = (module.network.embedding.loading[:, :5].abs().sum(0) > 0).numpy()
+    read = (module.value_head.loading[:, :5].abs().sum(0) > 0).numpy()
+    assert told[:2].all(), "the neighbours' mean is read from these"
+    assert told.all() != drop
+    assert not read[~told].any()
 
 
 def test_wider_than_the_data_leaves_the_rest_zero() -> None:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from scipy import sparse
 
 import fimp_sc
 from fimp_sc.data import BlockSplitter
-from fimp_sc.model import FIMP
+from fimp_sc.model import FIMP, _start
 from fimp_sc.model._train import _BestWeights
 
 
@@ -271,6 +272,32 @@ def test_training_goes_on_where_it_stopped(tissue, make_model, train) -> None:
     assert (model.module.gene_mean == mean).all()
     assert modes
     assert all(modes), "with dropout"
+
+
+@pytest.mark.parametrize(
+    ("labels_key", "few", "dropped"), [(None, 1000, True), ("label", 1000, False), (None, 50, False)]
+)
+def test_components_of_noise_start_empty_without_labels_on_few_cells(
+    tissue, make_model, train, monkeypatch, labels_key, few, dropped
+) -> None:
+    """Shuffled within each gene, cells have nothing in common but chance."""
+    rng = np.random.default_rng(0)
+    tissue.X = sparse.csr_matrix(rng.permuted(tissue.X.toarray(), axis=0))
+    monkeypatch.setattr(_start, "FEW_CELLS", few)
+    model = make_model(tissue, {"labels_key": labels_key})
+    started = []
+    start = model.module.start_as_smoother
+
+    def spy(*args, **kwargs) -> None:
+        start(*args, **kwargs)
+        started.append((model.module.network.embedding.loading.detach().abs().sum(0) == 0).numpy())
+
+    monkeypatch.setattr(model.module, "start_as_smoother", spy)
+    train(model, max_epochs=1)
+    network = model.module.network
+    free = started[0][network.n_neighbourhood : network.n_own]
+    assert free.any() == dropped
+    assert not started[0][: network.n_neighbourhood].any()
 
 
 def test_default_number_of_epochs_is_a_budget_of_steps(tissue, make_model, monkeypatch) -> None:

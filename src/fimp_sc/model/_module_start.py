@@ -162,6 +162,7 @@ class StartingModule(BaseModuleClass):
         around: sparse.csr_matrix,
         mean: np.ndarray,
         *,
+        drop_noise: bool = False,
         random_state: int = 0,
     ) -> None:
         """Let training start as the best linear smoother of principal components.
@@ -179,6 +180,9 @@ class StartingModule(BaseModuleClass):
             ``(n_validation, n_features)`` CSR, mean expression around each validation cell.
         mean
             ``(n_features,)`` mean expression of the training cells.
+        drop_noise
+            Whether the summary leaves out the last components, which tell nothing: their columns are free for what is
+            learnt.
         random_state
             Seed.
         """
@@ -203,9 +207,12 @@ class StartingModule(BaseModuleClass):
         columns = np.zeros((len(mean), n_own + shared))
         columns[:, :n_components] = decode
         if validation.shape[0]:
-            own, neighbours = linear_smoother(validation, around, mean, encode, decode, shared, random_state)
-            columns[:, :n_components] = decode * own
-            columns[:, n_own:] = decode[:, :shared] * neighbours
+            fit = linear_smoother(validation, around, mean, encode, decode, shared, random_state)
+            columns[:, :n_components] = decode * fit.own
+            columns[:, n_own:] = decode[:, :shared] * fit.neighbours
+            if drop_noise:
+                kept = max(fit.n_telling, shared)
+                encode[:, kept:] = columns[:, kept:n_components] = 0.0
         self.network.embedding.start_from(encode)
         self.value_head.start_from(columns)
         if self.label_head is not None:

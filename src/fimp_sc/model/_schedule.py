@@ -22,7 +22,8 @@ _RECORDING = 512
 _VALIDATIONS = 30
 # Expression: up to this many training cells the linear model that training starts from is nearly all that can be
 # learnt, and small steps keep it; the more cells, the more and the larger the steps that pay.
-_FEW, _MOST, _FASTEST, _FASTEST_LABELS = 4000, 4.0, 16.0, 8.0
+FEW_CELLS = 4000
+_MOST, _FASTEST, _FASTEST_LABELS = 4.0, 16.0, 8.0
 _LR, _LR_LOADINGS = 5e-4, 2e-3
 
 
@@ -70,7 +71,7 @@ class Schedule:
         labeled = bool((data.label[train_idx] >= 0).any())
         if data.source is not None:
             size = batch_size or usual
-            more = 1.0 if pretrained else float(np.clip(2 * len(train_idx) / _FEW - 1, 1.0, _MOST))
+            more = 1.0 if pretrained else float(np.clip(2 * len(train_idx) / FEW_CELLS - 1, 1.0, _MOST))
             faster = min(more**3, _FASTEST_LABELS if labeled else _FASTEST)
             plan = {"lr": faster * _LR, "lr_loadings": faster**0.5 * _LR_LOADINGS} if more > 1 else {}
             return cls(size, max(size // _CELLS_PER_PART, 1), steps=round(more * _STEPS), plan=plan)

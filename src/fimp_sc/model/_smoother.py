@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from sklearn.isotonic import isotonic_regression
 
 if TYPE_CHECKING:
     from scipy import sparse
 
 _HIDDEN = 0.15
+# Least share of a component's score that is not noise.
+_TELLING = 0.05
+
+
+class Smoother(NamedTuple):
+    """What components tell about hidden entries.
+
+    Attributes
+    ----------
+    own, neighbours
+        ``(k,)`` and ``(n_neighbourhood,)``: non-negative factors of the cell's and of its neighbours' scores.
+    n_telling
+        Number of leading components whose scores of the cell alone tell anything.
+    """
+
+    own: np.ndarray
+    neighbours: np.ndarray
+    n_telling: int
 
 
 def linear_smoother(
@@ -20,7 +39,7 @@ def linear_smoother(
     decode: np.ndarray,
     n_neighbourhood: int,
     random_state: int,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Smoother:
     """Fit hidden entries by each component of the cell's visible entries and of its neighbours' mean.
 
     Parameters
@@ -38,8 +57,7 @@ def linear_smoother(
 
     Returns
     -------
-    Two non-negative vectors, ``(k,)`` and ``(n_neighbourhood,)``: factors of the cell's and of the neighbours'
-    scores, fitted component by component with least squares.
+    Factors fitted with least squares, component by component.
     """
     rng = np.random.default_rng(random_state)
     square = np.zeros((encode.shape[1], 2, 2))
@@ -59,4 +77,14 @@ def linear_smoother(
     better = (single * product).argmax(1)[:, None] == np.arange(2)
     fitted = np.where(both.min(1, keepdims=True) >= 0, both, np.where(better, single, 0.0))
     fitted[n_neighbourhood:, 0] = single[n_neighbourhood:, 0]
-    return fitted[:, 0], fitted[:n_neighbourhood, 1]
+    return Smoother(fitted[:, 0], fitted[:n_neighbourhood, 1], _n_telling(square[:, 0, 0], product[:, 0]))
+
+
+def _n_telling(square: np.ndarray, product: np.ndarray) -> int:
+    """Count leading components with a slope; no component is taken to tell more than one before it.
+
+    The slope of what is hidden on a score is the share of the score that is signal, if few cells let it be known.
+    """
+    slope = product / np.maximum(square, 1e-12)
+    weight = square + 1e-6 * square.mean() + 1e-12
+    return int((isotonic_regression(slope, sample_weight=weight, increasing=False) > _TELLING).sum())

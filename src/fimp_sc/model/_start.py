@@ -10,6 +10,7 @@ from lightning.fabric.utilities import move_data_to_device
 from fimp_sc.data import BlockDataset, BlockSampler
 from fimp_sc.model._base import GraphModel
 from fimp_sc.model._inference import infer
+from fimp_sc.model._schedule import FEW_CELLS
 from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
@@ -78,8 +79,15 @@ class StartingModel(GraphModel):
         mean_of = data.graph.averaging(seen, self.n_layers)
         sources = np.unique(mean_of.indices)
         around = mean_of[:, sources] @ source.sparse_rows(sources)
+        # What labels, or training on many cells, can use of components that tell nothing by themselves is not known.
+        drop = not self.classes and len(train_idx) <= FEW_CELLS
         module.start_as_smoother(
-            rows, source.sparse_rows(seen), around, statistics.mean, random_state=self.random_state
+            rows,
+            source.sparse_rows(seen),
+            around,
+            statistics.mean,
+            drop_noise=drop,
+            random_state=self.random_state,
         )
 
     def _start_from_sequences(self, data: GraphData, train_idx: np.ndarray, mask_ratio: tuple[float, float]) -> None:
