@@ -1,10 +1,12 @@
-"""Render the results: ``python benchmarks/tables.py`` writes RESULTS.md from the CSV files."""
+"""Render the results: ``python benchmarks/tables.py`` writes RESULTS.md and its figures from the CSV files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pandas as pd
+
+import plots
 
 HERE = Path(__file__).resolve().parent
 TITLES = {
@@ -67,7 +69,12 @@ def render(folder: Path) -> str:
         "makes it is in [README.md](README.md); `python benchmarks/tables.py` makes this page from the CSV files in",
         "`results/`.",
         "",
+        "In the figures a dot is a seed, a line the mean over seeds, the band FIMP's mean ± standard deviation; an",
+        "arrow stands for a method that is further to the left, dotted lines for oracles that know the rates behind",
+        "the counts.",
+        "",
     ]
+    page += [line for name in plots.FIGURES for line in (f"![{name.replace('_', ' ')}](figures/{name}.svg)", "")]
     for name, title in TITLES.items():
         path = folder / f"{name}.csv"
         if not path.exists():
@@ -86,5 +93,6 @@ def render(folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    plots.main()
     (HERE / "RESULTS.md").write_text(render(HERE / "results"))
     print("written: RESULTS.md")

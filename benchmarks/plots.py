@@ -1,0 +1,141 @@
+"""Draw the results: ``python benchmarks/plots.py`` makes the figures of RESULTS.md from the CSV files.
+
+One dot for each seed, a line at the mean, and a band of FIMP's mean ± standard deviation over seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+HERE = Path(__file__).resolve().parent
+NAMES = {"dlpfc": "DLPFC 151673", "dlpfc_151674": "DLPFC 151674", "starmap": "STARmap", "merfish": "MERFISH"}
+NETWORKS = ("MLP", "GCN", "GraphSAGE", "GAT", "GIN", "GPS", "GraphMAE", "GraphST", "STAGATE")
+COLOURS = {"FIMP": "#d55e00", "variants of FIMP": "#e69f00", "networks": "#0072b2", "others": "#666666"}
+OURS = ("FIMP", "tl.niches")
+ORACLES = "noise_ceiling"
+ROW = 0.17  # inches
+LEAST = 0.6  # of FIMP's mean: scores further below are drawn at the edge
+
+
+class Panel(NamedTuple):
+    """One score of the rows of a data set in a CSV file."""
+
+    file: str
+    data: str
+    score: str
+    title: str
+
+
+FIGURES = {
+    "annotation": (
+        "macro-F1",
+        [
+            Panel("annotate_section", "dlpfc", "macro_f1", "another section: DLPFC"),
+            *(Panel("annotate_blocks", d, "macro_f1", f"blocks: {NAMES[d]}") for d in ("dlpfc", "starmap", "merfish")),
+        ],
+    ),
+    "hidden_expression": (
+        "R² around gene means",
+        [Panel("masked_expression", d, "r2_gene", NAMES[d]) for d in ("dlpfc", "starmap", "merfish")],
+    ),
+    "embedding": (
+        "macro-F1 of a linear probe (left), adjusted Rand index of clusters (right)",
+        [
+            *(Panel("embedding", d, "macro_f1", f"types: {NAMES[d]}") for d in ("dlpfc", "dlpfc_151674", "starmap")),
+            *(
+                Panel("embedding", d, "ari_smoothed", f"regions: {NAMES[d]}")
+                for d in ("dlpfc", "dlpfc_151674", "starmap")
+            ),
+        ],
+    ),
+}
+
+
+def kind(method: str) -> str:
+    """Key of `COLOURS`."""
+    if method in OURS:
+        return "FIMP"
+    if method.startswith(tuple(f"{name}, " for name in OURS)):
+        return "variants of FIMP"
+    return "networks" if method.split(",")[0] in NETWORKS else "others"
+
+
+def rows_of(folder: Path, panel: Panel) -> pd.DataFrame:
+    """Columns ``method``, ``seed`` and ``score`` of a panel; empty where the file or the score is not there."""
+    path = folder / f"{panel.file}.csv"
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    if panel.score not in table:
+        return pd.DataFrame({"method": [], "seed": [], "score": []})
+    rows = table[table.data == panel.data].rename(columns={panel.score: "score"})
+    return rows.loc[rows.score.notna(), ["method", "seed", "score"]]
+
+
+def digest(folder: Path, panels: list[Panel]) -> str:
+    """What a figure says of the rows that it was made from, to tell whether they have changed since."""
+    return hashlib.sha256("".join(rows_of(folder, panel).to_csv() for panel in panels).encode()).hexdigest()
+
+
+def draw(folder: Path, label: str, panels: list[Panel]) -> Any:
+    """Figure of some panels side by side, one row for each method that any of them has."""
+    tables = [rows_of(folder, panel) for panel in panels]
+    methods = list(dict.fromkeys(name for table in tables for name in table.method))
+    # Groups together, in the order of the tables otherwise.
+    methods.sort(key=lambda name: list(COLOURS).index(kind(name)))
+    place = {name: i for i, name in enumerate(methods)}
+    size = (2.2 + 2.1 * len(panels), 1.1 + ROW * max(len(methods), 3))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for ax, panel, rows in zip(axes[0], panels, tables, strict=True):
+        ours = rows.score[rows.method == "FIMP"]
+        least = LEAST * ours.mean() if len(ours) else -np.inf
+        if len(ours):
+            ax.axvspan(
+                ours.mean() - ours.std(ddof=0), ours.mean() + ours.std(ddof=0), color=COLOURS["FIMP"], alpha=0.15, lw=0
+            )
+        for name, scores in rows.groupby("method", sort=False).score:
+            y, colour = place[name], COLOURS[kind(name)]
+            ax.scatter(scores.clip(lower=least), np.full(len(scores), y), s=7, color=colour, alpha=0.6, lw=0)
+            ax.plot(
+                [max(scores.mean(), least)], [y], "<" if scores.mean() < least else "|", color=colour, ms=7, mew=1.4
+            )
+        if panel.file == "masked_expression":
+            for name, scores in rows_of(folder, panel._replace(file=ORACLES)).groupby("method").score:
+                ax.axvline(scores.mean(), color="#333333", lw=0.8, ls=":", label=name)
+        ax.set_title(panel.title, fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.grid(axis="y", color="#eeeeee", lw=0.6)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    first = axes[0, 0]
+    first.set_yticks(range(len(methods)), methods)
+    for tick, name in zip(first.get_yticklabels(), methods, strict=True):
+        tick.set_color(COLOURS[kind(name)])
+    first.set_ylim(len(methods) - 0.4, -0.6)
+    figure.supxlabel(label, fontsize=8)
+    return figure
+
+
+def main() -> None:
+    """Write all figures."""
+    folder = HERE / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, (label, panels) in FIGURES.items():
+        path = folder / f"{name}.svg"
+        # Without a date and with fixed ids, a file only changes when the figure does.
+        with mpl.rc_context({"svg.hashsalt": "fimp-sc", "svg.fonttype": "none", "font.family": "sans-serif"}):
+            figure = draw(HERE / "results", label, panels)
+            figure.savefig(path, metadata={"Date": None, "Description": digest(HERE / "results", panels)})
+            plt.close(figure)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
+        print(f"written: {path.relative_to(HERE)}")
+
+
+if __name__ == "__main__":
+    main()
