@@ -93,5 +93,5 @@ GROUPS: dict[str, dict[str, Method]] = {
 
 if __name__ == "__main__":
     _harness.main(
-        "niches", __doc__, ("dlpfc", "dlpfc_151674"), problem, GROUPS, default=("baselines", "fimp")
+        "niches", __doc__, ("dlpfc", "dlpfc_151674", "starmap"), problem, GROUPS, default=("baselines", "fimp")
     )  # fmt: skip
