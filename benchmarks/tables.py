@@ -69,9 +69,9 @@ def render(folder: Path) -> str:
         "makes it is in [README.md](README.md); `python benchmarks/tables.py` makes this page from the CSV files in",
         "`results/`.",
         "",
-        "In the figures a dot is a seed, a line the mean over seeds, the band FIMP's mean ± standard deviation; an",
-        "arrow stands for a method that is further to the left, dotted lines for oracles that know the rates behind",
-        "the counts.",
+        "The figures show differences from FIMP on the same seed: a dot is a seed, a line the mean over seeds, an",
+        "arrow a method that is further to the left, dotted lines for oracles that know the rates behind the",
+        "counts. Right of the line at nought a method is ahead of FIMP.",
         "",
     ]
     page += [line for name in plots.FIGURES for line in (f"![{name.replace('_', ' ')}](figures/{name}.svg)", "")]

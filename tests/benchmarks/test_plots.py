@@ -40,27 +40,41 @@ def test_figures_are_of_the_rows_that_are_there(plots):
             assert len(plots.rows_of(plots.HERE / "results", panel)) > 10
 
 
+def test_differences_are_those_of_the_same_seed(plots, folder):
+    for data in ("dlpfc", "starmap"):
+        found = plots.differences(folder, plots.Panel("masked_expression", data, "r2_gene", ""))
+        for name, scores in SCORES.items():
+            expected = [x - ours for x, ours in zip(scores, SCORES["FIMP"], strict=False)]
+            assert found.score[found.method == name].tolist() == pytest.approx(expected)
+    oracle = plots.differences(folder, plots.Panel("noise_ceiling", "dlpfc", "r2_gene", ""))
+    assert oracle.score.tolist() == pytest.approx([0.0, 0.3])
+    absent = plots.Panel("noise_ceiling", "starmap", "r2_gene", "")
+    assert not len(plots.differences(folder, absent))
+
+
 def test_every_seed_is_a_dot_and_every_mean_a_line(plots, folder):
     panels = [plots.Panel("masked_expression", data, "r2_gene", data) for data in ("dlpfc", "starmap", "merfish")]
     axes = plots.draw(folder, "score", panels).axes
     names = [tick.get_text() for tick in axes[0].get_yticklabels()]
-    assert names == ["FIMP", "FIMP, no messages", "GCN, PCs", "logistic, own"]
+    assert names == ["FIMP, no messages", "GCN, PCs", "logistic, own"]
     for ax, shift in zip(axes[:2], (0.0, 0.05), strict=True):
-        edge = 0.6 * (0.8 + shift)
+        edge = -0.4 * (0.8 + shift)
         dots = {(round(float(x), 6), names[round(y)]) for c in ax.collections for x, y in np.asarray(c.get_offsets())}
-        expected = {(round(max(x + shift, edge), 6), name) for name, scores in SCORES.items() for x in scores}
-        assert dots == expected
+        assert dots == {
+            (round(max(x - ours, edge), 6), name)
+            for name in names
+            for x, ours in zip(SCORES[name], SCORES["FIMP"], strict=False)
+        }
         means = {
             names[round(line.get_ydata()[0])]: (line.get_xdata()[0], line.get_marker())
             for line in ax.lines
             if line.get_marker() in ("|", "<")
         }
-        assert means["GCN, PCs"] == (pytest.approx(0.6 + shift), "|")
+        assert means["GCN, PCs"] == (pytest.approx(-0.2), "|")
         assert means["logistic, own"] == (pytest.approx(edge), "<")
-        left, right = ax.patches[0].get_x(), ax.patches[0].get_x() + ax.patches[0].get_width()
-        assert (left, right) == (pytest.approx(0.7 + shift), pytest.approx(0.9 + shift))
-    assert [line.get_xdata()[0] for line in axes[0].lines if line.get_linestyle() == ":"] == [pytest.approx(0.95)]
-    assert not axes[2].lines
+        assert ax.get_title() == f"{'starmap' if shift else 'dlpfc'}\nFIMP {0.8 + shift:.3f} ± 0.100"
+    assert [line.get_xdata()[0] for line in axes[0].lines if line.get_linestyle() == ":"] == [pytest.approx(0.15)]
+    assert not axes[2].collections
 
 
 def test_a_digest_follows_its_rows_alone(plots, folder):
