@@ -18,7 +18,6 @@ HERE = Path(__file__).resolve().parent
 NAMES = {"dlpfc": "DLPFC 151673", "dlpfc_151674": "DLPFC 151674", "starmap": "STARmap", "merfish": "MERFISH"}
 NETWORKS = ("MLP", "GCN", "GraphSAGE", "GAT", "GIN", "GPS", "GraphMAE", "GraphST", "STAGATE")
 COLOURS = {"FIMP": "#d55e00", "variants of FIMP": "#e69f00", "networks": "#0072b2", "others": "#666666"}
-OURS = ("FIMP", "tl.niches")
 MASKED, ORACLES = "masked_expression", "noise_ceiling"
 ROW = 0.17  # inches
 LEAST = -0.4  # of FIMP's mean: differences further below are drawn at the edge
@@ -60,10 +59,8 @@ FIGURES = {
 
 def kind(method: str) -> str:
     """Key of `COLOURS`."""
-    if method in OURS:
-        return "FIMP"
-    if method.startswith(tuple(f"{name}, " for name in OURS)):
-        return "variants of FIMP"
+    if method.startswith("FIMP"):
+        return "FIMP" if method == "FIMP" else "variants of FIMP"
     return "networks" if method.split(",")[0] in NETWORKS else "others"
 
 
@@ -77,17 +74,20 @@ def rows_of(folder: Path, panel: Panel) -> pd.DataFrame:
     return rows.loc[rows.score.notna(), ["method", "seed", "score"]]
 
 
-def differences(folder: Path, panel: Panel) -> pd.DataFrame:
-    """As `rows_of`, with scores less those of FIMP on the same seed; without seeds that FIMP did not run."""
-    rows, against = rows_of(folder, panel), rows_of(folder, panel._replace(file=panel.file.replace(ORACLES, MASKED)))
-    ours = against[against.method == "FIMP"].set_index("seed").score
-    rows["score"] -= rows.seed.map(ours)
+def differences(folder: Path, panel: Panel, file: str | None = None) -> pd.DataFrame:
+    """Rows of a panel, or of its data set in another `file`, with scores less those of FIMP in it on the same seed.
+
+    Seeds that FIMP did not run are left out.
+    """
+    ours, rows = rows_of(folder, panel), rows_of(folder, panel._replace(file=file or panel.file))
+    rows["score"] -= rows.seed.map(ours[ours.method == "FIMP"].set_index("seed").score)
     return rows.dropna()
 
 
 def digest(folder: Path, panels: list[Panel]) -> str:
     """What a figure says of the rows that it was made from, to tell whether they have changed since."""
-    return hashlib.sha256("".join(rows_of(folder, panel).to_csv() for panel in panels).encode()).hexdigest()
+    drawn = panels + [panel._replace(file=ORACLES) for panel in panels if panel.file == MASKED]
+    return hashlib.sha256("".join(rows_of(folder, panel).to_csv() for panel in drawn).encode()).hexdigest()
 
 
 def draw(folder: Path, label: str, panels: list[Panel]) -> Any:
@@ -109,7 +109,7 @@ def draw(folder: Path, label: str, panels: list[Panel]) -> Any:
             ax.scatter(scores.clip(lower=least), np.full(len(scores), y), s=7, color=colour, alpha=0.6, lw=0)
             ax.plot([max(mean, least)], [y], "<" if mean < least else "|", color=colour, ms=7, mew=1.4)
         if panel.file == MASKED:
-            for name, scores in differences(folder, panel._replace(file=ORACLES)).groupby("method").score:
+            for name, scores in differences(folder, panel, ORACLES).groupby("method").score:
                 ax.axvline(scores.mean(), color="#333333", lw=0.8, ls=":", label=name)
         title = f"{panel.title}\nFIMP {ours.mean():.3f} ± {ours.std(ddof=0):.3f}" if len(ours) else panel.title
         ax.set_title(title, fontsize=8)

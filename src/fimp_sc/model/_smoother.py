@@ -83,7 +83,8 @@ def linear_smoother(
 def _n_telling(square: np.ndarray, product: np.ndarray) -> int:
     """Count leading components with a slope; no component is taken to tell more than one before it.
 
-    The slope of what is hidden on a score is the share of the score that is signal, if few cells let it be known.
+    The slope of what is hidden on a score is the share of the score that is signal. Few cells leave it noisy, which
+    the order makes up for.
     """
     slope = product / np.maximum(square, 1e-12)
     weight = square + 1e-6 * square.mean() + 1e-12

@@ -79,7 +79,7 @@ class StartingModel(GraphModel):
         mean_of = data.graph.averaging(seen, self.n_layers)
         sources = np.unique(mean_of.indices)
         around = mean_of[:, sources] @ source.sparse_rows(sources)
-        # What labels, or training on many cells, can use of components that tell nothing by themselves is not known.
+        # Labels, and training on many cells, make use of components that tell nothing by themselves.
         drop = not self.classes and len(train_idx) <= FEW_CELLS
         module.start_as_smoother(
             rows,
