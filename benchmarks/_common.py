@@ -58,28 +58,22 @@ DATA = {
 ONLINE = ("slideseqv2", "seqfish")
 
 
-GROUPS = ("baselines", "fimp", "shuffled")
-
-
 def parser(
-    doc: str | None,
-    datasets: tuple[str, ...] = (),
-    methods: tuple[tuple[str, ...], tuple[str, ...]] = (GROUPS, GROUPS[:2]),
-    more: tuple[str, ...] = (),
+    doc: str | None, datasets: tuple[str, ...] = (), more: tuple[str, ...] = (), *, epochs: bool = False
 ) -> argparse.ArgumentParser:
-    """Arguments that all scripts have.
+    """Arguments that scripts share; with `epochs` also those of FIMP.
 
-    `datasets` are the default of ``--datasets``, and with `more` its choices; `methods` are the choices and the default
-    of ``--methods``.
+    `datasets` are the default of ``--datasets``, and with `more` its choices.
     """
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.set_defaults(max_epochs=None)
     p.add_argument("--data", type=Path, default=os.environ.get("FIMP_SC_DATA", HERE.parent.parent / "shared" / "data"))
     p.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, … (splits, hidden entries and FIMP)")
-    p.add_argument("--max-epochs", type=int, default=None, help="epochs of FIMP; default: FIMP's own")
     p.add_argument("--accelerator", default="auto")
-    p.add_argument("--methods", nargs="+", default=list(methods[1]), choices=methods[0])
     p.add_argument("--quick", action="store_true", help="1 seed, 1 epoch: checks that the script runs")
     p.add_argument("--again", action="store_true", help="compute rows that are there already, too")
+    if epochs:
+        p.add_argument("--max-epochs", type=int, help="epochs of FIMP; default: FIMP's own")
     if datasets:
         p.add_argument("--datasets", nargs="+", default=list(datasets), choices=(*datasets, *more))
     return p

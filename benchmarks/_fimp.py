@@ -17,6 +17,7 @@ from _harness import Fit, Method, MissingError, Run
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
     from _problems import Annotation, Embedding, Masked
 
@@ -121,7 +122,7 @@ def annotate(problem: Annotation, run: Run, variant: Variant) -> Fit:
     """Labels of the query cells."""
     prepared = _graphs(problem.reference, problem, run, variant)
     how = {"labels_key": "label", "unlabeled_category": "Unknown", "library_key": problem.library_key}
-    model, fit = _train(prepared, run, variant, **how)
+    model, fit = train(prepared, run, variant, **how)
     if problem.query is not problem.reference:
         model = _apply(model, _graphs(problem.query, problem, run, variant))
     return replace(fit, values=np.asarray(model.predict()).astype(str))
@@ -130,7 +131,7 @@ def annotate(problem: Annotation, run: Run, variant: Variant) -> Fit:
 def masked(problem: Masked, run: Run, variant: Variant) -> Fit:
     """Expression of the test cells, (n_test, n_vars)."""
     part = _graphs(problem.adata[~problem.test], problem, run, variant)
-    model, fit = _train(part, run, variant, library_key=problem.library_key, input_scale="log")
+    model, fit = train(part, run, variant, library_key=problem.library_key, input_scale="log")
     whole = _apply(model, _graphs(problem.adata, problem, run, variant))
     how = {"indices": np.flatnonzero(problem.test), "hidden": problem.hidden, "scale": "log"}
     return replace(fit, values=np.asarray(whole.get_expression(**how)))
@@ -139,7 +140,7 @@ def masked(problem: Masked, run: Run, variant: Variant) -> Fit:
 def embed(problem: Embedding, run: Run, variant: Variant) -> Fit:
     """The embedding that ``tl.embed`` writes, (n_obs, n_latent)."""
     prepared = _graphs(problem.adata, problem, run, variant)
-    model, fit = _train(prepared, run, variant, library_key=problem.library_key)
+    model, fit = train(prepared, run, variant, library_key=problem.library_key)
     return replace(fit, values=model.get_latent_representation())
 
 
@@ -153,10 +154,11 @@ def _graphs(adata: AnnData, problem: Any, run: Run, variant: Variant) -> AnnData
     return prepare(adata, problem.library_key, shuffle_seed=shuffle, n_neighbors=variant.n_neighbors)
 
 
-def _train(adata: AnnData, run: Run, variant: Variant, **setup: Any) -> tuple[Any, Fit]:
+def train(adata: AnnData | MuData, run: Run, variant: Variant, **setup: Any) -> tuple[Any, Fit]:
+    """The trained model, and what it took; `setup` are arguments of ``FIMP.setup_anndata`` or ``FIMP.setup_mudata``."""
     from fimp_sc.model import FIMP
 
-    FIMP.setup_anndata(adata, **setup)
+    (FIMP.setup_mudata if "modality" in setup else FIMP.setup_anndata)(adata, **setup)
     arguments = dict(variant.model)
     if variant.vectors is not None:
         arguments |= _with_vectors(adata, run, variant)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import scipy.sparse as sp
@@ -11,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from _harness import Fit
+
 KINDS = ("GCN", "GraphSAGE", "GAT", "GIN", "GPS")
 EPOCHS, PATIENCE = 300, 30
 HEADS = 4
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def edge_index(graph: sp.spmatrix, copies: int = 1) -> torch.Tensor:
@@ -135,7 +137,7 @@ def fit(
     weight_decay: float = 0.0,
     epochs: int | None = None,
     patience: int = PATIENCE,
-) -> float:
+) -> Training:
     """Train until `validate` (lower is better) has not improved for `patience` epochs; keep the best weights.
 
     `losses` gives the losses of one epoch, one for each step.
@@ -143,78 +145,14 @@ def fit(
     training = Training(model, losses, validate, lr=lr, weight_decay=weight_decay, patience=patience)
     training.run(EPOCHS if epochs is None else epochs)
     training.finish()
-    return float(training.best)
+    return training
 
 
-def classify(
-    kind: str,
-    x: np.ndarray,
-    graph: sp.spmatrix,
-    labels: np.ndarray,
-    train: np.ndarray,
-    validation: np.ndarray,
-    seed: int,
-    epochs: int | None = None,
-    hidden: int = 256,
-) -> np.ndarray:
-    """Predicted class of every node; learning rate and dropout are those of least loss on the validation nodes.
+def chosen(trainings: Sequence[Training], best: Training, started: float, note: str = "") -> Fit:
+    """Return what a `Fit` holds besides its values; epochs and seconds are of all `trainings`.
 
-    Parameters
-    ----------
-    x
-        (n, f) features of all nodes.
-    labels
-        (n,) classes 0, 1, …; read where `train` or `validation`, boolean (n,), are true.
+    `started` is a ``time.process_time()`` value from before them.
     """
-    inputs, edges = torch.from_numpy(np.asarray(x, np.float32)), edge_index(graph)
-    target = torch.from_numpy(np.asarray(labels, np.int64))
-    fitting, checking = torch.from_numpy(train), torch.from_numpy(validation)
-    best, predicted = np.inf, np.zeros(len(x), np.int64)
-    for lr in (1e-2, 2e-3):
-        for dropout in (0.2, 0.6):
-            torch.manual_seed(seed)
-            model = GraphNetwork(kind, inputs.shape[1], int(target[fitting].max()) + 1, hidden=hidden, dropout=dropout)
-
-            def loss(nodes: torch.Tensor, model: nn.Module = model) -> torch.Tensor:
-                return functional.cross_entropy(model(inputs, edges)[nodes], target[nodes])
-
-            def losses(loss: Callable = loss) -> Iterable[torch.Tensor]:
-                yield loss(fitting)
-
-            score = fit(model, losses, lambda f=loss: f(checking).item(), lr=lr, weight_decay=5e-4, epochs=epochs)
-            if score < best:
-                with torch.no_grad():
-                    best, predicted = score, model(inputs, edges).argmax(1).numpy()
-    return predicted
-
-
-def regress(
-    kind: str,
-    edges: torch.Tensor,
-    parts: torch.Tensor,
-    draw: Callable[[], Iterable[Batch]],
-    validation: Batch,
-    test: torch.Tensor,
-    seed: int,
-    epochs: int | None = None,
-) -> np.ndarray:
-    """Predicted values of the nodes of `test`, float32 (n, n_out).
-
-    A batch is the features (n, n_in), the true values (n, n_out) and where these are hidden, boolean (n, n_out), which
-    is where the squared error is taken. All batches have the graph `edges`; `parts` are those of `GraphNetwork`.
-
-    Parameters
-    ----------
-    draw
-        Makes the training batches of one epoch.
-    """
-    torch.manual_seed(seed)
-    model = GraphNetwork(kind, validation[0].shape[1], validation[1].shape[1])
-
-    def loss(batch: Batch) -> torch.Tensor:
-        inputs, truth, hidden = batch
-        return ((model(inputs, edges, parts) - truth)[hidden] ** 2).mean()
-
-    fit(model, lambda: map(loss, draw()), lambda: loss(validation).item(), lr=2e-3, epochs=epochs, patience=10)
-    with torch.no_grad():
-        return model(test, edges, parts).numpy()
+    seconds, epochs = time.process_time() - started, sum(training.epochs for training in trainings)
+    parameters = sum(p.numel() for p in best.model.parameters() if p.requires_grad)
+    return Fit(np.empty(0), parameters, epochs, seconds, float(best.best), note)

@@ -95,7 +95,7 @@ def graphmae(features: str) -> Method:
         started = time.process_time()
         runs = [training(*c) for c in CONFIGURATIONS[: 1 if run.quick else None]]
         chosen = networks.choose(runs, TRIAL, 1 if run.quick else EPOCHS)
-        fit = networks.summary(runs, chosen, CONFIGURATIONS[chosen], time.process_time() - started)
+        fit = networks.summary(runs, chosen, CONFIGURATIONS[chosen], started)
         with torch.no_grad():
             fit.values = runs[chosen].finish().embed(x, graph).numpy()
         return fit

@@ -34,7 +34,7 @@ class Fit:
     ----------
     values
         Of `Annotation`: labels (n_query,); of `Masked`: expression (n_test, n_vars); of `Embedding`: features
-        (n_obs, d).
+        (n_obs, d); of `Nodes`: classes (n,); of `Signals`: signals (region, time).
     parameters
         Trained numbers.
     epochs
@@ -87,6 +87,8 @@ def main(
     default: tuple[str, ...],
     options: Callable[[argparse.ArgumentParser], None] | None = None,
     rename: Callable[[argparse.Namespace], str] | None = None,
+    more: tuple[str, ...] = ("toy", *ONLINE),
+    n_folds: Callable[[str], int] | None = None,
 ) -> None:
     """Run a task from the command line.
 
@@ -95,7 +97,7 @@ def main(
     name
         Of the CSV.
     datasets
-        Default of ``--datasets``, which also takes a toy tissue and the sets that squidpy downloads.
+        Default of ``--datasets``.
     problem
         Makes the problem of a data set and seed, and the function that scores a method's values.
     groups
@@ -104,14 +106,19 @@ def main(
         Groups that are run when none is named.
     options, rename
         Adds arguments of the task; gives the CSV another name for some of them.
+    more
+        What ``--datasets`` takes besides; of tissue a toy and the sets that squidpy downloads.
+    n_folds
+        How many seeds a data set has, where a seed stands for what is left out; all of them by default.
     """
-    p = parser(doc, datasets, methods=(tuple(groups), default), more=("toy", *ONLINE))
+    p = parser(doc, datasets, more)
+    p.add_argument("--methods", nargs="+", default=list(default), choices=tuple(groups), help="groups of methods")
     p.add_argument("--only", nargs="+", help="names of methods, instead of all of their groups")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of each method")
     p.add_argument("--checkpoint", type=Path, help="folder of scGPT, for the methods of the group foundation")
     if options is not None:
         options(p)
-    p.set_defaults(seeds=5)
+    p.set_defaults(seeds=5 if n_folds is None else sys.maxsize)
     args = p.parse_args()
     # Threads of numba would set those of torch back to all cores.
     os.environ["NUMBA_NUM_THREADS"] = str(args.threads)
@@ -127,7 +134,7 @@ def main(
     results = Results(rename(args) if rename else name, args)
     failed = False
     for data in args.datasets:
-        for seed in range(args.seeds):
+        for seed in range(args.seeds if n_folds is None else min(args.seeds, n_folds(data))):
             missing = {t: m for t, m in wanted.items() if results.wants(data, t, seed)}
             if not missing:
                 continue

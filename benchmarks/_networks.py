@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from _graph_networks import KINDS, Training, edge_index, layer
+from _graph_networks import KINDS, Training, chosen, edge_index, layer
 from _harness import Fit
 
 NETWORKS = ("MLP", *KINDS)
@@ -89,11 +89,6 @@ class Network(nn.Module):
         return self.head(self.encode(x, graph))
 
 
-def n_parameters(model: nn.Module) -> int:
-    """Trained numbers."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def choose(trainings: Sequence[Training], trial: int, epochs: int) -> int:
     """Train each for `trial` epochs and go on with the best of them until `epochs`; return its position."""
     for training in trainings:
@@ -103,13 +98,12 @@ def choose(trainings: Sequence[Training], trial: int, epochs: int) -> int:
     return chosen
 
 
-def summary(trainings: Sequence[Training], chosen: int, configuration: tuple[float, ...], seconds: float) -> Fit:
-    """Return what a `Fit` holds besides its values; epochs and seconds are of all configurations.
+def summary(trainings: Sequence[Training], best: int, configuration: tuple[float, ...], started: float) -> Fit:
+    """Return what a `Fit` holds besides its values, see `_graph_networks.chosen`.
 
     `configuration` is the learning rate, the dropout and the weight decay that were chosen.
     """
-    best = trainings[chosen]
+    kept = trainings[best]
     lr, dropout, weight_decay = configuration
-    note = f"lr {lr:g}, dropout {dropout:g}, weight decay {weight_decay:g}, epoch {best.best_epoch} of {best.epochs}"
-    epochs = sum(training.epochs for training in trainings)
-    return Fit(np.empty(0), n_parameters(best.model), epochs, seconds, float(best.best), note)
+    note = f"lr {lr:g}, dropout {dropout:g}, weight decay {weight_decay:g}, epoch {kept.best_epoch} of {kept.epochs}"
+    return chosen(trainings, kept, started, note)

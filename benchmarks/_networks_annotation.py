@@ -99,7 +99,7 @@ def method(kind: str, features: str) -> Method:
         started = time.process_time()
         runs = [training(*c) for c in CONFIGURATIONS[: 1 if run.quick else None]]
         chosen = networks.choose(runs, TRIAL, 1 if run.quick else EPOCHS)
-        fit = networks.summary(runs, chosen, CONFIGURATIONS[chosen], time.process_time() - started)
+        fit = networks.summary(runs, chosen, CONFIGURATIONS[chosen], started)
         model = runs[chosen].finish()
         with torch.no_grad():
             whole = graph if query is reference else graph_of(query, problem.library_key)

@@ -138,9 +138,8 @@ def train(
     started = time.process_time()
     runs = [training(*c) for c in CONFIGURATIONS[: 1 if quick else None]]
     chosen = networks.choose(runs, TRIAL, 1 if quick else EPOCHS)
-    seconds = time.process_time() - started
-    model = runs[chosen].finish()
-    return model, networks.summary(runs, chosen, CONFIGURATIONS[chosen], seconds)
+    fit = networks.summary(runs, chosen, CONFIGURATIONS[chosen], started)
+    return runs[chosen].finish(), fit
 
 
 def mean_square(predicted: torch.Tensor, truth: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

@@ -1,19 +1,58 @@
-"""Signals with hidden segments: how they are hidden and scored, and the baselines that fill them in."""
+"""Signals with hidden segments: the problem, how it is scored, and the baselines and networks that fill them in."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
 import _graph_networks as networks
+from _harness import Fit, Method, Run
 
 SEGMENT, WINDOW = 20, 4  # time points; segments that graph networks see at a time
 ALPHAS = np.logspace(0, 5, 11)
-Tries = list[tuple[np.ndarray, np.ndarray]]
+Shown = tuple[np.ndarray, np.ndarray]
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """Hidden segments of a recording.
+
+    Attributes
+    ----------
+    train
+        (recording, region, time) standardised.
+    whole
+        (region, time), the validation recording, standardised.
+    validation, test
+        The signals (region, time) of a recording, standardised by what is shown, and which time points are hidden,
+        boolean (region, time). What the test hides is 0.
+    graph
+        (region, region) CSR, entry [i, j] is an edge from j to i.
+    options, interval
+        Arguments of ``pp.fmri`` that make that graph; seconds per time point.
+    ratio
+        Share of the segments that are hidden.
+    recording
+        Number of the test recording, which is the seed of its methods.
+    """
+
+    train: np.ndarray
+    whole: np.ndarray
+    validation: Shown
+    test: Shown
+    graph: sp.csr_matrix
+    options: dict[str, Any]
+    interval: float
+    ratio: float
+    recording: int
 
 
 def standardise(bold: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
@@ -56,22 +95,27 @@ def score(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     return {"r2": float(1 - error / truth.astype(np.float64).var()), "mse": float(error)}
 
 
-def ridge(
-    train: np.ndarray,
-    tries: Tries,
-    graph: sp.csr_matrix,
-    ratio: float,
-    seed: int,
-    own: bool,
-) -> np.ndarray:
-    """Hidden values of the second of `tries` from ridge regressions, one for each region, on its neighbours there.
+def fill(problem: Signals, run: Run, how: str) -> Fit:
+    """The signals with hidden values from a line between those beside them, from neighbours, or 0, their mean."""
+    signals, gap = problem.test
+    if how == "line":
+        return Fit(interpolate(signals, gap))
+    return Fit(neighbour_mean(signals, gap, problem.graph) if how == "neighbours" else np.zeros_like(signals))
+
+
+def ridge(problem: Signals, run: Run, *, everyone: bool = False, own: bool = False) -> Fit:
+    """Hidden values from ridge regressions, one for each region, on its neighbours (or `everyone`) at that moment.
 
     Neighbours that do not show the time point get the mean of those that do (0 if none does), in training as in the
-    test; `own` adds the region's own interpolated signal. `tries` are the signals and hidden time points, (region,
-    time), of the validation recording, on which the strength is chosen, and of the test recording.
+    test; `own` adds the region's own interpolated signal. The strength is that of least error on the validation
+    recording.
     """
-    rng = np.random.default_rng(seed)
-    drawn = [(x, points(hide((x.shape[0], x.shape[1] // SEGMENT), ratio, rng))) for x in np.concatenate([train, train])]
+    train, graph, tries = problem.train, problem.graph, (problem.validation, problem.test)
+    if everyone:
+        graph = sp.csr_matrix(1 - np.eye(graph.shape[0]))
+    rng = np.random.default_rng(problem.recording)
+    shape = train.shape[1], train.shape[2] // SEGMENT
+    drawn = [(x, points(hide(shape, problem.ratio, rng))) for x in np.concatenate([train, train])]
     lines = [[interpolate(x, gap) if own else None for x, gap in part] for part in (drawn, tries)]
 
     def rows(r: int, x: np.ndarray, gap: np.ndarray, line: np.ndarray | None) -> np.ndarray:
@@ -81,7 +125,7 @@ def ridge(
         near = np.where(seen, x[wanted], mean)
         return (near if line is None else np.vstack([near, line[r, gap[r]]])).T
 
-    predicted = np.zeros((2, len(ALPHAS), *tries[0][0].shape), np.float32)
+    predicted = np.zeros((2, len(ALPHAS), *problem.whole.shape), np.float32)
     for r in range(train.shape[1]):
         a = np.concatenate([rows(r, *shown, line) for shown, line in zip(drawn, lines[0], strict=True)])
         b = np.concatenate([x[r, gap[r]] for x, gap in drawn])
@@ -89,55 +133,61 @@ def ridge(
             weights = np.linalg.solve(a.T @ a + ALPHAS[alpha] * np.eye(a.shape[1]), a.T @ b)
             for i, (x, gap) in enumerate(tries):
                 predicted[i, alpha, r, gap[r]] = rows(r, x, gap, lines[1][i]) @ weights
-    truth, gap = tries[0]
+    truth, gap = problem.validation
     errors = ((predicted[0] - truth)[:, gap] ** 2).mean(1)
-    return predicted[1, errors.argmin()]
+    return Fit(predicted[1, errors.argmin()])
 
 
-def network(
-    kind: str, fill: str, train: np.ndarray, tries: Tries, graph: sp.csr_matrix, ratio: float, seed: int, quick: bool
-) -> np.ndarray:
-    """Signals (region, time) of the second of `tries` from a graph network; see `ridge`."""
-    n_regions, n_times = train.shape[1:]
+def network(problem: Signals, run: Run, kind: str, filled: str) -> Fit:
+    """Signals from a graph network that sees windows with hidden values filled in, and which these are."""
+    n_regions, n_times = problem.whole.shape
     n_windows = n_times // (WINDOW * SEGMENT)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(problem.recording)
 
     def cut(values: np.ndarray) -> torch.Tensor:
         """(window × region, …) of values (region, time or segments)."""
         windows = values.reshape(n_regions, n_windows, -1).swapaxes(0, 1)
         return torch.from_numpy(windows.reshape(n_regions * n_windows, -1))
 
-    def batch(signals: np.ndarray, gap: np.ndarray) -> networks.Batch:
-        filled = interpolate(signals, gap) if fill == "interpolation" else np.where(gap, 0, signals)
-        shown = torch.cat([cut(filled), cut(gap[:, ::SEGMENT]).float()], dim=1)
-        return shown, cut(signals), cut(gap)
+    def batch(signals: np.ndarray, gap: np.ndarray) -> Batch:
+        """Features, true values and where these are hidden."""
+        whole = interpolate(signals, gap) if filled == "interpolation" else np.where(gap, 0, signals)
+        return torch.cat([cut(whole), cut(gap[:, ::SEGMENT]).float()], dim=1), cut(signals), cut(gap)
 
-    def draw() -> Iterator[networks.Batch]:
-        for signals in train[rng.permutation(len(train))]:
+    def draw() -> Iterator[Batch]:
+        for signals in problem.train[rng.permutation(len(problem.train))]:
             # Windows that start elsewhere each time; the one place where the end meets the beginning does little harm.
             moved = np.roll(signals, rng.integers(n_times), axis=1)
-            yield batch(moved, points(hide((n_regions, n_times // SEGMENT), ratio, rng)))
+            yield batch(moved, points(hide((n_regions, n_times // SEGMENT), problem.ratio, rng)))
 
-    validation, test = (batch(*one) for one in tries)
-    edges = networks.edge_index(graph, n_windows)
+    validation, test = batch(*problem.validation), batch(*problem.test)
+    edges = networks.edge_index(problem.graph, n_windows)
     parts = torch.arange(n_windows).repeat_interleave(n_regions)
-    predicted = networks.regress(kind, edges, parts, draw, validation, test[0], seed, 2 if quick else None)
-    return predicted.reshape(n_windows, n_regions, -1).swapaxes(0, 1).reshape(n_regions, n_times)
+    torch.manual_seed(problem.recording)
+    model, started = networks.GraphNetwork(kind, test[0].shape[1], test[1].shape[1]), time.process_time()
+
+    def loss(batch: Batch) -> torch.Tensor:
+        inputs, truth, hidden = batch
+        return ((model(inputs, edges, parts) - truth)[hidden] ** 2).mean()
+
+    how = {"lr": 2e-3, "epochs": 2 if run.quick else None, "patience": 10}
+    training = networks.fit(model, lambda: map(loss, draw()), lambda: loss(validation).item(), **how)
+    fit = networks.chosen([training], training, started)
+    with torch.no_grad():
+        made = model(test[0], edges, parts).numpy()
+    return replace(fit, values=made.reshape(n_windows, n_regions, -1).swapaxes(0, 1).reshape(n_regions, n_times))
 
 
-def baselines(train: np.ndarray, tries: Tries, graph: sp.csr_matrix, ratio: float, seed: int, quick: bool) -> Iterator:
-    """Yield (method, function that predicts the signals of the second of `tries`).
-
-    `train` is (recording, region, time).
-    """
-    signals, gap = tries[1]
-    yield "mean fill", partial(np.zeros_like, signals)
-    yield "linear interpolation", partial(interpolate, signals, gap)
-    yield "neighbours' mean", partial(neighbour_mean, signals, gap, graph)
-    everyone = sp.csr_matrix(1 - np.eye(len(signals)))
-    yield "ridge, neighbours", partial(ridge, train, tries, graph, ratio, seed, own=False)
-    yield "ridge, neighbours + own interpolation", partial(ridge, train, tries, graph, ratio, seed, own=True)
-    yield "ridge, all regions", partial(ridge, train, tries, everyone, ratio, seed, own=False)
-    for fill in ("mean", "interpolation"):
-        for kind in networks.KINDS:
-            yield f"{kind}, {fill}", partial(network, kind, fill, train, tries, graph, ratio, seed, quick)
+BASELINES: dict[str, Method] = {
+    "mean fill": partial(fill, how="mean"),
+    "linear interpolation": partial(fill, how="line"),
+    "neighbours' mean": partial(fill, how="neighbours"),
+    "ridge, neighbours": ridge,
+    "ridge, neighbours + own interpolation": partial(ridge, own=True),
+    "ridge, all regions": partial(ridge, everyone=True),
+}
+NETWORKS: dict[str, Method] = {
+    f"{kind}, {filled}": partial(network, kind=kind, filled=filled)
+    for filled in ("mean", "interpolation")
+    for kind in networks.KINDS
+}

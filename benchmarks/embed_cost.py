@@ -34,7 +34,7 @@ print(json.dumps({"embed_s": seconds, "peak_gb": peak / unit / 1024, "before_gb"
 
 def main() -> None:
     """Measure one process for each seed and write the table."""
-    p = parser(__doc__)
+    p = parser(__doc__, epochs=True)
     p.add_argument("--threads", type=int, default=2)
     args = parse(p)
     results = Results("embed_cost", args)

@@ -11,21 +11,21 @@ Transductive: words and links of all papers are there in training.
 
 from __future__ import annotations
 
-import argparse
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 
-import _graph_networks as networks
+import _harness
+import _nodes
 from _baselines import spatial_features
-from _common import Results, label_scores, parse, parser
+from _harness import Fit, Run
+from _nodes import Nodes
 
-DATA, TITLES = "simulated citations", {"fimp": "FIMP", "shuffled": "FIMP, shuffled graph"}
 CLASS_SIZES = (818, 426, 418, 351, 298, 217, 180)
 N_WORDS, N_EDGES, WITHIN = 1433, 5278, 0.81
 WORDS_EACH, TOPICAL = 18, 0.25  # mean number of words of a paper; mean share of them from its class's topics
@@ -74,72 +74,36 @@ def split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.nda
     return tuple(np.isin(np.arange(len(labels)), part) for part in parts)
 
 
-def logistic(x: np.ndarray, labels: np.ndarray, train: np.ndarray, validation: np.ndarray) -> np.ndarray:
-    """Predicted classes of all nodes; C is that of best accuracy on the validation nodes."""
-    models = [LogisticRegression(C=c, max_iter=3000) for c in (0.1, 1.0, 10.0, 100.0)]
-    fitted = [model.fit(x[train], labels[train]) for model in models]
-    return max(fitted, key=lambda model: model.score(x[validation], labels[validation])).predict(x)
-
-
-def baselines(
-    words: sp.csr_matrix,
-    links: sp.csr_matrix,
-    labels: np.ndarray,
-    train: np.ndarray,
-    validation: np.ndarray,
-    seed: int,
-    quick: bool,
-) -> Iterator:
-    """Yield (method, function that predicts the classes of all nodes)."""
-    x = normalize(words, norm="l1").toarray() * np.float32(WORDS_EACH)
-    for kind, features in spatial_features(x, links).items():
-        yield f"logistic, {kind}", partial(logistic, features, labels, train, validation)
-    around = normalize(links + sp.eye(len(labels)), norm="l1")
-    twice = around @ (around @ x)
-    yield "logistic, mean of own and neighbours, twice", partial(logistic, twice, labels, train, validation)
-    for kind in ("MLP", *networks.KINDS):
-        epochs = 2 if quick else None
-        yield kind, partial(networks.classify, kind, x, links, labels, train, validation, seed, epochs, hidden=64)
-
-
-def fimp(words, links, known: np.ndarray, validation: np.ndarray, args: argparse.Namespace, seed: int) -> np.ndarray:
-    """Classes of all nodes from FIMP, where `known` is "Unknown" for nodes whose class must not be used."""
+def problem(data: str, args: Any, seed: int) -> tuple[Nodes, Callable[[np.ndarray], dict[str, float]]]:
+    """The papers of which 620 have a class, and the scores of 1,000 others."""
     import fimp_sc
-    from fimp_sc.model import FIMP
 
-    mdata = fimp_sc.pp.features(words, links, labels=known)
-    FIMP.setup_mudata(mdata, modality="feature", labels_key="label", unlabeled_category="Unknown")
-    model = FIMP(mdata, random_state=seed)
-    model.train(
-        max_epochs=args.max_epochs,
-        accelerator=args.accelerator,
-        train_indices=np.flatnonzero(~validation),
-        validation_indices=np.flatnonzero(validation),
-        enable_progress_bar=False,
-    )
-    return np.asarray(model.predict()).astype(str)
+    words, links, truth = cite(seed)
+    train, validation, test = split(truth, seed)
+    labels = np.where(train | validation, truth, -1)
+
+    def build(order: np.ndarray) -> Any:
+        return fimp_sc.pp.features(words, links[order][:, order], labels=_nodes.known(labels))
+
+    x = normalize(words, norm="l1").toarray() * np.float32(WORDS_EACH)
+    return Nodes(x, links, labels, train, validation, build), _nodes.scores(truth, test)
 
 
-def main() -> None:
-    """Run the methods and write the table."""
-    args = parse(parser(__doc__))
-    results = Results("features", args)
-    for seed in range(args.seeds):
-        words, links, labels = cite(seed)
-        train, validation, test = split(labels, seed)
-        if "baselines" in args.methods:
-            for method, predict in baselines(words, links, labels, train, validation, seed, args.quick):
-                if results.wants(DATA, method, seed):
-                    started = time.perf_counter()
-                    results.add(DATA, method, seed, label_scores(labels[test], predict()[test]), started)
-        known = np.where(train | validation, labels.astype(str), "Unknown")
-        for method in [m for m in TITLES if m in args.methods and results.wants(DATA, TITLES[m], seed)]:
-            started = time.perf_counter()
-            order = np.arange(len(labels)) if method == "fimp" else np.random.default_rng(seed).permutation(len(labels))
-            predicted = fimp(words, links[order][:, order], known, validation, args, seed)
-            results.add(DATA, TITLES[method], seed, label_scores(labels[test], predicted[test]), started)
-        results.finish()  # after each seed, so that a run cut short keeps its rows
+def logistic(problem: Nodes, run: Run, kind: str) -> Fit:
+    """Logistic regression on words of a paper, of its neighbours, of both, or on means of means over both."""
+    features = spatial_features(problem.x, problem.graph)
+    around = normalize(problem.graph + sp.eye(len(problem.x)), norm="l1")
+    features[TWICE] = around @ (around @ problem.x)
+    models = [LogisticRegression(C=c, max_iter=3000) for c in (0.1, 1.0, 10.0, 100.0)]
+    return Fit(_nodes.most_accurate(problem, features[kind], models))
 
+
+TWICE = "mean of own and neighbours, twice"
+BASELINES = {
+    f"logistic, {kind}": partial(logistic, kind=kind) for kind in ("own", "neighbours", "own + neighbours", TWICE)
+}
+GROUPS = _nodes.groups(BASELINES, "FIMP, shuffled graph", hidden=64)
 
 if __name__ == "__main__":
-    main()
+    default = ("baselines", "networks", "fimp")
+    _harness.main("features", __doc__, ("simulated citations",), problem, GROUPS, default=default, more=())

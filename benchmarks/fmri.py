@@ -8,8 +8,9 @@ each region, region by region, alike for all methods.
 Signals are standardised by region and recording, in the test by mean and standard deviation of the values that are not
 hidden. Scores are over the hidden values of the test recording in these units; R² is measured around their mean.
 
---graph structural: the 6 regions of strongest connectivity, mean over training subjects, as unweighted edges (`lemon`:
-the edges of the surface mesh). --graph coordinates: the 6 nearest regions.
+Data sets are named by recordings, graph and hidden share. "structural" joins the 6 regions of strongest connectivity,
+mean over training subjects, by unweighted edges (`lemon`: by those of the surface mesh), "coordinates" the 6 nearest
+regions. FIMP learns with all shares.
 
 Graph networks get windows of 4 segments of a node: the signal with hidden values filled in, by the mean or by
 interpolation, and which segments are hidden; they return the window, and the loss is that of hidden values. Each step
@@ -19,21 +20,29 @@ the graph offers: what all the other regions of the subject show at that moment.
 
 from __future__ import annotations
 
-import argparse
-import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 
-from _common import Results, parse, parser
-from _signals import SEGMENT, baselines, hide, points, score, standardise
+import _fimp
+import _harness
+from _harness import Fit, Run
+from _signals import BASELINES, NETWORKS, SEGMENT, Signals, hide, points, score, standardise
+
+if TYPE_CHECKING:
+    from mudata import MuData
 
 N_NEIGHBOURS = 6
-TITLES = {"fimp": "FIMP", "shuffled": "FIMP, shuffled graph"}
 RATIOS = (0.2, 0.5)
 FILES = {"hcp": "fmri_hcp_aal2_7subjects.npz", "lemon": "fmri_lemon_fsa5_424patches.npz"}
 STARTS = (0, 160, 320, 492)  # of the recordings that the one of `lemon` is cut into
+SETS = tuple(f"{name}, structural, {ratio}" for name in FILES for ratio in RATIOS)
+NEAREST = tuple(f"{name}, coordinates, {ratio}" for name in FILES for ratio in RATIOS)
 
 
 def read(name: str, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
@@ -56,110 +65,83 @@ def join(connectivity: np.ndarray, sparse: bool) -> np.ndarray:
     return (mean >= np.sort(mean, axis=1)[:, [-N_NEIGHBOURS]]).astype(np.float32)
 
 
-def graph_options(name: str, connectivity: np.ndarray, xyz: np.ndarray, args: argparse.Namespace) -> dict:
-    """Arguments of pp.fmri that make the graph; `connectivity` is that of the training recordings."""
-    if args.graph == "coordinates":
-        return {"coordinates": xyz, "method": "coordinates", "n_neighbors": N_NEIGHBOURS}
-    return {"coordinates": xyz, "method": "structural", "connectivity": join(connectivity, name == "lemon")}
-
-
-def pieces(values: np.ndarray, n: int) -> np.ndarray:
-    """(n, region, …): values (region, time or segments) in `n` pieces of equal length, one after another."""
-    return values.reshape(len(values), n, -1).swapaxes(0, 1)
-
-
-def modality(signals: dict[str, np.ndarray], n: int, options: dict, interval: float):
-    """MuData of the recordings of `signals` (region, time), each in `n` pieces that count as recordings."""
+def problem(data: str, args: Any, seed: int) -> tuple[Signals, Callable[[np.ndarray], dict[str, float]]]:
+    """A recording with hidden segments, the one before it for validation, and the scores of what was hidden."""
     import fimp_sc
 
-    names = [f"{name}/{i}" for name in signals for i in range(n)]
-    bold = np.concatenate([pieces(one, n) for one in signals.values()])
-    return fimp_sc.pp.fmri(bold, recordings=names, sampling_interval=interval, **options)
-
-
-def fimp(mdata, args: argparse.Namespace, seed: int):
-    """FIMP trained on `mdata`, of which the recordings "validation/…" are those to stop by."""
-    from fimp_sc.model import FIMP
-
-    FIMP.setup_mudata(mdata, modality="fmri")
-    model = FIMP(mdata, token_size=SEGMENT, random_state=seed)
-    held_out = mdata["fmri"].obs["recording"].str.startswith("validation").to_numpy(bool)
-    model.train(
-        max_epochs=args.max_epochs,
-        accelerator=args.accelerator,
-        train_indices=np.flatnonzero(~held_out),
-        validation_indices=np.flatnonzero(held_out),
-        mask_ratio=(min(RATIOS), max(RATIOS)),
-        enable_progress_bar=False,
-    )
-    return model
-
-
-def reconstruct(model, signals: np.ndarray, segments: np.ndarray, n: int, options: dict, interval: float) -> np.ndarray:
-    """Signals (region, time) that FIMP makes, in `n` pieces, of those in which `segments` are hidden (and 0)."""
-    from fimp_sc.model import FIMP
-
-    mdata = modality({"test": np.where(points(segments), 0, signals)}, n, options, interval)
-    hidden = np.concatenate(pieces(segments, n))
-    made = np.asarray(FIMP.load_query_data(mdata, model).get_reconstruction(hidden=hidden))
-    return made.reshape(n, *pieces(signals, n).shape[1:]).swapaxes(0, 1).reshape(signals.shape)
-
-
-def shuffled(options: dict, graph: sp.csr_matrix, seed: int) -> dict:
-    """Options of pp.fmri for the same graph between random regions."""
-    order = np.random.default_rng(seed).permutation(graph.shape[0])
-    return {"coordinates": options["coordinates"], "connectivity": graph[order][:, order]}
-
-
-def main() -> None:
-    """Run the methods and write the table; the seed of a row is the recording left out."""
-    p = parser(__doc__, tuple(FILES))
-    p.add_argument("--graph", default="structural", choices=["structural", "coordinates"])
-    p.add_argument("--folds", type=int, nargs="+", default=list(range(7)), help="subjects of hcp to leave out: 0, 1, …")
-    p.add_argument("--window", type=int, help="segments that FIMP sees at a time (default: the whole recording)")
-    args = parse(p)
-    results = Results("fmri", args)
-    for name in args.datasets:
-        bold, connectivity, xyz, interval = read(name, args.data)
-        for test in (args.folds[:1] if args.quick else args.folds) if name == "hcp" else [len(bold) - 1]:
-            run(name, bold, connectivity, xyz, interval, test, args, results)
-            results.finish()  # after each, so that a run cut short keeps its rows
-
-
-def run(name, bold, connectivity, xyz, interval, test: int, args: argparse.Namespace, results: Results) -> None:
-    """All methods on one test recording; the one before it is for validation."""
-    import fimp_sc
-
+    name, graph, ratio = data.split(", ")
+    bold, connectivity, xyz, interval = read(name, args.data)
+    test = seed if name == "hcp" else len(bold) - 1
     validation = (test - 1) % len(bold)
     train = [r for r in range(len(bold)) if r not in (test, validation)]
-    options = graph_options(name, connectivity[train], xyz, args)
+    options: dict[str, Any] = {"coordinates": xyz, "method": graph}
+    if graph == "coordinates":
+        options["n_neighbors"] = N_NEIGHBOURS
+    else:
+        options["connectivity"] = join(connectivity[train], name == "lemon")
     whole = standardise(bold)
     made = fimp_sc.pp.fmri(whole[train[:1]], **options)["fmri"]
+    rng = np.random.default_rng([test, round(100 * float(ratio))])
+    gaps = [points(hide((bold.shape[1], bold.shape[2] // SEGMENT), float(ratio), rng)) for _ in range(2)]
+    known, truth = (standardise(bold[r], gap) for r, gap in zip((validation, test), gaps, strict=True))
+    gap = gaps[1]
+    shown = np.where(gap, 0, truth)
     graph = sp.csr_matrix(made.obsp["spatial_connectivities"])
-    shape, models = (bold.shape[1], bold.shape[2] // SEGMENT), {}
-    n_pieces = 1 if args.window is None else max(1, shape[1] // args.window)
-    for ratio in RATIOS:
-        rng = np.random.default_rng([test, round(100 * ratio)])
-        segments = [hide(shape, ratio, rng) for _ in range(2)]
-        tries = [
-            (standardise(bold[r], points(s)), points(s)) for r, s in zip((validation, test), segments, strict=True)
-        ]
-        truth, gap = tries[1]
-        data = f"{name}, {args.graph}, {ratio}"
-        if "baselines" in args.methods:
-            for method, predict in baselines(whole[train], tries, graph, ratio, test, args.quick):
-                if results.wants(data, method, test):
-                    started = time.perf_counter()
-                    results.add(data, method, test, score(truth[gap], predict()[gap]), started)
-        for method in [m for m in TITLES if m in args.methods and results.wants(data, TITLES[m], test)]:
-            started = time.perf_counter()
-            used = options if method == "fimp" else shuffled(options, graph, test)
-            if method not in models:  # one model for all shares of hidden segments
-                signals = {f"training {r}": whole[r] for r in train} | {"validation": whole[validation]}
-                models[method] = fimp(modality(signals, n_pieces, used, interval), args, test)
-            predicted = reconstruct(models[method], truth, segments[1], n_pieces, used, interval)
-            results.add(data, TITLES[method], test, score(truth[gap], predicted[gap]), started)
+    given = (whole[train], whole[validation], (known, gaps[0]), (shown, gap))
+    posed = Signals(*given, graph, options, interval, float(ratio), test)
+    return posed, lambda signals: score(truth[gap], signals[gap])
 
+
+def recordings(signals: dict[str, np.ndarray], problem: Signals, options: dict[str, Any]) -> MuData:
+    """MuData of recordings (region, time)."""
+    import fimp_sc
+
+    bold = np.stack(list(signals.values()))
+    return fimp_sc.pp.fmri(bold, recordings=list(signals), sampling_interval=problem.interval, **options)
+
+
+def fimp(problem: Signals, run: Run, variant: _fimp.Variant) -> Fit:
+    """Signals that FIMP makes; it stops by the validation recording."""
+    from fimp_sc.model import FIMP
+
+    options = shuffled(problem) if variant.shuffled else problem.options
+    names = [f"training {i}" for i in range(len(problem.train))]
+    signals = {**dict(zip(names, problem.train, strict=True)), "validation": problem.whole}
+    mdata = recordings(signals, problem, options)
+    held_out = (mdata["fmri"].obs["recording"] == "validation").to_numpy(bool)
+    train = {
+        "train_indices": np.flatnonzero(~held_out),
+        "validation_indices": np.flatnonzero(held_out),
+        "mask_ratio": (min(RATIOS), max(RATIOS)),
+    }
+    variant = replace(variant, model={"token_size": SEGMENT}, train=train)
+    model, fit = _fimp.train(mdata, replace(run, seed=problem.recording), variant, modality="fmri")
+    shown, gap = problem.test
+    query = FIMP.load_query_data(recordings({"test": shown}, problem, options), model)
+    return replace(fit, values=np.asarray(query.get_reconstruction(hidden=gap[:, ::SEGMENT])))
+
+
+def shuffled(problem: Signals) -> dict[str, Any]:
+    """Options of pp.fmri for the same graph between random regions."""
+    order = np.random.default_rng(problem.recording).permutation(problem.graph.shape[0])
+    return {"coordinates": problem.options["coordinates"], "connectivity": problem.graph[order][:, order]}
+
+
+GROUPS = {
+    "baselines": BASELINES,
+    "networks": NETWORKS,
+    "fimp": {"FIMP": partial(fimp, variant=_fimp.Variant())},
+    "controls": {"FIMP, shuffled graph": partial(fimp, variant=_fimp.Variant(shuffled=True))},
+}
 
 if __name__ == "__main__":
-    main()
+    _harness.main(
+        "fmri",
+        __doc__,
+        SETS,
+        problem,
+        GROUPS,
+        default=("baselines", "networks", "fimp"),
+        more=NEAREST,
+        n_folds=lambda data: 7 if data.startswith("hcp") else 1,
+    )

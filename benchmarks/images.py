@@ -5,17 +5,15 @@ town has 30 districts, each with a digit that most of its images show (about 3 i
 same digit), and the pixels get so much noise that one image alone is hard to tell. Whole blocks of about 30 nearby
 images are training (60 %), validation (20 %, for early stopping and hyperparameters) and test (20 %). Transductive: the
 test images are there in training, without their labels.
-
-With --street instead: the 32 real street photos end to end, from coordinates to embedding and reconstruction.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Iterator
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -30,16 +28,19 @@ from torch import nn
 from torch.nn import functional
 
 import _graph_networks as networks
-from _common import Results, folds, label_scores, parse, parser
+import _harness
+import _nodes
+from _common import folds
+from _harness import Fit, Run
+from _nodes import Nodes
 
-TITLES = {"fimp": "FIMP", "shuffled": "FIMP, shuffled positions"}
 N_DISTRICTS, OWN_DIGIT = 30, 0.95  # share of a district's places that ask for its digit
 NOISE = 0.5  # standard deviation of the pixels' noise, where black is 0 and white 1
 N_NEIGHBOURS, BLOCK_SIZE = 6, 30
 CENTRE, DEGREES = (55.70, 13.19), (0.02, 0.036)  # latitude, longitude; a town of about 2.2 × 2.2 km
 
 
-def town(seed: int, noise: float = NOISE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def town(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images uint8 (n, 8, 8), labels (n,) and places (n, 2) as latitude and longitude."""
     rng = np.random.default_rng(seed)
     digits = load_digits()
@@ -55,7 +56,7 @@ def town(seed: int, noise: float = NOISE) -> tuple[np.ndarray, np.ndarray, np.nd
             counts = np.array([len(one) for one in left])
             digit = rng.choice(10, p=counts / counts.sum())
         image[i] = left[digit].pop()
-    pixels = digits.images[image] / 16 + noise * rng.normal(size=(n, 8, 8))
+    pixels = digits.images[image] / 16 + NOISE * rng.normal(size=(n, 8, 8))
     # Values beyond black and white are kept apart: half of the range is for the noise on either side.
     shown = np.clip((pixels + 1) / 3, 0, 1)
     return np.round(255 * shown).astype(np.uint8), digits.target[image], CENTRE + (places - 0.5) * DEGREES
@@ -67,6 +68,39 @@ def split(places: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.nda
 
     fold = folds(spatial_blocks(places / DEGREES, BLOCK_SIZE, random_state=seed), 5, seed)
     return fold > 1, fold == 1, fold == 0
+
+
+@dataclass(frozen=True)
+class Images(Nodes):
+    """Nodes whose features are pixels, standardised; `places` are latitude and longitude, (n, 2)."""
+
+    places: np.ndarray
+
+
+def problem(data: str, args: Any, seed: int) -> tuple[Images, Callable[[np.ndarray], dict[str, float]]]:
+    """The town without the labels of its test images, and the scores of these."""
+    import fimp_sc
+
+    pixels, truth, places = town(seed)
+    train, validation, test = split(places, seed)
+    labels = np.where(test, -1, truth)
+
+    def build(order: np.ndarray) -> Any:
+        how = {"labels": _nodes.known(labels), "n_neighbors": N_NEIGHBOURS}
+        return fimp_sc.pp.images(pixels, coordinates=places[order], **how)
+
+    adata = build(np.arange(len(labels)))["image"]
+    x = np.asarray(adata.obsm["pixels"], np.float32)
+    x = (x - x[train].mean()) / x[train].std()
+    graph = sp.csr_matrix(adata.obsp["spatial_connectivities"])
+    return Images(x, graph, labels, train, validation, build, places), _nodes.scores(truth, test)
+
+
+def nearest(problem: Images, run: Run) -> Fit:
+    """Majority of the 10 nearest training images."""
+    places, train = np.radians(problem.places), problem.train
+    near = KNeighborsClassifier(10, metric="haversine").fit(places[train], problem.labels[train])
+    return Fit(near.predict(places))
 
 
 class ImageNetwork(nn.Module):
@@ -88,155 +122,49 @@ class ImageNetwork(nn.Module):
         return self.last(self.layers(x))
 
 
-def convolution(
-    x: np.ndarray, labels: np.ndarray, train: np.ndarray, validation: np.ndarray, seed: int, quick: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted digits (n,) and embedding (n, 64) of standardised images (n, 64); validation images choose dropout."""
-    images, target = torch.from_numpy(x).reshape(-1, 1, 8, 8), torch.from_numpy(labels)
-    rng, best, made = np.random.default_rng(seed), np.inf, (labels, x)
+def convolution(problem: Images, run: Run) -> tuple[Fit, np.ndarray]:
+    """Digits of all images and their embedding (n, 64); validation images choose dropout."""
+    images, target = torch.from_numpy(problem.x).reshape(-1, 1, 8, 8), torch.from_numpy(problem.labels)
+    rng, started, trainings = np.random.default_rng(run.seed), time.process_time(), []
     for dropout in (0.2, 0.5):
-        torch.manual_seed(seed)
+        torch.manual_seed(run.seed)
         model = ImageNetwork(dropout)
 
         def loss(nodes: np.ndarray, model: nn.Module = model) -> torch.Tensor:
             return functional.cross_entropy(model(images[nodes]), target[nodes])
 
-        def losses(loss=loss) -> Iterator[torch.Tensor]:
-            yield from (loss(part) for part in np.array_split(rng.permutation(np.flatnonzero(train)), 17))
+        def losses(loss: Callable = loss) -> Iterator[torch.Tensor]:
+            yield from (loss(part) for part in np.array_split(rng.permutation(np.flatnonzero(problem.train)), 17))
 
-        score = networks.fit(
-            model,
-            losses,
-            lambda f=loss: f(validation).item(),
-            lr=1e-3,
-            weight_decay=5e-4,
-            epochs=2 if quick else 60,
-            patience=10,
-        )
-        if score < best:
-            with torch.no_grad():
-                best, made = score, (model(images).argmax(1).numpy(), model.embed(images).numpy())
-    return made
+        def validate(loss: Callable = loss) -> float:
+            return loss(problem.validation).item()
+
+        how = {"lr": 1e-3, "weight_decay": 5e-4, "epochs": 2 if run.quick else 60, "patience": 10}
+        trainings.append(networks.fit(model, losses, validate, **how))
+    best = min(trainings, key=lambda training: training.best)
+    fit = networks.chosen(trainings, best, started)
+    with torch.no_grad():
+        return replace(fit, values=best.model(images).argmax(1).numpy()), best.model.embed(images).numpy()
 
 
-def logistic(x: np.ndarray, labels: np.ndarray, train: np.ndarray, validation: np.ndarray) -> np.ndarray:
-    """Predicted labels of all nodes; C is that of best accuracy on the validation nodes."""
+def around(problem: Images, run: Run, hops: int) -> Fit:
+    """Logistic regression on the embedding of the convolutional network and its means over neighbours of neighbours."""
+    fit, embedding = convolution(problem, run)
+    means, mean = [embedding], normalize(problem.graph, norm="l1")
+    for _ in range(hops):
+        means.append(mean @ means[-1])
     models = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=3000)) for c in (0.001, 0.01, 0.1, 1.0)]
-    fitted = [model.fit(x[train], labels[train]) for model in models]
-    return max(fitted, key=lambda model: model.score(x[validation], labels[validation])).predict(x)
+    return replace(fit, values=_nodes.most_accurate(problem, np.hstack(means), models))
 
 
-def baselines(mdata, labels: np.ndarray, train: np.ndarray, validation: np.ndarray, seed: int, quick: bool) -> Iterator:
-    """Yield (method, function that predicts the digits of all images)."""
-    adata = mdata["image"]
-    graph = sp.csr_matrix(adata.obsp["spatial_connectivities"])
-    pixels = np.asarray(adata.obsm["pixels"], np.float32)
-    x = (pixels - pixels[train].mean()) / pixels[train].std()
-    epochs = 2 if quick else None
-    yield "MLP", partial(networks.classify, "MLP", x, graph, labels, train, validation, seed, epochs)
-    trained = cache(partial(convolution, x, labels, train, validation, seed, quick))
-    yield "CNN", lambda: trained()[0]
-    places = np.radians(adata.obsm["spatial"])
-    near = KNeighborsClassifier(10, metric="haversine").fit(places[train], labels[train])
-    yield "majority of the 10 nearest training images", partial(near.predict, places)
-    mean = normalize(graph, norm="l1")
-
-    def around(hops: int) -> np.ndarray:
-        means = [trained()[1]]
-        for _ in range(hops):
-            means.append(mean @ means[-1])
-        return logistic(np.hstack(means), labels, train, validation)
-
-    yield "logistic on CNN, own + neighbours", partial(around, 1)
-    yield "logistic on CNN, own + neighbours + theirs", partial(around, 2)
-    for kind in networks.KINDS:
-        yield kind, partial(networks.classify, kind, x, graph, labels, train, validation, seed, epochs)
-
-
-def fimp(mdata, train: np.ndarray, validation: np.ndarray, args: argparse.Namespace, seed: int) -> np.ndarray:
-    """Digits of all images from FIMP; ``obs["label"]`` is "Unknown" for the test images, which train without it."""
-    from fimp_sc.model import FIMP
-
-    FIMP.setup_mudata(mdata, modality="image", labels_key="label", unlabeled_category="Unknown")
-    model = FIMP(mdata, token_size=2, random_state=seed)
-    model.train(
-        max_epochs=args.max_epochs,
-        accelerator=args.accelerator,
-        train_indices=np.flatnonzero(~validation),
-        validation_indices=np.flatnonzero(validation),
-        enable_progress_bar=False,
-    )
-    return np.asarray(model.predict()).astype(str)
-
-
-def street(folder: Path, args: argparse.Namespace) -> None:
-    """Train on the real photos, embed them, reconstruct a fifth of their patches; print what it took."""
-    import fimp_sc
-    from fimp_sc.model import FIMP
-
-    stored = np.load(Path(folder) / "street_images_opensfm_224.npz")
-    images, started = stored["images"], time.perf_counter()
-    names = [f"{site}_{name}" for site, name in zip(stored["site"], stored["filename"], strict=True)]
-    places = np.column_stack([stored["lat"], stored["lon"]])
-    mdata = fimp_sc.pp.images(images, coordinates=places, names=names, n_neighbors=4, radius_km=1.0)
-    FIMP.setup_mudata(mdata, modality="image")
-    model = FIMP(mdata, token_size=16, random_state=0)
-    print(f"graph and model: {time.perf_counter() - started:.1f} s")
-    started = time.perf_counter()
-    epochs = 20 if args.max_epochs is None else args.max_epochs
-    model.train(max_epochs=epochs, accelerator=args.accelerator, enable_progress_bar=False)
-    print(f"{epochs} epochs: {time.perf_counter() - started:.1f} s")
-    started = time.perf_counter()
-    print(f"embedding {model.get_latent_representation().shape}: {time.perf_counter() - started:.1f} s")
-    side = images.shape[1] // 16
-    hidden = np.random.default_rng(0).random((len(images), side * side)).argsort(1) < round(0.2 * side * side)
-    started = time.perf_counter()
-    made = np.asarray(model.get_reconstruction(hidden=hidden), np.float64)
-    print(f"reconstruction {made.shape}: {time.perf_counter() - started:.1f} s")
-    gap = hidden.reshape(-1, side, side).repeat(16, 1).repeat(16, 2)
-    seen = ~gap[..., None]
-    mean = (images * seen).sum((1, 2), keepdims=True) / seen.sum((1, 2), keepdims=True)
-    for method, filled in (
-        ("mean of the visible pixels of an image", np.broadcast_to(mean, images.shape)),
-        ("FIMP", made),
-    ):
-        print(f"MSE of hidden patches (pixels 0 to 255), {method}: {((filled - images)[gap] ** 2).mean():.0f}")
-
-
-def main() -> None:
-    """Run the methods and write the table."""
-    import fimp_sc
-
-    p = parser(__doc__)
-    p.add_argument("--street", action="store_true", help="the real street photos instead")
-    p.add_argument("--noise", type=float, default=NOISE, help="of the pixels, where black is 0 and white 1")
-    args = parse(p)
-    if args.street:
-        street(args.data, args)
-        return
-    results = Results("images", args)
-    data = "digits" if args.noise == NOISE else f"digits, noise {args.noise:g}"
-    for seed in range(args.seeds):
-        pixels, labels, places = town(seed, args.noise)
-        train, validation, test = split(places, seed)
-        known = np.where(test, "Unknown", labels.astype(str))
-        mdata = fimp_sc.pp.images(pixels, coordinates=places, labels=known, n_neighbors=N_NEIGHBOURS)
-        graph = sp.coo_matrix(mdata["image"].obsp["spatial_connectivities"])
-        print(f"{(labels[graph.row] == labels[graph.col]).mean():.0%} of neighbours show the same digit.")
-        if "baselines" in args.methods:
-            for method, predict in baselines(mdata, labels, train, validation, seed, args.quick):
-                if results.wants(data, method, seed):
-                    started = time.perf_counter()
-                    results.add(data, method, seed, label_scores(labels[test], predict()[test]), started)
-        for method in [m for m in TITLES if m in args.methods and results.wants(data, TITLES[m], seed)]:
-            started = time.perf_counter()
-            if method == "shuffled":
-                moved = np.random.default_rng(seed).permutation(places)
-                mdata = fimp_sc.pp.images(pixels, coordinates=moved, labels=known, n_neighbors=N_NEIGHBOURS)
-            predicted = fimp(mdata, train, validation, args, seed)
-            results.add(data, TITLES[method], seed, label_scores(labels[test], predicted[test]), started)
-        results.finish()  # after each seed, so that a run cut short keeps its rows
-
+BASELINES = {
+    "CNN": lambda problem, run: convolution(problem, run)[0],
+    "majority of the 10 nearest training images": nearest,
+    "logistic on CNN, own + neighbours": partial(around, hops=1),
+    "logistic on CNN, own + neighbours + theirs": partial(around, hops=2),
+}
+GROUPS = _nodes.groups(BASELINES, "FIMP, shuffled positions", token_size=2)
 
 if __name__ == "__main__":
-    main()
+    default = ("baselines", "networks", "fimp", "controls")
+    _harness.main("images", __doc__, ("digits",), problem, GROUPS, default=default, more=())

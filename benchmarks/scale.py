@@ -112,7 +112,7 @@ def child(code: str, *arguments: object, threads: int) -> dict[str, float]:
 
 def main() -> None:
     """Train on the section, tile it, and measure every size and storage."""
-    p = parser(__doc__)
+    p = parser(__doc__, epochs=True)
     p.add_argument("--sizes", nargs="+", default=list(CELLS), choices=CELLS)
     p.add_argument("--storage", nargs="+", default=["memory", "backed", "lazy"], choices=["memory", "backed", "lazy"])
     p.add_argument("--threads", type=int, default=2)

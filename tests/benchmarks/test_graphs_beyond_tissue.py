@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -19,6 +22,16 @@ def networks(load_script):
     return load_script("_graph_networks")
 
 
+@pytest.fixture
+def nodes(load_script):
+    return load_script("_nodes")
+
+
+@pytest.fixture
+def run(load_script):
+    return load_script("_harness").Run(0, True, Path(), "cpu")
+
+
 def related(n_recordings: int, n_segments: int = 8, seed: int = 0) -> np.ndarray:
     """Signals (recording, 3, time) of which the first is twice the second less the third."""
     x = np.random.default_rng(seed).normal(size=(n_recordings, 3, 20 * n_segments)).astype(np.float32)
@@ -26,9 +39,14 @@ def related(n_recordings: int, n_segments: int = 8, seed: int = 0) -> np.ndarray
     return x
 
 
-def tries(signals, x: np.ndarray, seed: int = 1) -> list:
-    rng = np.random.default_rng(seed)
-    return [(one, signals.points(signals.hide((3, x.shape[-1] // 20), 0.25, rng))) for one in x]
+def hidden_segments(signals, n_segments: int = 8, **changed):
+    """The problem of a recording of `related` signals."""
+    rng, train = np.random.default_rng(1), related(4, n_segments)
+    gaps = [signals.points(signals.hide((3, 8), 0.25, rng)) for _ in range(2)]
+    checked, truth = related(2, seed=5)
+    shown = np.where(gaps[1], 0, truth)
+    given = (train, checked, (checked, gaps[0]), (shown, gaps[1]), STAR, {}, 2.0, 0.25, 0)
+    return replace(signals.Signals(*given), **changed), truth
 
 
 STAR = sp.csr_matrix(np.array([[0, 1, 1], [1, 0, 0], [1, 0, 0]], dtype=np.float32))
@@ -49,22 +67,69 @@ def test_fit_keeps_the_weights_of_the_best_epoch(networks):
         seen.append(model.weight.item())
         return [3.0, 1.0, 2.0, 2.0, 2.0][len(seen) - 1]
 
-    best = networks.fit(model, lambda: [model.weight.sum()], validate, lr=0.1, epochs=5, patience=2)
-    assert best == 1
-    assert len(seen) == 4
+    training = networks.fit(model, lambda: [model.weight.sum()], validate, lr=0.1, epochs=5, patience=2)
+    assert training.best == 1
+    assert training.epochs == len(seen) == 4
     assert model.weight.item() == seen[1]
 
 
-@pytest.mark.parametrize("kind", ["MLP", "GCN", "GraphSAGE", "GAT"])
-def test_classify_reads_no_other_labels(networks, kind):
+@pytest.fixture
+def two_classes(nodes):
+    """60 nodes whose features tell their class, each of which is joined to all others of it; and the classes."""
     rng = np.random.default_rng(0)
-    labels = np.arange(60) % 2
-    x = labels[:, None] + 0.1 * rng.normal(size=(60, 3))
-    graph = sp.csr_matrix(np.kron(np.ones((30, 30)), np.eye(2)) - np.eye(60))  # each class by itself
+    truth = np.arange(60) % 2
+    x = (truth[:, None] + 0.1 * rng.normal(size=(60, 3))).astype(np.float32)
+    graph = sp.csr_matrix(np.kron(np.ones((30, 30)), np.eye(2)) - np.eye(60))
     train, validation = np.arange(60) < 20, (np.arange(60) >= 20) & (np.arange(60) < 30)
-    known = np.where(train | validation, labels, 0)
-    predicted = networks.classify(kind, x, graph, known, train, validation, seed=0, epochs=30)
-    assert (predicted == labels).all()
+    labels = np.where(train | validation, truth, -1)
+
+    def build(order):
+        import fimp_sc
+
+        return fimp_sc.pp.features(x, graph[order][:, order], labels=nodes.known(labels))
+
+    return nodes.Nodes(x, graph, labels, train, validation, build), truth
+
+
+@pytest.mark.parametrize("kind", ["MLP", "GCN", "GraphSAGE", "GAT"])
+def test_networks_learn_classes_from_the_known_ones(nodes, run, two_classes, kind):
+    problem, truth = two_classes
+    fit = nodes.network(problem, replace(run, quick=False), kind, 16)
+    assert (fit.values == truth).all()
+    assert fit.epochs > 4 * 2
+    assert fit.parameters > 0
+
+
+def test_fimp_learns_classes_from_the_known_ones(nodes, run, two_classes):
+    problem, truth = two_classes
+    method = nodes.groups({}, "shuffled")["fimp"]["FIMP"]
+    fit = method(problem, replace(run, quick=False))
+    assert nodes.scores(truth, problem.labels < 0)(fit.values)["accuracy"] > 0.9
+
+
+def test_the_control_deals_out_the_places(nodes, run, two_classes):
+    problem, _ = two_classes
+    orders = []
+
+    def build(order):
+        orders.append(order)
+        return problem.build(order)
+
+    methods = nodes.groups({}, "shuffled")
+    for group, name in (("fimp", "FIMP"), ("controls", "shuffled")):
+        methods[group][name](replace(problem, build=build), run)
+    assert (orders[0] == np.arange(60)).all()
+    assert sorted(orders[1]) == list(range(60))
+    assert (orders[1] != np.arange(60)).sum() > 40
+
+
+def test_the_most_accurate_classifier_is_that_of_the_validation_nodes(nodes, two_classes):
+    from sklearn.dummy import DummyClassifier
+
+    problem, _ = two_classes
+    labels = np.where(problem.validation, 1, problem.labels)
+    constant = [DummyClassifier(strategy="constant", constant=c) for c in (0, 1)]
+    assert (nodes.most_accurate(replace(problem, labels=labels), problem.x, constant) == 1).all()
 
 
 def test_standardise_sees_only_what_is_shown(signals):
@@ -95,24 +160,50 @@ def test_r2_and_mse_by_hand(signals):
     assert signals.score(np.array([1.0, 3.0]), np.array([1.0, 2.0])) == pytest.approx({"r2": 0.5, "mse": 0.5})
 
 
-def test_ridge_finds_a_linear_relation_where_all_neighbours_show(signals):
-    parts = tries(signals, related(2, seed=5))
-    for _, gap in parts:
+def test_ridge_finds_a_linear_relation_where_all_neighbours_show(signals, run):
+    problem, truth = hidden_segments(signals, n_segments=20)
+    for _, gap in (problem.validation, problem.test):
         gap[1:] = False
-    got = signals.ridge(related(4, n_segments=20), parts, STAR, 0.1, seed=0, own=False)
-    x, gap = parts[1]
-    assert signals.score(x[0, gap[0]], got[0, gap[0]])["r2"] > 0.9  # neighbours were hidden in training
+    problem = replace(problem, test=(np.where(problem.test[1], 0, truth), problem.test[1]), ratio=0.1)
+    gap = problem.test[1]
+    got = signals.ridge(problem, run).values
+    assert signals.score(truth[0, gap[0]], got[0, gap[0]])["r2"] > 0.9  # neighbours were hidden in training
 
 
-def test_baselines_do_not_see_hidden_values_of_the_test(signals):
-    train, parts = related(2), tries(signals, related(2, seed=5))
-    x, gap = parts[1]
-    other = [parts[0], (np.where(gap, 99, x).astype(np.float32), gap)]
-    first = dict(signals.baselines(train, parts, STAR, 0.25, 0, quick=True))
-    second = dict(signals.baselines(train, other, STAR, 0.25, 0, quick=True))
-    assert len(first) == 16
-    for method, predict in first.items():
-        np.testing.assert_array_equal(predict()[gap], second[method]()[gap], err_msg=method)
+@pytest.fixture
+def brain(load_script, monkeypatch):
+    """`fmri.py` with 4 recordings of 8 regions, each of them in pairs that do the same."""
+    fmri = load_script("fmri")
+    rng = np.random.default_rng(0)
+    bold = rng.normal(size=(4, 4, 160)).repeat(2, axis=1) + 0.1 * rng.normal(size=(4, 8, 160))
+    xyz = rng.normal(size=(8, 3)).repeat(1, axis=0)
+    monkeypatch.setattr(fmri, "read", lambda name, folder: (bold, rng.random((4, 8, 8)), xyz, 2.0))
+    return fmri, bold
+
+
+@pytest.mark.parametrize("data", ["hcp, structural, 0.5", "lemon, coordinates, 0.5"])
+def test_problems_do_not_hold_what_is_hidden(brain, run, data):
+    fmri, bold = brain
+    problem, score = fmri.problem(data, run, 1)
+    assert problem.recording == (1 if data.startswith("hcp") else 3)
+    shown, gap = problem.test
+    assert gap.mean() == 0.5
+    assert (shown[gap] == 0).all()
+    whole = fmri.standardise(bold[problem.recording], gap)
+    np.testing.assert_array_equal(shown[~gap], whole[~gap])
+    assert score(whole)["mse"] == 0
+    assert len(problem.train) == 2
+    assert (problem.graph.getnnz(axis=1) >= 6).all()
+
+
+def test_every_method_fills_in_hidden_signals(brain, run):
+    fmri, _ = brain
+    problem, score = fmri.problem("hcp, structural, 0.5", run, 1)
+    for group in fmri.GROUPS.values():
+        for name, method in group.items():
+            values = method(problem, run).values
+            assert values.shape == problem.test[0].shape, name
+            assert np.isfinite(score(values)["r2"]), name
 
 
 @pytest.mark.parametrize("kind", ["GIN", "GPS"])
@@ -137,11 +228,6 @@ def test_structural_graph_keeps_the_strongest_of_each_row(load_script):
     mean = weights.mean(0) - 9 * np.eye(12)
     assert (got.sum(1) == 6).all()
     assert all(set(np.flatnonzero(got[i])) == set(np.argsort(mean[i])[-6:]) for i in range(12))
-
-
-def test_pieces_follow_one_another(load_script):
-    got = load_script("fmri").pieces(np.arange(12).reshape(2, 6), 3)
-    assert got.tolist() == [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]]
 
 
 def test_the_town_uses_every_digit_once_and_in_districts(load_script):
