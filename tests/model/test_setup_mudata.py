@@ -47,6 +47,18 @@ def test_signals_without_coordinates(recordings) -> None:
     assert model.module.sequences["fmri"].n_coordinates == 0
 
 
+@pytest.mark.parametrize("role", ["labels_key", "batch_key", "library_key"])
+@pytest.mark.parametrize("modality", [None, "feature", ["feature"]])
+def test_columns_of_the_whole_object_are_to_be_pushed(table, role, modality) -> None:
+    table.obs["group"] = ["a", "b", "c"] * 5
+    with pytest.raises(KeyError, match=r"mdata.push_obs\(columns=\['group'\], mods=\['feature'\]\)"):
+        FIMP.setup_mudata(table, modality=modality, **{role: "group"})
+    table.push_obs(columns=["group"], mods=["feature"])  # as the message says
+    if role == "library_key":  # edges join no two samples
+        table["feature"].obsp["ring"] = sparse.csr_matrix(np.kron(np.ones((5, 5)), np.eye(3)))
+    assert setup_args(table, modality=modality, **{role: "group"})[role] == "group"
+
+
 @pytest.mark.filterwarnings("ignore:.*are left out")
 @pytest.mark.parametrize("n_times", [12, 20, 39])
 def test_short_recordings_have_several_tokens(recordings, n_times) -> None:

@@ -60,6 +60,9 @@ def test_samples_and_chosen_genes(imputed) -> None:
     second = (imputed.obs["section"] == "section_2").to_numpy()
     np.testing.assert_allclose(axes[1, 1].collections[0].get_array(), imputed.layers["fimp"][second, 4])
     assert axes[1, 0].get_title() == f"{genes[1]}, section_2, measured"
+    # As they were told apart when values were imputed.
+    imputed.uns["some"]["params"]["library_key"] = "section"
+    assert pl.imputation(imputed, [genes[1]], "some", show=False).shape == (2, 3)
 
 
 def test_genes_the_model_does_not_know(imputed) -> None:

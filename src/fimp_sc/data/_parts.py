@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -223,3 +223,21 @@ def check_whole(data: AnnData | MuData, key: str, modality: str | Sequence[str] 
         nodes.obsp,
         f"The modalities {names} need one graph of all {nodes.n_obs:,} nodes: store it in mdata.obsp[{key!r}].",
     )
+
+
+def check_columns(data: AnnData | MuData, modality: str | Sequence[str] | None, columns: Iterable[str | None]) -> None:
+    """Raise where the only modality lacks a column of ``obs`` that the whole object has.
+
+    Raises
+    ------
+    MissingKeyError
+        There is such a column; the message says how to bring it to the modality.
+    """
+    names = as_modalities(modality)
+    if not is_mudata(data) or (names is not None and len(names) > 1):
+        return
+    name, adata = get_modality(data, names[0] if names else None)
+    for column in columns:
+        if column is not None and column not in adata.obs and column in data.obs:
+            where, call = f"mdata[{name!r}].obs", f"mdata.push_obs(columns=[{column!r}], mods=[{name!r}])"
+            raise missing_key(column, where, adata.obs, f"mdata.obs has it: bring it there with {call}.")

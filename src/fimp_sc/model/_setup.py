@@ -9,7 +9,7 @@ from scvi.data import AnnDataManager
 from scvi.data._manager import AnnDataManagerValidationCheck
 from scvi.model.base import BaseModelClass
 
-from fimp_sc.data._parts import Part, as_modalities, parts_of, registered_keys
+from fimp_sc.data._parts import Part, as_modalities, check_columns, parts_of, registered_keys
 from fimp_sc.model._fields import SEQUENCE_KEY, registered_fields
 
 if TYPE_CHECKING:
@@ -136,6 +136,9 @@ class RegisteringModel(BaseModelClass):
             setup["library_key"] = setup["library_key"] or own["library_key"]
             if setup["connectivities_key"] == _GRAPH:
                 setup["connectivities_key"] = own["connectivities_key"]
+            # Of a query labels may be missing.
+            keys = ("library_key", "batch_key") + (("labels_key",) if kwargs.get("source_registry") is None else ())
+            check_columns(data, modality, [setup[key] for key in keys])
         manager = AnnDataManager(
             fields=registered_fields(setup, sequences),
             setup_method_args=method_args,

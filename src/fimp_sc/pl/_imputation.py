@@ -57,7 +57,7 @@ def imputation(
         Layer with measured expression; by default that which was imputed from. Where values were imputed on the log
         scale, counts are brought there: divided by the cell's total, multiplied by the median total, log1p.
     library_key
-        Column of `.obs` that tells the samples apart; None draws all cells in one row.
+        Column of `.obs` that tells the samples apart; by default that of the imputation, if it had one.
     spatial_key
         Key of `.obsm` with the coordinates.
     size
@@ -93,8 +93,10 @@ def imputation(
         for there, where in ((adata.var_names, "adata.var_names"), (known, f"the genes imputed as {layer!r}")):
             if name not in there:
                 raise missing_key(name, where, there, "Name genes that were measured and imputed.")
-    observed = _observed(adata, names, layer, observed_layer)
+    params = dict(dict(adata.uns.get(layer, {})).get("params", {}))
+    observed = _observed(adata, names, params, observed_layer)
     made = _columns(imputed, known.get_indexer(pd.Index(names)))
+    library_key = params.get("library_key") if library_key is None else library_key
     xy, panels = _coordinates(adata, spatial_key), _panels(adata, library_key)
     if size is None:
         size = float(np.clip(12_000 / max(len(rows) for _, rows in panels), 1, 45))
@@ -157,9 +159,10 @@ def _imputed(adata: AnnData, layer: str) -> tuple[Any, pd.Index]:
     return expression(adata, layer)
 
 
-def _observed(adata: AnnData, names: list[str], layer: str, observed_layer: str | None) -> NDArray[np.float64]:
+def _observed(
+    adata: AnnData, names: list[str], params: dict[str, Any], observed_layer: str | None
+) -> NDArray[np.float64]:
     """Return measured values ``(n_obs, len(names))`` on the scale of the imputed ones."""
-    params = dict(dict(adata.uns.get(layer, {})).get("params", {}))
     matrix = get_matrix(adata, params.get("layer") if observed_layer is None else observed_layer)
     values = _columns(matrix, adata.var_names.get_indexer(pd.Index(names)))
     if params.get("scale") == "log":
