@@ -2,7 +2,7 @@
 
 Cells lie at random in a square, in spatial order, each with its k nearest neighbours and f tokens of width d. Per-edge
 methods gather the tokens of both ends of each edge, as message passing does; "weights returned" is the default of
-nn.MultiheadAttention, left out where the weights of all edges would fill several GB. GATv2Conv and TransformerConv
+nn.MultiheadAttention, left out where the weights of all edges would fill more than 4 GB. GATv2Conv and TransformerConv
 attend over one vector of width d per cell: another model, shown for what tokens cost.
 
 Each measurement is a fresh process, methods take turns, and the table has the median over rounds. Peak memory is what
@@ -36,7 +36,7 @@ SDPA = "scaled_dot_product_attention per edge"
 CONVOLUTIONS = ("GATv2Conv", "TransformerConv")
 OURS = "fimp-sc, "
 ALONE = ", attention only"
-MAX_WEIGHTS = 2**28  # numbers
+MAX_WEIGHTS = 2**30  # numbers
 EDGES_PER_CHUNK = 4096  # of the per-edge SDPA on CUDA, which fails for very large batches
 
 
@@ -203,7 +203,7 @@ def build(method: str, d: int, heads: int, device: str, dtype):
 
     class PerEdgeProduct(CrossNodeAttention):
         def forward(self, x, indptr, indices):
-            q, k, v = (self._heads(project(x)) for project in (self.query, self.key, self.value))
+            q, k, v = (part(x).unflatten(2, (heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
             source, destination = edge_index(indptr, indices)
             share = indptr.diff().clamp(min=1).reciprocal().to(x.dtype)[destination, None, None, None]
 
@@ -244,7 +244,7 @@ def build(method: str, d: int, heads: int, device: str, dtype):
     def ours(x, indptr, indices):
         padding = torch.zeros(x.shape[:2], dtype=torch.bool, device=device)
         with attention_backend(backend):
-            return layer(x, x, padding, indptr, indices)
+            return layer(x, padding, indptr, indices)
 
     return ours, d
 

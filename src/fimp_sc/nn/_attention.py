@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from fimp_sc.nn._chunked import _without_autocast, chunked_attention
+from fimp_sc.nn._chunked import chunked_attention
+from fimp_sc.nn._chunks import without_autocast
 from fimp_sc.nn._dense import dense_attention
 
 if TYPE_CHECKING:
@@ -107,13 +108,11 @@ def cross_node_attention(
     Source: arXiv 2210.09475, the cross-node attention message; the mean over sources is the convention of the
     predecessor's code, as the paper does not state one.
     """
-    _check_shapes(query, key, value, indptr, indices, edge_weight, key_padding_mask)
-    weight = _edge_factor(query, indptr, indices, edge_weight, reduce)
-    if key_padding_mask is not None:
-        # No backend has a softmax over nothing: whatever it makes of such a source counts zero.
-        weight = weight * ~key_padding_mask.all(1).index_select(0, indices)
+    _check_heads(query, key, value)
+    check_graph(query.shape[0], (key.shape[0], key.shape[2]), indptr, indices, edge_weight, key_padding_mask)
+    weight = edge_factor(query, indptr, indices, edge_weight, key_padding_mask, reduce)
     backend = _resolve(backend, query, key)
-    with _without_autocast(query.device.type):
+    with without_autocast(query.device.type):
         if backend == "triton":
             from fimp_sc.nn._triton import triton_attention
 
@@ -123,18 +122,35 @@ def cross_node_attention(
         return chunked_attention(query, key, value, indptr, indices, weight, key_padding_mask, chunk_size)
 
 
-def _edge_factor(query: Tensor, indptr: Tensor, indices: Tensor, edge_weight: Tensor | None, reduce: str) -> Tensor:
+def edge_factor(
+    like: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    edge_weight: Tensor | None,
+    key_padding_mask: Tensor | None,
+    reduce: str,
+) -> Tensor:
     """Return the factor of each message in at least single precision."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    given = None if edge_weight is None else edge_weight.to(dtype)
+    dtype = torch.promote_types(like.dtype, torch.float32)
     if reduce == "mean":
         degree = indptr.diff()
         # The number of edges is known: without it, repeating waits for the device.
-        share = degree.clamp(min=1).to(dtype).reciprocal().repeat_interleave(degree, output_size=len(indices))
-        return share if given is None else share * given
-    if reduce == "sum":
-        return query.new_ones(len(indices), dtype=dtype) if given is None else given
-    raise ValueError(f"reduce must be 'mean' or 'sum', found {reduce!r}")
+        factor = degree.clamp(min=1).to(dtype).reciprocal().repeat_interleave(degree, output_size=len(indices))
+    elif reduce == "sum":
+        factor = like.new_ones(len(indices), dtype=dtype)
+    else:
+        raise ValueError(f"reduce must be 'mean' or 'sum', found {reduce!r}")
+    if edge_weight is not None:
+        factor = factor * edge_weight.to(dtype)
+    if key_padding_mask is not None:
+        # No backend has a softmax over nothing: whatever it makes of such a source counts zero.
+        factor = factor * ~key_padding_mask.all(1).index_select(0, indices)
+    return factor
+
+
+def cpu_backend() -> Backend:
+    """Return the backend that ``"auto"`` now is on a CPU."""
+    return "chunked" if _DEFAULT.get() == "auto" else _DEFAULT.get()
 
 
 def _known(backend: Backend) -> Backend:
@@ -157,15 +173,7 @@ def _resolve(backend: Backend, query: Tensor, key: Tensor) -> Backend:
     return "chunked" if backend == "auto" else backend
 
 
-def _check_shapes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indptr: Tensor,
-    indices: Tensor,
-    edge_weight: Tensor | None,
-    key_padding_mask: Tensor | None,
-) -> None:
+def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
         raise ValueError(
             "query, key and value must be (nodes, heads, tokens, head_dim) and key and value of one shape; found "
@@ -179,9 +187,20 @@ def _check_shapes(
         raise ValueError(
             f"query, key and value must have one dtype; found {query.dtype}, {key.dtype} and {value.dtype}"
         )
-    if indptr.shape != (query.shape[0] + 1,):
+
+
+def check_graph(
+    n_destinations: int,
+    sources: tuple[int, int],
+    indptr: Tensor,
+    indices: Tensor,
+    edge_weight: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> None:
+    """Raise a ValueError where a graph does not fit its nodes; ``sources`` are ``(n_sources, source_tokens)``."""
+    if indptr.shape != (n_destinations + 1,):
         raise ValueError(
-            f"indptr must have one entry per destination and one more: expected {query.shape[0] + 1}, "
+            f"indptr must have one entry per destination and one more: expected {n_destinations + 1}, "
             f"found {tuple(indptr.shape)}"
         )
     if edge_weight is not None and edge_weight.shape != indices.shape:
@@ -189,8 +208,7 @@ def _check_shapes(
             f"edge_weight must have one entry per edge: expected {tuple(indices.shape)}, "
             f"found {tuple(edge_weight.shape)}"
         )
-    if key_padding_mask is not None and key_padding_mask.shape != (key.shape[0], key.shape[2]):
+    if key_padding_mask is not None and key_padding_mask.shape != sources:
         raise ValueError(
-            f"key_padding_mask must be (n_sources, source_tokens) = {(key.shape[0], key.shape[2])}, "
-            f"found {tuple(key_padding_mask.shape)}"
+            f"key_padding_mask must be (n_sources, source_tokens) = {sources}, found {tuple(key_padding_mask.shape)}"
         )

@@ -135,7 +135,7 @@ def recorded_influence(
     """
     found: list[Tensor] = []
     handles = [
-        layer.attention.register_forward_pre_hook(_Recorder(layer, n_nodes, n_destinations, found))
+        layer.attention.register_forward_pre_hook(_Recorder(layer, n_nodes, n_destinations, found), with_kwargs=True)
         for layer in message_layers(network)
     ]
     try:
@@ -152,13 +152,14 @@ class _Recorder:
         self.output = layer.combine if isinstance(layer, PaperLayer) else layer.attention.output
         self.n_nodes, self.n_destinations, self.found, self.seen = n_nodes, n_destinations, found, False
 
-    def __call__(self, attention: CrossNodeAttention, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
+    def __call__(self, attention: CrossNodeAttention, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         # A stack runs a layer over the graph first, then over the sources by themselves for what they send next.
         if self.seen:
             return
         self.seen = True
-        queries, tokens, padding, indptr, indices = inputs
-        n = self.n_destinations
+        tokens, padding, indptr, indices = inputs[:4]
+        own, n = options.get("own"), self.n_destinations
+        queries = tokens if own is None else own
         indices = indices[: int(indptr[n])]
         destination = torch.repeat_interleave(indptr[: n + 1].diff(), output_size=len(indices))
         # What destinations send to themselves: their own row or, in a stack, a row behind those of the block's nodes.

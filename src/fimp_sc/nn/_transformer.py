@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fimp_sc.nn._attention import cross_node_attention
+from fimp_sc.nn._token_attention import token_attention
 
 if TYPE_CHECKING:
     from fimp_sc.data._batch import Batch
@@ -60,55 +60,65 @@ class CrossNodeAttention(nn.Module):
                 n_heads, n_heads, (value_kernel, 1), padding=(value_kernel // 2, 0), groups=n_heads, bias=False
             )
 
-    def forward(self, queries: Tensor, tokens: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        padding: Tensor,
+        indptr: Tensor,
+        indices: Tensor,
+        n_queries: int | None = None,
+        *,
+        own: Tensor | None = None,
+    ) -> Tensor:
         """Return the reduced messages.
 
         Parameters
         ----------
-        queries
-            ``(n_destinations, n_queries, d_model)`` tokens of the destinations.
         tokens
-            ``(n_nodes, n_tokens, d_model)`` tokens of all nodes.
+            ``(n_nodes, n_tokens, d_model)`` tokens of all nodes; destinations first, unless ``own`` is given.
         padding
             ``(n_nodes, n_tokens)`` bool, True where there is no token.
         indptr, indices
             Compressed sparse rows over the destinations.
+        n_queries
+            Make messages for only the first tokens of each destination.
+        own
+            ``(n_destinations, n, d_model)`` tokens of the destinations, where they are not what these send.
 
         Returns
         -------
-        ``(n_destinations, n_queries, d_model)``.
+        ``(n_destinations, n_queries or n, d_model)``.
         """
-        value = self._heads(self.value(tokens))
-        messages = cross_node_attention(
-            self._heads(self.query(queries)),
-            self._heads(self.key(tokens)),
-            value,
+        messages = token_attention(
+            tokens,
+            (self.query, self.key, self.value),
+            self.n_heads,
             indptr,
             indices,
+            own=own,
+            n_queries=n_queries,
             key_padding_mask=padding,
             reduce=self.reduce,
         )
         if self.value_convolution is not None:
-            messages = messages + self._convolved(value, padding, indptr, indices)[:, :, : messages.shape[2]]
+            messages = messages + self._convolved(tokens, padding, indptr, indices)[:, : messages.shape[1]]
         connected = (indptr.diff() > 0).to(messages.dtype)[:, None, None]
-        return self.output(messages.transpose(1, 2).flatten(2)) * connected
+        return self.output(messages) * connected
 
-    def _convolved(self, value: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
-        """Return the part of the reduced messages that is convolved values, ``(n_destinations, heads, f, head_dim)``.
+    def _convolved(self, tokens: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+        """Return the part of the reduced messages that is convolved values, ``(n_destinations, n_tokens, d_model)``.
 
         One row per edge is held: sequences that are convolved are short.
         """
-        convolved = self.value_convolution(value.masked_fill(padding[:, None, :, None], 0.0))  # type: ignore[misc]
+        value = self.value(tokens).masked_fill(padding[:, :, None], 0.0).unflatten(2, (self.n_heads, -1))
+        convolved = self.value_convolution(value.transpose(1, 2)).transpose(1, 2).flatten(2)  # type: ignore[misc]
         degree = indptr.diff()
         destination = torch.repeat_interleave(degree, output_size=len(indices))
         total = convolved.new_zeros(len(degree), *convolved.shape[1:])
         total = total.index_add(0, destination, convolved.index_select(0, indices))
         if self.reduce == "sum":
             return total
-        return total / degree.clamp(min=1).to(total.dtype)[:, None, None, None]
-
-    def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+        return total / degree.clamp(min=1).to(total.dtype)[:, None, None]
 
 
 class TransformerLayer(nn.Module):
@@ -186,14 +196,14 @@ class TransformerLayer(nn.Module):
         -------
         ``(n_destinations, n_queries or n_tokens, d_model)``.
         """
-        apart = own is not None
-        own = (tokens[: len(indptr) - 1] if own is None else own)[:, :n_queries]
+        graph = padding, indptr, indices, n_queries
+        apart = None if own is None else own[:, :n_queries]
+        own = tokens[: len(indptr) - 1, :n_queries] if apart is None else apart
         if self.norm_first:
-            normed = self.attention_norm(tokens)
-            queries = self.attention_norm(own) if apart else normed[: len(indptr) - 1, :n_queries]
-            own = own + self.dropout(self.attention(queries, normed, padding, indptr, indices))
+            queries = None if apart is None else self.attention_norm(apart)
+            own = own + self.dropout(self.attention(self.attention_norm(tokens), *graph, own=queries))
             return own + self.dropout(self._feedforward(self.feedforward_norm(own)))
-        own = self.attention_norm(own + self.dropout(self.attention(own, tokens, padding, indptr, indices)))
+        own = self.attention_norm(own + self.dropout(self.attention(tokens, *graph, own=apart)))
         return self.feedforward_norm(own + self.dropout(self._feedforward(own)))
 
     @torch.no_grad()
@@ -262,7 +272,7 @@ class PaperLayer(nn.Module):
     ) -> Tensor:
         """Update the tokens of the destinations; parameters and result as in :class:`TransformerLayer`."""
         own = tokens[: len(indptr) - 1, :n_queries]
-        return self.combine(own + self.attention(own, tokens, padding, indptr, indices))
+        return self.combine(own + self.attention(tokens, padding, indptr, indices, n_queries))
 
 
 def run_layers(layers: nn.ModuleList, tokens: Tensor, padding: Tensor, batch: Batch, n_queries: int | None) -> Tensor:
