@@ -99,11 +99,13 @@ def held_out_section(folder: Path) -> tuple[Annotation, Scores]:
     return problem, lambda labels: label_scores(truth[scored], labels[scored])
 
 
-def held_out_blocks(data: str, folder: Path, seed: int, *, inductive: bool = False) -> tuple[Annotation, Scores]:
-    """About 20 % of the cells in whole spatial blocks; without them in training if `inductive`."""
+def held_out_blocks(
+    data: str, folder: Path, seed: int, *, inductive: bool = False, scattered: bool = False
+) -> tuple[Annotation, Scores]:
+    """About 20 % of the cells in whole spatial blocks, or `scattered`; without them in training if `inductive`."""
     adata = load(data, folder)
     blocks = spatial_block_ids(adata, data, seed)
-    held_out = folds(blocks, 5, seed) == 0
+    held_out = folds(np.arange(adata.n_obs) if scattered else blocks, 5, seed) == 0
     truth = adata.obs["label"].to_numpy()
     labels, _, test = split_labels(truth, held_out)
     adata.obs["label"] = labels

@@ -13,6 +13,7 @@ TITLES = {
     "annotate_section": "Cell types of another section",
     "annotate_blocks": "Cell types of held-out blocks",
     "annotate_blocks_inductive": "Cell types of held-out blocks that are not there in training",
+    "annotate_blocks_random": "Cell types of cells held out at random, which is too easy",
     "masked_expression": "Hidden expression in held-out blocks",
     "noise_ceiling": "What could be predicted of hidden expression",
     "embedding": "Features without labels: cell types and domains",
@@ -26,6 +27,7 @@ TITLES = {
     "scale": "Large data",
     "torch_compile": "torch.compile",
 }
+COMMANDS = {f"annotate_blocks_{how}": f"annotate_blocks.py --{how}" for how in ("inductive", "random")}
 SCORES = ["accuracy", "macro_f1", "r2", "r2_gene", "mse", "ari", "ari_smoothed", "nmi", "nmi_smoothed"]
 COSTS = ["forward_s", "both_s", "step_ms", "first_s", "graph_s", "read_s", "embed_s", "us_per_cell", "ms_per_cell"]
 COSTS += ["epoch_s", "epochs", "total_s", "cpu_s", "peak_mb", "before_gb", "peak_gb", "result_gb"]
@@ -81,7 +83,7 @@ def render(folder: Path) -> str:
             continue
         rows = pd.read_csv(path)
         group = rows.columns[0]
-        page += [f"## {title}", "", f"`{name}.py`" if name != "annotate_blocks_inductive" else "`--inductive`", ""]
+        page += [f"## {title}", "", f"`{COMMANDS.get(name, f'{name}.py')}`", ""]
         if "method" not in rows:
             page += [*table(rows, [group]), ""]
         elif rows[group].nunique() == 1 or rows.groupby(group).method.nunique().max() == 1:

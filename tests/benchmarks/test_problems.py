@@ -46,6 +46,19 @@ def test_labels_of_held_out_blocks_are_hidden(problems, toy, inductive):
     assert score(known_only)["accuracy"] == 1
 
 
+def test_scattered_cells_are_held_out_among_their_neighbours(problems, common, toy):
+    near = common.neighbours(np.asarray(toy.obsm["spatial"], float), 6, toy.obs["section"].to_numpy())
+    alike = {}
+    for scattered in (False, True):
+        problem, _ = problems.held_out_blocks("toy", None, 1, scattered=scattered)
+        held_out = hidden_labels(problem, toy)
+        assert held_out.mean() == pytest.approx(0.2, abs=0.05)
+        row, col = near.nonzero()
+        alike[scattered] = (held_out[col] == held_out[row])[held_out[row]].mean()
+    assert alike[False] > 0.6
+    assert alike[True] == pytest.approx(0.2, abs=0.05)
+
+
 def test_hidden_entries_are_gone_and_scored(problems, common, toy):
     problem, score = problems.hidden_expression("toy", None, 0)
     hidden = problem.hidden.toarray()
