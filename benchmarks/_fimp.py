@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse as sp
 
 from _harness import Fit, Method, MissingError, Run
 
@@ -31,7 +30,7 @@ class Variant:
     model, train
         Arguments of ``FIMP`` and of ``FIMP.train``.
     n_neighbors
-        Of the graph; 0 leaves no messages but those between a cell's own genes.
+        Of the graph.
     shuffled
         Whether positions are permuted within each section: the same graph of random cells.
     vectors
@@ -56,7 +55,7 @@ class Variant:
 
 GENE_VECTORS = "spatialformer_gene_embeddings_512.npz"
 DEFAULT = {"FIMP": Variant()}
-CONTROLS = {"FIMP, shuffled positions": Variant(shuffled=True), "FIMP, no messages": Variant(n_neighbors=0)}
+CONTROLS = {"FIMP, shuffled positions": Variant(shuffled=True), "FIMP, no messages": Variant(model={"messages": False})}
 VECTORS = {
     "FIMP, 32 tokens, gene vectors": Variant(model={"n_tokens": 32}, vectors=GENE_VECTORS),
     "FIMP, 32 tokens, gene vectors permuted": Variant(model={"n_tokens": 32}, vectors=GENE_VECTORS, permuted=True),
@@ -95,7 +94,7 @@ def prepare(
     """Copy of `adata` with FIMP's spatial graph.
 
     With `shuffle_seed` the positions are permuted within each section first: the same graph joins random cells, which
-    shows what the neighbours are worth. Without neighbours a single pair stays joined, as a graph must have an edge.
+    shows what the neighbours are worth.
     """
     import fimp_sc
 
@@ -109,12 +108,7 @@ def prepare(
             xy[idx] = xy[rng.permutation(idx)]
         adata.obsm["spatial"] = xy
     # A part of a section needs its own graph.
-    fimp_sc.pp.spatial_graph(adata, library_key=library_key, overwrite=True, n_neighbors=max(n_neighbors, 1))
-    if n_neighbors == 0:
-        graph = sp.coo_matrix(adata.obsp["spatial_connectivities"])
-        pair = [graph.row[0], graph.col[0]]
-        edge = sp.csr_matrix((np.ones(2, np.float32), (pair, pair[::-1])), shape=graph.shape)
-        adata.obsp["spatial_connectivities"] = edge
+    fimp_sc.pp.spatial_graph(adata, library_key=library_key, overwrite=True, n_neighbors=n_neighbors)
     return adata
 
 

@@ -207,6 +207,7 @@ def test_paper_and_practical_layers_differ_only_by_choice(tissue, make_model) ->
         ({"n_layers": 0}, "n_layers must be at least 1, found 0"),
         ({"n_tokens": 0}, "n_tokens must be at least 1"),
         ({"n_latent": 10, "n_heads": 4}, "10 is not a multiple of 4"),
+        ({"messages": False, "self_loops": False}, "messages=False .* and self_loops=False nothing"),
     ],
 )
 def test_wrong_options_are_named(tissue, make_model, options: dict, message: str) -> None:
@@ -221,6 +222,24 @@ def test_without_coordinates_the_graph_is_enough(tissue, make_model, train) -> N
     assert np.isfinite(model.get_latent_representation(batch_size=9)).all()
     moved = with_coordinates.get_latent_representation(tissue, batch_size=9)
     np.testing.assert_allclose(moved, with_coordinates.get_latent_representation(), atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"layer": "paper"}])
+def test_without_messages_neighbours_have_no_influence(tissue, make_model, train, options: dict, tmp_path) -> None:
+    model = train(make_model(tissue, {"labels_key": "label"}, messages=False, **options), max_epochs=1)
+    z = model.get_latent_representation()
+    rewired = tissue.copy()
+    order = np.random.default_rng(0).permutation(120)
+    rewired.obsp["spatial_connectivities"] = rewired.obsp["spatial_connectivities"][order][:, order]
+    np.testing.assert_allclose(model.get_latent_representation(rewired), z, atol=2e-5)
+    with_messages = train(make_model(tissue, {"labels_key": "label"}, **options), max_epochs=1)
+    assert np.abs(with_messages.get_latent_representation() - z).max() > 1e-3
+    model.save_pretrained(tmp_path / "model")
+    assert "no messages between cells" in (tmp_path / "model" / "README.md").read_text()
+    again = FIMP.from_pretrained(tmp_path / "model", adata=rewired)
+    np.testing.assert_allclose(again.get_latent_representation(), z, atol=2e-5)
+    with pytest.raises(ValueError, match=r"passes no messages \(messages=False\)"):
+        model.get_edge_influence()
 
 
 def isolate(adata: ad.AnnData, cells) -> ad.AnnData:

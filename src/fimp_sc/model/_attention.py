@@ -57,7 +57,8 @@ class AttentiveModel(GraphModel):
         Raises
         ------
         ValueError
-            When there is no such layer, or edges run the whole stack of a foundation model (``aggregate="final"``).
+            When there is no such layer, the model passes no messages, or edges run the whole stack of a foundation
+            model (``aggregate="final"``).
         """
         network = self.module.network
         layers = message_layers(network)
@@ -142,6 +143,8 @@ class AttentiveModel(GraphModel):
         if self.foundation is None:  # type: ignore[attr-defined]
             self._check_if_trained(warn=False)
         message_layers(self.module.network)
+        if not self.messages:
+            raise ValueError("This model passes no messages (messages=False), and has no attention between cells.")
         data = self._graph_data(self._validate_anndata(adata))
         if data.source is None:
             raise ValueError("This model reads no expression: attention between cells is read for genes only.")

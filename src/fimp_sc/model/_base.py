@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 from scvi.model.base import BaseModelClass
 
 from fimp_sc.data import BinnedTokens, CentredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
     from numpy.typing import NDArray
-    from scipy import sparse
     from torch import Tensor
 
     from fimp_sc.data import SequenceKind, SequenceSource, TokenSource
@@ -51,7 +51,7 @@ class GraphModel(BaseModelClass):
     ----------
     module
         Network and heads.
-    n_layers, n_tokens, self_loops, random_state
+    n_layers, n_tokens, self_loops, messages, random_state
         See :class:`~fimp_sc.model.FIMP`.
     token_sizes
         By modality of signals or images: time points of a segment, or pixels of the side of a patch.
@@ -61,6 +61,7 @@ class GraphModel(BaseModelClass):
     n_layers: int
     n_tokens: int
     self_loops: bool
+    messages: bool
     random_state: int
     token_sizes: dict[str, int]
 
@@ -125,7 +126,8 @@ class GraphModel(BaseModelClass):
         }
         # The stack of a foundation model adds self-loops itself.
         self_loops = self.self_loops and not isinstance(self.module.network, FoundationNetwork)
-        graph = NodeGraph(get_graph(nodes, setup["connectivities_key"]), self_loops=self_loops)
+        edges = get_graph(nodes, setup["connectivities_key"])
+        graph = NodeGraph(edges if self.messages else sparse.csr_matrix(edges.shape), self_loops=self_loops)
         located = check_coordinates(nodes, setup["spatial_key"]) if setup["spatial_key"] in nodes.obsm else None
         coordinates = graph.order()[:, None].astype(np.float64) if located is None else located
         label = np.full(nodes.n_obs, -1, dtype=np.int64)

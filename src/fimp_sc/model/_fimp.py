@@ -69,6 +69,9 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
         projection).
     self_loops
         Whether a cell also attends to its own genes.
+    messages
+        Whether cells hear their neighbours. Without, each is embedded by itself by the same network: what neighbours
+        are worth shows beside it.
     reduce
         ``"mean"`` or ``"sum"`` over neighbours, in FIMP-base.
     dropout
@@ -132,6 +135,7 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
         token_size: int | dict[str, int] | None = None,
         layer: Literal["practical", "paper"] = "practical",
         self_loops: bool = True,
+        messages: bool = True,
         reduce: Literal["mean", "sum"] = "mean",
         dropout: float | None = None,
         label_weight: float = 1.0,
@@ -163,7 +167,9 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
         if foundation is None and (train_foundation, source, aggregate) != ("frozen", "evolving", "layer"):
             raise ValueError("train_foundation, source and aggregate concern foundation models: name one, foundation=.")
         self.foundation, self.n_tokens = foundation, n_tokens
-        self.self_loops, self.random_state = self_loops, random_state
+        if not (messages or self_loops):
+            raise ValueError("messages=False leaves each cell its own tokens, and self_loops=False nothing: keep one.")
+        self.self_loops, self.messages, self.random_state = self_loops, messages, random_state
         stored = architecture or {}
         network, vectors, known = None, None, None
         with torch.random.fork_rng():
