@@ -84,7 +84,6 @@ class _Projected:
         self._width = tokens.shape[2] // n_heads
         self._scale = self._width**-0.5
         self._tokens = tokens
-        self._n_queries, self._whole = n_queries, own is None
         self._own = tokens[: len(graph.order), :n_queries] if own is None else own
         self.d_tokens = torch.zeros_like(tokens, memory_format=torch.contiguous_format) if needed[0] else None
         self.d_own = None
@@ -95,6 +94,7 @@ class _Projected:
         self.d_maps = [torch.empty_like(x) if need else None for x, need in zip(maps, needed[2:], strict=True)]
 
     def query(self, head: int) -> Tensor:
+        # Sums over edges use this buffer afterwards.
         rows = self._project("total", self._own, 0, head).mul_(self._scale)
         return torch.index_select(rows, 0, self._graph.order, out=self._buffers("q", *rows.shape))
 
