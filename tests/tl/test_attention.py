@@ -252,6 +252,7 @@ def test_foundation_stack(fresh, scgpt_checkpoint, unchanged) -> None:
 
 
 BAD = [
+    ({"model_kwargs": {"messages": False}}, ValueError, "without messages there is no attention"),
     ({"groupby": "type"}, KeyError, r"'type' is not in adata\.obs"),
     ({"groupby": "one"}, ValueError, "has one group only"),
     ({"genes": ["CD74", "nothing"]}, KeyError, "'nothing' is not in the genes of the model"),

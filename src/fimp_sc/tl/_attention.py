@@ -163,6 +163,8 @@ def attention(
     unknown = sorted(set(inference_kwargs or {}) - {"batch_size"})
     if unknown:
         raise ValueError(f"inference_kwargs takes 'batch_size' alone, found {', '.join(map(repr, unknown))}.")
+    if not (model_kwargs or {}).get("messages", True):
+        raise ValueError("model_kwargs has messages=False: without messages there is no attention between cells.")
     adata = copied(adata) if copy else adata
     target, inputs = choose(
         adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
