@@ -122,7 +122,7 @@ class AttentiveModel(GraphModel):
         KeyError
             When the model does not know a gene.
         ValueError
-            When the model reads no genes, or ``groups`` has another length.
+            When the model reads no genes or passes no messages, or ``groups`` has another length.
         """
         data = self._attention_data(adata)
         category = pd.Categorical(groups).remove_unused_categories()

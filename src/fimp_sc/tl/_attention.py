@@ -134,7 +134,7 @@ def attention(
     KeyError
         When a key or a gene is missing.
     ValueError
-        When there is one group only, nothing can be tested, or the model reads no genes.
+        When there is one group only, nothing can be tested, or the model reads no genes or passes no messages.
 
     Notes
     -----
