@@ -245,16 +245,20 @@ def test_training_cells_without_labels_are_an_error(tissue, make_model, train) -
         train(model, train_indices=unlabeled)
 
 
-def test_labels_and_expression_of_validation_cells_do_not_reach_the_loss(tissue, make_model, train) -> None:
-    """Wrong labels on the held-out cells: training and its losses stay the same to the last bit."""
+@pytest.mark.parametrize("messages", [True, False])
+def test_labels_of_validation_cells_do_not_reach_the_training_loss(tissue, make_model, train, messages: bool) -> None:
+    """Wrong labels on the held-out cells: training and its losses stay the same to the last bit.
+
+    With messages until the first validation, which tells how much neighbours count from there on.
+    """
     held = np.arange(40)
     curves = []
     for wrong in (False, True):
         adata = tissue.copy()
         if wrong:
             adata.obs.loc[adata.obs_names[held], "label"] = adata.obs["label"].cat.categories[0]
-        model = make_model(adata, {"labels_key": "label"})
-        train(model, validation_indices=held, max_epochs=2)
+        model = make_model(adata, {"labels_key": "label"}, messages=messages)
+        train(model, validation_indices=held, max_epochs=1 if messages else 2)
         curves.append(model.history)
     for name in ("train_loss", "masked_loss_validation"):
         np.testing.assert_array_equal(curves[0][name].to_numpy(), curves[1][name].to_numpy())

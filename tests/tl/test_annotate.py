@@ -34,6 +34,7 @@ def test_writes_labels_confidence_and_probabilities_and_nothing_else(tissue, qui
     np.testing.assert_array_equal(np.array(CLASSES)[probabilities.argmax(1)], labels.astype(str))
     record = tissue.uns["fimp_label"]
     assert list(record["classes"]) == CLASSES
+    assert record["neighbour_share"] == fimp_sc.tl.get_model(tissue).neighbour_share
     assert record["params"]["labels_key"] == "label"
 
 

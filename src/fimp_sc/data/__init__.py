@@ -1,6 +1,6 @@
 """From the object to batches: values, graph, tokens, blocks, splits."""
 
-from fimp_sc.data._batch import Batch, SequenceBatch
+from fimp_sc.data._batch import Batch, SequenceBatch, without_neighbours
 from fimp_sc.data._expression import ExpressionSource, GeneStatistics
 from fimp_sc.data._graph import Block, NodeGraph
 from fimp_sc.data._kinds import SequenceKind, register_kind
@@ -44,4 +44,5 @@ __all__ = [
     "register_kind",
     "spatial_blocks",
     "split_by_blocks",
+    "without_neighbours",
 ]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
+
+import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_OF_NODES = ("nodes", "feature_id", "value", "padding", "profile", "pattern")
+_OF_SEQUENCE_NODES = ("value", "masked", "padding", "coordinates")
 
 
 class SequenceBatch(TypedDict):
@@ -73,3 +78,21 @@ class Batch(TypedDict):
     """``(n_dst, q)`` bool, True where a node has no more of them."""
     sequences: NotRequired[dict[str, SequenceBatch]]
     """By modality."""
+
+
+def without_neighbours(batch: Batch) -> Batch:
+    """Return the block of the destinations by themselves, each joined with itself alone."""
+    n_dst, n_layers = batch["n_nodes"][-1], len(batch["indptr"])
+    steps = torch.arange(n_dst + 1, device=batch["nodes"].device)
+    parts: dict[str, Any] = {**batch}
+    parts |= {name: parts[name][:n_dst] for name in _OF_NODES if name in parts}
+    parts |= {
+        "n_nodes": [n_dst] * (n_layers + 1),
+        "indptr": [steps] * n_layers,
+        "indices": [steps[:-1]] * n_layers,
+        "sequences": {
+            name: {key: value[:n_dst] if key in _OF_SEQUENCE_NODES else value for key, value in fields.items()}
+            for name, fields in parts.get("sequences", {}).items()
+        },
+    }
+    return cast("Batch", parts)

@@ -114,6 +114,8 @@ class GraphModel(BaseModelClass):
         adata: AnnData | MuData,
         hidden: sparse.spmatrix | NDArray[np.bool_] | None = None,
         hidden_tokens: Mapping[str, NDArray[np.bool_]] | None = None,
+        *,
+        messages: bool | None = None,
     ) -> GraphData:
         manager = self.get_anndata_manager(adata, required=True)
         setup, nodes = manager.registry["setup_args"], self._nodes(adata)
@@ -124,10 +126,11 @@ class GraphModel(BaseModelClass):
                 (BATCH_KEY, setup["batch_key"] or setup["library_key"], "batch"),
             )
         }
+        messages = self.messages if messages is None else messages
         # The stack of a foundation model adds self-loops itself.
-        self_loops = self.self_loops and not isinstance(self.module.network, FoundationNetwork)
+        self_loops = (self.self_loops or not messages) and not isinstance(self.module.network, FoundationNetwork)
         edges = get_graph(nodes, setup["connectivities_key"])
-        graph = NodeGraph(edges if self.messages else sparse.csr_matrix(edges.shape), self_loops=self_loops)
+        graph = NodeGraph(edges if messages else sparse.csr_matrix(edges.shape), self_loops=self_loops)
         located = check_coordinates(nodes, setup["spatial_key"]) if setup["spatial_key"] in nodes.obsm else None
         coordinates = graph.order()[:, None].astype(np.float64) if located is None else located
         label = np.full(nodes.n_obs, -1, dtype=np.int64)

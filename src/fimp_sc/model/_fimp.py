@@ -218,6 +218,7 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
                 vector_width=stored.get("vector_width"),
                 sequences=shapes,
                 network=network,
+                alone=messages and foundation is None,
             )
             if vectors is not None and known is not None:
                 self.module.start_from_vectors(vectors, known)

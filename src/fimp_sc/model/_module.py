@@ -9,6 +9,8 @@ import torch
 from scvi.module.base import LossOutput, auto_move_data
 from torch import Tensor, nn
 
+from fimp_sc.data import without_neighbours
+from fimp_sc.model._mixture import mixture_loss
 from fimp_sc.model._module_start import StartingModule
 from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
 
@@ -39,7 +41,16 @@ class FIMPModule(StartingModule):
         By modality: tokens of signals and images.
     network
         A foundation model instead of FIMP-base, which makes the parameters of the network above meaningless.
+    alone
+        Whether labels are also predicted from each node without its neighbours, by a head of its own.
+
+    Attributes
+    ----------
+    neighbour_share
+        ``()``, share of the prediction with neighbours in predicted labels; the rest is the prediction without.
     """
+
+    neighbour_share: Tensor
 
     def __init__(
         self,
@@ -57,6 +68,7 @@ class FIMPModule(StartingModule):
         vector_width: int | None = None,
         sequences: Mapping[str, SequenceShape] | None = None,
         network: FoundationNetwork | None = None,
+        alone: bool = False,
     ) -> None:
         super().__init__()
         self.label_weight = label_weight
@@ -69,6 +81,8 @@ class FIMPModule(StartingModule):
         width = self.network.width
         self.value_head = ValueHead(n_features, width) if n_features else None
         self.label_head = LabelHead(width, n_labels, dropout) if n_labels else None
+        self.label_head_alone = LabelHead(width, n_labels, dropout) if n_labels and alone else None
+        self.register_buffer("neighbour_share", torch.tensor(1.0 if self.label_head_alone is None else 0.5))
         self.register_buffer("embedding_mean", torch.zeros(width))
         self.register_buffer("embedding_std", torch.ones(width))
         order = np.random.default_rng(random_state).permutation(n_features)
@@ -85,13 +99,15 @@ class FIMPModule(StartingModule):
                 self.set_sequence_statistics(name, network.embedding.statistics())
 
     def _get_inference_input(self, tensors: Batch, **kwargs: Any) -> dict[str, Any]:
-        return {"batch": tensors}
+        return {"batch": tensors, "alone": self.label_head_alone is not None}
 
     def _get_generative_input(self, tensors: Batch, inference_outputs: dict[str, Tensor], **kwargs: Any) -> dict:
-        return {"embedding": inference_outputs["embedding"]}
+        return {name: inference_outputs[name] for name in ("embedding", "alone") if name in inference_outputs}
 
     @auto_move_data
-    def inference(self, batch: Batch, genes: Tensor | None = None, *, reconstruct: bool = True) -> dict[str, Any]:
+    def inference(
+        self, batch: Batch, genes: Tensor | None = None, *, reconstruct: bool = True, alone: bool = False
+    ) -> dict[str, Any]:
         """Return what the network makes of the destinations.
 
         Parameters
@@ -102,11 +118,14 @@ class FIMPModule(StartingModule):
             ``(q,)`` int64, genes that a foundation model's decoder is to predict; in training the batch names them.
         reconstruct
             Whether sequences are wanted, too.
+        alone
+            Whether the embedding of each destination without its neighbours is wanted, too.
 
         Returns
         -------
-        ``"embedding"`` ``(n_dst, n_latent)``; for genes that a decoder predicts their ``"bin"``; and, where there are
-        signals or images, their standardised numbers as ``"sequences"``, ``(n_dst, f, p)`` by modality.
+        ``"embedding"`` and, without neighbours, ``"alone"``: ``(n_dst, n_latent)``; for genes that a decoder predicts
+        their ``"bin"``; and, where there are signals or images, their standardised numbers as ``"sequences"``,
+        ``(n_dst, f, p)`` by modality.
         """
         absent = None
         if genes is not None:
@@ -115,7 +134,10 @@ class FIMPModule(StartingModule):
             queries, absent = batch["query_id"], batch["query_padding"]
         else:
             n_queries = self.network.n_queries(batch, reconstruct=reconstruct)
-            return self.outputs(self.network.states(batch, n_queries), batch, reconstruct=reconstruct)
+            out = self.outputs(self.network.states(batch, n_queries), batch, reconstruct=reconstruct)
+            if alone:
+                out["alone"] = self.network(without_neighbours(batch))
+            return out
         if not isinstance(self.network, FoundationNetwork):
             raise TypeError("FIMP-base has no decoder of bins.")
         embedding, bins = self.network.decode(batch, queries, absent)
@@ -130,12 +152,22 @@ class FIMPModule(StartingModule):
         return out
 
     @auto_move_data
-    def generative(self, embedding: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
-        """Return centred ``"value"`` ``(n, g)`` and ``"logits"`` ``(n, n_labels)``, where there are such heads."""
+    def generative(
+        self, embedding: Tensor, features: Tensor | None = None, alone: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return centred ``"value"`` ``(n, g)`` and ``"logits"`` ``(n, n_labels)``, where there are such heads.
+
+        ``"logits_alone"`` come from embeddings without neighbours, where these are given.
+        """
         embedding = (embedding - self.embedding_mean) / self.embedding_std
-        out = {}
+        out: dict[str, Tensor] = {}
         if self.value_head is not None:
             out["value"] = self.value_head(embedding, features)
+        if self.label_head_alone is not None and alone is not None:
+            alone = (alone - self.embedding_mean) / self.embedding_std
+            # The network learns from either prediction as much as it counts; the heads learn alike.
+            embedding = _scaled_gradient(embedding, 2 * self.neighbour_share)
+            out["logits_alone"] = self.label_head_alone(_scaled_gradient(alone, 2 - 2 * self.neighbour_share))
         if self.label_head is not None:
             out["logits"] = self.label_head(embedding)
         return out
@@ -143,9 +175,10 @@ class FIMPModule(StartingModule):
     def loss(self, tensors: Batch, inference_outputs: dict, generative_outputs: dict) -> LossOutput:
         """Masked-value loss plus weighted label loss.
 
-        The masked-value loss is the mean squared error over hidden entries divided by the variance of an entry
-        around its gene's mean, so that 1 is what predicting gene means achieves. The label loss is the
-        cross-entropy over labeled destinations. The decoder of a foundation model that is trained has the mean squared
+        The masked-value loss is the mean squared error over hidden entries divided by the variance of an entry around
+        its gene's mean, so that 1 is what predicting gene means achieves. The label loss is the cross-entropy over
+        labeled destinations; where labels are predicted with and without neighbours the mean of both and, in
+        validation, that of their best mixture. The decoder of a foundation model that is trained has the mean squared
         error of bins, on the scale from 0 to 1. Signals and images add the mean squared error of their hidden tokens;
         as their numbers are standardised, 1 is what predicting the mean achieves here, too.
         """
@@ -168,16 +201,36 @@ class FIMPModule(StartingModule):
             )
             loss = loss + parts["decoder_loss"]
         if self.label_head is not None:
-            labels = tensors["label"]
-            labeled = (labels >= 0).sum().clamp(min=1)
-            # Validation asks how good predictions are, not how well a weighted loss is minimised.
-            weight = self.class_weight if self.training else None
-            per_cell = nn.functional.cross_entropy(
-                generative_outputs["logits"], labels, weight=weight, ignore_index=-1, reduction="sum"
-            )
-            parts["label_loss"] = per_cell / labeled
+            parts["label_loss"] = self._label_loss(generative_outputs, tensors["label"])
             loss = loss + self.label_weight * parts["label_loss"]
         return LossOutput(loss=loss, n_obs_minibatch=n_obs, extra_metrics=parts)
+
+    def _label_loss(self, generative_outputs: dict, labels: Tensor) -> Tensor:
+        n_labeled = (labels >= 0).sum().clamp(min=1)
+        mixtures = None if self.training else self.mixture_loss(generative_outputs, labels)
+        if mixtures is not None:
+            return mixtures.min() / n_labeled
+        # Validation asks how good predictions are, not how well a weighted loss is minimised.
+        how: Any = {"weight": self.class_weight if self.training else None, "ignore_index": -1, "reduction": "sum"}
+        logits = [generative_outputs[name] for name in ("logits", "logits_alone") if name in generative_outputs]
+        return torch.stack([nn.functional.cross_entropy(part, labels, **how) for part in logits]).mean() / n_labeled
+
+    def mixture_loss(self, generative_outputs: dict[str, Tensor], labels: Tensor) -> Tensor | None:
+        """Return what mixtures of both predictions of labels cost, by share; ``None`` where there is one prediction.
+
+        Parameters
+        ----------
+        generative_outputs
+            Of :meth:`generative`.
+        labels
+            ``(n_dst,)`` int64, -1 where not labeled.
+        """
+        if "logits_alone" not in generative_outputs:
+            return None
+        known = labels >= 0
+        true = labels[known, None]
+        logits, alone = (generative_outputs[name][known].float() for name in ("logits", "logits_alone"))
+        return mixture_loss(*(part.softmax(1).gather(1, true).squeeze(1) for part in (logits, alone)))
 
     def sample(self, *args: Any, **kwargs: Any) -> None:
         """FIMP predicts means and has no generative distribution to sample from."""
@@ -205,6 +258,11 @@ def masked_loss(predicted: Tensor, nodes: SequenceBatch) -> Tensor:
     hidden = nodes["target_mask"]
     error = (predicted - nodes["target"]).square().mean(2)
     return (error * hidden).sum() / hidden.sum().clamp(min=1)
+
+
+def _scaled_gradient(values: Tensor, factor: Tensor) -> Tensor:
+    """Return ``values``, of which what is before them learns ``factor`` times as fast."""
+    return values.detach() + factor * (values - values.detach())
 
 
 def _bin_loss(predicted: Tensor, bins: Tensor, padding: Tensor, largest: int) -> Tensor:

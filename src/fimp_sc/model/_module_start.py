@@ -28,7 +28,7 @@ class StartingModule(BaseModuleClass):
 
     Attributes
     ----------
-    network, value_head, label_head
+    network, value_head, label_head, label_head_alone
         Network and heads.
     sequences
         By modality: tokens of signals and images.
@@ -37,6 +37,7 @@ class StartingModule(BaseModuleClass):
     network: FIMPNetwork | FoundationNetwork
     value_head: ValueHead | None
     label_head: LabelHead | None
+    label_head_alone: LabelHead | None
     sequences: dict[str, SequenceShape]
     statistics: nn.ModuleDict
     embedding_mean: Tensor
@@ -215,8 +216,9 @@ class StartingModule(BaseModuleClass):
                 encode[:, kept:] = columns[:, kept:n_components] = 0.0
         self.network.embedding.start_from(encode)
         self.value_head.start_from(columns)
-        if self.label_head is not None:
-            deviations = np.ones(n_own + shared)
-            deviations[:n_components] = spread / scale
-            deviations[n_own:] = (spread / scale)[:shared]
-            self.label_head.start_from(deviations)
+        deviations = np.ones(n_own + shared)
+        deviations[:n_components] = spread / scale
+        deviations[n_own:] = (spread / scale)[:shared]
+        for head in (self.label_head, self.label_head_alone):
+            if head is not None:
+                head.start_from(deviations)

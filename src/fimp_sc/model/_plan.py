@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
+from fimp_sc.model._mixture import SHARES
 from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class FIMPTrainingPlan(pl.LightningModule):
         self.gradient_clip = gradient_clip
         self.n_obs_training: int | None = None
         self.n_obs_validation: int | None = None
+        # Log loss of the validation cells for each share of the prediction with neighbours.
+        self._mixtures = torch.zeros(len(SHARES))
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         return self._step(batch, "train")
@@ -65,8 +68,21 @@ class FIMPTrainingPlan(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._step(batch, "validation")
 
+    def on_validation_epoch_start(self) -> None:
+        self._mixtures = torch.zeros(len(SHARES), device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.module.label_head_alone is None:
+            return
+        mixtures = self.trainer.strategy.reduce(self._mixtures, reduce_op="sum")
+        if mixtures.any():
+            self.module.neighbour_share.copy_(SHARES[mixtures.argmin()])
+
     def _step(self, batch: Batch, mode: str) -> torch.Tensor:
-        _, _, losses = self.module(batch)
+        _, generative, losses = self.module(batch)
+        if mode == "validation":
+            mixtures = self.module.mixture_loss(generative, batch["label"])
+            self._mixtures += 0.0 if mixtures is None else mixtures
         how = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": losses.n_obs_minibatch}
         self.log(f"{mode}_loss", losses.loss, prog_bar=True, **how)
         self.log_dict({f"{name}_{mode}": value for name, value in losses.extra_metrics.items()}, **how)

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fimp_sc.model._base import GraphModel
 from fimp_sc.model._decode import decoded_expression
 from fimp_sc.model._fields import X_KEY, ExpressionField
+from fimp_sc.model._mixture import MixingModel
 from fimp_sc.model._reconstruct import hidden_tokens, predict_all
 from fimp_sc.nn import FoundationNetwork
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fimp_sc.model._module import FIMPModule
 
 
-class PredictiveModel(GraphModel):
+class PredictiveModel(MixingModel):
     """A graph model with methods that return arrays; nothing is written to the object.
 
     Attributes
@@ -88,6 +88,9 @@ class PredictiveModel(GraphModel):
     ) -> NDArray[Any] | pd.DataFrame:
         """Predict labels.
 
+        FIMP-base predicts them twice, with and without neighbours, and mixes both predictions with the share that suits
+        the validation cells of its training best (:attr:`neighbour_share`).
+
         Parameters
         ----------
         adata, indices, batch_size, strategy, distribute
@@ -110,7 +113,7 @@ class PredictiveModel(GraphModel):
             )
         adata = self._validate_anndata(adata)
         how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
-        probability = self._collect(adata, indices, _probability, how)
+        probability = self._label_probability(adata, indices, how)
         if not soft:
             return np.asarray(self.classes, dtype=object)[probability.argmax(1)]
         nodes = self._nodes(adata)
@@ -270,10 +273,6 @@ def _latent(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor
     # As scGPT does; ViT and BrainLM do not.
     of_cells = isinstance(module.network, FoundationNetwork) and not module.sequences
     return torch.nn.functional.normalize(embedding) if of_cells else embedding
-
-
-def _probability(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
-    return module.generative(outputs["embedding"])["logits"].softmax(-1)
 
 
 def _values(module: FIMPModule, outputs: dict[str, Any], batch: Batch, features: Tensor) -> Tensor:

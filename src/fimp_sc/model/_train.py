@@ -16,6 +16,7 @@ from scvi.train import TrainRunner
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fimp_sc.data import BlockSplitter, split_by_blocks
+from fimp_sc.model._mixture import MixingModel
 from fimp_sc.model._plan import FIMPTrainingPlan
 from fimp_sc.model._schedule import Schedule
 from fimp_sc.model._start import StartingModel
@@ -62,7 +63,7 @@ class _BestWeights(Callback):
             self.loss, self.weights = loss, self._validated
 
 
-class TrainableModel(StartingModel):
+class TrainableModel(MixingModel, StartingModel):
     """A graph model with :meth:`train`."""
 
     _training_plan_cls = FIMPTrainingPlan
@@ -205,6 +206,9 @@ class TrainableModel(StartingModel):
             if best.weights:
                 plan.load_state_dict(best.weights, strict=False)
         self.module.eval()
+        known = val_idx[data.label[val_idx] >= 0]
+        if module.label_head_alone is not None and len(known):
+            self._fit_share(known, data.label[known])
 
     def _split(
         self,

@@ -70,8 +70,9 @@ def annotate(
     -------
     ``None``, or the copy. Writes ``obs[key]`` (categorical, all cells), ``obs[f"{key}_confidence"]`` (float32,
     probability of the label), ``obsm[f"{key}_probabilities"]`` (``(n_obs, n_classes)`` float32), ``uns[key]``
-    (``classes`` in the order of the columns, parameters, seed, versions), and the graph if it was built. Nothing is
-    written when the call fails.
+    (``classes`` in the order of the columns, ``neighbour_share``, parameters, seed, versions), and the graph if it was
+    built. Nothing is written when the call fails. ``neighbour_share``, 0 to 1, is how much the prediction with
+    neighbours counts; that of the cell by itself has the rest (see :attr:`fimp_sc.model.FIMP.neighbour_share`).
 
     Raises
     ------
@@ -107,5 +108,8 @@ def annotate(
             target.obs[key] = pd.Series(best, index=target.obs_names)
             target.obs[f"{key}_confidence"] = probabilities.max(1)
             target.obsm[f"{key}_probabilities"] = probabilities
-            target.uns[key] = record(fitted, inputs) | {"classes": classes}
+            target.uns[key] = record(fitted, inputs) | {
+                "classes": classes,
+                "neighbour_share": fitted.neighbour_share,
+            }
     return adata if copy else None

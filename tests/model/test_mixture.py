@@ -1,0 +1,163 @@
+"""Labels with and without neighbours: the two views, their mixture, and what each teaches the network."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from module_toys import make_batch, make_module
+from scipy.optimize import minimize_scalar
+
+from fimp_sc.data import BlockDataset, Destinations, without_neighbours
+from fimp_sc.model import FIMP
+from fimp_sc.model._mixture import SHARES, mixture_loss
+
+LABELS = {"labels_key": "label", "library_key": "section"}
+
+
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 40), sharpness=st.sampled_from([0.3, 1.0, 5.0]))
+def test_loss_of_mixtures_and_the_best_of_them(seed: int, n: int, sharpness: float) -> None:
+    first, second = np.random.default_rng(seed).beta(sharpness, 1.0, (2, n)).clip(1e-6, 1)
+    loss = mixture_loss(torch.from_numpy(first), torch.from_numpy(second)).numpy()
+
+    def expected(share: float) -> float:
+        return -np.log(share * first + (1 - share) * second).sum()
+
+    np.testing.assert_allclose(loss, [expected(share) for share in SHARES.double().numpy()], rtol=1e-6)
+    # The loss is convex in the share: the best of the grid is next to the best of all.
+    best = minimize_scalar(expected, bounds=(0, 1), method="bounded").x
+    assert abs(float(SHARES[loss.argmin()]) - best) < 0.051 or loss.min() <= expected(best) + 1e-6
+
+
+def test_loss_of_a_mixture_of_zeros_is_finite() -> None:
+    assert torch.isfinite(mixture_loss(torch.zeros(3), torch.zeros(3))).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"self_loops": False}, {"layer": "paper"}])
+def test_destinations_by_themselves_are_those_of_a_graph_without_edges(tissue, make_model, options: dict) -> None:
+    model = make_model(tissue, LABELS, **options)
+    nodes = np.arange(7, 90, 3)
+    how = {"n_layers": model.n_layers, "n_tokens": model.n_tokens}
+    module = model.module.eval()
+    with torch.inference_mode():
+        batch = BlockDataset(model._graph_data(tissue), **how)[Destinations(nodes, 0)]
+        without = BlockDataset(model._graph_data(tissue, messages=False), **how)[Destinations(nodes, 0)]
+        alone = module.inference(batch, alone=True)["alone"]
+        np.testing.assert_allclose(alone, module.inference(without)["embedding"], atol=1e-5)
+        assert (alone - module.inference(batch)["embedding"]).abs().max() > 1e-2
+    assert without_neighbours(batch)["n_nodes"] == without["n_nodes"] == [len(nodes)] * (model.n_layers + 1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_predictions_are_mixed_by_the_share(tissue, make_model, train, share: float) -> None:
+    model = train(make_model(tissue, LABELS))
+    model.module.neighbour_share.fill_(share)
+    assert model.neighbour_share == pytest.approx(share)
+    mixed = model.predict(soft=True).to_numpy()
+    np.testing.assert_allclose(mixed.sum(1), 1, rtol=1e-5)
+    model.module.neighbour_share.fill_(1.0)
+    first = model.predict(soft=True).to_numpy()
+    model.module.neighbour_share.fill_(0.0)
+    second = model.predict(soft=True).to_numpy()
+    assert np.abs(first - second).max() > 1e-3
+    np.testing.assert_allclose(mixed, share * first + (1 - share) * second, atol=1e-6)
+    rewired = tissue.copy()
+    order = np.random.default_rng(0).permutation(120)
+    rewired.obsp["spatial_connectivities"] = rewired.obsp["spatial_connectivities"][order][:, order]
+    np.testing.assert_allclose(model.predict(rewired, soft=True), second, atol=1e-5)
+    model.module.neighbour_share.fill_(1.0)
+    assert np.abs(model.predict(rewired, soft=True).to_numpy() - first).max() > 1e-3
+
+
+def test_share_follows_from_the_validation_cells(tissue, make_model, train) -> None:
+    model = train(make_model(tissue, LABELS), max_epochs=1)
+    known = np.flatnonzero(tissue.obs["label"].isin(model.classes))
+    first, second = model._predictions(tissue, known, {})
+    for view, expected in ((first, 1.0), (second, 0.0)):
+        # Classes for which this view gives more than the other, everywhere.
+        label = (view - (first + second - view)).argmax(1)
+        model._fit_share(known, label)
+        assert model.neighbour_share == expected
+
+
+def test_share_of_a_training_is_the_best_of_its_validation_cells(tissue, make_model, train) -> None:
+    held = np.arange(40)
+    model = train(make_model(tissue, LABELS), validation_indices=held)
+    known = held[tissue.obs["label"].isin(model.classes).to_numpy()[held]]
+    code = np.array([model.classes.index(name) for name in tissue.obs["label"].iloc[known]])
+    pair = [part[np.arange(len(known)), code].astype(float) for part in model._predictions(tissue, known, {})]
+    losses = [-np.log(share * pair[0] + (1 - share) * pair[1]).sum() for share in np.linspace(0, 1, 21)]
+    assert model.neighbour_share == pytest.approx(np.argmin(losses) / 20)
+    assert train(make_model(tissue, LABELS), validation_size=0).neighbour_share == 0.5
+
+
+def test_share_is_saved(trained, saved, tissue, tmp_path) -> None:
+    assert FIMP.from_pretrained(saved).neighbour_share == trained.neighbour_share
+    query = FIMP.load_query_data(tissue, trained)
+    assert query.neighbour_share == trained.neighbour_share
+    trained.save(str(tmp_path / "model"))
+    again = FIMP.load(str(tmp_path / "model"), adata=trained.adata, accelerator="cpu")
+    assert again.neighbour_share == trained.neighbour_share
+    np.testing.assert_allclose(again.predict(soft=True), trained.predict(soft=True), atol=1e-6)
+
+
+def test_without_messages_there_is_one_prediction(tissue, make_model, train) -> None:
+    model = train(make_model(tissue, LABELS, messages=False), max_epochs=1)
+    assert model.module.label_head_alone is None
+    assert model.neighbour_share == 0.0
+    assert len(model._predictions(tissue, None, {})) == 1
+
+
+def module_with_both() -> tuple:
+    module, batch = make_module(alone=True, dropout=0.0).train(), make_batch()
+    batch["n_nodes"] = [6, 4]
+    for head in (module.label_head, module.label_head_alone):
+        torch.nn.init.normal_(head.score.weight)
+    return module, batch
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_network_learns_from_either_prediction_as_much_as_it_counts(share: float) -> None:
+    """The gradient is that of the cross-entropies weighted with the shares."""
+    module, batch = module_with_both()
+    module.value_head = None
+    module.neighbour_share.fill_(share)
+    weights = list(module.network.parameters())
+    module(batch)[2].loss.backward()
+    found = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in weights]
+    module.zero_grad()
+    views = (
+        (module.label_head, module.network(batch), share),
+        (module.label_head_alone, module.network(without_neighbours(batch)), 1 - share),
+    )
+    loss = sum(
+        part * torch.nn.functional.cross_entropy(head(embedding), batch["label"], ignore_index=-1)
+        for head, embedding, part in views
+    )
+    loss.backward()
+    for weight, gradient in zip(weights, found, strict=True):
+        expected = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_heads_learn_whatever_counts() -> None:
+    module, batch = module_with_both()
+    module.neighbour_share.fill_(1.0)
+    module(batch)[2].loss.backward()
+    assert module.label_head_alone.score.weight.grad.abs().max() > 1e-3
+    assert module.label_head.score.weight.grad.abs().max() > 1e-3
+
+
+def test_validation_loss_is_that_of_the_best_mixture() -> None:
+    module, batch = module_with_both()
+    module.eval()
+    _, generative, losses = module(batch)
+    known = [0, 2, 3]
+    first, second = (
+        torch.log_softmax(generative[name], 1).exp().detach().numpy()[known, [2, 0, 2]]
+        for name in ("logits", "logits_alone")
+    )
+    expected = [-np.log(share * first + (1 - share) * second).mean() for share in np.linspace(0, 1, 21)]
+    assert losses.extra_metrics["label_loss"].item() == pytest.approx(min(expected), rel=1e-5)
