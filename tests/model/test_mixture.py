@@ -52,7 +52,9 @@ def test_destinations_by_themselves_are_those_of_a_graph_without_edges(tissue, m
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_predictions_are_mixed_by_the_share(tissue, make_model, train, share: float) -> None:
-    model = train(make_model(tissue, LABELS))
+    model = train(make_model(tissue, LABELS), max_epochs=1)
+    for head in (model.module.label_head, model.module.label_head_alone):
+        torch.nn.init.normal_(head.score.weight)
     model.module.neighbour_share.fill_(share)
     assert model.neighbour_share == pytest.approx(share)
     mixed = model.predict(soft=True).to_numpy()
@@ -61,14 +63,19 @@ def test_predictions_are_mixed_by_the_share(tissue, make_model, train, share: fl
     first = model.predict(soft=True).to_numpy()
     model.module.neighbour_share.fill_(0.0)
     second = model.predict(soft=True).to_numpy()
-    assert np.abs(first - second).max() > 1e-3
+    assert np.abs(first - second).max() > 0.1
     np.testing.assert_allclose(mixed, share * first + (1 - share) * second, atol=1e-6)
     rewired = tissue.copy()
-    order = np.random.default_rng(0).permutation(120)
+    section = rewired.obs["section"].to_numpy()
+    rng = np.random.default_rng(0)
+    # Other neighbours, of the same section.
+    order = np.arange(120)
+    for name in np.unique(section):
+        order[section == name] = rng.permutation(order[section == name])
     rewired.obsp["spatial_connectivities"] = rewired.obsp["spatial_connectivities"][order][:, order]
     np.testing.assert_allclose(model.predict(rewired, soft=True), second, atol=1e-5)
     model.module.neighbour_share.fill_(1.0)
-    assert np.abs(model.predict(rewired, soft=True).to_numpy() - first).max() > 1e-3
+    assert np.abs(model.predict(rewired, soft=True).to_numpy() - first).max() > 0.1
 
 
 def test_share_follows_from_the_validation_cells(tissue, make_model, train) -> None:
@@ -118,9 +125,9 @@ def module_with_both() -> tuple:
     return module, batch
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_network_learns_from_either_prediction_as_much_as_it_counts(share: float) -> None:
-    """The gradient is that of the cross-entropies weighted with the shares."""
+@pytest.mark.parametrize(("share", "learns"), [(0.0, 0.3), (0.25, 0.3), (0.5, 0.5), (1.0, 1.0)])
+def test_network_learns_from_either_prediction_as_much_as_it_counts(share: float, learns: float) -> None:
+    """The gradient is that of the cross-entropies weighted with the shares, but for a floor under that of neighbours."""
     module, batch = module_with_both()
     module.value_head = None
     module.neighbour_share.fill_(share)
@@ -129,8 +136,8 @@ def test_network_learns_from_either_prediction_as_much_as_it_counts(share: float
     found = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in weights]
     module.zero_grad()
     views = (
-        (module.label_head, module.network(batch), share),
-        (module.label_head_alone, module.network(without_neighbours(batch)), 1 - share),
+        (module.label_head, module.network(batch), learns),
+        (module.label_head_alone, module.network(without_neighbours(batch)), 1 - learns),
     )
     loss = sum(
         part * torch.nn.functional.cross_entropy(head(embedding), batch["label"], ignore_index=-1)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
     from fimp_sc.data import Batch, SequenceBatch, SequenceShape
 
+# What tells of neighbours is learnt later than what tells of the cell itself, and would not be where it counts nothing
+# at first.
+_LEAST_SHARE = 0.3
+
 
 class FIMPModule(StartingModule):
     """FIMP network with heads for masked values and, where there are labels, a label head.
@@ -166,8 +170,9 @@ class FIMPModule(StartingModule):
         if self.label_head_alone is not None and alone is not None:
             alone = (alone - self.embedding_mean) / self.embedding_std
             # The network learns from either prediction as much as it counts; the heads learn alike.
-            embedding = _scaled_gradient(embedding, 2 * self.neighbour_share)
-            out["logits_alone"] = self.label_head_alone(_scaled_gradient(alone, 2 - 2 * self.neighbour_share))
+            share = self.neighbour_share.clamp(min=_LEAST_SHARE)
+            embedding = _scaled_gradient(embedding, 2 * share)
+            out["logits_alone"] = self.label_head_alone(_scaled_gradient(alone, 2 - 2 * share))
         if self.label_head is not None:
             out["logits"] = self.label_head(embedding)
         return out
