@@ -127,7 +127,7 @@ def module_with_both() -> tuple:
 
 @pytest.mark.parametrize(("share", "learns"), [(0.0, 0.3), (0.25, 0.3), (0.5, 0.5), (1.0, 1.0)])
 def test_network_learns_from_either_prediction_as_much_as_it_counts(share: float, learns: float) -> None:
-    """The gradient is that of the cross-entropies weighted with the shares, but for a floor under that of neighbours."""
+    """The gradient is that of the cross-entropies weighted with the shares; neighbours have a floor."""
     module, batch = module_with_both()
     module.value_head = None
     module.neighbour_share.fill_(share)
