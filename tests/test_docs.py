@@ -27,7 +27,7 @@ PAGES = {
     "guide/choices.md": 4,
     "guide/cost.md": 1,
     "guide/labels.md": 2,
-    "guide/evaluation.md": 8,
+    "guide/evaluation.md": 9,
     "guide/niches_attention.md": 5,
     "guide/reproducibility.md": 2,
     "extend.md": 2,

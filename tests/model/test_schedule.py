@@ -39,7 +39,7 @@ def test_expression(n_train: int, size: int, parts: int) -> None:
 @pytest.mark.parametrize("labeled", [(), (0,)])
 def test_more_cells_make_more_and_larger_steps(n_train: int, more: float, faster: float, labeled) -> None:
     found = of(n_train, labeled=labeled)
-    assert found.steps == 600 * more
+    assert (found.steps, found.patience) == (600 * more, 6 if labeled else 3)
     if labeled:
         faster = min(faster, 8)
     larger = {"lr": pytest.approx(5e-4 * faster), "lr_loadings": pytest.approx(2e-3 * faster**0.5)}

@@ -74,7 +74,9 @@ class Schedule:
             more = 1.0 if pretrained else float(np.clip(2 * len(train_idx) / FEW_CELLS - 1, 1.0, _MOST))
             faster = min(more**3, _FASTEST_LABELS if labeled else _FASTEST)
             plan = {"lr": faster * _LR, "lr_loadings": faster**0.5 * _LR_LOADINGS} if more > 1 else {}
-            return cls(size, max(size // _CELLS_PER_PART, 1), steps=round(more * _STEPS), plan=plan)
+            # The few cells of some blocks say less reliably whether labels are still getting better.
+            patience = 6 if labeled else 3
+            return cls(size, max(size // _CELLS_PER_PART, 1), steps=round(more * _STEPS), patience=patience, plan=plan)
         # Signals and images start from less than expression does, and learn relations of pairs of nodes.
         largest = int(np.bincount(data.library[train_idx]).max())
         whole = data.library.max() > 0 and largest <= _RECORDING

@@ -123,7 +123,7 @@ class TrainableModel(MixingModel, StartingModel):
             Stop when the validation loss no longer improves by more than 0.0002. With validation cells the weights of
             the best epoch are kept in any case.
         early_stopping_patience
-            Validations without improvement to wait for, by default 3; where there are no genes 6, of about 30 in all.
+            Validations without improvement to wait for, by default 3, and 6 where there are labels or no genes.
         plan_kwargs
             Passed to the training plan (``lr``, ``weight_decay``, ...). By default ``lr`` grows with the number of
             steps, from 5e-4 to 8e-3 (4e-3 with labels), and so does ``lr_loadings``, from 2e-3.
