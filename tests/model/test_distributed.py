@@ -20,7 +20,9 @@ torch.set_num_threads(1)
 
 class Seen(Callback):
     def __init__(self):
-        self.nodes, self.steps = [], 0
+        self.nodes, self.steps, self.shares = [], 0, []
+    def on_train_epoch_start(self, trainer, module):
+        self.shares.append(float(module.module.neighbour_share))
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.steps += 1
         if trainer.current_epoch == 0:
@@ -30,18 +32,19 @@ if __name__ == "__main__":
     rng = np.random.default_rng(0)
     adata = anndata.AnnData(sparse.csr_matrix(rng.poisson(1.0, (400, 30)).astype(np.float32)))
     adata.obsm["spatial"] = rng.random((400, 2))
+    adata.obs["label"] = np.where(adata.obsm["spatial"][:, 0] < 0.5, "left", "right")
     fimp_sc.pp.spatial_graph(adata)
-    fimp_sc.model.FIMP.setup_anndata(adata)
+    fimp_sc.model.FIMP.setup_anndata(adata, labels_key="label")
     model = fimp_sc.model.FIMP(adata, n_latent=16, n_heads=2)
     seen = Seen()
     model.train(
-        2, accelerator="cpu", devices=2, strategy="ddp", batch_size=64, enable_progress_bar=False, callbacks=[seen]
+        4, accelerator="cpu", devices=2, strategy="ddp", batch_size=64, enable_progress_bar=False, callbacks=[seen]
     )
     rank = os.environ.get("LOCAL_RANK", "0")
     weights = [float(p.detach().double().abs().sum()) for p in model.module.parameters()]
     result = {
         "weights": weights, "nodes": seen.nodes, "steps": seen.steps, "train": model.train_indices.tolist(),
-        "embedding": float(np.abs(model.get_latent_representation()).sum()),
+        "shares": [*seen.shares, model.neighbour_share], "embedding": float(np.abs(model.get_latent_representation()).sum()),
     }
     with open(os.path.join(sys.argv[1], f"rank{rank}.json"), "w") as file:
         json.dump(result, file)
@@ -63,9 +66,11 @@ def test_two_processes_share_the_blocks_and_end_with_the_same_weights(tmp_path) 
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     np.testing.assert_allclose(first["weights"], second["weights"], rtol=1e-6)
     assert first["embedding"] == pytest.approx(second["embedding"], rel=1e-5)
+    assert first["shares"] == second["shares"], "fitted to the validation cells of both"
+    assert len(set(first["shares"])) > 1
     # Each process takes half of the blocks; together they see every training cell, and no other.
     blocks = -(-len(first["train"]) // 64)
-    assert first["steps"] == second["steps"] == 2 * -(-blocks // 2)
+    assert first["steps"] == second["steps"] == 4 * -(-blocks // 2)
     assert set(first["nodes"]) | set(second["nodes"]) == set(first["train"])
     assert set(first["nodes"]) != set(second["nodes"])
     overlap = len(set(first["nodes"]) & set(second["nodes"]))
@@ -81,7 +86,7 @@ def test_worker_processes_do_not_change_the_result(tissue, make_model, train) ->
 
 def test_bf16_mixed_precision_trains_to_nearly_the_same(tissue, make_model, train) -> None:
     def run(**kwargs) -> tuple[float, np.ndarray]:
-        model = train(make_model(tissue.copy()), **kwargs)
+        model = train(make_model(tissue.copy(), {"labels_key": "label"}), **kwargs)
         assert all(p.dtype == torch.float32 for p in model.module.parameters())
         return float(model.history["train_loss"].iloc[-1, 0]), model.get_latent_representation()
 
