@@ -81,7 +81,17 @@ class Batch(TypedDict):
 
 
 def without_neighbours(batch: Batch) -> Batch:
-    """Return the block of the destinations by themselves, each joined with itself alone."""
+    """Return the block of the destinations by themselves, each joined with itself alone.
+
+    Parameters
+    ----------
+    batch
+        A block.
+
+    Returns
+    -------
+    The same with ``n_dst`` nodes and as many edges; fields of the halo are left out, nothing is copied.
+    """
     n_dst, n_layers = batch["n_nodes"][-1], len(batch["indptr"])
     steps = torch.arange(n_dst + 1, device=batch["nodes"].device)
     parts: dict[str, Any] = {**batch}
