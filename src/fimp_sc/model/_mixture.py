@@ -64,7 +64,7 @@ class MixingModel(GraphModel):
         """Set the share to what suits some cells, whose class is known, best."""
         both = self._predictions(self.adata, indices, {})
         true = [torch.from_numpy(part[np.arange(len(label)), label]).double() for part in both]
-        self.module.neighbour_share.copy_(SHARES[mixture_loss(*true).argmin()])
+        self.module.neighbour_share.copy_(SHARES[int(mixture_loss(*true).argmin())])
 
     def _predictions(self, adata: Any, indices: Any, how: dict[str, Any]) -> list[NDArray[np.float32]]:
         """Return probabilities with neighbours and, where the model has this view, without."""

@@ -76,7 +76,7 @@ class FIMPTrainingPlan(pl.LightningModule):
             return
         mixtures = self.trainer.strategy.reduce(self._mixtures, reduce_op="sum")
         if mixtures.any():
-            self.module.neighbour_share.copy_(SHARES[mixtures.argmin()])
+            self.module.neighbour_share.copy_(SHARES[int(mixtures.argmin())])
 
     def _step(self, batch: Batch, mode: str) -> torch.Tensor:
         _, generative, losses = self.module(batch)
