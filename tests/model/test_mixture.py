@@ -5,34 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from module_toys import make_batch, make_module
-from scipy.optimize import minimize_scalar
 
 from fimp_sc.data import BlockDataset, Destinations, without_neighbours
 from fimp_sc.model import FIMP
-from fimp_sc.model._mixture import SHARES, mixture_loss
 
 LABELS = {"labels_key": "label", "library_key": "section"}
-
-
-@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 40), sharpness=st.sampled_from([0.3, 1.0, 5.0]))
-def test_loss_of_mixtures_and_the_best_of_them(seed: int, n: int, sharpness: float) -> None:
-    first, second = np.random.default_rng(seed).beta(sharpness, 1.0, (2, n)).clip(1e-6, 1)
-    loss = mixture_loss(torch.from_numpy(first), torch.from_numpy(second)).numpy()
-
-    def expected(share: float) -> float:
-        return -np.log(share * first + (1 - share) * second).sum()
-
-    np.testing.assert_allclose(loss, [expected(share) for share in SHARES.double().numpy()], rtol=1e-6)
-    # The loss is convex in the share: the best of the grid is next to the best of all.
-    best = minimize_scalar(expected, bounds=(0, 1), method="bounded").x
-    assert abs(float(SHARES[loss.argmin()]) - best) < 0.051 or loss.min() <= expected(best) + 1e-6
-
-
-def test_loss_of_a_mixture_of_zeros_is_finite() -> None:
-    assert torch.isfinite(mixture_loss(torch.zeros(3), torch.zeros(3))).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"self_loops": False}, {"layer": "paper"}])

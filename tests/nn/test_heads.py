@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 from sklearn.decomposition import PCA
 from torch import nn
 
 from fimp_sc.nn import LabelHead, ValueHead
+from fimp_sc.nn._heads import SHARES, mixture_loss
 
 
 def test_value_head_equals_its_formula_for_all_and_for_some_features() -> None:
@@ -53,3 +57,21 @@ def test_label_head_is_linear_in_the_scaled_embedding() -> None:
     head.start_from(spread)
     scaled = embedding / torch.tensor([0.5, 2.0, 4.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     torch.testing.assert_close(head(embedding), scaled @ head.score.weight.T + head.score.bias)
+
+
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 40), sharpness=st.sampled_from([0.3, 1.0, 5.0]))
+def test_loss_of_mixtures_and_the_best_of_them(seed: int, n: int, sharpness: float) -> None:
+    first, second = np.random.default_rng(seed).beta(sharpness, 1.0, (2, n)).clip(1e-6, 1)
+    loss = mixture_loss(torch.from_numpy(first), torch.from_numpy(second)).numpy()
+
+    def expected(share: float) -> float:
+        return -np.log(share * first + (1 - share) * second).sum()
+
+    np.testing.assert_allclose(loss, [expected(share) for share in SHARES.double().numpy()], rtol=1e-6)
+    # The loss is convex in the share: the best of the grid is next to the best of all.
+    best = minimize_scalar(expected, bounds=(0, 1), method="bounded").x
+    assert abs(float(SHARES[loss.argmin()]) - best) < 0.051 or loss.min() <= expected(best) + 1e-6
+
+
+def test_loss_of_a_mixture_of_zeros_is_finite() -> None:
+    assert torch.isfinite(mixture_loss(torch.zeros(3), torch.zeros(3))).all()

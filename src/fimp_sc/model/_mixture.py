@@ -6,36 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fimp_sc.model._base import GraphModel
+from fimp_sc.nn._heads import SHARES, mixture_loss
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from fimp_sc.data import Batch
     from fimp_sc.model._module import FIMPModule
-
-SHARES = torch.linspace(0.0, 1.0, 21)
-
-
-def mixture_loss(with_neighbours: Tensor, alone: Tensor) -> Tensor:
-    """Return what mixtures of two predictions cost.
-
-    Parameters
-    ----------
-    with_neighbours, alone
-        ``(n,)``, probability that either prediction gives to the true class of each cell.
-
-    Returns
-    -------
-    Log loss, summed over cells, for each share of the first in :data:`SHARES`.
-    """
-    shares = SHARES.to(alone)[:, None]
-    mixed = torch.lerp(alone.expand(len(shares), -1), with_neighbours, shares)
-    return -mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log().sum(1)
 
 
 class MixingModel(GraphModel):

@@ -10,9 +10,9 @@ from scvi.module.base import LossOutput, auto_move_data
 from torch import Tensor, nn
 
 from fimp_sc.data import without_neighbours
-from fimp_sc.model._mixture import mixture_loss
 from fimp_sc.model._module_start import StartingModule
 from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
+from fimp_sc.nn._heads import mixture_loss
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

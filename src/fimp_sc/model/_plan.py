@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
-from fimp_sc.model._mixture import SHARES
 from fimp_sc.nn import FoundationNetwork
+from fimp_sc.nn._heads import SHARES
 
 if TYPE_CHECKING:
     from fimp_sc.data import Batch

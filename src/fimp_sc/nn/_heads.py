@@ -10,6 +10,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+# How much the first of two predictions may count.
+SHARES = torch.linspace(0.0, 1.0, 21)
+
 
 class ValueHead(nn.Module):
     """Predict the centred value of any feature from a node's embedding: ``loading[gene] . W z + bias[gene]``.
@@ -73,3 +76,20 @@ class LabelHead(nn.Module):
     def start_from(self, spread: NDArray) -> None:
         """Scale the first columns of the embedding to unit variance, given their standard deviation ``(k,)``."""
         self.scale[: len(spread)] = torch.as_tensor(1.0 / spread, dtype=self.scale.dtype)
+
+
+def mixture_loss(with_neighbours: Tensor, alone: Tensor) -> Tensor:
+    """Return what mixtures of two predictions cost.
+
+    Parameters
+    ----------
+    with_neighbours, alone
+        ``(n,)``, probability that either prediction gives to the true class of each cell.
+
+    Returns
+    -------
+    Log loss, summed over cells, for each share of the first in :data:`SHARES`.
+    """
+    shares = SHARES.to(alone)[:, None]
+    mixed = torch.lerp(alone.expand(len(shares), -1), with_neighbours, shares)
+    return -mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log().sum(1)
