@@ -137,10 +137,14 @@ class FIMPModule(StartingModule):
         elif "query_id" in batch:
             queries, absent = batch["query_id"], batch["query_padding"]
         else:
-            n_queries = self.network.n_queries(batch, reconstruct=reconstruct)
-            out = self.outputs(self.network.states(batch, n_queries), batch, reconstruct=reconstruct)
+            n_queries, tokens = self.network.n_queries(batch, reconstruct=reconstruct), self.network.tokens(batch)
+            out = self.outputs(self.network.states(batch, n_queries, tokens), batch, reconstruct=reconstruct)
             if alone:
-                out["alone"] = self.network(without_neighbours(batch))
+                own = without_neighbours(batch)
+                n_dst = len(own["nodes"])
+                own_tokens = tokens[0][:n_dst], tokens[1][:n_dst]
+                states = self.network.states(own, self.network.n_queries(own), own_tokens)
+                out["alone"] = self.network.read(states, own)
             return out
         if not isinstance(self.network, FoundationNetwork):
             raise TypeError("FIMP-base has no decoder of bins.")

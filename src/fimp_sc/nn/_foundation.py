@@ -82,10 +82,12 @@ class FoundationNetwork(nn.Module):
     def _has_summary(self) -> bool:
         return self.sequence is None or self.embedding.n_class > 0
 
-    def states(self, batch: Batch, n_queries: int | None = None) -> Tensor:
-        """Return the first ``n_queries`` tokens of the destinations (all by default) after the last layer."""
-        tokens, padding = self.tokens(batch)
-        return self.stack(tokens, padding, batch["indptr"][0], batch["indices"][0], n_queries)
+    def states(self, batch: Batch, n_queries: int | None = None, tokens: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the first ``n_queries`` tokens of the destinations (all by default) after the last layer.
+
+        ``tokens`` are those of :meth:`tokens`, where they are there already.
+        """
+        return self.stack(*(tokens or self.tokens(batch)), batch["indptr"][0], batch["indices"][0], n_queries)
 
     def read(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Return the embedding of each node from its tokens after the last layer."""

@@ -112,10 +112,12 @@ class FIMPNetwork(nn.Module):
         sequences = batch["sequences"].values() if wanted else ()
         return 1 + sum(nodes["value"].shape[1] for nodes in sequences)
 
-    def states(self, batch: Batch, n_queries: int | None = None) -> Tensor:
-        """Return the first ``n_queries`` tokens of the destinations (all by default) after the last layer."""
-        tokens, padding = self.tokens(batch)
-        return run_layers(self.layers, tokens, padding, batch, n_queries=n_queries)
+    def states(self, batch: Batch, n_queries: int | None = None, tokens: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the first ``n_queries`` tokens of the destinations (all by default) after the last layer.
+
+        ``tokens`` are those of :meth:`tokens`, where they are there already.
+        """
+        return run_layers(self.layers, *(tokens or self.tokens(batch)), batch, n_queries=n_queries)
 
     def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the tokens of all nodes of a block, ``(n, f, d_model)``, and their padding, ``(n, f)``.
