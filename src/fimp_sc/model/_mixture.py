@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 class MixingModel(GraphModel):
     """A graph model that predicts labels with and without neighbours, and mixes both.
 
-    What neighbours tell about a label is much in one tissue and misleading in another: of rare cell types they are
-    mostly what tells single training cells apart. How much they count is therefore fitted to validation cells.
+    What neighbours tell about a label is much in one tissue and nothing in another. How much they count is therefore
+    fitted to validation cells.
     """
 
     @property
     def neighbour_share(self) -> float:
         """How much the prediction with neighbours counts in predicted labels, 0 to 1; the one without has the rest.
 
-        Fitted to the log loss of the labelled validation cells; 0.5 where there are none, and 1 of a foundation model,
-        which predicts with neighbours alone.
+        Fitted to the log loss of the labelled validation cells; 0.5 where there are none, 0 without messages, and 1 of
+        a foundation model, which predicts with neighbours alone, or without labels.
         """
         return float(self.module.neighbour_share) if self.messages else 0.0
 

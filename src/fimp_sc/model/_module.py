@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from fimp_sc.data import Batch, SequenceBatch, SequenceShape
 
-# What tells of neighbours is learnt later than what tells of the cell itself, and would not be where it counts nothing
-# at first.
+# Where neighbours count nothing in the first epochs, as with cell types, the network would be late to learn what they
+# tell.
 _LEAST_SHARE = 0.3
 
 
