@@ -171,7 +171,8 @@ def train(adata: AnnData | MuData, run: Run, variant: Variant, **setup: Any) -> 
     parameters = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
     history = model.history
     validation = float(history["validation_loss"].min().iloc[0])
-    return model, Fit(np.empty(0), parameters, len(history["train_loss"]), seconds, validation)
+    shares = f"neighbours {model.neighbour_share:.2f}, smoothed {model.smoothed_share:.2f}" if model.classes else ""
+    return model, Fit(np.empty(0), parameters, len(history["train_loss"]), seconds, validation, shares)
 
 
 def _apply(model: Any, adata: AnnData) -> Any:

@@ -29,7 +29,7 @@ class Graph:
     """
 
     def __init__(self, graph: sp.spmatrix, sections: np.ndarray | None = None) -> None:
-        graph = sp.csr_matrix(graph)
+        self.adjacency = graph = sp.csr_matrix(graph)
         self.edges, self.parts = edge_index(graph), [(torch.arange(graph.shape[0]), edge_index(graph))]
         if sections is not None:
             rows = [np.flatnonzero(sections == name) for name in np.unique(sections)]

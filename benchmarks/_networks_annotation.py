@@ -16,6 +16,7 @@ from _common import folds, log_normalise
 from _harness import Fit, Method, Run
 from _networks_masked import graph_of
 from _problems import Annotation
+from _smoothing import SMOOTHED, best_share, smooth
 
 CONFIGURATIONS = ((1e-3, 0.2, 5e-4), (1e-3, 0.5, 5e-4), (3e-3, 0.5, 5e-4))  # learning rate, dropout, weight decay
 EPOCHS, PATIENCE, TRIAL = 200, 30, 40
@@ -67,8 +68,8 @@ def inputs(problem: Annotation, features: str, run: Run) -> tuple[np.ndarray, np
     return first, second
 
 
-def method(kind: str, features: str) -> Method:
-    """Cell types by one kind of network from one of `FEATURES`."""
+def method(kind: str, features: str, *, smoothed: bool = False) -> Method:
+    """Cell types by one kind of network from one of `FEATURES`, on request smoothed over neighbours as FIMP's are."""
 
     def run_method(problem: Annotation, run: Run) -> Fit:
         reference, query = problem.reference, problem.query
@@ -101,9 +102,14 @@ def method(kind: str, features: str) -> Method:
         chosen = networks.choose(runs, TRIAL, 1 if run.quick else EPOCHS)
         fit = networks.summary(runs, chosen, CONFIGURATIONS[chosen], started)
         model = runs[chosen].finish()
+        whole = graph if query is reference else graph_of(query, problem.library_key)
         with torch.no_grad():
-            whole = graph if query is reference else graph_of(query, problem.library_key)
-            fit.values = names[classes][model(x_query, whole).argmax(1).numpy()]
+            seen, probability = (model(*part).softmax(1).double().numpy() for part in ((x, graph), (x_query, whole)))
+        if smoothed:
+            share = best_share(seen, graph.adjacency, known[checked], truth[nodes["check"]].numpy())
+            probability = smooth(probability, whole.adjacency, share)
+            fit.note += f", share of means {share:.2f}"
+        fit.values = names[classes][probability.argmax(1)]
         return fit
 
     return run_method
@@ -111,4 +117,8 @@ def method(kind: str, features: str) -> Method:
 
 ANNOTATION: dict[str, Method] = {
     f"{kind}, {features}": method(kind, features) for kind in networks.NETWORKS for features in FEATURES
+} | {
+    f"{kind}, {features}{SMOOTHED}": method(kind, features, smoothed=True)
+    for kind in ("GCN", "GraphSAGE", "GPS")
+    for features in FEATURES[:2]
 }

@@ -18,6 +18,7 @@ import _fimp
 from _common import label_scores
 from _graph_networks import KINDS, GraphNetwork, chosen, edge_index, fit
 from _harness import Fit, Method, Run
+from _smoothing import SMOOTHED, best_share, smooth
 
 if TYPE_CHECKING:
     from mudata import MuData
@@ -63,7 +64,7 @@ def known(labels: np.ndarray) -> np.ndarray:
     return np.where(labels < 0, "Unknown", labels.astype(str))
 
 
-def network(problem: Nodes, run: Run, kind: str, hidden: int = 256) -> Fit:
+def network(problem: Nodes, run: Run, kind: str, hidden: int = 256, *, smoothed: bool = False) -> Fit:
     """Classes of all nodes; learning rate and dropout are those of least loss on the validation nodes."""
     x, edges = torch.from_numpy(problem.x), edge_index(problem.graph)
     target = torch.from_numpy(problem.labels.astype(np.int64))
@@ -85,7 +86,12 @@ def network(problem: Nodes, run: Run, kind: str, hidden: int = 256) -> Fit:
     best = min(trainings, key=lambda training: training.best)
     found = chosen(trainings, best, started)
     with torch.no_grad():
-        return replace(found, values=best.model(x, edges).argmax(1).numpy())
+        probability = best.model(x, edges).softmax(1).double().numpy()
+    if smoothed:
+        share = best_share(probability, problem.graph, problem.validation, problem.labels[problem.validation])
+        probability = smooth(probability, problem.graph, share)
+        found.note = f"share of means {share:.2f}"
+    return replace(found, values=probability.argmax(1))
 
 
 def most_accurate(problem: Nodes, x: np.ndarray, models: Iterable[ClassifierMixin]) -> np.ndarray:
@@ -114,7 +120,11 @@ def groups(baselines: dict[str, Method], shuffled: str, *, hidden: int = 256, **
     """All methods of a task by group; `hidden` is the width of its networks, `model` are arguments of ``FIMP``."""
     return {
         "baselines": baselines,
-        "networks": {kind: partial(network, kind=kind, hidden=hidden) for kind in NETWORKS},
+        "networks": {
+            kind + name: partial(network, kind=kind, hidden=hidden, smoothed=bool(name))
+            for name in ("", SMOOTHED)
+            for kind in (("GCN", "GraphSAGE", "GPS") if name else NETWORKS)
+        },
         "fimp": {"FIMP": partial(fimp, variant=_fimp.Variant(model=model))},
         "controls": {shuffled: partial(fimp, variant=_fimp.Variant(model=model, shuffled=True))},
     }

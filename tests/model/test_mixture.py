@@ -63,7 +63,7 @@ def test_share_follows_from_the_validation_cells(tissue, make_model, train) -> N
     for view, expected in ((first, 1.0), (second, 0.0)):
         # Classes for which this view gives more than the other, everywhere.
         label = (view - (first + second - view)).argmax(1)
-        model._fit_share(known, label)
+        model._fit_shares(known, label)
         assert model.neighbour_share == expected
 
 

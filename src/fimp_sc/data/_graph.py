@@ -98,6 +98,19 @@ class NodeGraph:
         rows = rows + sparse.diags((total == 0).astype(np.float32)) @ own
         return sparse.csr_matrix(sparse.diags(1.0 / np.where(total > 0, total, 1.0)) @ rows, dtype=np.float32)
 
+    def surroundings(self, destinations: ArrayLike) -> tuple[NDArray[np.int64], sparse.csr_matrix]:
+        """Return the destinations and their neighbours, ascending, and ``(n_destinations, n)`` CSR that averages them.
+
+        Every row is the mean over a destination and its neighbours.
+        """
+        nodes = np.asarray(destinations, dtype=np.int64)
+        picks = (np.arange(len(nodes)), nodes)
+        rows = self.csr[nodes] + sparse.csr_matrix((np.ones(len(nodes), np.float32), picks), (len(nodes), self.csr.shape[0]))
+        rows.data[:] = 1.0
+        around = np.unique(rows.indices).astype(np.int64)
+        mean = sparse.diags((1.0 / np.diff(rows.indptr)).astype(np.float32)) @ rows[:, around]
+        return around, sparse.csr_matrix(mean)
+
     def order(self) -> NDArray[np.int64]:
         """Return the rank of each node in reverse Cuthill-McKee order: near in the graph is near in rank."""
         permutation = sparse.csgraph.reverse_cuthill_mckee(self.csr, symmetric_mode=False)

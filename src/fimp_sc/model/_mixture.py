@@ -1,4 +1,4 @@
-"""Labels from two predictions of a cell: with its neighbours, and by itself."""
+"""Labels from two predictions of a cell, with its neighbours and by itself, and from what neighbours are predicted."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from fimp_sc.data import Batch
+    from fimp_sc.data import Batch, GraphData
     from fimp_sc.model._module import FIMPModule
 
 
 class MixingModel(GraphModel):
-    """A graph model that predicts labels with and without neighbours, and mixes both.
+    """A graph model that predicts labels with and without neighbours, mixes both, and smooths them over neighbours.
 
     What neighbours tell about a label is much in one tissue and nothing in another. How much they count is therefore
     fitted to validation cells.
@@ -36,24 +36,55 @@ class MixingModel(GraphModel):
         """
         return float(self.module.neighbour_share) if self.messages else 0.0
 
+    @property
+    def smoothed_share(self) -> float:
+        """How much predicted labels are smoothed, 0 to 1: the share of the mean over the cell and its neighbours.
+
+        Fitted to the log loss of the labelled validation cells, after :attr:`neighbour_share`; 0 where there are none,
+        without messages or without labels.
+        """
+        return float(self.module.smoothed_share) if self.messages else 0.0
+
     def _label_probability(self, adata: AnnData | MuData, indices: Any, how: dict[str, Any]) -> NDArray[np.float32]:
         """Return the probabilities of the classes, ``(len(indices), n_classes)``."""
-        share = np.float32(self.module.neighbour_share.item())
-        both = self._predictions(adata, indices, how)
-        return both[0] if len(both) == 1 else share * both[0] + (1 - share) * both[1]
+        share, smoothed = np.float32(self.neighbour_share), np.float32(self.smoothed_share)
+        if not smoothed:
+            return _mixed(self._predictions(adata, indices, how), share)
+        data = self._graph_data(adata)
+        wanted = self._indices(self._nodes(adata), indices)
+        nodes, mean = data.graph.surroundings(wanted)
+        mixed = _mixed(self._predictions(adata, nodes, how, data), share)
+        own = mixed[np.searchsorted(nodes, wanted)]
+        return _mixed([mean @ mixed, own], smoothed)
 
-    def _fit_share(self, indices: NDArray[np.int64], label: NDArray[np.int64]) -> None:
-        """Set the share to what suits some cells, whose class is known, best."""
-        both = self._predictions(self.adata, indices, {})
-        true = [torch.from_numpy(part[np.arange(len(label)), label]).double() for part in both]
-        self.module.neighbour_share.copy_(SHARES[int(mixture_loss(*true).argmin())])
+    def _fit_shares(self, indices: NDArray[np.int64], label: NDArray[np.int64]) -> None:
+        """Set both shares to what suits some cells, whose class is known, best."""
+        data = self._graph_data(self.adata)
+        nodes, mean = data.graph.surroundings(indices)
+        both = self._predictions(self.adata, nodes, {}, data)
+        own, true = np.searchsorted(nodes, indices), np.arange(len(label))
+        if len(both) > 1:
+            self.module.neighbour_share.copy_(_best_share(*(part[own, label] for part in both)))
+        mixed = _mixed(both, np.float32(self.neighbour_share))
+        self.module.smoothed_share.copy_(_best_share((mean @ mixed)[true, label], mixed[own, label]))
 
-    def _predictions(self, adata: Any, indices: Any, how: dict[str, Any]) -> list[NDArray[np.float32]]:
+    def _predictions(
+        self, adata: Any, indices: Any, how: dict[str, Any], data: GraphData | None = None
+    ) -> list[NDArray[np.float32]]:
         """Return probabilities with neighbours and, where the model has this view, without."""
-        both = [self._collect(adata, indices, _with_neighbours, how)]
+        both = [self._collect(adata, indices, _with_neighbours, how, data)]
         if self.module.label_head_alone is not None:
             both.append(self._collect(adata, indices, _alone, how, self._graph_data(adata, messages=False)))
         return both
+
+
+def _mixed(parts: list[NDArray[np.float32]], share: np.float32) -> NDArray[np.float32]:
+    return parts[0] if len(parts) == 1 else share * parts[0] + (1 - share) * parts[1]
+
+
+def _best_share(first: NDArray[np.float32], second: NDArray[np.float32]) -> Tensor:
+    """Return the share of the first of two probabilities of the true class, each ``(n,)``, that costs least."""
+    return SHARES[int(mixture_loss(*(torch.from_numpy(part).double() for part in (first, second))).argmin())]
 
 
 def _with_neighbours(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:

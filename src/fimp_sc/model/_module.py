@@ -52,9 +52,12 @@ class FIMPModule(StartingModule):
     ----------
     neighbour_share
         ``()``, share of the prediction with neighbours in predicted labels; the rest is the prediction without.
+    smoothed_share
+        ``()``, share of the mean over a node and its neighbours of what is so predicted; the rest is the node's own.
     """
 
     neighbour_share: Tensor
+    smoothed_share: Tensor
 
     def __init__(
         self,
@@ -87,6 +90,7 @@ class FIMPModule(StartingModule):
         self.label_head = LabelHead(width, n_labels, dropout) if n_labels else None
         self.label_head_alone = LabelHead(width, n_labels, dropout) if n_labels and alone else None
         self.register_buffer("neighbour_share", torch.tensor(1.0 if self.label_head_alone is None else 0.5))
+        self.register_buffer("smoothed_share", torch.zeros(()))
         self.register_buffer("embedding_mean", torch.zeros(width))
         self.register_buffer("embedding_std", torch.ones(width))
         order = np.random.default_rng(random_state).permutation(n_features)

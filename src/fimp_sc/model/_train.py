@@ -207,8 +207,8 @@ class TrainableModel(MixingModel, StartingModel):
                 plan.load_state_dict(best.weights, strict=False)
         self.module.eval()
         known = val_idx[data.label[val_idx] >= 0]
-        if module.label_head_alone is not None and len(known):
-            self._fit_share(known, data.label[known])
+        if module.label_head is not None and self.messages and len(known):
+            self._fit_shares(known, data.label[known])
 
     def _split(
         self,

@@ -78,18 +78,18 @@ class LabelHead(nn.Module):
         self.scale[: len(spread)] = torch.as_tensor(1.0 / spread, dtype=self.scale.dtype)
 
 
-def mixture_loss(with_neighbours: Tensor, alone: Tensor) -> Tensor:
+def mixture_loss(first: Tensor, second: Tensor) -> Tensor:
     """Return what mixtures of two predictions cost.
 
     Parameters
     ----------
-    with_neighbours, alone
+    first, second
         ``(n,)``, probability that either prediction gives to the true class of each cell.
 
     Returns
     -------
     Log loss, summed over cells, for each share of the first in :data:`SHARES`.
     """
-    shares = SHARES.to(alone)[:, None]
-    mixed = torch.lerp(alone.expand(len(shares), -1), with_neighbours, shares)
+    shares = SHARES.to(second)[:, None]
+    mixed = torch.lerp(second.expand(len(shares), -1), first, shares)
     return -mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log().sum(1)
