@@ -194,6 +194,29 @@ def test_averaging_is_the_mean_over_neighbours_again_and_again(n, density, seed,
     np.testing.assert_array_equal(graph.csr.toarray(), before)
 
 
+@given(
+    n=st.integers(1, 12),
+    density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    seed=st.integers(0, 1000),
+    self_loops=st.booleans(),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None)
+def test_surroundings_are_means_over_nodes_and_their_neighbours(n, density, seed, self_loops, data) -> None:
+    matrix = random_matrix(n, density, seed)
+    graph = NodeGraph(matrix, self_loops=self_loops)
+    before = graph.csr.toarray()
+    destinations = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n + 3))
+    nodes, mean = graph.surroundings(destinations)
+    joined = matrix.toarray() != 0
+    np.fill_diagonal(joined, True)
+    np.testing.assert_array_equal(nodes, np.flatnonzero(joined[destinations].any(0)))
+    expected = joined[destinations] / joined[destinations].sum(1, keepdims=True)
+    np.testing.assert_allclose(mean.toarray(), expected[:, nodes], rtol=1e-6)
+    assert mean.dtype == np.float32
+    np.testing.assert_array_equal(graph.csr.toarray(), before)
+
+
 @pytest.mark.parametrize("index_dtype", [np.int32, np.int64])
 def test_order_finds_the_line_behind_a_shuffled_path(index_dtype: type) -> None:
     n = 30

@@ -1,4 +1,4 @@
-"""Labels with and without neighbours: the two views, their mixture, and what each teaches the network."""
+"""Labels with and without neighbours, smoothed over neighbours: the views, their mixture, what each teaches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from module_toys import make_batch, make_module
+from scipy import sparse
 
 from fimp_sc.data import BlockDataset, Destinations, without_neighbours
 from fimp_sc.model import FIMP
@@ -33,6 +34,7 @@ def test_predictions_are_mixed_by_the_share(tissue, make_model, train, share: fl
     model = train(make_model(tissue, LABELS), max_epochs=1)
     for head in (model.module.label_head, model.module.label_head_alone):
         torch.nn.init.normal_(head.score.weight)
+    model.module.smoothed_share.zero_()
     model.module.neighbour_share.fill_(share)
     assert model.neighbour_share == pytest.approx(share)
     mixed = model.predict(soft=True).to_numpy()
@@ -56,6 +58,34 @@ def test_predictions_are_mixed_by_the_share(tissue, make_model, train, share: fl
     assert np.abs(model.predict(rewired, soft=True).to_numpy() - first).max() > 0.1
 
 
+@pytest.mark.filterwarnings("ignore:.*have no neighbours")
+@pytest.mark.parametrize("options", [{}, {"self_loops": False}])
+@pytest.mark.parametrize("share", [0.35, 1.0])
+def test_predictions_are_smoothed_over_cells_and_their_neighbours(
+    tissue, make_model, train, share: float, options: dict
+) -> None:
+    graph = tissue.obsp["spatial_connectivities"].toarray()
+    graph[5], graph[:, 5] = 0, 0
+    tissue.obsp["spatial_connectivities"] = sparse.csr_matrix(graph)
+    model = train(make_model(tissue, LABELS, **options), max_epochs=1)
+    for head in (model.module.label_head, model.module.label_head_alone):
+        torch.nn.init.normal_(head.score.weight)
+    model.module.smoothed_share.zero_()
+    own = model.predict(soft=True).to_numpy()
+    model.module.smoothed_share.fill_(share)
+    assert model.smoothed_share == pytest.approx(share)
+    found = model.predict(soft=True).to_numpy()
+    joined = ((graph != 0) | np.eye(len(graph), dtype=bool)).astype(float)
+    expected = share * (joined / joined.sum(1, keepdims=True)) @ own + (1 - share) * own
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(found[5], own[5], atol=1e-6, err_msg="a cell without neighbours is its own mean")
+    assert np.abs(found - own).max() > 0.05
+    some = [70, 3, 5, 3]
+    np.testing.assert_allclose(model.predict(indices=some, soft=True), found[some], atol=1e-6)
+    np.testing.assert_allclose(model.predict(soft=True, batch_size=17, strategy="blocks"), found, atol=1e-5)
+    np.testing.assert_array_equal(model.predict(), np.array(model.classes)[found.argmax(1)])
+
+
 def test_share_follows_from_the_validation_cells(tissue, make_model, train) -> None:
     model = train(make_model(tissue, LABELS), max_epochs=1)
     known = np.flatnonzero(tissue.obs["label"].isin(model.classes))
@@ -67,31 +97,62 @@ def test_share_follows_from_the_validation_cells(tissue, make_model, train) -> N
         assert model.neighbour_share == expected
 
 
+def test_smoothing_follows_from_the_validation_cells(tissue, make_model, train) -> None:
+    model = train(make_model(tissue, LABELS), max_epochs=1)
+    joined = tissue.obsp["spatial_connectivities"].toarray() != 0
+    np.fill_diagonal(joined, True)
+    mean = joined / joined.sum(1, keepdims=True)
+    known = np.flatnonzero(tissue.obs["label"].isin(model.classes))
+    first, second = model._predictions(tissue, None, {})
+    found = []
+    for sign in (1, -1):
+        # Classes that are more, or less, probable around a cell than in itself.
+        label = (sign * (mean @ first - first)).argmax(1)[known]
+        model._fit_shares(known, label)
+        own = model.neighbour_share * first + (1 - model.neighbour_share) * second
+        pair = [part[known, label] for part in (mean @ own, own)]
+        losses = [-np.log(share * pair[0] + (1 - share) * pair[1]).sum() for share in np.linspace(0, 1, 21)]
+        assert model.smoothed_share == pytest.approx(np.argmin(losses) / 20)
+        found.append(model.smoothed_share)
+    assert found[0] > 0.5 > found[1]
+
+
 def test_share_of_a_training_is_the_best_of_its_validation_cells(tissue, make_model, train) -> None:
     held = np.arange(40)
     model = train(make_model(tissue, LABELS), validation_indices=held)
+    smoothed = model.smoothed_share
     known = held[tissue.obs["label"].isin(model.classes).to_numpy()[held]]
     code = np.array([model.classes.index(name) for name in tissue.obs["label"].iloc[known]])
     pair = [part[np.arange(len(known)), code].astype(float) for part in model._predictions(tissue, known, {})]
     losses = [-np.log(share * pair[0] + (1 - share) * pair[1]).sum() for share in np.linspace(0, 1, 21)]
     assert model.neighbour_share == pytest.approx(np.argmin(losses) / 20)
-    assert train(make_model(tissue, LABELS), validation_size=0).neighbour_share == 0.5
+    model._fit_shares(known, code)
+    assert model.smoothed_share == smoothed, "training fits it to the same cells"
+    unvalidated = train(make_model(tissue, LABELS), validation_size=0)
+    assert (unvalidated.neighbour_share, unvalidated.smoothed_share) == (0.5, 0.0)
 
 
-def test_share_is_saved(trained, saved, tissue, tmp_path) -> None:
-    assert FIMP.from_pretrained(saved).neighbour_share == trained.neighbour_share
-    query = FIMP.load_query_data(tissue, trained)
-    assert query.neighbour_share == trained.neighbour_share
-    trained.save(str(tmp_path / "model"))
-    again = FIMP.load(str(tmp_path / "model"), adata=trained.adata, accelerator="cpu")
-    assert again.neighbour_share == trained.neighbour_share
-    np.testing.assert_allclose(again.predict(soft=True), trained.predict(soft=True), atol=1e-6)
+def test_shares_are_saved(tissue, make_model, train, tmp_path) -> None:
+    model = train(make_model(tissue, LABELS), max_epochs=1)
+    model.module.neighbour_share.fill_(0.7)
+    model.module.smoothed_share.fill_(0.45)
+    model.save_pretrained(tmp_path / "pretrained")
+    model.save(str(tmp_path / "model"))
+    again = (
+        FIMP.from_pretrained(tmp_path / "pretrained"),
+        FIMP.load_query_data(tissue, model),
+        FIMP.load(str(tmp_path / "model"), adata=tissue, accelerator="cpu"),
+    )
+    for other in again:
+        assert other.neighbour_share == model.neighbour_share == pytest.approx(0.7)
+        assert other.smoothed_share == model.smoothed_share == pytest.approx(0.45)
+    np.testing.assert_allclose(again[-1].predict(soft=True), model.predict(soft=True), atol=1e-6)
 
 
 def test_without_messages_there_is_one_prediction(tissue, make_model, train) -> None:
-    model = train(make_model(tissue, LABELS, messages=False), max_epochs=1)
+    model = train(make_model(tissue, LABELS, messages=False))
     assert model.module.label_head_alone is None
-    assert model.neighbour_share == 0.0
+    assert (model.neighbour_share, model.smoothed_share) == (0.0, 0.0)
     assert len(model._predictions(tissue, None, {})) == 1
 
 

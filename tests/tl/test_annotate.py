@@ -34,7 +34,8 @@ def test_writes_labels_confidence_and_probabilities_and_nothing_else(tissue, qui
     np.testing.assert_array_equal(np.array(CLASSES)[probabilities.argmax(1)], labels.astype(str))
     record = tissue.uns["fimp_label"]
     assert list(record["classes"]) == CLASSES
-    assert record["neighbour_share"] == fimp_sc.tl.get_model(tissue).neighbour_share
+    model = fimp_sc.tl.get_model(tissue)
+    assert (record["neighbour_share"], record["smoothed_share"]) == (model.neighbour_share, model.smoothed_share)
     assert record["params"]["labels_key"] == "label"
 
 

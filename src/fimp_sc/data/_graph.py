@@ -105,7 +105,9 @@ class NodeGraph:
         """
         nodes = np.asarray(destinations, dtype=np.int64)
         picks = (np.arange(len(nodes)), nodes)
-        rows = self.csr[nodes] + sparse.csr_matrix((np.ones(len(nodes), np.float32), picks), (len(nodes), self.csr.shape[0]))
+        rows = self.csr[nodes] + sparse.csr_matrix(
+            (np.ones(len(nodes), np.float32), picks), (len(nodes), self.csr.shape[0])
+        )
         rows.data[:] = 1.0
         around = np.unique(rows.indices).astype(np.int64)
         mean = sparse.diags((1.0 / np.diff(rows.indptr)).astype(np.float32)) @ rows[:, around]

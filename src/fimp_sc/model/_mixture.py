@@ -88,9 +88,8 @@ def _best_share(first: NDArray[np.float32], second: NDArray[np.float32]) -> Tens
 
 
 def _with_neighbours(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
-    return module.generative(outputs["embedding"])["logits"].softmax(-1)
+    return module.labels(outputs["embedding"])["logits"].softmax(-1)
 
 
 def _alone(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
-    embedding = outputs["embedding"]
-    return module.generative(embedding, alone=embedding)["logits_alone"].softmax(-1)
+    return module.labels(None, alone=outputs["embedding"])["logits_alone"].softmax(-1)

@@ -171,19 +171,29 @@ class FIMPModule(StartingModule):
 
         ``"logits_alone"`` come from embeddings without neighbours, where these are given.
         """
-        embedding = (embedding - self.embedding_mean) / self.embedding_std
         out: dict[str, Tensor] = {}
         if self.value_head is not None:
-            out["value"] = self.value_head(embedding, features)
-        if self.label_head_alone is not None and alone is not None:
-            alone = (alone - self.embedding_mean) / self.embedding_std
-            # The network learns from either prediction as much as it counts; the heads learn alike.
-            share = self.neighbour_share.clamp(min=_LEAST_SHARE)
-            embedding = _scaled_gradient(embedding, 2 * share)
-            out["logits_alone"] = self.label_head_alone(_scaled_gradient(alone, 2 - 2 * share))
+            out["value"] = self.value_head(self._standardised(embedding), features)
         if self.label_head is not None:
-            out["logits"] = self.label_head(embedding)
+            out |= self.labels(embedding, alone)
         return out
+
+    def labels(self, embedding: Tensor | None, alone: Tensor | None = None) -> dict[str, Tensor]:
+        """Return ``"logits"`` and ``"logits_alone"`` as :meth:`generative`, of those embeddings that are given."""
+        out: dict[str, Tensor] = {}
+        # The network learns from either prediction as much as it counts; the heads learn alike.
+        both = embedding is not None and alone is not None
+        share = self.neighbour_share.clamp(min=_LEAST_SHARE)
+        if embedding is not None and self.label_head is not None:
+            part = self._standardised(embedding)
+            out["logits"] = self.label_head(_scaled_gradient(part, 2 * share) if both else part)
+        if alone is not None and self.label_head_alone is not None:
+            part = self._standardised(alone)
+            out["logits_alone"] = self.label_head_alone(_scaled_gradient(part, 2 - 2 * share) if both else part)
+        return out
+
+    def _standardised(self, embedding: Tensor) -> Tensor:
+        return (embedding - self.embedding_mean) / self.embedding_std
 
     def loss(self, tensors: Batch, inference_outputs: dict, generative_outputs: dict) -> LossOutput:
         """Masked-value loss plus weighted label loss.

@@ -89,7 +89,8 @@ class PredictiveModel(MixingModel):
         """Predict labels.
 
         FIMP-base predicts them twice, with and without neighbours, and mixes both predictions with the share that suits
-        the validation cells of its training best (:attr:`neighbour_share`).
+        the validation cells of its training best (:attr:`neighbour_share`). What comes of it is averaged over cells and
+        their neighbours, again as much as suits these cells (:attr:`smoothed_share`).
 
         Parameters
         ----------
