@@ -7,15 +7,17 @@ from functools import partial
 
 import numpy as np
 import scipy.sparse as sp
+from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, RidgeCV
-from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.pipeline import make_pipeline
+from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
 from _common import library, log_normalise, neighbours, totals
 from _harness import Fit, Method, Run
 from _problems import HIDDEN, Annotation, Masked
+from _smoothing import SMOOTHED, best_share, smooth
 
 N_PCS = 50
 N_NEIGHBOURS, N_NEIGHBOURS_MASKED = 10, 6
@@ -32,8 +34,8 @@ def spatial_features(own: np.ndarray, graph: sp.csr_matrix) -> dict[str, np.ndar
     return {"own": own, "neighbours": near, "own + neighbours": np.hstack([own, near])}
 
 
-def logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, blocks: np.ndarray | None = None) -> np.ndarray:
-    """Labels of the `test` rows from logistic regression on features standardised with the training rows.
+def logistic(train: np.ndarray, labels: np.ndarray, blocks: np.ndarray | None = None) -> Pipeline:
+    """Logistic regression of `labels` on features standardised with the `train` rows.
 
     C = 1, or with `blocks` (spatial block of each training row) the C of best accuracy on held-out blocks of the
     training cells, the counterpart of FIMP's early stopping.
@@ -41,12 +43,40 @@ def logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, blocks: np
     labels = np.asarray(labels).astype(str)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=3000))
     if blocks is None:
-        return model.fit(train, labels).predict(test)
+        return model.fit(train, labels)
     search = GridSearchCV(model, {"logisticregression__C": [0.01, 0.1, 1.0]}, cv=GroupKFold(3), scoring="accuracy")
-    return search.fit(train, labels, groups=blocks).predict(test)
+    return search.fit(train, labels, groups=blocks).best_estimator_
 
 
-def annotate(problem: Annotation, run: Run, kind: str, *, chosen: bool) -> Fit:
+def smoothed(
+    model: Pipeline,
+    reference: tuple[np.ndarray, sp.csr_matrix],
+    query: tuple[np.ndarray, sp.csr_matrix],
+    labels: np.ndarray,
+    known: np.ndarray,
+    blocks: np.ndarray,
+) -> tuple[np.ndarray, float]:
+    """Labels of the query from smoothed probabilities, and the share of the means.
+
+    Parameters
+    ----------
+    model
+        Fitted to the cells of the reference that are `known`.
+    reference, query
+        Features (n, d) and graph (n, n) of either.
+    labels, known, blocks
+        Of the cells of the reference, (n,); blocks that are held out together fit the share.
+    """
+    x, graph = reference
+    seen = model.predict_proba(x)
+    seen[known] = cross_val_predict(
+        clone(model), x[known], labels[known], groups=blocks[known], cv=GroupKFold(3), method="predict_proba"
+    )
+    share = best_share(seen, graph, np.flatnonzero(known), np.searchsorted(model.classes_, labels[known]))
+    return model.classes_[smooth(model.predict_proba(query[0]), query[1], share).argmax(1)], share
+
+
+def annotate(problem: Annotation, run: Run, kind: str, *, chosen: bool, smoothing: bool = False) -> Fit:
     """Labels of the query cells from logistic regression on PCs of the genes that reference and query share."""
     reference, query = problem.reference, problem.query
     shared = reference.var_names.intersection(query.var_names)
@@ -57,12 +87,17 @@ def annotate(problem: Annotation, run: Run, kind: str, *, chosen: bool) -> Fit:
     sections = {"reference": reference, "query": query}
     x = {name: log_normalise(part[:, shared].X, problem.target) for name, part in sections.items()}
     pca = fit_pca(x["reference"][fitted])
-    features = {}
+    inputs = {}
     for name, part in sections.items():
         graph = neighbours(np.asarray(part.obsm["spatial"], float), N_NEIGHBOURS, library(part, problem.data))
-        features[name] = spatial_features(pca.transform(x[name]), graph)[kind]
-    blocks = problem.blocks[known] if chosen else None
-    return Fit(logistic(features["reference"][known], labels[known], features["query"], blocks))
+        inputs[name] = spatial_features(pca.transform(x[name]), graph)[kind], graph
+    model = logistic(inputs["reference"][0][known], labels[known], problem.blocks[known] if chosen else None)
+    if smoothing:
+        found, share = smoothed(
+            model, inputs["reference"], inputs["query"], labels.astype(str), known, np.asarray(problem.blocks)
+        )
+        return Fit(found, note=f"share of means {share:.2f}")
+    return Fit(model.predict(inputs["query"][0]))
 
 
 def neighbour_mean(x: sp.csr_matrix, hidden: sp.csr_matrix, graph: sp.csr_matrix, mean: np.ndarray) -> np.ndarray:
@@ -165,6 +200,9 @@ ANNOTATION: dict[str, Method] = {
     f"logistic, {kind}, C {'chosen' if chosen else '= 1'}": partial(annotate, kind=kind, chosen=chosen)
     for kind in ("own", "neighbours", "own + neighbours")
     for chosen in (False, True)
+} | {
+    f"logistic, {kind}, C chosen{SMOOTHED}": partial(annotate, kind=kind, chosen=True, smoothing=True)
+    for kind in ("own", "neighbours", "own + neighbours")
 }
 MASKED: dict[str, Method] = {
     "gene mean": partial(_masked, _gene_mean),

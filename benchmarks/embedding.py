@@ -45,7 +45,7 @@ def probe(features: np.ndarray, truth: np.ndarray, fold: np.ndarray) -> dict[str
     predicted, scored = np.full(len(truth), "Unknown", object), np.zeros(len(truth), bool)
     for f in np.unique(fold):
         _, train, test = split_labels(truth, fold == f)
-        predicted[test] = logistic(features[train], truth[train], features[test])
+        predicted[test] = logistic(features[train], truth[train]).predict(features[test])
         scored |= test
     return label_scores(truth[scored], predicted[scored])
 

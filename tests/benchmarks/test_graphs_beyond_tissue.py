@@ -91,10 +91,11 @@ def two_classes(nodes):
     return nodes.Nodes(x, graph, labels, train, validation, build), truth
 
 
-@pytest.mark.parametrize("kind", ["MLP", "GCN", "GraphSAGE", "GAT"])
+@pytest.mark.parametrize("kind", ["MLP", "GCN", "GraphSAGE", "GAT", "GraphSAGE, smoothed"])
 def test_networks_learn_classes_from_the_known_ones(nodes, run, two_classes, kind):
     problem, truth = two_classes
-    fit = nodes.network(problem, replace(run, quick=False), kind, 16)
+    fit = nodes.groups({}, "shuffled", hidden=16)["networks"][kind](problem, replace(run, quick=False))
+    assert fit.note.startswith("share of means") == ("smoothed" in kind)
     assert (fit.values == truth).all()
     assert fit.epochs > 4 * 2
     assert fit.parameters > 0

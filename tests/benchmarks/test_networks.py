@@ -214,7 +214,7 @@ def annotation_problem(reference, query):
     )
 
 
-@pytest.mark.parametrize("name", ["MLP, expression", "GPS, PCs", "GAT, gene vectors"])
+@pytest.mark.parametrize("name", ["MLP, expression", "GPS, PCs", "GraphSAGE, PCs, smoothed", "GAT, gene vectors"])
 def test_planted_labels_on_another_section_with_other_genes(annotation, name, monkeypatch, tmp_path):
     monkeypatch.setattr(annotation, "CONFIGURATIONS", annotation.CONFIGURATIONS[2:])
     monkeypatch.setattr(annotation, "EPOCHS", 40)
