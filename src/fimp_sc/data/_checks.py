@@ -49,7 +49,12 @@ def check_object(adata: Any) -> None:
     from anndata import AnnData
 
     if not isinstance(adata, AnnData):
-        hint = ": pass one modality, for instance mdata['rna']" if hasattr(adata, "mod") else ""
+        hint = ""
+        if hasattr(adata, "mod"):
+            hint = ": pass one modality, for instance mdata['rna']"
+        elif hasattr(adata, "tables"):
+            names = list(adata.tables)
+            hint = f": pass one of its tables, {names}, for instance sdata[{names[0]!r}]" if names else " without tables"
         raise TypeError(f"Expected an AnnData object, found {type(adata).__name__}{hint}.")
     if adata.isbacked and adata.is_view:
         raise ValueError(
