@@ -34,7 +34,7 @@ def calls(monkeypatch) -> list[tuple[str, dict]]:
         return record
 
     tools = ModuleType("fimp_sc.tl")
-    for name in ("embed", "annotate", "impute"):
+    for name in ("embed", "annotate", "impute", "niches", "attention"):
         setattr(tools, name, recorder(name))
     tools.get_model = lambda adata, modality: SimpleNamespace(
         save=lambda path: recorded.append(("save", {"path": path}))
@@ -83,6 +83,25 @@ def test_impute_takes_genes_and_scale(section, tmp_path, calls) -> None:
     arguments = ["--output", str(tmp_path / "out.h5ad"), "--genes", "CD74", "LYZ", "--scale", "counts", "--quiet"]
     assert cli.main(["impute", str(section), *arguments]) == 0
     assert calls == [("impute", {"genes": ["CD74", "LYZ"], "scale": "counts", "verbose": False})]
+
+
+def test_niches_train_nothing(section, tmp_path, calls, capsys) -> None:
+    arguments = ["--output", str(tmp_path / "out.h5ad"), "--n-niches", "5", "--use-rep", "X_pca", "--method", "leiden"]
+    arguments += ["--smooth", "0", "--labels-key", "cell_type", "--library-key", "section", "--random-state", "3"]
+    assert cli.main(["niches", str(section), *arguments]) == 0
+    expected = {"n_niches": 5, "use_rep": "X_pca", "method": "leiden", "smooth": 0, "labels_key": "cell_type"}
+    assert calls == [("niches", {**expected, "library_key": "section", "random_state": 3})]
+    assert "Wrote" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["niches", str(section), "--output", str(tmp_path / "out.h5ad"), "--max-epochs", "3"])
+
+
+def test_attention_takes_groups_and_genes(section, tmp_path, calls) -> None:
+    arguments = ["--output", str(tmp_path / "out.h5ad"), "--groupby", "cell_type", "--genes", "CD74", "LYZ", "--quiet"]
+    arguments += ["--null", "labels", "--n-permutations", "20", "--model", "folder"]
+    assert cli.main(["attention", str(section), *arguments]) == 0
+    expected = {"groupby": "cell_type", "genes": ["CD74", "LYZ"], "null": "labels", "n_permutations": 20}
+    assert calls == [("attention", {**expected, "model": "folder", "verbose": False})]
 
 
 def test_model_is_saved_to_a_new_folder_only(section, tmp_path, calls, capsys) -> None:
@@ -175,6 +194,27 @@ def test_annotate_for_real(small_toy, tmp_path, capsys) -> None:
     assert done.obs["fimp_niche"].notna().all()
     assert done.obsm["fimp_niche_probabilities"].shape == (two.n_obs, one.obs["niche"].nunique())
     assert capsys.readouterr().err == ""
+
+
+def test_niches_and_attention_for_real(section, tmp_path, capsys) -> None:
+    quick = ["--library-key", "section", "--quiet"]
+    steps = (
+        ("embed", ["--max-epochs", "1"]),
+        ("niches", ["--n-niches", "3"]),
+        ("attention", ["--groupby", "niche", "--n-genes", "5", "--n-permutations", "10", "--max-epochs", "1"]),
+    )
+    source = section
+    for command, options in steps:
+        output = tmp_path / f"{command}.h5ad"
+        assert cli.main([command, str(source), "--output", str(output), *options, *quick]) == 0
+        source = output
+    done = ad.read_h5ad(source)
+    assert set(done.obs["fimp_niche"]) == {"0", "1", "2"}
+    assert done.obsp["fimp_attention"].nnz > 0
+    assert len(done.uns["fimp_attention"]["genes"]) == 5
+    assert capsys.readouterr().err == ""
+    assert cli.main(["niches", str(section), "--output", str(tmp_path / "out.h5ad"), *quick]) == 2
+    assert "X_fimp" in capsys.readouterr().err
 
 
 def test_missing_key_for_real(section, tmp_path, capsys) -> None:

@@ -75,7 +75,9 @@ def _run_tool(
 
     data = _read(source)
     before = _keys(data)
-    getattr(fimp_sc.tl, command)(data, verbose=not quiet, **arguments)
+    if command != "niches":  # which trains nothing
+        arguments["verbose"] = not quiet
+    getattr(fimp_sc.tl, command)(data, **arguments)
     if save_model is not None:
         fimp_sc.tl.get_model(data, arguments.get("modality")).save(str(save_model))
     _write(data, output)
@@ -147,6 +149,22 @@ def _parser() -> argparse.ArgumentParser:
     impute.add_argument("--scale", choices=("log", "counts"), help="scale of what is written")
     _add_common(impute)
 
+    niches = _add_tool(commands, "niches", "divide an embedded section into niches")
+    niches.add_argument("--n-niches", type=_positive, metavar="N", help="number of niches (default: suggest one)")
+    niches.add_argument("--use-rep", metavar="KEY", help="key of .obsm with the embedding (default: X_fimp)")
+    niches.add_argument("--method", choices=("mixture", "leiden"), help="how cells are clustered")
+    niches.add_argument("--smooth", type=int, metavar="N", help="how many times cells are averaged over neighbours")
+    niches.add_argument("--labels-key", metavar="KEY", help="column of .obs that is counted in every niche")
+    _add_keys(niches)
+
+    attention = _add_tool(commands, "attention", "write what neighbours contribute, and pairs of genes between groups")
+    attention.add_argument("--groupby", required=True, metavar="KEY", help="column of .obs with groups of cells")
+    attention.add_argument("--genes", nargs="+", metavar="GENE", help="genes to test (default: the most attended)")
+    attention.add_argument("--n-genes", type=_positive, metavar="N", help="how many, where genes are not named")
+    attention.add_argument("--null", choices=("neighbours", "labels"), help="what is permuted")
+    attention.add_argument("--n-permutations", type=_positive, metavar="N", help="how often")
+    _add_common(attention)
+
     demo = commands.add_parser(
         "demo",
         help="run everything on an offline toy tissue and report how well it did",
@@ -170,14 +188,11 @@ def _add_tool(commands: Any, name: str, summary: str) -> argparse.ArgumentParser
 def _add_common(tool: argparse.ArgumentParser) -> None:
     tool.add_argument("--modality", nargs="+", metavar="NAME", help="modality of a .h5mu file to read, or several")
     tool.add_argument("--layer", metavar="KEY", help="layer with the expression (default: .X)")
-    tool.add_argument("--library-key", metavar="KEY", help="column of .obs that tells samples apart")
     tool.add_argument("--batch-key", metavar="KEY", help="column of .obs with batches")
     tool.add_argument("--spatial-key", metavar="KEY", help="key of .obsm with the coordinates")
-    tool.add_argument("--connectivities-key", metavar="KEY", help="key of .obsp with the graph; built if missing")
     tool.add_argument(
         "--input-scale", choices=("auto", "counts", "normalized", "log", "real"), help="what the values are"
     )
-    tool.add_argument("--key-added", metavar="KEY", help="name of what is written")
     tool.add_argument("--gene-embeddings", metavar="FILE", help="pretrained vectors of genes to start from")
     tool.add_argument(
         "--foundation", choices=("scgpt", "vit", "brainlm"), help="foundation model that makes the messages"
@@ -187,6 +202,13 @@ def _add_common(tool: argparse.ArgumentParser) -> None:
     tool.add_argument("--save-model", type=Path, metavar="DIR", help="new folder to save the model to")
     tool.add_argument("--max-epochs", type=_positive, metavar="N", help="upper limit of passes over the data")
     tool.add_argument("--accelerator", metavar="NAME", help="cpu, gpu, or auto")
+    _add_keys(tool)
+
+
+def _add_keys(tool: argparse.ArgumentParser) -> None:
+    tool.add_argument("--library-key", metavar="KEY", help="column of .obs that tells samples apart")
+    tool.add_argument("--connectivities-key", metavar="KEY", help="key of .obsp with the graph; built if missing")
+    tool.add_argument("--key-added", metavar="KEY", help="name of what is written")
     tool.add_argument("--random-state", type=int, metavar="SEED", help="seed of everything random")
     tool.add_argument("--quiet", action="store_true", help="no progress and no report")
 

@@ -54,7 +54,9 @@ def check_object(adata: Any) -> None:
             hint = ": pass one modality, for instance mdata['rna']"
         elif hasattr(adata, "tables"):
             names = list(adata.tables)
-            hint = f": pass one of its tables, {names}, for instance sdata[{names[0]!r}]" if names else " without tables"
+            hint = (
+                f": pass one of its tables, {names}, for instance sdata[{names[0]!r}]" if names else " without tables"
+            )
         raise TypeError(f"Expected an AnnData object, found {type(adata).__name__}{hint}.")
     if adata.isbacked and adata.is_view:
         raise ValueError(
