@@ -6,8 +6,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import sparse
 
+from fimp_sc.data import NodeGraph
 from fimp_sc.data._access import get_graph, missing_key
 from fimp_sc.data._adjacency import check_adjacency
 from fimp_sc.data._checks import check_graph
@@ -57,11 +57,9 @@ def smoothed(
         # A cell without neighbours keeps its own values; whoever embedded the cells knows of it.
         warnings.filterwarnings("ignore", message=".*have no neighbours", category=UserWarning)
         check_graph(adata, connectivities_key, library_key)
-    graph = check_adjacency(
-        get_graph(adata, connectivities_key), len(values), where=f"adata.obsp[{connectivities_key!r}]", self_loops=False
-    )
-    graph.data[:] = 1
-    joined = sparse.csr_matrix(graph + sparse.identity(len(values), format="csr"), dtype=np.float64)[order][:, order]
+    where = f"adata.obsp[{connectivities_key!r}]"
+    edges = check_adjacency(get_graph(adata, connectivities_key), len(values), where=where)
+    joined = NodeGraph(edges, self_loops=True).csr.astype(np.float64)[order][:, order]
     joined.sort_indices()
     n_cells = np.asarray(joined.sum(axis=1)).ravel()[:, None]
     for _ in range(times):
