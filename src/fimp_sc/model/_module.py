@@ -10,21 +10,17 @@ from scvi.module.base import LossOutput, auto_move_data
 from torch import Tensor, nn
 
 from fimp_sc.data import without_neighbours
+from fimp_sc.model._module_labels import LabellingModule
 from fimp_sc.model._module_start import StartingModule
 from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
-from fimp_sc.nn._heads import mixture_loss
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fimp_sc.data import Batch, SequenceBatch, SequenceShape
 
-# Where neighbours count nothing in the first epochs, as with cell types, the network would be late to learn what they
-# tell.
-_LEAST_SHARE = 0.3
 
-
-class FIMPModule(StartingModule):
+class FIMPModule(LabellingModule, StartingModule):
     """FIMP network with heads for masked values and, where there are labels, a label head.
 
     Parameters
@@ -55,9 +51,6 @@ class FIMPModule(StartingModule):
     smoothed_share
         ``()``, share of the mean over a node and its neighbours of what is so predicted; the rest is the node's own.
     """
-
-    neighbour_share: Tensor
-    smoothed_share: Tensor
 
     def __init__(
         self,
@@ -173,27 +166,10 @@ class FIMPModule(StartingModule):
         """
         out: dict[str, Tensor] = {}
         if self.value_head is not None:
-            out["value"] = self.value_head(self._standardised(embedding), features)
+            out["value"] = self.value_head(self.standardised(embedding), features)
         if self.label_head is not None:
             out |= self.labels(embedding, alone)
         return out
-
-    def labels(self, embedding: Tensor | None, alone: Tensor | None = None) -> dict[str, Tensor]:
-        """Return ``"logits"`` and ``"logits_alone"`` as :meth:`generative`, of those embeddings that are given."""
-        out: dict[str, Tensor] = {}
-        # The network learns from either prediction as much as it counts; the heads learn alike.
-        both = embedding is not None and alone is not None
-        share = self.neighbour_share.clamp(min=_LEAST_SHARE)
-        if embedding is not None and self.label_head is not None:
-            part = self._standardised(embedding)
-            out["logits"] = self.label_head(_scaled_gradient(part, 2 * share) if both else part)
-        if alone is not None and self.label_head_alone is not None:
-            part = self._standardised(alone)
-            out["logits_alone"] = self.label_head_alone(_scaled_gradient(part, 2 - 2 * share) if both else part)
-        return out
-
-    def _standardised(self, embedding: Tensor) -> Tensor:
-        return (embedding - self.embedding_mean) / self.embedding_std
 
     def loss(self, tensors: Batch, inference_outputs: dict, generative_outputs: dict) -> LossOutput:
         """Masked-value loss plus weighted label loss.
@@ -224,36 +200,9 @@ class FIMPModule(StartingModule):
             )
             loss = loss + parts["decoder_loss"]
         if self.label_head is not None:
-            parts["label_loss"] = self._label_loss(generative_outputs, tensors["label"])
+            parts["label_loss"] = self.label_loss(generative_outputs, tensors["label"])
             loss = loss + self.label_weight * parts["label_loss"]
         return LossOutput(loss=loss, n_obs_minibatch=n_obs, extra_metrics=parts)
-
-    def _label_loss(self, generative_outputs: dict, labels: Tensor) -> Tensor:
-        n_labeled = (labels >= 0).sum().clamp(min=1)
-        mixtures = None if self.training else self.mixture_loss(generative_outputs, labels)
-        if mixtures is not None:
-            return mixtures.min() / n_labeled
-        # Validation asks how good predictions are, not how well a weighted loss is minimised.
-        how: Any = {"weight": self.class_weight if self.training else None, "ignore_index": -1, "reduction": "sum"}
-        logits = [generative_outputs[name] for name in ("logits", "logits_alone") if name in generative_outputs]
-        return torch.stack([nn.functional.cross_entropy(part, labels, **how) for part in logits]).mean() / n_labeled
-
-    def mixture_loss(self, generative_outputs: dict[str, Tensor], labels: Tensor) -> Tensor | None:
-        """Return what mixtures of both predictions of labels cost, by share; ``None`` where there is one prediction.
-
-        Parameters
-        ----------
-        generative_outputs
-            Of :meth:`generative`.
-        labels
-            ``(n_dst,)`` int64, -1 where not labeled.
-        """
-        if "logits_alone" not in generative_outputs:
-            return None
-        known = labels >= 0
-        true = labels[known, None]
-        logits, alone = (generative_outputs[name][known].float() for name in ("logits", "logits_alone"))
-        return mixture_loss(*(part.softmax(1).gather(1, true).squeeze(1) for part in (logits, alone)))
 
     def sample(self, *args: Any, **kwargs: Any) -> None:
         """FIMP predicts means and has no generative distribution to sample from."""
@@ -281,11 +230,6 @@ def masked_loss(predicted: Tensor, nodes: SequenceBatch) -> Tensor:
     hidden = nodes["target_mask"]
     error = (predicted - nodes["target"]).square().mean(2)
     return (error * hidden).sum() / hidden.sum().clamp(min=1)
-
-
-def _scaled_gradient(values: Tensor, factor: Tensor) -> Tensor:
-    """Return ``values``, of which what is before them learns ``factor`` times as fast."""
-    return values.detach() + factor * (values - values.detach())
 
 
 def _bin_loss(predicted: Tensor, bins: Tensor, padding: Tensor, largest: int) -> Tensor:

@@ -1,0 +1,93 @@
+"""Labels read off embeddings with and without neighbours, and what the network learns from them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from scvi.module.base import BaseModuleClass
+from torch import Tensor, nn
+
+from fimp_sc.nn._heads import mixture_loss
+
+if TYPE_CHECKING:
+    from fimp_sc.nn import LabelHead
+
+# Where neighbours count nothing in the first epochs, as with cell types, the network would be late to learn what they
+# tell.
+_LEAST_SHARE = 0.3
+
+
+class LabellingModule(BaseModuleClass):
+    """A module with a head for labels and, where they are also predicted without neighbours, a second one."""
+
+    label_head: LabelHead | None
+    label_head_alone: LabelHead | None
+    neighbour_share: Tensor
+    smoothed_share: Tensor
+    embedding_mean: Tensor
+    embedding_std: Tensor
+    class_weight: Tensor
+
+    def labels(self, embedding: Tensor | None, alone: Tensor | None = None) -> dict[str, Tensor]:
+        """Return scores of classes, ``(n, n_labels)``, by name.
+
+        Parameters
+        ----------
+        embedding, alone
+            ``(n, n_latent)`` with neighbours, for ``"logits"``, and without, for ``"logits_alone"``.
+        """
+        out: dict[str, Tensor] = {}
+        # The network learns from either prediction as much as it counts; the heads learn alike.
+        both = embedding is not None and alone is not None
+        share = self.neighbour_share.clamp(min=_LEAST_SHARE)
+        if embedding is not None and self.label_head is not None:
+            part = self.standardised(embedding)
+            out["logits"] = self.label_head(_scaled_gradient(part, 2 * share) if both else part)
+        if alone is not None and self.label_head_alone is not None:
+            part = self.standardised(alone)
+            out["logits_alone"] = self.label_head_alone(_scaled_gradient(part, 2 - 2 * share) if both else part)
+        return out
+
+    def label_loss(self, generative_outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy of both predictions or, in validation, the log loss of their best mixture.
+
+        Parameters
+        ----------
+        generative_outputs
+            Of :meth:`FIMPModule.generative`.
+        labels
+            ``(n_dst,)`` int64, -1 where not labeled.
+        """
+        n_labeled = (labels >= 0).sum().clamp(min=1)
+        mixtures = None if self.training else self.mixture_loss(generative_outputs, labels)
+        if mixtures is not None:
+            return mixtures.min() / n_labeled
+        # Validation asks how good predictions are, not how well a weighted loss is minimised.
+        how: Any = {"weight": self.class_weight if self.training else None, "ignore_index": -1, "reduction": "sum"}
+        logits = [generative_outputs[name] for name in ("logits", "logits_alone") if name in generative_outputs]
+        return torch.stack([nn.functional.cross_entropy(part, labels, **how) for part in logits]).mean() / n_labeled
+
+    def mixture_loss(self, generative_outputs: dict[str, Tensor], labels: Tensor) -> Tensor | None:
+        """Return what mixtures of both predictions of labels cost, by share; ``None`` where there is one prediction.
+
+        Parameters
+        ----------
+        generative_outputs, labels
+            As in :meth:`label_loss`.
+        """
+        if "logits_alone" not in generative_outputs:
+            return None
+        known = labels >= 0
+        true = labels[known, None]
+        logits, alone = (generative_outputs[name][known].float() for name in ("logits", "logits_alone"))
+        return mixture_loss(*(part.softmax(1).gather(1, true).squeeze(1) for part in (logits, alone)))
+
+    def standardised(self, embedding: Tensor) -> Tensor:
+        """Return embeddings on the scale that heads read."""
+        return (embedding - self.embedding_mean) / self.embedding_std
+
+
+def _scaled_gradient(values: Tensor, factor: Tensor) -> Tensor:
+    """Return ``values``, of which what is before them learns ``factor`` times as fast."""
+    return values.detach() + factor * (values - values.detach())
