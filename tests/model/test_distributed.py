@@ -44,7 +44,7 @@ if __name__ == "__main__":
     weights = [float(p.detach().double().abs().sum()) for p in model.module.parameters()]
     result = {
         "weights": weights, "nodes": seen.nodes, "steps": seen.steps, "train": model.train_indices.tolist(),
-        "shares": [*seen.shares, model.neighbour_share],
+        "shares": [*seen.shares, model.neighbour_share, model.smoothed_share],
         "embedding": float(np.abs(model.get_latent_representation()).sum()),
     }
     with open(os.path.join(sys.argv[1], f"rank{rank}.json"), "w") as file:

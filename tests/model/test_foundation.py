@@ -228,6 +228,25 @@ def test_frozen_model_learns_labels(tissue, make) -> None:
     assert right.mean() > 0.9
 
 
+def test_labels_are_smoothed_as_suits_the_validation_cells(tissue, make) -> None:
+    """It predicts with neighbours alone; the mean over a cell and its neighbours still counts as fitted."""
+    model = make(tissue, {"labels_key": "label"}, train_foundation="frozen")
+    held = np.arange(0, 120, 2)
+    model.train(**{**QUICK, "validation_indices": held})
+    smoothed = model.smoothed_share
+    model.module.smoothed_share.zero_()
+    own = model.predict(soft=True).to_numpy().astype(float)
+    joined = (tissue.obsp["spatial_connectivities"].toarray() != 0) | np.eye(120, dtype=bool)
+    near = joined / joined.sum(1, keepdims=True) @ own
+    known = held[tissue.obs["label"].isin(model.classes).to_numpy()[held]]
+    code = np.array([model.classes.index(name) for name in tissue.obs["label"].iloc[known]])
+    losses = [-np.log(s * near[known, code] + (1 - s) * own[known, code]).sum() for s in np.linspace(0, 1, 21)]
+    assert smoothed == pytest.approx(np.argmin(losses) / 20)
+    assert model.neighbour_share == 1.0
+    model.module.smoothed_share.fill_(0.6)
+    np.testing.assert_allclose(model.predict(soft=True), 0.6 * near + 0.4 * own, atol=1e-5)
+
+
 def test_labelled_model_is_the_same_with_the_same_seed(tissue, make) -> None:
     results = []
     for seed in (0, 0, 1):
