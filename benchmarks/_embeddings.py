@@ -25,6 +25,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 from _baselines import fit_pca, spatial_features
 from _common import log_normalise, neighbours, sections, totals
 from _harness import Fit, Method, Run
+from _smoothing import averaged
 
 if TYPE_CHECKING:
     from _problems import Embedding
@@ -44,14 +45,6 @@ CODE = Path(__file__).read_bytes()  # a latent is not kept across changes of thi
 def spatial(problem: Embedding, k: int) -> sp.csr_matrix:
     """Graph of the `k` nearest cells of the same section, (n_obs, n_obs) binary CSR."""
     return neighbours(np.asarray(problem.adata.obsm["spatial"], float), k, sections(problem.adata, problem.library_key))
-
-
-def mean_with_self(features: np.ndarray, graph: sp.csr_matrix, times: int = 1) -> np.ndarray:
-    """Mean over a cell and its neighbours, `times` in succession; the shape of `features`, (n_obs, d)."""
-    weights = normalize(graph + sp.eye(graph.shape[0], format="csr"), norm="l1")
-    for _ in range(times):
-        features = weights @ features
-    return features
 
 
 def own_and_hops(features: np.ndarray, graph: sp.csr_matrix, hops: int) -> np.ndarray:
@@ -114,9 +107,9 @@ def pca(problem: Embedding, kind: str) -> Fit:
     model = fit_pca(x)
     own = model.transform(x)
     if kind == "mean":
-        values = mean_with_self(own, spatial(problem, N_NEAREST))
+        values = averaged(own, spatial(problem, N_NEAREST))
     elif kind == "mean twice":
-        values = mean_with_self(own, spatial(problem, N_RING), times=2)
+        values = averaged(own, spatial(problem, N_RING), times=2)
     else:
         values = spatial_features(own, spatial(problem, N_NEAREST))[kind]
     return Fit(np.asarray(values))
@@ -199,7 +192,7 @@ def scvi_features(problem: Embedding, run: Run, kind: str) -> Fit:
     """scVI's latent ("own"), its mean over a cell and its neighbours, or the cell's own beside those of three hops."""
     fit = scvi_latent(problem, run)
     if kind == "mean":
-        return replace(fit, values=mean_with_self(fit.values, spatial(problem, N_RING)))
+        return replace(fit, values=averaged(fit.values, spatial(problem, N_RING)))
     if kind == "hops":
         return replace(fit, values=own_and_hops(fit.values, spatial(problem, N_RING), hops=3))
     return fit

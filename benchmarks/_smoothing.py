@@ -1,4 +1,4 @@
-"""Predicted classes averaged over neighbours, as much as suits the validation nodes: offered to every network."""
+"""Features and predicted classes averaged over neighbours: what FIMP's tools do with theirs, for every method."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ SHARES = np.linspace(0, 1, 21)
 SMOOTHED = ", smoothed"  # at the end of a method's name
 
 
-def averaged(probability: np.ndarray, graph: sp.spmatrix) -> np.ndarray:
-    """Means over each node and its neighbours, (n, n_classes)."""
+def averaged(values: np.ndarray, graph: sp.spmatrix, times: int = 1) -> np.ndarray:
+    """Means over each node and its neighbours, `times` in succession, (n, d)."""
     joined = sp.csr_matrix(graph, dtype=bool) + sp.eye(graph.shape[0], dtype=bool, format="csr")
-    return normalize(joined.astype(np.float64), norm="l1") @ probability
+    weights = normalize(joined.astype(np.float64), norm="l1")
+    for _ in range(times):
+        values = weights @ values
+    return values
 
 
 def best_share(probability: np.ndarray, graph: sp.spmatrix, nodes: np.ndarray, truth: np.ndarray) -> float:
-    """The share of the means that costs `nodes`, whose class is `truth`, the least log loss."""
+    """The share of the means of (n, n_classes) that costs `nodes`, whose class is `truth`, the least log loss."""
     own, near = (part[nodes, truth] for part in (probability, averaged(probability, graph)))
     losses = [-np.log(np.maximum(share * near + (1 - share) * own, 1e-300)).sum() for share in SHARES]
     return float(SHARES[np.argmin(losses)])

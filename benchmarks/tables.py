@@ -28,7 +28,8 @@ TITLES = {
     "torch_compile": "torch.compile",
 }
 COMMANDS = {f"annotate_blocks_{how}": f"annotate_blocks.py --{how}" for how in ("inductive", "random")}
-SCORES = ["accuracy", "macro_f1", "r2", "r2_gene", "mse", "ari", "ari_smoothed", "nmi", "nmi_smoothed"]
+SCORES = ["accuracy", "macro_f1", "accuracy_smoothed", "macro_f1_smoothed", "r2", "r2_gene", "mse"]
+SCORES += ["ari", "ari_smoothed", "nmi", "nmi_smoothed"]
 COSTS = ["forward_s", "both_s", "step_ms", "first_s", "graph_s", "read_s", "embed_s", "us_per_cell", "ms_per_cell"]
 COSTS += ["epoch_s", "epochs", "total_s", "cpu_s", "peak_mb", "before_gb", "peak_gb", "result_gb"]
 COSTS += ["parameters", "trained", "heads"]
