@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -350,6 +351,21 @@ def compile_kernels(dtype: torch.dtype, capability: int, dim: int, tokens: int, 
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
         # What a block may have on the smallest devices of these generations.
         assert compiled.metadata.shared <= 99 * 1024
+        # Accumulators that do not fit into registers would be kilobytes; single values may move.
+        assert stack_bytes(compiled.asm["cubin"]) <= 64
+        # Hopper's matrix instructions take 64 rows at once.
+        if capability == 90 and dtype != torch.float32 and options["BLOCK_M"] >= 64:
+            assert "wgmma.mma_async" in compiled.asm["ptx"]
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """What a thread keeps outside registers, as the disassembler that comes with Triton says."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\d+)", done.stdout + done.stderr).group(1))
 
 
 def compile_all_kernels() -> None:
