@@ -14,6 +14,12 @@ from fimp_sc.model import FIMP
 LABELS = {"labels_key": "label", "library_key": "section"}
 
 
+def both_views(model, adata, indices) -> tuple[np.ndarray, np.ndarray]:
+    """What the model predicts with neighbours, and without."""
+    with_neighbours = model._with_neighbours(adata, indices, {}, model._graph_data(adata))
+    return with_neighbours, model._alone(adata, indices, {})
+
+
 @pytest.mark.parametrize("options", [{}, {"self_loops": False}, {"layer": "paper"}])
 def test_destinations_by_themselves_are_those_of_a_graph_without_edges(tissue, make_model, options: dict) -> None:
     model = make_model(tissue, LABELS, **options)
@@ -89,7 +95,7 @@ def test_predictions_are_smoothed_over_cells_and_their_neighbours(
 def test_share_follows_from_the_validation_cells(tissue, make_model, train) -> None:
     model = train(make_model(tissue, LABELS), max_epochs=1)
     known = np.flatnonzero(tissue.obs["label"].isin(model.classes))
-    first, second = model._predictions(tissue, known, {})
+    first, second = both_views(model, tissue, known)
     for view, expected in ((first, 1.0), (second, 0.0)):
         # Classes for which this view gives more than the other, everywhere.
         label = (view - (first + second - view)).argmax(1)
@@ -103,7 +109,7 @@ def test_smoothing_follows_from_the_validation_cells(tissue, make_model, train) 
     np.fill_diagonal(joined, True)
     mean = joined / joined.sum(1, keepdims=True)
     known = np.flatnonzero(tissue.obs["label"].isin(model.classes))
-    first, second = model._predictions(tissue, None, {})
+    first, second = both_views(model, tissue, None)
     found = []
     for sign in (1, -1):
         # Classes that are more, or less, probable around a cell than in itself.
@@ -123,7 +129,7 @@ def test_share_of_a_training_is_the_best_of_its_validation_cells(tissue, make_mo
     smoothed = model.smoothed_share
     known = held[tissue.obs["label"].isin(model.classes).to_numpy()[held]]
     code = np.array([model.classes.index(name) for name in tissue.obs["label"].iloc[known]])
-    pair = [part[np.arange(len(known)), code].astype(float) for part in model._predictions(tissue, known, {})]
+    pair = [part[np.arange(len(known)), code].astype(float) for part in both_views(model, tissue, known)]
     losses = [-np.log(share * pair[0] + (1 - share) * pair[1]).sum() for share in np.linspace(0, 1, 21)]
     assert model.neighbour_share == pytest.approx(np.argmin(losses) / 20)
     model._fit_shares(known, code)
@@ -153,7 +159,6 @@ def test_without_messages_there_is_one_prediction(tissue, make_model, train) -> 
     model = train(make_model(tissue, LABELS, messages=False))
     assert model.module.label_head_alone is None
     assert (model.neighbour_share, model.smoothed_share) == (0.0, 0.0)
-    assert len(model._predictions(tissue, None, {})) == 1
 
 
 def module_with_both() -> tuple:

@@ -47,39 +47,43 @@ class MixingModel(GraphModel):
 
     def _label_probability(self, adata: AnnData | MuData, indices: Any, how: dict[str, Any]) -> NDArray[np.float32]:
         """Return the probabilities of the classes, ``(len(indices), n_classes)``."""
-        share, smoothed = np.float32(self.neighbour_share), np.float32(self.smoothed_share)
-        if not smoothed:
-            return _mixed(self._predictions(adata, indices, how), share)
         data = self._graph_data(adata)
+        if not self.smoothed_share:
+            return self._mixed(adata, indices, how, data)
         wanted = self._indices(self._nodes(adata), indices)
         nodes, mean = data.graph.surroundings(wanted)
-        mixed = _mixed(self._predictions(adata, nodes, how, data), share)
-        own = mixed[np.searchsorted(nodes, wanted)]
-        return _mixed([mean @ mixed, own], smoothed)
+        mixed = self._mixed(adata, nodes, how, data)
+        return _mix(self.smoothed_share, mean @ mixed, mixed[np.searchsorted(nodes, wanted)])
+
+    def _mixed(self, adata: Any, indices: Any, how: dict[str, Any], data: GraphData) -> NDArray[np.float32]:
+        """Return probabilities of which the share is predicted with neighbours; what does not count is not computed."""
+        share = float(self.module.neighbour_share)
+        if share == 1:
+            return self._with_neighbours(adata, indices, how, data)
+        alone = self._alone(adata, indices, how)
+        return alone if share == 0 else _mix(share, self._with_neighbours(adata, indices, how, data), alone)
 
     def _fit_shares(self, indices: NDArray[np.int64], label: NDArray[np.int64]) -> None:
         """Set both shares to what suits some cells, whose class is known, best."""
         data = self._graph_data(self.adata)
         nodes, mean = data.graph.surroundings(indices)
-        both = self._predictions(self.adata, nodes, {}, data)
         own, true = np.searchsorted(nodes, indices), np.arange(len(label))
-        if len(both) > 1:
-            self.module.neighbour_share.copy_(_best_share(*(part[own, label] for part in both)))
-        mixed = _mixed(both, np.float32(self.neighbour_share))
+        mixed = self._with_neighbours(self.adata, nodes, {}, data)
+        if self.module.label_head_alone is not None:
+            alone = self._alone(self.adata, nodes, {})
+            self.module.neighbour_share.copy_(_best_share(mixed[own, label], alone[own, label]))
+            mixed = _mix(self.neighbour_share, mixed, alone)
         self.module.smoothed_share.copy_(_best_share((mean @ mixed)[true, label], mixed[own, label]))
 
-    def _predictions(
-        self, adata: Any, indices: Any, how: dict[str, Any], data: GraphData | None = None
-    ) -> list[NDArray[np.float32]]:
-        """Return probabilities with neighbours and, where the model has this view, without."""
-        both = [self._collect(adata, indices, _with_neighbours, how, data)]
-        if self.module.label_head_alone is not None:
-            both.append(self._collect(adata, indices, _alone, how, self._graph_data(adata, messages=False)))
-        return both
+    def _with_neighbours(self, adata: Any, indices: Any, how: dict[str, Any], data: GraphData) -> NDArray[np.float32]:
+        return self._collect(adata, indices, _probability, how, data)
+
+    def _alone(self, adata: Any, indices: Any, how: dict[str, Any]) -> NDArray[np.float32]:
+        return self._collect(adata, indices, _probability_alone, how, self._graph_data(adata, messages=False))
 
 
-def _mixed(parts: list[NDArray[np.float32]], share: np.float32) -> NDArray[np.float32]:
-    return parts[0] if len(parts) == 1 else share * parts[0] + (1 - share) * parts[1]
+def _mix(share: float, first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.float32(share) * first + np.float32(1 - share) * second
 
 
 def _best_share(first: NDArray[np.float32], second: NDArray[np.float32]) -> Tensor:
@@ -87,9 +91,9 @@ def _best_share(first: NDArray[np.float32], second: NDArray[np.float32]) -> Tens
     return SHARES[int(mixture_loss(*(torch.from_numpy(part).double() for part in (first, second))).argmin())]
 
 
-def _with_neighbours(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
+def _probability(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
     return module.labels(outputs["embedding"])["logits"].softmax(-1)
 
 
-def _alone(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
+def _probability_alone(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
     return module.labels(None, alone=outputs["embedding"])["logits_alone"].softmax(-1)
