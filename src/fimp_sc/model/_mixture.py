@@ -92,8 +92,8 @@ def _best_share(first: NDArray[np.float32], second: NDArray[np.float32]) -> Tens
 
 
 def _probability(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
-    return module.labels(outputs["embedding"])["logits"].softmax(-1)
+    return module.labels(module.standardised(outputs["embedding"]))["logits"].softmax(-1)
 
 
 def _probability_alone(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
-    return module.labels(None, alone=outputs["embedding"])["logits_alone"].softmax(-1)
+    return module.labels(None, module.standardised(outputs["embedding"]))["logits_alone"].softmax(-1)

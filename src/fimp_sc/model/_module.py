@@ -164,12 +164,11 @@ class FIMPModule(LabellingModule, StartingModule):
 
         ``"logits_alone"`` come from embeddings without neighbours, where these are given.
         """
+        embedding = self.standardised(embedding)
         out: dict[str, Tensor] = {}
         if self.value_head is not None:
-            out["value"] = self.value_head(self.standardised(embedding), features)
-        if self.label_head is not None:
-            out |= self.labels(embedding, alone)
-        return out
+            out["value"] = self.value_head(embedding, features)
+        return out | self.labels(embedding, None if alone is None else self.standardised(alone))
 
     def loss(self, tensors: Batch, inference_outputs: dict, generative_outputs: dict) -> LossOutput:
         """Masked-value loss plus weighted label loss.

@@ -35,18 +35,19 @@ class LabellingModule(BaseModuleClass):
         Parameters
         ----------
         embedding, alone
-            ``(n, n_latent)`` with neighbours, for ``"logits"``, and without, for ``"logits_alone"``.
+            ``(n, n_latent)``, :meth:`standardised`: with neighbours, for ``"logits"``, and without, for
+            ``"logits_alone"``.
         """
         out: dict[str, Tensor] = {}
-        # The network learns from either prediction as much as it counts; the heads learn alike.
-        both = embedding is not None and alone is not None
-        share = self.neighbour_share.clamp(min=_LEAST_SHARE)
-        if embedding is not None and self.label_head is not None:
-            part = self.standardised(embedding)
-            out["logits"] = self.label_head(_scaled_gradient(part, 2 * share) if both else part)
+        if embedding is not None and alone is not None:
+            # The network learns from either prediction as much as it counts; the heads learn alike.
+            share = self.neighbour_share.clamp(min=_LEAST_SHARE)
+            embedding = _scaled_gradient(embedding, 2 * share)
+            alone = _scaled_gradient(alone, 2 - 2 * share)
         if alone is not None and self.label_head_alone is not None:
-            part = self.standardised(alone)
-            out["logits_alone"] = self.label_head_alone(_scaled_gradient(part, 2 - 2 * share) if both else part)
+            out["logits_alone"] = self.label_head_alone(alone)
+        if embedding is not None and self.label_head is not None:
+            out["logits"] = self.label_head(embedding)
         return out
 
     def label_loss(self, generative_outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
