@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
 
     attention = _add_tool(commands, "attention", "write what neighbours contribute, and pairs of genes between groups")
     attention.add_argument("--groupby", required=True, metavar="KEY", help="column of .obs with groups of cells")
-    attention.add_argument("--genes", nargs="+", metavar="GENE", help="genes to test (default: the most attended)")
+    attention.add_argument("--genes", nargs="+", metavar="GENE", help="genes to test (default: those that vary most)")
     attention.add_argument("--n-genes", type=_positive, metavar="N", help="how many, where genes are not named")
     attention.add_argument("--null", choices=("neighbours", "labels"), help="what is permuted")
     attention.add_argument("--n-permutations", type=_positive, metavar="N", help="how often")
@@ -207,7 +207,9 @@ def _add_common(tool: argparse.ArgumentParser) -> None:
 
 def _add_keys(tool: argparse.ArgumentParser) -> None:
     tool.add_argument("--library-key", metavar="KEY", help="column of .obs that tells samples apart")
-    tool.add_argument("--connectivities-key", metavar="KEY", help="key of .obsp with the graph; built if missing")
+    tool.add_argument(
+        "--connectivities-key", metavar="KEY", help="key of .obsp with the graph; built if missing, but for niches"
+    )
     tool.add_argument("--key-added", metavar="KEY", help="name of what is written")
     tool.add_argument("--random-state", type=int, metavar="SEED", help="seed of everything random")
     tool.add_argument("--quiet", action="store_true", help="no progress and no report")
