@@ -37,12 +37,15 @@ class Data:
         Cells of a spatial block.
     library_key, label_key
         Columns of ``obs`` that separate sections and hold cell types.
+    kept
+        Share of the counts that are drawn at random and kept, alike in all seeds; the others are thrown away.
     """
 
     file: str
     block_size: int
     library_key: str | None = None
     label_key: str = "cell_type"
+    kept: float = 1.0
 
 
 DATA = {
@@ -51,6 +54,8 @@ DATA = {
     "merfish": Data("merfish_hypothalamus_animal1.h5ad", 140, "bregma"),
     "starmap": Data("starmap_visual_cortex_1020.h5ad", 40),
     "toy": Data("fimp_sc.datasets:toy_tissue", 40, "section"),
+    # As few counts as in bins of a few micrometres.
+    "dlpfc_few_counts": Data("dlpfc_visium_151673.h5ad", 100, kept=0.03),
     # The sets of the paper, which squidpy downloads.
     "slideseqv2": Data("squidpy.datasets:slideseqv2", 400, None, "cluster"),
     "seqfish": Data("squidpy.datasets:seqfish", 200, None, "celltype_mapped_refined"),
@@ -114,6 +119,10 @@ def load(name: str, folder: Path):
             logarithms = check_values(adata.X, where="X") == "log"
         if logarithms:
             adata.X = adata.X.expm1()
+    if data.kept < 1:
+        counts = np.rint(adata.X.data).astype(np.int64)
+        adata.X.data = np.random.default_rng(0).binomial(counts, data.kept).astype(adata.X.dtype)
+        adata.X.eliminate_zeros()
     return adata
 
 

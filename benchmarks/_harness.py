@@ -87,7 +87,7 @@ def main(
     default: tuple[str, ...],
     options: Callable[[argparse.ArgumentParser], None] | None = None,
     rename: Callable[[argparse.Namespace], str] | None = None,
-    more: tuple[str, ...] = ("toy", *ONLINE),
+    more: tuple[str, ...] = ("dlpfc_few_counts", "toy", *ONLINE),
     n_folds: Callable[[str], int] | None = None,
 ) -> None:
     """Run a task from the command line.
@@ -107,7 +107,7 @@ def main(
     options, rename
         Adds arguments of the task; gives the CSV another name for some of them.
     more
-        What ``--datasets`` takes besides; of tissue a toy and the sets that squidpy downloads.
+        What ``--datasets`` takes besides; of tissue one with few counts, a toy, and the sets that squidpy downloads.
     n_folds
         How many seeds a data set has, where a seed stands for what is left out; all of them by default.
     """

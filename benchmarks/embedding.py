@@ -27,7 +27,7 @@ from _common import folds, label_scores, library, neighbours, spatial_block_ids,
 from _problems import without_labels
 from _smoothing import averaged
 
-REGIONS = {"dlpfc": "label", "dlpfc_151674": "label", "starmap": "region"}
+REGIONS = {"dlpfc": "label", "dlpfc_151674": "label", "dlpfc_few_counts": "label", "starmap": "region"}
 UNKNOWN = ("Unknown", "Unlabelled")
 N_COMPONENTS, N_STARTS, N_NEIGHBOURS = 15, 5, 6
 

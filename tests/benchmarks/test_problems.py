@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -26,6 +28,15 @@ def hidden_labels(problem, toy) -> np.ndarray:
     labels = problem.query.obs["label"].to_numpy()
     assert ((labels == "Unknown") | (labels == toy.obs["label"].to_numpy())).all()
     return labels == "Unknown"
+
+
+def test_few_counts_are_a_share_of_each(common, toy, monkeypatch):
+    monkeypatch.setitem(common.DATA, "toy", replace(common.DATA["toy"], kept=0.3))
+    thinned = common.load("toy", None)
+    assert thinned.X.sum() / toy.X.sum() == pytest.approx(0.3, abs=0.01)
+    assert (thinned.X.toarray() <= toy.X.toarray()).all()
+    assert (thinned.X.toarray() == np.rint(thinned.X.toarray())).all()
+    np.testing.assert_array_equal(thinned.X.toarray(), common.load("toy", None).X.toarray())
 
 
 @pytest.mark.parametrize("inductive", [False, True])

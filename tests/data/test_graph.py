@@ -217,6 +217,24 @@ def test_surroundings_are_means_over_nodes_and_their_neighbours(n, density, seed
     np.testing.assert_array_equal(graph.csr.toarray(), before)
 
 
+@given(
+    n=st.integers(1, 12),
+    density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    seed=st.integers(0, 1000),
+    self_loops=st.booleans(),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None)
+def test_among_is_the_mean_over_those_neighbours_that_are_there(n, density, seed, self_loops, data) -> None:
+    matrix = random_matrix(n, density, seed)
+    nodes = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n, unique=True))
+    among = NodeGraph(matrix, self_loops=self_loops).among(nodes)
+    joined = (matrix.toarray() != 0)[np.ix_(nodes, nodes)]
+    np.fill_diagonal(joined, False)
+    np.testing.assert_allclose(among.toarray(), joined / np.maximum(joined.sum(1, keepdims=True), 1), rtol=1e-6)
+    assert (among.dtype, among.nnz) == (np.float32, joined.sum())
+
+
 @pytest.mark.parametrize("index_dtype", [np.int32, np.int64])
 def test_order_finds_the_line_behind_a_shuffled_path(index_dtype: type) -> None:
     n = 30

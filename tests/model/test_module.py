@@ -69,14 +69,15 @@ def cells(n=200, seed=0) -> np.ndarray:
     return np.abs(signal + 0.3 * rng.standard_normal((n, GENES))).astype(np.float32)
 
 
-def start(module: FIMPModule, train, validation=None, around=None, **kwargs) -> None:
+def start(module: FIMPModule, train, validation=None, around=None, near=None, **kwargs) -> None:
+    near = sparse.csr_matrix((len(train), len(train)), dtype=np.float32) if near is None else near
     statistics = GeneStatistics(train.mean(0), np.full(GENES, 1 / GENES, dtype=np.float32), 100.0)
     validation = train[:0] if validation is None else validation
     around = validation if around is None else around
     parts = (sparse.csr_matrix(part) for part in (train, validation, around))
     train, *others = parts
     module.set_statistics(statistics, train)
-    module.start_as_smoother(train, *others, statistics.mean, **kwargs)
+    module.start_as_smoother(train, near, *others, statistics.mean, **kwargs)
 
 
 def half_scaled_pca(train: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -153,7 +154,7 @@ def test_linear_smoother_is_non_negative_least_squares_component_by_component() 
         problem = make_smoother_problem(seed, n=530 if seed == 0 else 40)
         expected = fit_by_brute_force(**problem, n_neighbourhood=3, random_state=seed)
         problem |= {name: sparse.csr_matrix(problem[name]) for name in ("cells", "around")}
-        own, neighbours, _ = linear_smoother(**problem, n_neighbourhood=3, random_state=seed)
+        own, neighbours, *_ = linear_smoother(**problem, n_neighbourhood=3, random_state=seed)
         assert (own.shape, neighbours.shape) == ((4,), (3,))
         np.testing.assert_allclose(own, expected[0], rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(neighbours, expected[1], rtol=1e-3, atol=1e-5)
@@ -177,6 +178,29 @@ def test_value_head_starts_reading_as_strongly_as_the_linear_smoother_says() -> 
     np.testing.assert_allclose(loading[:, 5:7], decode[:, :2] * neighbours, rtol=1e-3, atol=1e-4)
     assert (loading[:, 7:] == 0).all()
     assert min(own[0], neighbours[0]) > 0.1, "both are informative here"
+
+
+@pytest.mark.parametrize(("noise", "neighbours", "alike"), [(1.5, True, True), (1.5, False, False), (0.1, True, False)])
+def test_start_asks_neighbours_where_single_cells_are_mostly_noise(noise: float, neighbours: bool, alike: bool) -> None:
+    """Neighbours share one direction. Cells on their own have another, with noise of one gene that is stronger."""
+    n, rng = 800, np.random.default_rng(5)
+    shared, private = np.linalg.qr(rng.standard_normal((GENES, 2)))[0].T
+    near = sparse.csr_matrix((np.eye(n, k=1) + np.eye(n, k=-1)).astype(np.float32) / 2)
+    wave = np.sin(np.arange(2 * n) / 30)
+
+    def made(part: np.ndarray) -> np.ndarray:
+        values = np.outer(1.5 * part, shared) + np.outer(1.2 * rng.standard_normal(n), private)
+        return (values + noise * rng.standard_normal((n, GENES)) + 9.0).astype(np.float32)
+
+    train, validation = made(wave[:n]), made(wave[n:])
+    around = near @ validation
+    module = make_module()
+    start(module, train, validation, around, near=near if neighbours else None)
+    gene_scale = np.sqrt(train.astype(float).std(0))
+    first = module.network.embedding.loading.detach().numpy()[:, 0] * gene_scale
+    first /= np.linalg.norm(first)
+    towards = np.abs([first @ part for part in (shared / gene_scale, private / gene_scale)])
+    assert (towards[0] > towards[1]) == alike
 
 
 def test_components_of_noise_start_smaller_than_those_of_signal() -> None:
@@ -212,7 +236,10 @@ def test_components_that_tell_something_are_counted() -> None:
         square = (scores**2).sum(0)
         expected = count_by_brute_force(scores.T @ centred[row, gene] / square, square)
         problem |= {name: sparse.csr_matrix(problem[name]) for name in ("cells", "around")}
-        assert linear_smoother(**problem, n_neighbourhood=3, random_state=seed).n_telling == expected
+        fit = linear_smoother(**problem, n_neighbourhood=3, random_state=seed)
+        assert fit.n_telling == expected
+        first = scores[:, :3]
+        assert fit.signal == pytest.approx((first.T @ centred[row, gene]).sum() / (first**2).sum(), rel=1e-3, abs=1e-4)
         found.add(expected)
     assert len(found) >= 4
 

@@ -98,6 +98,18 @@ class NodeGraph:
         rows = rows + sparse.diags((total == 0).astype(np.float32)) @ own
         return sparse.csr_matrix(sparse.diags(1.0 / np.where(total > 0, total, 1.0)) @ rows, dtype=np.float32)
 
+    def among(self, nodes: ArrayLike) -> sparse.csr_matrix:
+        """Return ``(n, n)`` CSR that averages over those neighbours of each node that are among the ``n`` nodes.
+
+        The node itself is left out; a node without such neighbours has an empty row.
+        """
+        chosen = np.asarray(nodes, dtype=np.int64)
+        edges = self.csr[chosen][:, chosen].tocoo()
+        apart = edges.row != edges.col
+        row, column = edges.row[apart], edges.col[apart]
+        degree = np.bincount(row, minlength=len(chosen))
+        return sparse.csr_matrix(((1.0 / degree[row]).astype(np.float32), (row, column)), shape=edges.shape)
+
     def surroundings(self, destinations: ArrayLike) -> tuple[NDArray[np.int64], sparse.csr_matrix]:
         """Return the destinations and their neighbours, ascending, and ``(n_destinations, n)`` CSR that averages them.
 

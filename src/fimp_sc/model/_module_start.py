@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from scipy import sparse
 from scvi.module.base import BaseModuleClass
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from fimp_sc.model._smoother import linear_smoother
+from fimp_sc.model._components import principal_components, shared_components
+from fimp_sc.model._smoother import fit_components
 from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 _LEAST_VARIANCE = 1e-8
+# Share of signal in the first principal components of single cells below which neighbours help to find better ones.
+_MOSTLY_SIGNAL = 0.4
 
 
 class StartingModule(BaseModuleClass):
@@ -159,28 +161,35 @@ class StartingModule(BaseModuleClass):
     def start_as_smoother(
         self,
         train: sparse.csr_matrix,
+        near: sparse.csr_matrix,
         validation: sparse.csr_matrix,
         around: sparse.csr_matrix,
         mean: np.ndarray,
         *,
+        neighbour_weight: float = 1.0,
         drop_noise: bool = False,
         random_state: int = 0,
     ) -> None:
-        """Let training start as the best linear smoother of principal components.
+        """Let training start as the best linear smoother of leading components.
 
         The gene loadings become the leading principal components of the training cells, so the summary token of a
         cell is its vector of PCA scores, beside which the layers write the scores of its neighbours' mean. How much a
         component of either tells about hidden entries is measured on the validation cells, and sets how strongly the
-        value head reads it: components that only memorise the noise of the training cells start at zero.
+        value head reads it: components that only memorise the noise of the training cells start at zero. Where
+        principal components of single cells are mostly noise, those are taken that cells share with their neighbours.
 
         Parameters
         ----------
         train, validation
             ``(n_cells, n_features)`` CSR log-normalised expression.
+        near
+            ``(n_train, n_train)`` CSR, a row averages over a training cell's neighbours among these.
         around
             ``(n_validation, n_features)`` CSR, mean expression around each validation cell.
         mean
             ``(n_features,)`` mean expression of the training cells.
+        neighbour_weight
+            Of neighbours beside the cell itself, where components are taken that both share.
         drop_noise
             Whether the summary leaves out the last components, which tell nothing: their columns are free for what is
             learnt.
@@ -196,29 +205,25 @@ class StartingModule(BaseModuleClass):
         deviation = np.sqrt(np.maximum(np.asarray(train.power(2).mean(0)).ravel() - mean**2, 0.0))
         # Halfway between covariance, where a few strong genes decide, and correlation, where noise does.
         gene_scale = np.sqrt(np.maximum(deviation, 1e-3 * max(float(deviation.max()), 1e-8)))
-        pca = PCA(n_components, svd_solver="arpack", random_state=random_state)
-        pca.fit(train @ sparse.diags(1.0 / gene_scale))
-        spread = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
-        # Likewise between plain scores and whitened ones.
-        scale = np.sqrt(spread)
-        scale *= np.mean(spread / scale)
-        encode = pca.components_.T / (gene_scale[:, None] * scale)
-        decode = pca.components_.T * (gene_scale[:, None] * scale)
+        scaled = sparse.csr_matrix(train @ sparse.diags(1.0 / gene_scale))
         shared = min(n_components, n_neighbourhood)
+        how = (gene_scale, validation, around, mean, shared, random_state)
+        loadings, fit = fit_components(principal_components(scaled, n_components, random_state), *how)
+        if fit.signal < _MOSTLY_SIGNAL and near.nnz and n_components < train.shape[1]:
+            components = shared_components(scaled, near, neighbour_weight, n_components, random_state)
+            loadings, fit = fit_components(components, *how)
+        encode, decode, spread = loadings
         columns = np.zeros((len(mean), n_own + shared))
-        columns[:, :n_components] = decode
-        if validation.shape[0]:
-            fit = linear_smoother(validation, around, mean, encode, decode, shared, random_state)
-            columns[:, :n_components] = decode * fit.own
-            columns[:, n_own:] = decode[:, :shared] * fit.neighbours
-            if drop_noise:
-                kept = max(fit.n_telling, shared)
-                encode[:, kept:] = columns[:, kept:n_components] = 0.0
+        columns[:, :n_components] = decode * fit.own
+        columns[:, n_own:] = decode[:, :shared] * fit.neighbours
+        if drop_noise:
+            kept = max(fit.n_telling, shared)
+            encode[:, kept:] = columns[:, kept:n_components] = 0.0
         self.network.embedding.start_from(encode)
         self.value_head.start_from(columns)
         deviations = np.ones(n_own + shared)
-        deviations[:n_components] = spread / scale
-        deviations[n_own:] = (spread / scale)[:shared]
+        deviations[:n_components] = spread
+        deviations[n_own:] = spread[:shared]
         for head in (self.label_head, self.label_head_alone):
             if head is not None:
                 head.start_from(deviations)

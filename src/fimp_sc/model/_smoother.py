@@ -10,6 +10,8 @@ from sklearn.isotonic import isotonic_regression
 if TYPE_CHECKING:
     from scipy import sparse
 
+    from fimp_sc.model._components import Components
+
 _HIDDEN = 0.15
 # Least share of a component's score that is not noise.
 _TELLING = 0.05
@@ -22,13 +24,60 @@ class Smoother(NamedTuple):
     ----------
     own, neighbours
         ``(k,)`` and ``(n_neighbourhood,)``: non-negative factors of the cell's and of its neighbours' scores.
+    signal
+        Share of the variance of the first ``n_neighbourhood`` scores of the cell that is signal, not noise.
     n_telling
         Number of leading components whose scores of the cell alone tell anything.
     """
 
     own: np.ndarray
     neighbours: np.ndarray
+    signal: float
     n_telling: int
+
+
+class Loadings(NamedTuple):
+    """From expression to scores, and back.
+
+    Attributes
+    ----------
+    encode, decode
+        ``(n_features, k)``.
+    spread
+        ``(k,)``, standard deviation of the scores.
+    """
+
+    encode: np.ndarray
+    decode: np.ndarray
+    spread: np.ndarray
+
+
+def fit_components(
+    components: Components,
+    gene_scale: np.ndarray,
+    cells: sparse.csr_matrix,
+    around: sparse.csr_matrix,
+    mean: np.ndarray,
+    n_neighbourhood: int,
+    random_state: int,
+) -> tuple[Loadings, Smoother]:
+    """Scale components, and fit what their scores tell about hidden entries.
+
+    Parameters
+    ----------
+    components
+        Of genes divided by ``gene_scale``, ``(n_features,)``.
+    cells, around, mean, n_neighbourhood, random_state
+        See :func:`linear_smoother`.
+    """
+    spread = np.sqrt(np.maximum(components.variance, 1e-12))
+    # Between plain scores and whitened ones.
+    scale = np.sqrt(spread)
+    scale *= np.mean(spread / scale)
+    encode = components.directions.T / (gene_scale[:, None] * scale)
+    decode = components.directions.T * (gene_scale[:, None] * scale)
+    fit = linear_smoother(cells, around, mean, encode, decode, n_neighbourhood, random_state)
+    return Loadings(encode, decode, spread / scale), fit
 
 
 def linear_smoother(
@@ -57,8 +106,10 @@ def linear_smoother(
 
     Returns
     -------
-    Factors fitted with least squares, component by component.
+    Factors fitted with least squares, component by component. Without cells, scores tell what they say.
     """
+    if not cells.shape[0]:
+        return Smoother(np.ones(encode.shape[1]), np.zeros(n_neighbourhood), 1.0, encode.shape[1])
     rng = np.random.default_rng(random_state)
     square = np.zeros((encode.shape[1], 2, 2))
     product = np.zeros((encode.shape[1], 2))
@@ -77,7 +128,9 @@ def linear_smoother(
     better = (single * product).argmax(1)[:, None] == np.arange(2)
     fitted = np.where(both.min(1, keepdims=True) >= 0, both, np.where(better, single, 0.0))
     fitted[n_neighbourhood:, 0] = single[n_neighbourhood:, 0]
-    return Smoother(fitted[:, 0], fitted[:n_neighbourhood, 1], _n_telling(square[:, 0, 0], product[:, 0]))
+    alone, told = square[:, 0, 0], product[:, 0]
+    signal = float(told[:n_neighbourhood].sum() / max(alone[:n_neighbourhood].sum(), 1e-12))
+    return Smoother(fitted[:, 0], fitted[:n_neighbourhood, 1], signal, _n_telling(alone, told))
 
 
 def _n_telling(square: np.ndarray, product: np.ndarray) -> int:

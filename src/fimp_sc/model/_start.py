@@ -25,6 +25,8 @@ _CELLS_TO_STANDARDISE = 256
 # Nodes whose tokens give components, and blocks of them to which heads of sequences are fitted.
 _NODES_FOR_COMPONENTS, _NODES_PER_BLOCK, _BLOCKS = 1000, 128, 4
 _RIDGE = 0.3
+# Of neighbours in components of noisy cells: without labels they alone tell signal from noise.
+_WEIGHT, _WEIGHT_WITH_LABELS = 4.0, 1.0
 
 
 class StartingModel(GraphModel):
@@ -83,9 +85,11 @@ class StartingModel(GraphModel):
         drop = not self.classes and len(train_idx) <= FEW_CELLS
         module.start_as_smoother(
             rows,
+            data.graph.among(some),
             source.sparse_rows(seen),
             around,
             statistics.mean,
+            neighbour_weight=_WEIGHT_WITH_LABELS if self.classes else _WEIGHT,
             drop_noise=drop,
             random_state=self.random_state,
         )
