@@ -182,7 +182,7 @@ def test_value_head_starts_reading_as_strongly_as_the_linear_smoother_says() -> 
 
 @pytest.mark.parametrize(("noise", "neighbours", "alike"), [(1.5, True, True), (1.5, False, False), (0.1, True, False)])
 def test_start_asks_neighbours_where_single_cells_are_mostly_noise(noise: float, neighbours: bool, alike: bool) -> None:
-    """Neighbours share one direction. Cells on their own have another, with noise of one gene that is stronger."""
+    """Neighbours are alike in one direction, single cells vary most in another; noise is the same in all genes."""
     n, rng = 800, np.random.default_rng(5)
     shared, private = np.linalg.qr(rng.standard_normal((GENES, 2)))[0].T
     near = sparse.csr_matrix((np.eye(n, k=1) + np.eye(n, k=-1)).astype(np.float32) / 2)
