@@ -318,3 +318,42 @@ def test_a_missing_feature_does_not_change_the_scale_of_real_numbers() -> None:
     found = ExpressionSource(values, SAME, "real", None).gene_statistics(EVERYTHING)
     part = ExpressionSource(values[:, :5], np.where(SAME < 5, SAME, -1), "real", found)
     np.testing.assert_array_equal(part.rows(EVERYTHING), np.where(SAME < 5, values, 0))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("total", [1e4, 1e6])
+def test_logarithms_of_another_total_are_those_of_counts_to_a_model_of_counts(kind: str, total: float) -> None:
+    """Of all genes, and of some beside others that the model does not know."""
+    scaled = np.log1p(counts() / counts().sum(1, keepdims=True) * total)
+    for columns in (SAME, np.where(SAME < 4, -1, SAME)):
+        expected = make_source(counts(), columns)
+        if kind == "integers":
+            continue
+        found = make_source(FORMATS[kind](scaled), columns, "log", trained_scale="counts")
+        np.testing.assert_allclose(found.rows(EVERYTHING), expected.rows(EVERYTHING), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found.center, expected.center, rtol=1e-3, atol=1e-5)
+
+
+def test_logarithms_of_another_total_are_announced_to_a_model_of_logarithms() -> None:
+    values = np.log1p(counts() / counts().sum(1, keepdims=True) * 1e4)
+    statistics = ExpressionSource(values, SAME, "log", None).gene_statistics(EVERYTHING)
+    other = np.log1p(np.expm1(values) * 100)
+    with pytest.warns(UserWarning, match="median total of 1e\\+06.*trained on 1e\\+04"):
+        ExpressionSource(other, SAME, "log", statistics, trained_scale="log")
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
+def test_statistics_do_not_depend_on_what_is_hidden(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    hidden, values = rng.random((N_OBS, N_GENES)) < 0.3, np.log1p(counts())
+    hidden[:, 3] = True
+    other = np.where(hidden, rng.random(values.shape) * 9, values)
+    a, b = (ExpressionSource(FORMATS[kind](x), SAME, "log", None, hidden=hidden) for x in (values, other))
+    found, same = a.gene_statistics(EVERYTHING), b.gene_statistics(EVERYTHING)
+    expected = np.where(hidden, 0, values).sum(0) / np.maximum((~hidden).sum(0), 1)
+    np.testing.assert_allclose(found.mean, expected, rtol=1e-5)
+    np.testing.assert_allclose(found.mean, same.mean, rtol=1e-6)
+    np.testing.assert_allclose(found.fraction, same.fraction, rtol=1e-6)
+    complete = np.where(hidden, expected, values)
+    for source in (a, b):
+        np.testing.assert_allclose(source.complete_rows(EVERYTHING, found.mean).toarray(), complete, rtol=1e-5)

@@ -92,7 +92,7 @@ def test_tokens_start_as_principal_components(name: str) -> None:
     rng = np.random.default_rng(0)
     numbers = rng.normal(size=(40, shape.n_tokens, shape.token_size)) @ np.diag(np.arange(1, shape.token_size + 1.0))
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    module.start_from_components(name, torch.from_numpy(numbers.astype(np.float32)))
+    module.start_from_components(name, torch.from_numpy(numbers.astype(np.float32)).flatten(0, 1))
     number = list(SHAPES).index(name)
     embedding = module.network.sequences.embeddings[number]
     directions = np.linalg.svd(numbers.reshape(-1, shape.token_size), full_matrices=False)[2]

@@ -354,3 +354,40 @@ def test_training_leaves_no_files_behind(tissue, make_model, train, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     train(make_model(tissue), max_epochs=1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["fmri", "image"])
+def test_hidden_tokens_have_no_influence_on_training(name, request, copied_mudata) -> None:
+    mdata = request.getfixturevalue("_recordings" if name == "fmri" else "_pictures")
+    rng = np.random.default_rng(0)
+    first, second = copied_mudata(mdata), copied_mudata(mdata)
+    if name == "fmri":
+        tokens = rng.random((mdata.n_obs, 9)) < 0.3
+        places, values = np.zeros(mdata[name].shape, dtype=bool), mdata[name].X.copy()
+        places[:, :45] = tokens.repeat(5, 1)
+        values[places] = rng.normal(-500, 300, places.sum())
+        second[name].X = values
+    else:
+        tokens = rng.random((mdata.n_obs, 6)) < 0.3
+        pixels = mdata[name].obsm["pixels"].reshape(-1, 8, 9, 3).copy()
+        places = np.zeros(pixels.shape[:3], dtype=bool)
+        places[:, :6] = tokens.reshape(-1, 2, 3).repeat(3, 1).repeat(3, 2)
+        pixels[places] = 255 - pixels[places]
+        second[name].obsm["pixels"] = pixels.reshape(len(pixels), -1)
+    found = []
+    for each in (first, second):
+        FIMP.setup_mudata(each, modality=name)
+        with pytest.warns(UserWarning, match="left out"):
+            model = FIMP(each, n_latent=16, n_heads=2, token_size=5 if name == "fmri" else 3)
+        model.train(hidden=tokens, max_epochs=2, accelerator="cpu", enable_progress_bar=False)
+        found.append(model.get_reconstruction(hidden=tokens))
+    np.testing.assert_array_equal(*found)
+
+
+def test_hidden_of_what_is_not_there_is_an_error(tissue, make_model) -> None:
+    model = make_model(tissue)
+    with pytest.raises(ValueError, match="hidden names 'protein', but the model reads"):
+        model.train(hidden={"protein": np.zeros(tissue.shape, dtype=bool)})
+    with pytest.raises(ValueError, match="hidden must have the shape"):
+        model.train(hidden=np.zeros((3, 4), dtype=bool))
+    assert not model.is_trained

@@ -140,3 +140,47 @@ def test_survives_a_file(tmp_path):
     np.testing.assert_array_equal(back["feature"].X, mdata["feature"].X)
     for key in ("spatial_connectivities", "spatial_distances"):
         assert (back["feature"].obsp[key] != mdata["feature"].obsp[key]).nnz == 0
+
+
+def test_values_of_an_object_are_checked_and_cast_as_those_of_an_array():
+    values = (toy_values() * 3).astype(np.int64)
+    adata = ad.AnnData(sparse.csc_matrix(values))
+    with quiet_mudata():
+        stored = features(adata, toy_adjacency())["feature"].X
+    assert stored.format == "csr"
+    assert stored.dtype == np.float32
+    np.testing.assert_array_equal(stored.toarray(), values)
+    assert adata.X.format == "csc"
+    broken = ad.AnnData(np.where(np.eye(12, 5) > 0, np.nan, toy_values()))
+    with pytest.raises(ValueError, match="5 NaN or infinite"):
+        features(broken, toy_adjacency())
+
+
+def test_columns_of_several_types():
+    table = pd.DataFrame({"x": np.arange(12) / 2, "flag": np.arange(12) > 5, "n": np.arange(12)})
+    stored = features(table, toy_adjacency())["feature"].X
+    np.testing.assert_array_equal(stored, table.to_numpy(dtype=float))
+    np.testing.assert_array_equal(features(table.convert_dtypes(), toy_adjacency())["feature"].X, stored)
+    with pytest.raises(TypeError, match=r"columns 'text' \((object|str)\): leave them out"):
+        features(table.assign(text="a"), toy_adjacency())
+
+
+def test_what_has_the_names_of_nodes_is_brought_into_their_order():
+    names = [f"n{i}" for i in range(12)]
+    table = pd.DataFrame(toy_values(), index=names)
+    adjacency = toy_adjacency().toarray()
+    order = np.random.default_rng(0).permutation(12)
+    framed = pd.DataFrame(adjacency, index=names, columns=names).iloc[order]
+    places = np.random.default_rng(1).normal(size=(12, 2))
+    labels = pd.Series(np.arange(12), index=names).iloc[order]
+    adata = features(table, framed, labels=labels, coordinates=pd.DataFrame(places, index=names).iloc[order])["feature"]
+    np.testing.assert_array_equal(adata.obsp["spatial_connectivities"].toarray(), adjacency)
+    np.testing.assert_array_equal(adata.obs["label"], np.arange(12))
+    np.testing.assert_array_equal(adata.obsm["spatial"], places)
+
+
+def test_the_object_keeps_its_coordinates():
+    places = np.random.default_rng(1).normal(size=(12, 2))
+    adata = features(toy_values(), toy_adjacency(), coordinates=places)["feature"]
+    places[:] = 0
+    assert adata.obsm["spatial"].any()

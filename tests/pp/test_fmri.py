@@ -89,6 +89,18 @@ def test_labels_of_regions_recordings_and_observations():
         fmri(np.random.default_rng(0).normal(size=(10, 10, 20)), coordinates=toy_points(), labels=np.arange(10))
 
 
+def test_labels_with_names_of_regions_or_recordings_are_theirs_in_any_order():
+    regions = [f"r{i}" for i in range(10)]
+    labels = {
+        "lobe": pd.Series(list("abcdefghij"), index=regions).iloc[::-1],
+        "age": pd.Series([20.5, 30.5, 40.5], index=["x", "y", "z"]).iloc[::-1],
+    }
+    names = {"region_names": regions, "recordings": ["x", "y", "z"]}
+    obs = fmri(toy_bold(), coordinates=toy_points(), labels=labels, **names)["fmri"].obs
+    assert obs["lobe"].tolist() == list("abcdefghij") * 3
+    assert obs["age"].tolist() == [20.5] * 10 + [30.5] * 10 + [40.5] * 10
+
+
 def with_value(recording, region, value):
     bold = toy_bold()
     bold[recording, region] = value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
@@ -159,6 +160,26 @@ def test_functional_graph_knows_nothing_of_other_recordings():
     other = fmri(bold, train_recordings=["a", "c"], **options)
     assert (other["fmri"].obsp["spatial_connectivities"] != mdata["fmri"].obsp["spatial_connectivities"]).nnz
     assert mdata["fmri"].uns["fimp_modality"]["train_recordings"] == ["a", "c"]
+
+
+@pytest.mark.parametrize(("wanted", "found"), [([2, 3], ["2", "3"]), (["1", 2], ["1", "2"]), ([0], ["1"])])
+def test_numbers_are_names_of_recordings_where_they_can_be(wanted, found):
+    options = {"method": "functional", "recordings": [1, 2, 3], "n_neighbors": 3}
+    mdata = fmri(toy_bold(), train_recordings=wanted, **options)
+    assert mdata["fmri"].uns["fimp_modality"]["train_recordings"] == found
+    with pytest.raises(ValueError, match="numbers that are names of recordings and others that are not"):
+        fmri(toy_bold(), train_recordings=[0, 1], **options)
+
+
+def test_weights_with_names_of_regions_are_brought_into_order():
+    names = [f"r{i}" for i in range(N_REGIONS)]
+    order = np.random.default_rng(0).permutation(N_REGIONS)
+    framed = pd.DataFrame(toy_weights(), index=names, columns=names).iloc[order, order]
+    found = fmri(toy_bold(), connectivity=framed, region_names=names, threshold=0.1)
+    expected = fmri(toy_bold(), connectivity=toy_weights(), region_names=names, threshold=0.1)
+    assert (found["fmri"].obsp["spatial_connectivities"] != expected["fmri"].obsp["spatial_connectivities"]).nnz == 0
+    with pytest.raises(ValueError, match="index of connectivity has no 'r0'"):
+        fmri(toy_bold(), connectivity=framed.rename(index={"r0": "x"}), region_names=names, threshold=0.1)
 
 
 def test_regions_without_neighbours_are_logged(caplog):

@@ -291,3 +291,13 @@ def test_real_visium_grid(shared_data):
     graph = adata.obsp["grid_connectivities"]
     assert (graph != graph.T).nnz == 0
     assert adata.obsp[CONNECTIVITIES].multiply(graph).nnz == graph.nnz  # adjacent spots are the nearest ones
+
+
+def test_asking_for_another_graph_than_the_one_that_is_there_is_a_warning(caplog):
+    adata = make_adata(random_points(20))
+    spatial_graph(adata, n_neighbors=3)
+    with caplog.at_level(logging.WARNING, logger="fimp_sc"):
+        spatial_graph(adata)
+        assert not caplog.records
+        spatial_graph(adata, method="radius", radius=0.4)
+    assert "pass overwrite=True to build it again" in caplog.text

@@ -7,6 +7,7 @@ import logging
 import anndata as ad
 import numpy as np
 import pytest
+import scanpy as sc
 import torch
 from scipy import sparse
 
@@ -201,3 +202,34 @@ def test_log_input_counts_are_expm1(tissue, quick) -> None:
     fimp_sc.tl.impute(tissue, input_scale="log", **quick)
     fimp_sc.tl.impute(tissue, input_scale="log", scale="counts", key_added="counts", accelerator="cpu", verbose=False)
     np.testing.assert_allclose(tissue.layers["counts"], np.expm1(tissue.layers["fimp"]), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_hidden_is_not_seen_in_training_either(tissue, quick, trainings) -> None:
+    """Log-normalised values, as totals of counts would change with what is hidden."""
+    sc.pp.normalize_total(tissue)
+    sc.pp.log1p(tissue)
+    mask = np.random.default_rng(0).random(tissue.shape) < 0.2
+    other = tissue.copy()
+    other.X = np.where(mask, 0.7, tissue.X.toarray())
+    how = {"library_key": "section", "input_scale": "log"}
+    fimp_sc.tl.embed(tissue, **how, **quick)
+    for adata in (tissue, other):
+        fimp_sc.tl.impute(adata, hidden=mask, **how, **quick)
+    np.testing.assert_array_equal(tissue.layers["fimp"], other.layers["fimp"])
+    n = len(trainings)
+    again = {"library_key": "section", "input_scale": "log", "accelerator": "cpu", "verbose": False}
+    fimp_sc.tl.impute(other, hidden=mask, key_added="again", **again)
+    fimp_sc.tl.impute(other, key_added="seen", **again)
+    assert len(trainings) == n
+    np.testing.assert_array_equal(other.layers["again"], other.layers["fimp"])
+    fimp_sc.tl.impute(other, hidden=np.roll(mask, 1, axis=0), **again)
+    assert len(trainings) == n + 1
+
+
+def test_a_given_model_is_used_whatever_is_hidden(embedded, trainings) -> None:
+    mask = np.random.default_rng(0).random(embedded.shape) < 0.2
+    model = fimp_sc.tl.get_model(embedded)
+    fimp_sc.tl.impute(embedded, hidden=mask, model=model, **AGAIN)
+    fimp_sc.tl.impute(embedded, hidden=mask, key_added="again", **AGAIN)
+    assert trainings == []
+    np.testing.assert_array_equal(embedded.layers["again"], embedded.layers["fimp"])

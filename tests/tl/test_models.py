@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+import scanpy as sc
 
 import fimp_sc
 from fimp_sc.tl import _models
@@ -127,3 +128,78 @@ def test_real_section(shared_data, quick) -> None:
     fimp_sc.tl.annotate(adata, "known", **{**quick, "max_epochs": 12, "train_kwargs": {"batch_size": 64}})
     accuracy = (adata.obs["fimp_known"].astype(str) == truth)[test].mean()
     assert accuracy > truth[test].value_counts(normalize=True).iloc[0] + 0.2
+
+
+def test_keys_of_the_call_hold_for_a_given_model(tissue, quick, unchanged) -> None:
+    """Whatever keys, or none, the model was trained with."""
+    one = tissue[tissue.obs["section"] == "section_1"].copy()
+    fimp_sc.tl.embed(one, **quick)
+    how = {"model": fimp_sc.tl.get_model(one), "accelerator": "cpu", "verbose": False}
+    fimp_sc.tl.embed(tissue, library_key="section", key_added="centred", **how)
+    setup = fimp_sc.tl.get_model(tissue).adata_manager.registry["setup_args"]
+    assert setup["library_key"] == "section"
+    rows = (tissue.obs["section"] == "section_2").to_numpy()
+    fimp_sc.tl.embed(tissue, key_added="together", **how)
+    assert np.abs(tissue.obsm["centred"] - tissue.obsm["together"])[rows].max() > 1e-3
+    alone = tissue[rows].copy()
+    fimp_sc.tl.embed(alone, **how)
+    np.testing.assert_allclose(tissue.obsm["centred"][rows], alone.obsm["X_fimp"], rtol=1e-3, atol=1e-4)
+    joined = tissue.copy()
+    del joined.obsp["spatial_connectivities"]
+    fimp_sc.pp.spatial_graph(joined)
+    with unchanged(joined), pytest.raises(ValueError, match="join samples"):
+        fimp_sc.tl.embed(joined, library_key="section", **how)
+
+
+def test_scale_of_the_call_holds_for_a_given_model(tissue, quick) -> None:
+    fimp_sc.tl.embed(tissue, input_scale="counts", **quick)
+    logged = tissue.copy()
+    sc.pp.normalize_total(logged, target_sum=1e4)
+    sc.pp.log1p(logged)
+    how = {"model": fimp_sc.tl.get_model(tissue), "accelerator": "cpu", "verbose": False}
+    fimp_sc.tl.embed(logged, input_scale="log", key_added="again", **how)
+    np.testing.assert_allclose(logged.obsm["again"], tissue.obsm["X_fimp"], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="counts"):
+        fimp_sc.tl.embed(logged, **how)
+
+
+def test_another_model_is_trained_where_the_one_before_had_other_settings(tissue, quick) -> None:
+    fimp_sc.tl.embed(tissue, random_state=3, **quick)
+    first = fimp_sc.tl.get_model(tissue)
+    how = {"accelerator": "cpu", "verbose": False}
+    for same in ({}, {"max_epochs": 1}, {"random_state": 3}):
+        fimp_sc.tl.impute(tissue, **same, **how)
+        assert fimp_sc.tl.get_model(tissue) is first
+    fimp_sc.tl.attention(tissue, "label", n_permutations=10, random_state=4, **how)
+    assert fimp_sc.tl.get_model(tissue) is first
+    fimp_sc.tl.impute(tissue, max_epochs=2, **how)
+    second = fimp_sc.tl.get_model(tissue)
+    assert (second.random_state, len(second.history["train_loss"])) == (3, 2)
+    assert second.module.network.width == first.module.network.width
+    fimp_sc.tl.impute(tissue, random_state=5, **how)
+    third = fimp_sc.tl.get_model(tissue)
+    assert (third.random_state, len(third.history["train_loss"])) == (5, 2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a, k: fimp_sc.tl.embed(a, key_added=k),
+        lambda a, k: fimp_sc.tl.impute(a, key_added=k),
+        lambda a, k: fimp_sc.tl.annotate(a, "label", key_added=k),
+        lambda a, k: fimp_sc.tl.attention(a, "label", key_added=k),
+        lambda a, k: fimp_sc.tl.niches(a, 3, key_added=k),
+        lambda a, k: fimp_sc.pp.spatial_graph(a, key_added=k),
+    ],
+)
+def test_a_slash_in_the_name_of_results_is_refused(tissue, unchanged, call) -> None:
+    with unchanged(tissue), pytest.raises(ValueError, match="has a slash"):
+        call(tissue, "my/result")
+
+
+def test_results_of_a_column_with_a_slash_have_none(tissue, quick, unchanged) -> None:
+    tissue.obs["cell/type"] = tissue.obs.pop("label")
+    fimp_sc.pp.spatial_graph(tissue)
+    obs = {"fimp_cell_type", "fimp_cell_type_confidence"}
+    with unchanged(tissue, obs=obs, obsm={"fimp_cell_type_probabilities"}, uns={"fimp_cell_type"}):
+        fimp_sc.tl.annotate(tissue, "cell/type", **quick)

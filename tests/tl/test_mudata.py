@@ -206,8 +206,12 @@ def test_hidden(name, form, request) -> None:
         fine[:, :, :8] = tokens.reshape(20, 4, 4).repeat(2, 1).repeat(2, 2)
         adata.obsm["hide"] = fine.reshape(20, -1) if form == "name" else fine[..., None].repeat(3, 3).reshape(20, -1)
     hidden = {"array": fine, "tokens": tokens}.get(form, "hide")
-    expected = fimp_sc.tl.get_model(mdata).get_reconstruction(hidden=tokens).reshape(mdata.n_obs, -1)
+    first = fimp_sc.tl.get_model(mdata)
     fimp_sc.tl.impute(mdata, hidden=hidden, **AGAIN)
+    model = fimp_sc.tl.get_model(mdata)
+    assert model is not first
+    assert model.token_sizes == first.token_sizes
+    expected = model.get_reconstruction(hidden=tokens).reshape(mdata.n_obs, -1)
     np.testing.assert_array_equal(getattr(adata, place(name)[1])["fimp"], expected)
 
 

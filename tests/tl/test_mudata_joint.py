@@ -107,9 +107,11 @@ def test_hidden_of_several_modalities(joint, trainings) -> None:
     joint["image"].obsm["hide"] = tokens.reshape(18, 2, 2).repeat(3, 1).repeat(3, 2).reshape(18, -1)
     joint["bold"].layers["hide"] = (rng.random((joint["bold"].n_obs, 3)) < 0.4).repeat(4, 1)
     fimp_sc.tl.embed(joint, modality=NAMES, **ALL)
+    fimp_sc.tl.impute(joint, modality=NAMES, hidden="hide", **AGAIN)
+    assert len(trainings) == 2
     model = fimp_sc.tl.get_model(joint, modality=NAMES)
     fimp_sc.tl.impute(joint, modality=NAMES, hidden="hide", **AGAIN)
-    assert len(trainings) == 1
+    assert len(trainings) == 2
     rows = joint.obs_names.get_indexer(joint["image"].obs_names)
     hidden = np.zeros((24, 4), dtype=bool)
     hidden[rows] = tokens

@@ -69,6 +69,19 @@ def get_obs(adata: AnnData, columns: Sequence[str]) -> pd.DataFrame:
     return adata.obs[columns].to_memory()[columns].set_axis(adata.obs_names, axis=0)
 
 
+def label_text(column: pd.Series) -> pd.Series:
+    """Return labels as text, NaN where they are missing.
+
+    Whole numbers have no decimals: beside missing labels pandas keeps them as real numbers.
+    """
+    return pd.Series(column.astype(object).map(_text, na_action="ignore"), dtype=object)
+
+
+def _text(label: Any) -> str:
+    whole = isinstance(label, float | np.floating) and float(label).is_integer()
+    return str(int(label)) if whole else str(label)
+
+
 def get_graph(adata: AnnData, key: str) -> sparse.csr_matrix:
     """Return the graph ``adata.obsp[key]`` in memory."""
     return sparse.csr_matrix(in_memory(adata.obsp[key], f"adata.obsp[{key!r}]"))

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
-from fimp_sc.data._access import get_graph, get_matrix, get_obs, in_memory, missing_key, shorten
+from fimp_sc.data._access import get_graph, get_matrix, get_obs, in_memory, label_text, missing_key, shorten
 from fimp_sc.data._graph_checks import check_connectivities
 from fimp_sc.data._value_checks import InputScale, check_values
 
@@ -32,6 +32,7 @@ __all__ = [
     "get_matrix",
     "get_obs",
     "in_memory",
+    "label_text",
     "shorten",
 ]
 
@@ -149,6 +150,18 @@ def check_obs_key(adata: AnnData, key: str, role: str) -> pd.Categorical:
     return pd.Categorical(column).remove_unused_categories()
 
 
+def check_key_added(key: str) -> None:
+    """Check the name under which results are written.
+
+    Raises
+    ------
+    ValueError
+        It has a slash, with which an h5ad file could be written but not read again.
+    """
+    if "/" in key:
+        raise ValueError(f"key_added={key!r} has a slash, which files take for a folder: choose another name.")
+
+
 def check_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unknown") -> None:
     """Check that ``adata.obs[labels_key]`` can be learned: NaN and ``unlabeled_category`` mean unlabeled.
 
@@ -170,7 +183,7 @@ def check_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unk
     if labels_key not in adata.obs:
         raise missing_key(labels_key, "adata.obs", adata.obs, "Name the column of labels with labels_key=.")
     column = get_obs(adata, [labels_key])[labels_key]
-    labels = column[column.notna().to_numpy() & (column.astype(str) != str(unlabeled_category)).to_numpy()]
+    labels = column[column.notna().to_numpy() & (label_text(column) != str(unlabeled_category)).to_numpy()]
     if pd.api.types.is_float_dtype(labels.dtype) and (labels % 1 != 0).any():
         raise TypeError(f"{where} holds real numbers (dtype {labels.dtype}), not classes: name a column of labels.")
     if labels.empty:
@@ -178,7 +191,7 @@ def check_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unk
             f"{where} has no labeled cell: all {adata.n_obs:,} are NaN or {unlabeled_category!r}. Label some cells of "
             "every class, or use a model trained on labeled data with model=."
         )
-    counts = labels.astype(str).value_counts()
+    counts = label_text(labels).value_counts()
     if len(counts) == 1:
         raise ValueError(
             f"{where} has only one class, {counts.index[0]!r} ({counts.iloc[0]:,} cells): two or more are needed "

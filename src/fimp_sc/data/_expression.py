@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # The mean of a batch is shrunk towards the training mean as if that many training cells were added to it.
 _PRIOR_CELLS = 20.0
+# A total that differs by this factor is not that of the same normalisation.
+_OTHER_TOTAL = 2.0
 # Rows read at once where rows are picked rather than streamed.
 _ROWS = 4096
 
@@ -34,7 +37,7 @@ class GeneStatistics:
     fraction
         ``(n_genes,)`` float32, share of all counts; sums to 1.
     target_sum
-        Total to which the counts of each cell are scaled; the median total of the training cells.
+        Total to which the counts of each cell are scaled: the median total of all cells of the training object.
     """
 
     mean: NDArray[np.float32]
@@ -47,7 +50,8 @@ class ExpressionSource:
 
     Counts and normalised values are divided by the cell's total over the genes that the model knows, multiplied by
     ``target_sum`` (times the share that these genes have in the training data, when some are not measured) and
-    ``log1p`` transformed; values on the log scale, and real numbers, are used as they are. The user's matrix is never
+    ``log1p`` transformed; values on the log scale, and real numbers, are used as they are. Where training saw counts or
+    normalised values, logarithms are undone first, as they may be those of another total. The user's matrix is never
     changed and stays where it is, in memory or on disk: one pass over it finds totals and means, after which only the
     rows of a block are read, and only they become dense.
 
@@ -69,6 +73,13 @@ class ExpressionSource:
         computed from all entries.
     absent
         ``(n_obs,)`` bool, nodes that were not measured at all; their rows are empty.
+    trained_scale
+        ``input_scale`` of the training cells; by default the same.
+
+    Warns
+    -----
+    UserWarning
+        Values on the log scale have another total than those of training, which were used as they are, too.
     """
 
     def __init__(
@@ -80,10 +91,12 @@ class ExpressionSource:
         batch: NDArray[np.int64] | None = None,
         hidden: sparse.spmatrix | NDArray[np.bool_] | None = None,
         absent: NDArray[np.bool_] | None = None,
+        trained_scale: InputScale | None = None,
     ) -> None:
         self._rows = open_rows(matrix)
         self.absent = absent
         self._scale = input_scale
+        self._as_is = input_scale == "real" or (input_scale == "log" and trained_scale in (None, "log", "real"))
         self.measured = columns >= 0
         n_obs, n_vars = self._rows.shape
         self._columns = columns
@@ -130,6 +143,14 @@ class ExpressionSource:
         empty = sparse.csr_matrix((0, self.n_genes), dtype=np.float32)
         return sparse.csr_matrix(sparse.vstack([empty, *parts], format="csr"))
 
+    def complete_rows(self, nodes: NDArray[np.int64], mean: NDArray[np.float32]) -> sparse.csr_matrix:
+        """Return the same with the ``(n_genes,)`` mean in place of what is hidden."""
+        rows = self.sparse_rows(nodes)
+        if self._hidden is None:
+            return rows
+        hidden = self._hidden[nodes]
+        return sparse.csr_matrix(self._visible(rows, nodes) + hidden.multiply(mean[None]), dtype=np.float32)
+
     def observed(self, nodes: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """Return which genes are measured and not hidden, as the distinct patterns and the pattern of each node.
 
@@ -145,16 +166,20 @@ class ExpressionSource:
         return np.stack([self.measured, np.zeros_like(self.measured)]), absent.astype(np.int64)
 
     def gene_statistics(self, nodes: NDArray[np.int64]) -> GeneStatistics:
-        """Compute mean and share of counts of each gene over ``nodes``."""
-        mean = np.zeros(self.n_genes, dtype=np.float64)
+        """Compute mean and share of counts of each gene over those of ``nodes`` where it is not hidden."""
+        total = np.zeros(self.n_genes, dtype=np.float64)
         counts = np.zeros(self.n_genes, dtype=np.float64)
         for part in (nodes[i : i + _ROWS] for i in range(0, len(nodes), _ROWS)):
             raw = self._in_genes(self._rows.read(part))
             if self._scale != "real":
-                counts += _gene_sums(_apply(raw, np.expm1) if self._scale == "log" else raw)
-            mean += _gene_sums(self._normalised(raw, part))
+                counts += _gene_sums(self._visible(self._linear(raw), part))
+            total += _gene_sums(self._visible(self._normalised(raw, part), part))
+        seen = np.full(self.n_genes, len(nodes))
+        if self._hidden is not None:
+            seen = np.maximum(seen - np.asarray(self._hidden[nodes].sum(0)).ravel(), 1)
+            counts *= len(nodes) / seen
         return GeneStatistics(
-            mean=(mean / len(nodes)).astype(np.float32),
+            mean=(total / seen).astype(np.float32),
             fraction=(counts / max(float(counts.sum()), 1e-12)).astype(np.float32),
             target_sum=self.target_sum,
         )
@@ -180,9 +205,14 @@ class ExpressionSource:
         indptr = np.concatenate([[0], np.cumsum(known)])[block.indptr]
         return sparse.csr_matrix((block.data[known], gene[known], indptr), shape=(block.shape[0], self.n_genes))
 
+    def _linear(self, raw: Any) -> Any:
+        """Return values of which the total of a cell is the sum."""
+        return _apply(raw, np.expm1) if self._scale == "log" else raw
+
     def _normalised(self, raw: Any, nodes: NDArray[np.int64]) -> Any:
-        if self._scale in ("log", "real"):
+        if self._as_is:
             return raw.astype(np.float32)
+        raw = self._linear(raw)
         if sparse.issparse(raw):
             data = raw.data.astype(np.float32)
             data *= np.repeat(self.factor[nodes], np.diff(raw.indptr))
@@ -191,29 +221,37 @@ class ExpressionSource:
         values *= self.factor[nodes, None]
         return np.log1p(values, out=values)
 
+    def _visible(self, values: Any, nodes: NDArray[np.int64]) -> Any:
+        """Return values of ``nodes`` with zeros where they are hidden."""
+        if self._hidden is None:
+            return values
+        hidden = self._hidden[nodes]
+        if sparse.issparse(values):
+            return values - values.multiply(hidden)
+        values = values.copy()
+        values[hidden.nonzero()] = 0.0
+        return values
+
     def _stream(self) -> Iterator[tuple[NDArray[np.int64], Any]]:
         for first, block in self._rows.stream():
             yield np.arange(first, first + block.shape[0]), self._in_genes(block)
 
     def _totals(self) -> NDArray[np.float64]:
-        parts = (_apply(raw, np.expm1) if self._scale == "log" else raw for _, raw in self._stream())
-        return np.concatenate([_cell_sums(raw) for raw in parts])
+        return np.concatenate([_cell_sums(self._linear(raw)) for _, raw in self._stream()])
 
     def _factors_and_centers(self, statistics: GeneStatistics) -> NDArray[np.float32]:
         known = float(statistics.fraction[self.measured].sum())
         n_batches = int(self.batch.max()) + 1
         total = np.zeros((n_batches, self.n_genes))
         seen = np.zeros((n_batches, self.n_genes))
+        seen_total = np.zeros(len(self.batch))
         for nodes, raw in self._stream():
-            if self._scale not in ("log", "real"):
-                self.factor[nodes] = _factor(_cell_sums(raw), self.target_sum * known)
-            values = self._normalised(raw, nodes)
+            if not self._as_is:
+                self.factor[nodes] = _factor(_cell_sums(self._linear(raw)), self.target_sum * known)
+            elif self._scale == "log":
+                seen_total[nodes] = _cell_sums(self._linear(self._visible(raw, nodes)))
+            values = self._visible(self._normalised(raw, nodes), nodes)
             hidden = None if self._hidden is None else self._hidden[nodes]
-            if hidden is not None:
-                if sparse.issparse(values):
-                    values = values - values.multiply(hidden)
-                else:
-                    values[hidden.nonzero()] = 0.0
             for code in np.unique(self.batch[nodes]):
                 mine = self.batch[nodes] == code
                 if self.absent is not None:
@@ -222,12 +260,25 @@ class ExpressionSource:
                 seen[code] += self.measured * float(mine.sum())
                 if hidden is not None:
                     seen[code] -= np.asarray(hidden[mine].sum(0)).ravel() * self.measured
+        if (seen_total > 0).any():
+            shown = 1.0 if self._hidden is None else 1.0 - self._hidden.nnz / np.prod(self._hidden.shape)
+            _check_total(float(np.median(seen_total[seen_total > 0])), self.target_sum * known * shown)
         mean = (total + _PRIOR_CELLS * statistics.mean) / (seen + _PRIOR_CELLS)
         return mean.astype(np.float32)
 
 
 def _factor(total: NDArray[np.float64], target_sum: float) -> NDArray[np.float32]:
     return (target_sum / np.where(total > 0, total, 1.0)).astype(np.float32)
+
+
+def _check_total(found: float, expected: float) -> None:
+    if not expected / _OTHER_TOTAL <= found <= expected * _OTHER_TOTAL:
+        warnings.warn(
+            f"These log-normalised values have a median total of {found:,.4g} over the genes of the model, and those "
+            f"it was trained on {expected:,.4g}: normalise both to the same total, or pass counts.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _apply(block: Any, function: np.ufunc) -> Any:

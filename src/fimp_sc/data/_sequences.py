@@ -230,9 +230,11 @@ class SequenceSource:
         count, total, square = 0, 0.0, 0.0
         for i in range(0, len(nodes), chunk):
             part = self.read(nodes[i : i + chunk]).astype(np.float64)
+            if self.hidden is not None:
+                part = part[~self.hidden[nodes[i : i + chunk]]]
             count, total, square = count + part.size, total + float(part.sum()), square + float(np.square(part).sum())
-        mean = total / count
-        std = max(square / count - mean**2, 0.0) ** 0.5
+        mean = total / max(count, 1)
+        std = max(square / max(count, 1) - mean**2, 0.0) ** 0.5
         center, spread = self.coordinates[nodes].mean(0), self.coordinates[nodes].std(0)
         # What is the same in all training nodes is divided by nothing, as it may differ in others.
         spread = np.where(spread > _LEAST_SPREAD * np.abs(center), spread, np.float32(1.0))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fimp_sc.data._access import get_matrix, get_obs, in_memory, missing_key
+from fimp_sc.data._access import get_matrix, get_obs, in_memory, label_text, missing_key
 from fimp_sc.data._parts import is_mudata
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def labels(given: tuple[Any, ...], missing: str | None) -> tuple[AnnData | None,
                 raise missing_key(value, "adata.obs", adata.obs, "Name two columns of adata.obs.")
             value = get_obs(adata, [value])[value]
         column = pd.Series(np.asarray(value, dtype=object).copy())
-        text = column.map(str, na_action="ignore").astype(object)
+        text = label_text(column)
         out.append(text.where(text.notna() & (text != missing), None).to_numpy(dtype=object))
     if len(out[0]) != len(out[1]):
         raise ValueError(f"There are {len(out[0]):,} true labels and {len(out[1]):,} others: one of each for a cell.")

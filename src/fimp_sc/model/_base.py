@@ -11,7 +11,7 @@ from scipy import sparse
 from scvi.model.base import BaseModelClass
 
 from fimp_sc.data import BinnedTokens, CentredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
-from fimp_sc.data._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs
+from fimp_sc.data._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs, label_text
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import Part, expand_rows, nodes_of, parts_of
 from fimp_sc.data._sequence_sources import sequence_source, token_shape
@@ -136,8 +136,7 @@ class GraphModel(BaseModelClass):
         label = np.full(nodes.n_obs, -1, dtype=np.int64)
         if self.classes and setup["labels_key"] in nodes.obs:
             labels = get_obs(nodes, [setup["labels_key"]])[setup["labels_key"]]
-            text = labels.astype(object).map(str, na_action="ignore")
-            label = pd.Index(self.classes).get_indexer(pd.Index(text)).astype(np.int64)
+            label = pd.Index(self.classes).get_indexer(pd.Index(label_text(labels))).astype(np.int64)
         data = GraphData(None, graph, coordinates, codes[LIBRARY_KEY], label)
         table = self._table(adata)
         if table is not None:
@@ -147,8 +146,9 @@ class GraphModel(BaseModelClass):
             scale = manager.registry["field_registries"][X_KEY]["state_registry"][ExpressionField.SCALE]
             columns = match_columns(self.genes, table.adata)
             data.source = ExpressionSource(
-                matrix, columns, scale, self._statistics(), codes[BATCH_KEY], hidden, table.absent
-            )
+                matrix, columns, scale, self._statistics(), codes[BATCH_KEY], hidden, table.absent,
+                self._state(X_KEY).get(ExpressionField.SCALE),
+            )  # fmt: skip
             data.tokens = self._token_source()
         data.sequences = self._sequence_sources(adata, located, hidden_tokens or {})
         return data

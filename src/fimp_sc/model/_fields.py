@@ -19,6 +19,7 @@ from fimp_sc.data._checks import (
     check_values,
     get_matrix,
     get_obs,
+    label_text,
 )
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import Part, check_whole, nodes_of, parts_of
@@ -277,7 +278,7 @@ class LabelField(_Field):
     def register_field(self, adata: AnnData | MuData) -> dict:
         nodes = self.nodes(adata)
         check_labels(nodes, str(self.attr_key), self._unlabeled)
-        labels = get_obs(nodes, [str(self.attr_key)])[self.attr_key].dropna().astype(str)
+        labels = label_text(get_obs(nodes, [str(self.attr_key)])[self.attr_key]).dropna()
         return {self.CLASSES: np.array(sorted(set(labels) - {str(self._unlabeled)}), dtype=object)}
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:

@@ -247,7 +247,7 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
         return self.adata.var[key].to_numpy(dtype=np.int64)
 
     @classmethod
-    def load_query_data(cls, adata: AnnData | MuData, reference_model: FIMP | str | Path) -> FIMP:
+    def load_query_data(cls, adata: AnnData | MuData, reference_model: FIMP | str | Path, **setup_kwargs: Any) -> FIMP:
         """Return a copy of a trained model bound to a new object, with the same weights and no further training.
 
         Parameters
@@ -257,6 +257,9 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
             it lacks are treated as not measured. Signals may be shorter than those the model was trained on.
         reference_model
             A trained model, or the folder of one that :meth:`save` or :meth:`save_pretrained` wrote.
+        **setup_kwargs
+            Arguments of :meth:`setup_anndata`, where data are found elsewhere in the new object than in that of
+            training, or are on another scale: ``layer``, ``library_key``, ``batch_key``, ``input_scale``, ...
         """
         if not isinstance(reference_model, str | Path):
             reference: FIMP = reference_model
@@ -266,7 +269,7 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
             reference = cls.load(str(reference_model), adata=False)
         registry = reference.registry
         # What a model learnt from a modality is also applied to an object that is this modality, and the reverse.
-        setup = {name: value for name, value in registry["setup_args"].items() if name != "modality"}
+        setup = {name: value for name, value in registry["setup_args"].items() if name != "modality"} | setup_kwargs
         how = {"source_registry": registry, "sequences": list(reference.module.sequences)}
         if isinstance(adata, AnnData):
             cls.setup_anndata(adata, **setup, **how)

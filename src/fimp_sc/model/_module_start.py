@@ -97,9 +97,9 @@ class StartingModule(BaseModuleClass):
         name
             Of the modality.
         tokens
-            ``(n, f, p)`` standardised numbers of training nodes.
+            ``(n, p)`` standardised numbers of training nodes.
         """
-        numbers = tokens.flatten(0, 1).double()
+        numbers = tokens.double()
         basis = torch.linalg.eigh(numbers.T @ numbers).eigenvectors.flip(1)
         parts: Any = self.network.sequences
         parts.embeddings[parts.names.index(name)].start_from(basis.float().to(self.device))

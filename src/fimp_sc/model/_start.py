@@ -39,7 +39,9 @@ class StartingModel(GraphModel):
         val_idx: np.ndarray,
         class_balance: float,
         mask_ratio: tuple[float, float],
+        hidden: dict[str, Any],
     ) -> GraphData:
+        """Start from training nodes, without what is ``hidden`` (arguments of :meth:`_graph_data`)."""
         module = self.module
         counts = np.bincount(data.label[train_idx][data.label[train_idx] >= 0], minlength=len(self.classes))
         if self.classes:
@@ -53,8 +55,8 @@ class StartingModel(GraphModel):
             measured = data.source.present(train_idx)
             if not len(measured):
                 raise ValueError("No training node has values of the table: check train_indices.")
-            self._start_from_expression(data.source, measured, val_idx)
-        data = self._graph_data(self.adata)
+            self._start_from_expression(data.source, measured, val_idx, hidden)
+        data = self._graph_data(self.adata, **hidden)
         module.eval()
         if foundation:
             few = np.sort(np.random.default_rng(self.random_state).permutation(train_idx)[:_CELLS_TO_STANDARDISE])
@@ -65,28 +67,30 @@ class StartingModel(GraphModel):
             self._start_from_sequences(data, train_idx, mask_ratio)
         return data
 
-    def _start_from_expression(self, source: ExpressionSource, train_idx: np.ndarray, val_idx: np.ndarray) -> None:
+    def _start_from_expression(
+        self, source: ExpressionSource, train_idx: np.ndarray, val_idx: np.ndarray, hidden: dict[str, Any]
+    ) -> None:
         module, rng = self.module, np.random.default_rng(self.random_state)
         some = train_idx
         if len(train_idx) > _MOST_CELLS_FOR_COMPONENTS:
             some = np.sort(rng.choice(train_idx, _MOST_CELLS_FOR_COMPONENTS, replace=False))
-        rows = source.sparse_rows(some)
         statistics = source.gene_statistics(train_idx)
+        rows = source.complete_rows(some, statistics.mean)
         module.set_statistics(statistics, rows)
         if isinstance(module.network, FoundationNetwork):
             return
-        data = self._graph_data(self.adata)
+        data = self._graph_data(self.adata, **hidden)
         source = cast("ExpressionSource", data.source)
         seen = source.present(val_idx[data.graph.degree[val_idx] > 0])[:_MOST_CELLS_TO_START]
         mean_of = data.graph.averaging(seen, self.n_layers)
         sources = np.unique(mean_of.indices)
-        around = mean_of[:, sources] @ source.sparse_rows(sources)
+        around = mean_of[:, sources] @ source.complete_rows(sources, statistics.mean)
         # Labels, and training on many cells, make use of components that tell nothing by themselves.
         drop = not self.classes and len(train_idx) <= FEW_CELLS
         module.start_as_smoother(
             rows,
             data.graph.among(some),
-            source.sparse_rows(seen),
+            source.complete_rows(seen, statistics.mean),
             around,
             statistics.mean,
             neighbour_weight=_WEIGHT_WITH_LABELS if self.classes else _WEIGHT,
@@ -101,7 +105,8 @@ class StartingModel(GraphModel):
             for name, source in data.sequences.items():
                 there = train_idx[~source.absent[train_idx]]
                 few = np.sort(rng.permutation(there)[:_NODES_FOR_COMPONENTS])
-                module.start_from_components(name, source.fields(few, len(few))["target"])
+                fields = source.fields(few, len(few))
+                module.start_from_components(name, fields["target"][~fields["masked"]])
         dataset = BlockDataset(data, n_layers=self.n_layers, n_tokens=self.n_tokens, mask_ratio=mask_ratio)
         blocks = list(BlockSampler(data, train_idx, batch_size=_NODES_PER_BLOCK, random_state=self.random_state))
         chosen = rng.permutation(len(blocks))[:_BLOCKS]

@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fimp_sc.data import BlockSplitter, split_by_blocks
 from fimp_sc.model._mixture import MixingModel
 from fimp_sc.model._plan import FIMPTrainingPlan
+from fimp_sc.model._reconstruct import hidden_tokens
 from fimp_sc.model._schedule import Schedule
 from fimp_sc.model._start import StartingModel
 from fimp_sc.nn import FoundationNetwork
@@ -79,6 +81,7 @@ class TrainableModel(MixingModel, StartingModel):
         validation_size: float = 0.1,
         train_indices: Sequence[int] | None = None,
         validation_indices: Sequence[int] | None = None,
+        hidden: Any = None,
         batch_size: int | None = None,
         mask_ratio: tuple[float, float] | None = None,
         gene_mask_ratio: float = 0.3,
@@ -106,6 +109,9 @@ class TrainableModel(MixingModel, StartingModel):
             Share of cells held out for validation in whole spatial blocks.
         train_indices, validation_indices
             Cells of each part, instead of ``validation_size``. Cells in neither are seen as neighbours only.
+        hidden
+            Values that are kept for tests: neither shown nor learnt from. As in :meth:`get_expression` or
+            :meth:`get_reconstruction`; of several modalities a dictionary by name. Totals of cells include them.
         batch_size
             Destinations per step; by default 64 to 256, so that an epoch has at least some 24 steps; of signals whole
             recordings.
@@ -133,7 +139,7 @@ class TrainableModel(MixingModel, StartingModel):
         Raises
         ------
         ValueError
-            When indices overlap or leave nothing to train on.
+            When indices overlap or leave nothing to train on, or ``hidden`` has another shape or names no modality.
         IndexError
             When indices are out of range.
         """
@@ -143,13 +149,14 @@ class TrainableModel(MixingModel, StartingModel):
                 "There is nothing to learn: this foundation model does not reconstruct signals, and there are no "
                 "labels. Use it without training (zero_shot=True in fimp_sc.tl.embed), or name labels with labels_key=."
             )
-        data = self._graph_data(self.adata)
+        unseen = self._unseen(hidden)
+        data = self._graph_data(self.adata, **unseen)
         train_idx, val_idx = self._split(data, validation_size, train_indices, validation_indices)
         pretrained = isinstance(module.network, FoundationNetwork)
         schedule = Schedule.of(data, train_idx, batch_size, pretrained=pretrained)
         mask_ratio = schedule.mask_ratio if mask_ratio is None else mask_ratio
         if not self.is_trained:
-            data = self._start_from_data(data, train_idx, val_idx, class_balance, mask_ratio)
+            data = self._start_from_data(data, train_idx, val_idx, class_balance, mask_ratio, unseen)
         splitter = BlockSplitter(
             data,
             train_idx,
@@ -209,6 +216,28 @@ class TrainableModel(MixingModel, StartingModel):
         known = val_idx[data.label[val_idx] >= 0]
         if module.label_head is not None and self.messages and len(known):
             self._fit_shares(known, data.label[known])
+
+    def _unseen(self, hidden: Any) -> dict[str, Any]:
+        """Return what is hidden, by modality or of the only one, as arguments of :meth:`_graph_data`."""
+        if hidden is None:
+            return {}
+        table = self._table(self.adata)
+        known = [*([] if table is None else [table.name]), *self.module.sequences]
+        if not isinstance(hidden, Mapping):
+            if len(known) > 1:
+                raise ValueError(
+                    f"hidden is one array for several modalities: pass a dictionary, with keys of {known}."
+                )
+            hidden = {known[0]: hidden}
+        unknown = sorted(set(hidden) - set(known))
+        if unknown:
+            raise ValueError(f"hidden names {unknown[0]!r}, but the model reads {known}.")
+        tokens, n_obs = {}, self._nodes(self.adata).n_obs
+        for name in self.module.sequences:
+            if name in hidden:
+                kind, size = self._sequence_size(self.adata, name)
+                tokens[name] = hidden_tokens(hidden[name], kind, n_obs, size, self.token_sizes[name])
+        return {"hidden": None if table is None else hidden.get(table.name), "hidden_tokens": tokens}
 
     def _split(
         self,

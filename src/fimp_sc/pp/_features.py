@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from fimp_sc.data._access import in_memory, missing_key
+from fimp_sc.data._access import in_memory, missing_key, shorten
 from fimp_sc.data._adjacency import check_adjacency, euclidean_lengths, report_isolated
 from fimp_sc.data._checks import check_anndata, check_coordinates
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY, check_modality_name, make_mudata
-from fimp_sc.data._nodes import node_names, one_label_each
+from fimp_sc.data._nodes import by_name, node_names, one_label_each, square_by_name
+from fimp_sc.data._stored import storage
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -102,19 +103,23 @@ def features(
         where = "adjacency" if adjacency is not None else f"adata.obsp[{connectivities_key!r}]"
         stored = in_memory(features.obsp[connectivities_key], where) if adjacency is None else adjacency
         adata = features.to_memory() if features.isbacked else features.copy()
+        if storage(adata.X) == "memory":
+            adata.X = _real_values(adata.X)
     else:
         adata, where, stored = _from_values(features, node_names, feature_names), "adjacency", adjacency
         if adjacency is None:
             raise ValueError("A graph is needed: pass adjacency=, (n, n) weights of the edges.")
-    graph = check_adjacency(stored, adata.n_obs, where=where)
+    nodes = list(adata.obs_names)
+    named = node_names is not None or isinstance(features, AnnData | pd.DataFrame)
+    graph = check_adjacency(square_by_name(stored, nodes, where, given=named), adata.n_obs, where=where)
     if not (graph.indices != np.repeat(np.arange(adata.n_obs), np.diff(graph.indptr))).any():
         raise ValueError(f"{where} has no edges between different nodes.")
     taken = list(adata.obs.columns)
-    for name, values in one_label_each(labels, adata.n_obs, "node", taken).items():
+    for name, values in one_label_each(labels, nodes, "node", taken, given=named).items():
         adata.obs[name] = values
     distances = None
     if coordinates is not None:
-        points = np.asarray(coordinates)
+        points = np.array(by_name(coordinates, nodes, "coordinates", given=named))
         if len(points) != adata.n_obs:
             raise ValueError(f"coordinates are of {len(points):,} nodes, but there are {adata.n_obs:,}.")
         adata.obsm[SPATIAL_KEY] = points
@@ -132,23 +137,40 @@ def _from_values(features: Any, names: Sequence[Any] | None, feature_names: Sequ
     if isinstance(features, pd.DataFrame):
         if names is not None or feature_names is not None:
             raise ValueError("node_names= and feature_names= do not apply to a data frame, which has its own names.")
-        names, feature_names, features = list(features.index), list(features.columns), features.to_numpy()
-    values = sparse.csr_matrix(features) if sparse.issparse(features) else np.asarray(features)
-    if values.dtype.kind not in "buif":
-        raise TypeError(f"features must be real numbers, found dtype {values.dtype}.")
-    if values.ndim != 2 or 0 in values.shape:
-        raise ValueError(f"features must have the shape (n, f), found {values.shape}.")
-    stored = values.data if sparse.issparse(values) else values
-    bad = ~np.isfinite(stored)
-    if bad.any():
-        raise ValueError(f"features has {int(bad.sum()):,} NaN or infinite values: fill them in before.")
-    # A copy, so that later changes to the caller's array do not reach the object.
-    values = values.astype(values.dtype if values.dtype.kind == "f" else np.float32)
+        names, feature_names, features = list(features.index), list(features.columns), _numbers(features)
+    values = _real_values(features)
     return AnnData(
         X=values,
         obs=pd.DataFrame(index=pd.Index(_names(names, values.shape[0], "node"))),
         var=pd.DataFrame(index=pd.Index(_names(feature_names, values.shape[1], "feature"))),
     )
+
+
+def _numbers(table: pd.DataFrame) -> np.ndarray:
+    """Return the values of a data frame, whose columns may be of several types."""
+    other = [
+        f"{name!r} ({dtype})"
+        for name, dtype in table.dtypes.items()
+        if not (pd.api.types.is_any_real_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype))
+    ]
+    if other:
+        raise TypeError(f"features must be real numbers, found the columns {shorten(other)}: leave them out.")
+    values = table.to_numpy()
+    # Numbers beside booleans, and pandas' own types.
+    return table.to_numpy(float, na_value=np.nan) if values.dtype == object else values
+
+
+def _real_values(features: Any) -> Any:
+    """Return a copy of features as an array or CSR of real numbers, so that later changes do not reach it."""
+    values = sparse.csr_matrix(features) if sparse.issparse(features) else np.asarray(features)
+    if values.dtype.kind not in "buif":
+        raise TypeError(f"features must be real numbers, found dtype {values.dtype}.")
+    if values.ndim != 2 or 0 in values.shape:
+        raise ValueError(f"features must have the shape (n, f), found {values.shape}.")
+    bad = ~np.isfinite(values.data if sparse.issparse(values) else values)
+    if bad.any():
+        raise ValueError(f"features has {int(bad.sum()):,} NaN or infinite values: fill them in before.")
+    return values.astype(values.dtype if values.dtype.kind == "f" else np.float32)
 
 
 def _names(names: Sequence[Any] | None, n: int, what: str) -> list[str]:

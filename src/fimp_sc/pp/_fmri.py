@@ -13,7 +13,7 @@ from scipy import sparse
 
 from fimp_sc.data._adjacency import euclidean_lengths, report_isolated
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY, check_modality_name, make_mudata
-from fimp_sc.data._nodes import label_columns, label_values, node_names
+from fimp_sc.data._nodes import by_name, label_columns, label_values, node_names
 from fimp_sc.data._signal_checks import check_signals
 from fimp_sc.pp._fmri_graph import DEFAULT_NEIGHBORS, Method, region_graphs
 from fimp_sc.pp._fmri_signals import Orientation, read_recordings
@@ -58,14 +58,16 @@ def fmri(
     connectivity
         Structural connectivity: ``(region, region)`` matrix (dense or sparse) for all recordings, or one for each
         recording, as ``(recording, region, region)`` array, list or dictionary. Entry ``[i, j]`` is the weight of the
-        edge from ``j`` to ``i``. The diagonal is left out. A precomputed graph of any other kind fits here too.
+        edge from ``j`` to ``i``; data frames with the names of the regions are brought into their order. The diagonal
+        is left out. A precomputed graph of any other kind fits here too.
     coordinates
         ``(region, 3)``, or ``(recording, region, 3)`` where every recording has its own.
     region_names
         Names of the regions, as in the atlas.
     labels
         Data frame or dictionary of columns, or one array (column ``"label"``), with one label for each region, for each
-        recording, or ``(recording, region)`` for each observation.
+        recording, or ``(recording, region)`` for each observation. An index with the names of regions or recordings
+        says which label is whose, whatever the order.
     recordings
         Names of the recordings (subjects, sessions, runs); not together with a dictionary.
     sampling_interval
@@ -86,7 +88,8 @@ def fmri(
     n_neighbors
         For ``"coordinates"`` and ``"functional"``.
     train_recordings
-        Names (or positions, counted from 0) of the recordings that ``"functional"`` may look at; required there.
+        Names (or positions, counted from 0; numbers are names where all of them are) of the recordings that
+        ``"functional"`` may look at; required there.
     top_fraction
         For ``"structural"``: share of the pairs of regions to keep, the strongest of each recording's matrix; equally
         strong ones are kept together. Connectivities from tractography often join almost all regions: 0.1 is common.
@@ -133,6 +136,7 @@ def fmri(
     positions = None if coordinates is None else _check_coordinates(coordinates)
     expected = _expected_regions(region_names, positions, connectivity)
     names, signals = read_recordings(bold, recordings, orientation, expected)
+    named = recordings is not None or isinstance(bold, Mapping)
     n_recordings, n_regions, n_times = signals.shape
     regions = node_names(region_names, n_regions, "region", "region_names")
     values = signals.reshape(-1, n_times)
@@ -143,6 +147,7 @@ def fmri(
     graphs, parameters = region_graphs(
         signals,
         names,
+        region_names=None if region_names is None else regions,
         connectivity=connectivity,
         coordinates=positions,
         method=method,
@@ -161,7 +166,7 @@ def fmri(
             LIBRARY_KEY: pd.Categorical(np.repeat(names, n_regions), categories=names),
             REGION_KEY: pd.Categorical(np.tile(regions, n_recordings), categories=regions),
         }
-        | _labels(labels, n_recordings, n_regions),
+        | _labels(labels, names, regions, named=(region_names is not None, named)),
         index=obs_names,
     )
     var = pd.DataFrame(index=[f"t{i}" for i in range(n_times)])
@@ -246,8 +251,11 @@ def _expected_regions(region_names: Any, coordinates: NDArray[np.float64] | None
     return found
 
 
-def _labels(labels: Any, n_recordings: int, n_regions: int) -> dict[str, Any]:
-    columns = {}
+def _labels(
+    labels: Any, recordings: Sequence[str], regions: Sequence[str], *, named: tuple[bool, bool]
+) -> dict[str, Any]:
+    """Return label columns; ``named`` tells whether the names of regions and of recordings are the user's own."""
+    columns, n_recordings, n_regions = {}, len(recordings), len(regions)
     for name, values in label_columns(labels, (LIBRARY_KEY, REGION_KEY)).items():
         shape = np.shape(values)
         if shape == (n_recordings, n_regions):
@@ -260,8 +268,10 @@ def _labels(labels: Any, n_recordings: int, n_regions: int) -> dict[str, Any]:
             )
         if shape == (n_regions,):
             rows = np.tile(np.arange(n_regions), n_recordings)
+            values = by_name(values, regions, f"labels ({name!r})", given=named[0])
         elif shape == (n_recordings,):
             rows = np.repeat(np.arange(n_recordings), n_regions)
+            values = by_name(values, recordings, f"labels ({name!r})", given=named[1])
         else:
             raise ValueError(
                 f"labels ({name!r}) has the shape {shape}: there are {n_regions} regions and {n_recordings} "

@@ -8,10 +8,12 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
 from fimp_sc.data._access import shorten
 from fimp_sc.data._adjacency import check_adjacency, strongest_edges
+from fimp_sc.data._nodes import square_by_name
 from fimp_sc.pp._spatial_graph import build_graph
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ def region_graphs(
     signals: NDArray[np.float32],
     names: Sequence[str],
     *,
+    region_names: Sequence[str] | None,
     connectivity: Any,
     coordinates: NDArray[np.float64] | None,
     method: Method | None,
@@ -42,8 +45,8 @@ def region_graphs(
     ----------
     signals
         ``(recording, region, time)``.
-    names
-        Of the recordings.
+    names, region_names
+        Of the recordings, and of the regions where the user names them.
 
     Raises
     ------
@@ -55,7 +58,7 @@ def region_graphs(
     n_regions = signals.shape[1]
     parameters: dict[str, Any] = {"method": chosen}
     if chosen == "structural":
-        graphs = _structural(connectivity, names, n_regions, top_fraction, threshold)
+        graphs = _structural(connectivity, names, n_regions, region_names, top_fraction, threshold)
         parameters |= {"top_fraction": top_fraction, "threshold": threshold}
     else:
         if n_neighbors >= n_regions:
@@ -123,11 +126,18 @@ def _check_arguments(
 
 
 def _structural(
-    connectivity: Any, names: Sequence[str], n_regions: int, top_fraction: float | None, threshold: float | None
+    connectivity: Any,
+    names: Sequence[str],
+    n_regions: int,
+    region_names: Sequence[str] | None,
+    top_fraction: float | None,
+    threshold: float | None,
 ) -> list[sparse.csr_matrix]:
     thinned = top_fraction is not None or threshold is not None
     graphs = []
     for where, matrix in _matrices(connectivity, names):
+        if region_names is not None:
+            matrix = square_by_name(matrix, region_names, where, given=True)
         graph = check_adjacency(matrix, n_regions, where=where, what="region", self_loops=False, signed=thinned)
         graphs.append(strongest_edges(graph, top_fraction=top_fraction, threshold=threshold) if thinned else graph)
     density = max(graph.nnz for graph in graphs) / max(1, n_regions * (n_regions - 1))
@@ -151,7 +161,7 @@ def _matrices(connectivity: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
     several = isinstance(connectivity, list | tuple) and (
         sparse.issparse(connectivity[0]) or np.ndim(connectivity[0]) == 2
     )
-    if not several and not sparse.issparse(connectivity):
+    if not several and not sparse.issparse(connectivity) and not isinstance(connectivity, pd.DataFrame):
         connectivity = np.asarray(connectivity)
         several = connectivity.ndim == 3
     if not several:
@@ -162,11 +172,19 @@ def _matrices(connectivity: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def _positions(wanted: Sequence[Any], names: Sequence[str]) -> list[int]:
+    """Return positions of recordings; whole numbers are names if all of them are, and positions otherwise."""
+    numbers = [name for name in wanted if isinstance(name, int | np.integer) and not isinstance(name, bool)]
+    named = [str(number) in names for number in numbers]
+    if any(named) and not all(named):
+        raise ValueError(
+            f"train_recordings={list(wanted)} has numbers that are names of recordings and others that are not; the "
+            f"recordings are {shorten([*map(repr, names)], 10)}: pass names alone."
+        )
     rows = []
     for name in wanted:
         if str(name) in names:
             rows.append(names.index(str(name)))
-        elif isinstance(name, int | np.integer) and not isinstance(name, bool) and 0 <= name < len(names):
+        elif name in numbers and 0 <= name < len(names):
             rows.append(int(name))
         else:
             raise ValueError(

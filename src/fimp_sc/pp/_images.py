@@ -123,7 +123,7 @@ def images(
     size = _check_size(image_size)
     paths = [images] if isinstance(images, str | Path) else images
     from_files = isinstance(paths, list | tuple | pd.Series | pd.Index | np.ndarray) and _are_paths(paths)
-    pixels = None
+    pixels, default_names = None, names is None
     if from_files:
         files, shape = inspect_files(list(paths), size)
         default = [Path(file).name for file in files]
@@ -133,9 +133,11 @@ def images(
     else:
         pixels, shape = flatten_images(images, channels, size)
     n = len(files) if pixels is None else len(pixels)
+    known = node_names(names, n, "image", "names")
     obs = pd.DataFrame(
-        ({PATH_KEY: files} if from_files else {}) | one_label_each(labels, n, "image", (PATH_KEY,)),
-        index=pd.Index(node_names(names, n, "image", "names")),
+        ({PATH_KEY: files} if from_files else {})
+        | one_label_each(labels, known, "image", (PATH_KEY,), given=not default_names),
+        index=pd.Index(known),
     )
     places = None if coordinates is None else _check_places(coordinates, n)
     graph, distances, parameters = _graph(places, adjacency, n, method, n_neighbors, radius_km)

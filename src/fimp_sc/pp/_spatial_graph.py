@@ -16,6 +16,7 @@ from fimp_sc.data._checks import (
     check_connectivities,
     check_coordinates,
     check_graph,
+    check_key_added,
     check_object,
     check_obs_key,
     shorten,
@@ -101,7 +102,7 @@ def spatial_graph(
     TypeError
         ``adata`` is no AnnData object, or a parameter has the wrong type.
     ValueError
-        No cells, a backed object, unusable coordinates, cells without a sample, a sample too small for the graph asked
+        No cells, unusable coordinates, cells without a sample, a sample too small for the graph asked
         for, parameters that do not belong together, a graph without any edge, or an existing graph that is unusable.
         ``adata`` is unchanged whenever an exception is raised.
 
@@ -119,13 +120,17 @@ def spatial_graph(
     2400
     """
     check_object(adata)
+    check_key_added(key_added)
     arguments = _builder_arguments(method, n_neighbors, radius, n_rings)
     keys = {"connectivities_key": f"{key_added}_connectivities", "distances_key": f"{key_added}_distances"}
     library = None if library_key is None else check_obs_key(adata, library_key, "library")
 
     if keys["connectivities_key"] in adata.obsp and not overwrite:
         check_graph(adata, keys["connectivities_key"], library_key)
-        logger.info(
+        asked = (method, n_neighbors, radius, n_rings) != ("knn", DEFAULT_NEIGHBORS, None, 1)
+        logger.log(
+            # Another graph than the default was asked for, and this one may not be it.
+            logging.WARNING if asked else logging.INFO,
             "Using the graph found in adata.obsp[%r] as it is; pass overwrite=True to build it again.",
             keys["connectivities_key"],
         )
@@ -217,7 +222,10 @@ def _check_library_sizes(
         small = [describe(name, len(cells)) for name, cells in groups.items() if len(cells) <= n_neighbors]
         if small:
             largest = min(map(len, groups.values())) - 1
-            advice = f"pass n_neighbors={largest} or less" if largest else "a sample of one cell has no neighbours"
+            advice = "a sample of one cell has no neighbours"
+            if largest:
+                sample = "" if library_key is None else f", library_key={library_key!r}"
+                advice = f"call fimp_sc.pp.spatial_graph(adata, n_neighbors={largest}{sample}) or with less"
             raise ValueError(
                 f"{where} {shorten(small)}, too few for n_neighbors={n_neighbors}, which needs at least "
                 f"{n_neighbors + 1} cells in every sample: {advice}, or leave these cells out."

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._logging import user_messages
+from fimp_sc.data._checks import check_key_added
 from fimp_sc.tl._inputs import choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
 from fimp_sc.tl._results import finite_or_raise, placed, record
@@ -60,7 +61,7 @@ def annotate(
     modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
         As in :func:`embed`.
     key_added
-        Name of the results; ``fimp_{labels_key}`` by default.
+        Name of the results; ``fimp_{labels_key}`` by default, with "_" for "/".
     gene_embeddings, foundation, checkpoint, model
         As in :func:`embed`.
     max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs, inference_kwargs
@@ -83,8 +84,9 @@ def annotate(
     ValueError
         When labels, values or graph cannot be used, or the given model knows no labels.
     """
+    key = key_added or f"fimp_{labels_key}".replace("/", "_")
+    check_key_added(key)
     adata = copied(adata) if copy else adata
-    key = key_added or f"fimp_{labels_key}"
     target, inputs = choose(
         adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
         connectivities_key=connectivities_key, input_scale=input_scale, labels_key=labels_key,

@@ -9,6 +9,7 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc.data._access import get_obs, missing_key
+from fimp_sc.data._checks import check_key_added
 from fimp_sc.data._parts import nodes_of, parts_of
 from fimp_sc.model._predict import check_choice
 from fimp_sc.tl._attention_genes import check_pairs, choose_genes
@@ -109,7 +110,11 @@ def attention(
         Where to write in ``obsp`` and ``uns``.
     gene_embeddings, foundation, checkpoint, model
         As in :func:`embed`. A stack with ``aggregate="final"`` cannot be read.
-    max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs
+    max_epochs
+        As in :func:`embed`, of a model that is trained now. One that was trained with another before is not used.
+    random_state
+        Seed of permutations, and of a model that is trained now.
+    accelerator, verbose, copy, model_kwargs, train_kwargs
         As in :func:`embed`.
     inference_kwargs
         ``batch_size``, the number of cells of a block; nothing else.
@@ -156,6 +161,7 @@ def attention(
     the planted pair, weighting by it costs power, and covariance alone ranks it first: attention starts out as
     likeness of tokens, and little of what masked expression teaches reaches it.
     """
+    check_key_added(key_added)
     check_choice("null", null, ("neighbours", "labels"))
     check_choice("statistic", statistic, ("covariance", "content", "attention"))
     if n_permutations < _LEAST_PERMUTATIONS:
@@ -179,8 +185,8 @@ def attention(
         work = working_copy(target, inputs)
         fitted = fitted_model(
             target, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
-            random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
-            gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
+            random_state=random_state, same_seed=False, verbose=verbose, model_kwargs=model_kwargs,
+            train_kwargs=train_kwargs, gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
         )  # fmt: skip
         nodes = nodes_of(target, inputs.modality)
         nodes = nodes if nodes.obs_names.equals(work.obs_names) else nodes[work.obs_names]

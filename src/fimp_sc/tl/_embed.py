@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from fimp_sc._logging import user_messages
+from fimp_sc.data._checks import check_key_added
 from fimp_sc.tl._inputs import choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
 from fimp_sc.tl._results import finite_or_raise, placed, record
@@ -109,6 +110,7 @@ def embed(
     ValueError
         When values or graph cannot be used, or files of a foundation model or of gene vectors.
     """
+    check_key_added(key_added)
     adata = copied(adata) if copy else adata
     target, inputs = choose(
         adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,

@@ -8,6 +8,7 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc.data._access import missing_key
+from fimp_sc.data._checks import check_key_added
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import expand_rows, parts_of
 from fimp_sc.tl._inputs import choose, copied, working_copy
@@ -49,7 +50,7 @@ def impute(
     model: FIMP | str | Path | None = None,
     max_epochs: int | None = None,
     accelerator: str = "auto",
-    random_state: int = 0,
+    random_state: int | None = None,
     verbose: bool = True,
     copy: bool = False,
     model_kwargs: dict[str, Any] | None = None,
@@ -59,7 +60,7 @@ def impute(
     """Predict expression (signals, images) of every node from its own tokens and those of its neighbours.
 
     Uses the model that :func:`embed` or :func:`annotate` trained on this object before, if nothing has changed, and
-    trains one otherwise.
+    trains one otherwise; so it does where that model has seen what is ``hidden``.
 
     Parameters
     ----------
@@ -69,20 +70,24 @@ def impute(
         Genes to predict, of those that the model knows, measured here or not. All genes of ``adata`` by default,
         which makes a dense cells x genes layer: name genes for a large object.
     scale
-        ``"log"``: ``log1p`` of values scaled to the model's common total (the median total of its training cells).
+        ``"log"``: ``log1p`` of values scaled to the model's common total (the median total of the cells of the object
+        that it was trained on).
         ``"counts"``: scaled back to the total of each cell.
     hidden
-        What the model must not see: a boolean array, or the name of a layer that holds it (of images, of an entry of
-        ``obsm``); of several modalities the name, under which each of them may hold its own. Of expression ``(n_obs,
-        n_vars)``, of signals ``(n_obs, n_times)``, of images ``(n_obs, height, width)``. Segments and patches that are
-        not hidden are predicted in turn, each while it is hidden; genes are predicted as they are seen.
+        What the model must not see, in training or later: a boolean array, or the name of a layer that holds it (of
+        images, of an entry of ``obsm``); of several modalities the name, under which each of them may hold its own. Of
+        expression ``(n_obs, n_vars)``, of signals ``(n_obs, n_times)``, of images ``(n_obs, height, width)``. Segments
+        and patches that are not hidden are predicted in turn, each while it is hidden; genes are predicted as they are
+        seen. A given ``model`` is used as it is, whatever it was trained on.
     modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
         As in :func:`embed`.
     key_added
         Where to write in ``layers`` (all genes) or ``obsm`` (with ``genes``), and in ``uns``.
     gene_embeddings, foundation, checkpoint, model
         As in :func:`embed`.
-    max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs, inference_kwargs
+    max_epochs, random_state
+        As in :func:`embed`, of a model that is trained now. One that was trained with others before is not used.
+    accelerator, verbose, copy, model_kwargs, train_kwargs, inference_kwargs
         As in :func:`embed`.
 
     Returns
@@ -101,6 +106,7 @@ def impute(
     ValueError
         When values or graph cannot be used, or an argument is for other modalities.
     """
+    check_key_added(key_added)
     adata = copied(adata) if copy else adata
     target, inputs = choose(
         adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
@@ -113,12 +119,12 @@ def impute(
         )
     with user_messages(verbose=verbose):
         work = working_copy(target, inputs)
+        masks = _masks(hidden, parts_of(target, inputs.modality), work.obs_names)
         fitted = fitted_model(
             target, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
-            gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
+            hidden=masks, gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
         )  # fmt: skip
-        masks = _masks(hidden, parts_of(target, inputs.modality), work.obs_names)
         parts = [
             (part, _predicted(fitted, part, genes, scale, masks.get(part.name), inference_kwargs or {}))
             for part in parts_of(target, inputs.modality)

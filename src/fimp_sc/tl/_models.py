@@ -9,7 +9,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,17 @@ logger = logging.getLogger(__name__)
 
 # The last model used for an object, by identity: forgotten with the object, never written to it.
 _models: dict[int, tuple[weakref.ref[Any], tuple[Any, ...], FIMP]] = {}
+# How models were trained here.
+_trainings: weakref.WeakKeyDictionary[FIMP, _Training] = weakref.WeakKeyDictionary()
+
+
+class _Training(NamedTuple):
+    """Arguments of a training, and checksums of what was hidden from it, by modality."""
+
+    max_epochs: int | None
+    model_kwargs: dict[str, Any]
+    train_kwargs: dict[str, Any]
+    unseen: dict[str, int]
 
 
 def fitted_model(
@@ -46,16 +57,23 @@ def fitted_model(
     reuse: bool,
     max_epochs: int | None,
     accelerator: str,
-    random_state: int,
+    random_state: int | None,
+    same_seed: bool = True,
     verbose: bool,
     model_kwargs: dict[str, Any] | None,
     train_kwargs: dict[str, Any] | None,
+    hidden: dict[str, Any] | None = None,
     gene_embeddings: Any = None,
     foundation: str | None = None,
     checkpoint: str | Path | None = None,
     zero_shot: bool = False,
 ) -> FIMP:
-    """Return a model for the working copy: the given one, the remembered one, or one trained (or just built) now."""
+    """Return a model for the working copy: the given one, the remembered one, or one trained (or just built) now.
+
+    The remembered one serves if ``reuse`` is set and it is what training would make: of the same data, with the same
+    ``max_epochs`` and (``same_seed``) ``random_state`` where these are given, and blind to what is ``hidden``, by
+    modality.
+    """
     what = {"gene_embeddings": gene_embeddings, "foundation": foundation, "checkpoint": checkpoint}
     arguments = {name: value for name, value in what.items() if value is not None} | (model_kwargs or {})
     twice = (train_kwargs or {}).get("max_epochs")
@@ -83,14 +101,26 @@ def fitted_model(
         if unused:
             raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
         _check_modalities(given, work, inputs)
-        return FIMP.load_query_data(with_model_keys(work, given, inputs), given)
+        return FIMP.load_query_data(work, given, **_given_keys(inputs))
     mark = _fingerprint(work, inputs)
     remembered = _models.get(id(adata))
     known = remembered is not None and remembered[0]() is adata and remembered[1] == mark
     usable = remembered is not None and known and remembered[2].is_trained
+    unseen = {name: _checksum(mask) for name, mask in (hidden or {}).items()}
     if remembered is not None and usable and reuse and not arguments and not train_kwargs:
-        logger.info("Using the model trained before on this object.")
-        return remembered[2]
+        # A model that was given may have seen anything, or nothing of this object.
+        former, seed = _trainings.get(remembered[2], _Training(None, {}, {}, unseen)), remembered[2].random_state
+        blind = unseen in ({}, former.unseen)
+        if blind and max_epochs in (None, former.max_epochs) and (not same_seed or random_state in (None, seed)):
+            logger.info("Using the model trained before on this object.")
+            return remembered[2]
+        logger.info(
+            "Training a model like the one before on this object, which %s.",
+            "had another max_epochs or random_state" if blind else "saw what is hidden now",
+        )
+        arguments, train_kwargs = former.model_kwargs, former.train_kwargs
+        max_epochs = former.max_epochs if max_epochs is None else max_epochs
+        random_state = seed if random_state is None else random_state
     ids = arguments.get("vocabulary_key")
     setup = asdict(inputs) | {"layer": None}
     names = setup.pop("modality")
@@ -100,13 +130,14 @@ def fitted_model(
         FIMP.setup_anndata(work, **setup)
     else:
         FIMP.setup_mudata(work, modality=list(names), **setup)
-    fresh = FIMP(work, **{"random_state": random_state, **arguments})
+    fresh = FIMP(work, **{"random_state": random_state or 0, **arguments})
     _report(fresh, work, inputs, accelerator, zero_shot)
     if zero_shot:
         fresh.to_device(_device(accelerator))
         return fresh
     usual = {"max_epochs": max_epochs, "accelerator": accelerator, "enable_progress_bar": verbose}
-    fresh.train(**usual | (train_kwargs or {}))
+    fresh.train(**usual | ({"hidden": hidden} if hidden else {}) | (train_kwargs or {}))
+    _trainings[fresh] = _Training(max_epochs, arguments, train_kwargs or {}, unseen)
     return fresh
 
 
@@ -121,23 +152,13 @@ def _check_modalities(model: FIMP, work: AnnData | MuData, inputs: Inputs) -> No
         )
 
 
-def with_model_keys(work: AnnData | MuData, model: FIMP, inputs: Inputs) -> AnnData | MuData:
-    """Give the working copy the keys under which the model was set up: the caller's keys name the caller's data."""
-    setup = model.registry["setup_args"]
-    query = work.copy() if work.is_view else work
-    if setup["layer"] is not None:
-        for part in parts_of(query, inputs.modality):
-            if not part.is_sequence:
-                part.adata.layers[setup["layer"]] = part.adata.X
-    if setup["connectivities_key"] not in query.obsp:
-        query.obsp[setup["connectivities_key"]] = query.obsp[inputs.connectivities_key]
-    if setup["spatial_key"] not in query.obsm and inputs.spatial_key in query.obsm:
-        query.obsm[setup["spatial_key"]] = query.obsm[inputs.spatial_key]
-    for name in ("library_key", "batch_key"):
-        if setup[name] is not None and setup[name] not in query.obs:
-            given = getattr(inputs, name)
-            query.obs[setup[name]] = query.obs[given] if given is not None else "query"
-    return query
+def _given_keys(inputs: Inputs) -> dict[str, Any]:
+    """Return where a given model finds its data in the working copy: the caller's keys name the caller's data."""
+    names = ("library_key", "batch_key", "connectivities_key", "spatial_key")
+    keys: dict[str, Any] = {"layer": None} | {name: getattr(inputs, name) for name in names}
+    if inputs.input_scale != "auto":
+        keys["input_scale"] = inputs.input_scale
+    return keys
 
 
 @contextmanager

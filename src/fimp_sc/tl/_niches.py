@@ -12,8 +12,8 @@ from anndata import ImplicitModificationWarning
 
 import fimp_sc
 from fimp_sc._palette import palette
-from fimp_sc.data._access import get_obs, in_memory, missing_key
-from fimp_sc.data._checks import check_object
+from fimp_sc.data._access import get_obs, in_memory, label_text, missing_key
+from fimp_sc.data._checks import check_key_added, check_object
 from fimp_sc.data._parts import is_mudata, registered_keys
 from fimp_sc.tl._clusterings import Leiden, fit_mixture
 from fimp_sc.tl._inputs import copied
@@ -111,6 +111,7 @@ def niches(
     ImportError
         When ``method="leiden"`` and igraph is missing.
     """
+    check_key_added(key_added)
     target: Any = adata
     if not is_mudata(target):
         check_object(target)
@@ -254,8 +255,7 @@ def _labels(adata: Any, key: str, key_added: str) -> pd.Series:
         raise missing_key(key, "adata.obs", adata.obs, "Name the column to count with labels_key=.")
     if key == key_added:
         raise ValueError(f"labels_key and key_added are both {key!r}, and niches would replace the labels.")
-    labels = get_obs(adata, [key])[key]
-    return labels.astype(object).where(labels.notna(), None).map(str, na_action="ignore")
+    return label_text(get_obs(adata, [key])[key])
 
 
 def _by_size(clusters: NDArray[np.integer]) -> NDArray[np.int64]:
