@@ -148,3 +148,39 @@ def test_model_trained_on_log_values_fits_counts_of_the_same_cells(tissue, make_
     tissue.X = sparse.csr_matrix(np.log1p(tissue.X.toarray() / total * 1000.0).astype(np.float32))
     model = train(make_model(tissue), max_epochs=1)
     np.testing.assert_allclose(model.get_latent_representation(counts), model.get_latent_representation(), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`var_names` for the loaded:UserWarning")
+def test_a_saved_model_reads_another_gene_list_by_name(trained: FIMP, tmp_path) -> None:
+    """Also one that was bound to another section before, and one that is given another object."""
+    trained.save(str(tmp_path / "model"))
+    query = restrict(other_section(), gene_lists(trained.genes)["subset"][::-1])
+    bound = FIMP.load_query_data(query.copy(), trained)
+    expected = bound.get_latent_representation()
+    loaded = FIMP.load(str(tmp_path / "model"), query.copy(), accelerator="cpu")
+    np.testing.assert_array_equal(loaded.genes, trained.genes)
+    np.testing.assert_allclose(loaded.get_latent_representation(), expected, atol=1e-5)
+    bound.save(str(tmp_path / "bound"), save_anndata=True)
+    again = FIMP.load(str(tmp_path / "bound"), accelerator="cpu")
+    np.testing.assert_allclose(again.get_latent_representation(), expected, atol=1e-5)
+    loaded = FIMP.load(str(tmp_path / "model"), trained.adata.copy(), accelerator="cpu")
+    loaded.adata = query
+    np.testing.assert_allclose(loaded.get_latent_representation(), expected, atol=1e-5)
+
+
+def test_training_goes_on_from_the_history_of_the_reference(trained: FIMP) -> None:
+    query = other_section()
+    query.obs["label"] = np.resize(trained.classes, query.n_obs)
+    bound = FIMP.load_query_data(query, trained)
+    assert len(bound.history["train_loss"]) == 2
+    bound.train(max_epochs=1, accelerator="cpu", enable_progress_bar=False)
+    assert len(bound.history["train_loss"]) == 3
+    assert len(trained.history["train_loss"]) == 2
+
+
+def test_a_model_without_an_object_says_so(trained: FIMP, tmp_path) -> None:
+    trained.save_pretrained(tmp_path / "model")
+    model = FIMP.from_pretrained(tmp_path / "model", accelerator="cpu")
+    for call in (model.train, model.get_latent_representation, model.predict, model.get_expression):
+        with pytest.raises(ValueError, match=r"bound to no object.*FIMP\.load_query_data"):
+            call()

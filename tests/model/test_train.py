@@ -391,3 +391,57 @@ def test_hidden_of_what_is_not_there_is_an_error(tissue, make_model) -> None:
     with pytest.raises(ValueError, match="hidden must have the shape"):
         model.train(hidden=np.zeros((3, 4), dtype=bool))
     assert not model.is_trained
+
+
+STILL = {"lr": 0.0, "lr_loadings": 0.0, "lr_head": 0.0}
+
+
+@pytest.mark.parametrize("how", [{"early_stopping_min_delta": 1e9}, {"plan_kwargs": STILL}])
+@pytest.mark.parametrize(("patience", "epochs"), [(0, 2), (1, 2), (2, 3)])
+def test_patience_and_least_gain_are_as_asked_for(tissue, make_model, train, how, patience, epochs) -> None:
+    model = train(make_model(tissue), max_epochs=8, early_stopping_patience=patience, **how)
+    assert len(model.history["train_loss"]) == epochs
+
+
+def test_what_lightning_is_told_holds(tissue, make_model, train) -> None:
+    model = train(make_model(tissue), max_epochs=4, check_val_every_n_epoch=2)
+    assert model.history["validation_loss"].notna().to_numpy().sum() == 2
+    with pytest.raises(ValueError, match="early_stopping_monitor cannot be chosen"):
+        train(make_model(tissue), max_epochs=1, early_stopping_monitor="train_loss")
+
+
+def test_classes_are_weighed_anew_in_every_training(tissue, make_model, train) -> None:
+    def weights(model):
+        return model.module.class_weight.tolist()
+
+    model = train(make_model(tissue, {"labels_key": "label"}), max_epochs=1, class_balance=0.0)
+    assert len(set(weights(model))) == 1
+    fresh = train(make_model(tissue, {"labels_key": "label"}), max_epochs=1, class_balance=1.0)
+    train(model, max_epochs=1, class_balance=1.0)
+    assert weights(model) == weights(fresh)
+    assert len(set(weights(fresh))) > 1
+
+
+def test_a_training_that_failed_leaves_no_trace_in_the_next(tissue, make_model, train) -> None:
+    class Fails(Callback):
+        def on_train_epoch_end(self, trainer, pl_module) -> None:
+            if trainer.current_epoch == 1:
+                raise RuntimeError("out of luck")
+
+    setup = {"labels_key": "label"}
+    first, second = make_model(tissue.copy(), setup), make_model(tissue.copy(), setup)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(first, max_epochs=3, callbacks=[Fails()])
+    assert not first.is_trained
+    a, b = (train(model, max_epochs=2).get_latent_representation() for model in (first, second))
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_hidden_features_are_scored_on_their_own_scale(tissue, make_model, train, scale) -> None:
+    tissue.X = np.asarray(tissue.X.todense(), dtype=np.float64)
+    other = tissue.copy()
+    other.X = tissue.X * scale
+    setup = {"input_scale": "real"}
+    a, b = (train(make_model(adata, setup), max_epochs=1) for adata in (tissue, other))
+    assert float(b.module.value_variance) == pytest.approx(scale**2 * float(a.module.value_variance), rel=1e-3)

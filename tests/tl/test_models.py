@@ -6,6 +6,7 @@ import gc
 import logging
 import re
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -203,3 +204,22 @@ def test_results_of_a_column_with_a_slash_have_none(tissue, quick, unchanged) ->
     obs = {"fimp_cell_type", "fimp_cell_type_confidence"}
     with unchanged(tissue, obs=obs, obsm={"fimp_cell_type_probabilities"}, uns={"fimp_cell_type"}):
         fimp_sc.tl.annotate(tissue, "cell/type", **quick)
+
+
+def test_values_are_freed_with_the_object(tissue, quick) -> None:
+    """Also those that a given model was applied to; a model that someone holds keeps its own."""
+    fimp_sc.tl.embed(tissue, **quick)
+    model = fimp_sc.tl.get_model(tissue)
+    alive = []
+    for _ in range(2):
+        section = tissue.copy()
+        fimp_sc.tl.embed(section, model=model, accelerator="cpu", verbose=False)
+        alive.append(weakref.ref(section.X))
+        del section
+    other = tissue.copy()
+    fimp_sc.tl.embed(other, **quick)
+    held = fimp_sc.tl.get_model(other)
+    del other
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
+    assert held.get_latent_representation().shape == (100, 16)

@@ -78,6 +78,14 @@ class GraphModel(BaseModelClass):
     def _state(self, registry_key: str) -> dict:
         return self.registry["field_registries"].get(registry_key, {}).get("state_registry", {})
 
+    def _validate_anndata(self, adata: Any = None, **kwargs: Any) -> Any:
+        if getattr(self, "_adata_manager", None) is None:
+            raise ValueError(
+                "This model is bound to no object: bind it to one with FIMP.load_query_data(adata, model), or "
+                "FIMP.from_pretrained(folder, adata)."
+            )
+        return super()._validate_anndata(adata, **kwargs)
+
     def _indices(self, adata: AnnData, indices: Sequence[int] | NDArray[np.int64] | None) -> NDArray[np.int64]:
         nodes = np.arange(adata.n_obs) if indices is None else np.asarray(indices)
         if nodes.dtype == bool:
@@ -143,11 +151,12 @@ class GraphModel(BaseModelClass):
             matrix = get_matrix(table.adata, setup["layer"])
             if table.rows is not None:
                 matrix = expand_rows(matrix, table.rows, f"mdata[{table.name!r}]")
-            scale = manager.registry["field_registries"][X_KEY]["state_registry"][ExpressionField.SCALE]
+            state = manager.registry["field_registries"][X_KEY]["state_registry"]
+            scale = state[ExpressionField.SCALE]
             columns = match_columns(self.genes, table.adata)
             data.source = ExpressionSource(
                 matrix, columns, scale, self._statistics(), codes[BATCH_KEY], hidden, table.absent,
-                self._state(X_KEY).get(ExpressionField.SCALE),
+                state.get(ExpressionField.TRAINED_SCALE, scale),
             )  # fmt: skip
             data.tokens = self._token_source()
         data.sequences = self._sequence_sources(adata, located, hidden_tokens or {})

@@ -98,11 +98,13 @@ class _Field(BaseAnnDataField):
 class ExpressionField(_Field):
     """Expression, or features, in ``X`` or a layer of a modality. Another object may have others, if some are shared.
 
+    The names that are registered are those of the object of training, and its scale beside that of the object.
+
     Without any such modality (of signals or images only) the field is empty.
     """
 
     NAMES = "column_names"
-    SCALE = "input_scale"
+    SCALE, TRAINED_SCALE = "input_scale", "trained_scale"
 
     def __init__(self, layer: str | None, input_scale: str, modality: Any = None) -> None:
         super().__init__(X_KEY, layer, modality)
@@ -131,11 +133,13 @@ class ExpressionField(_Field):
         if part.adata is not adata:
             where = where.replace("adata", f"mdata[{part.name!r}]")
         scale = "real" if part.kind == "feature" and self._input_scale == "auto" else self._input_scale
+        found = check_values(get_matrix(part.adata, self.attr_key), where=where, input_scale=scale)
         return {
             "n_obs": self.nodes(adata).n_obs,
             "n_vars": part.adata.n_vars,
             self.NAMES: np.asarray(part.adata.var_names.astype(str)),
-            self.SCALE: check_values(get_matrix(part.adata, self.attr_key), where=where, input_scale=scale),
+            self.SCALE: found,
+            self.TRAINED_SCALE: found,
         }
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
@@ -147,9 +151,13 @@ class ExpressionField(_Field):
                 if part is None
                 else f"The model reads signals or images only, and {part.name!r} holds a table of values."
             )
-        if part is not None:
-            _report_shared(state_registry[self.NAMES], part.adata)
-        return self.register_field(adata_target)
+        if part is None:
+            return self.register_field(adata_target)
+        _report_shared(state_registry[self.NAMES], part.adata)
+        # Weights belong to the genes of training, whatever this object has.
+        trained = state_registry.get(self.TRAINED_SCALE, state_registry.get(self.SCALE))
+        known = {"n_vars": n_model, self.NAMES: state_registry[self.NAMES], self.TRAINED_SCALE: trained}
+        return self.register_field(adata_target) | known
 
     def get_summary_stats(self, state_registry: dict) -> dict:
         return {"n_cells": state_registry["n_obs"], "n_vars": state_registry["n_vars"]}

@@ -164,6 +164,8 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, found {number}")
         _check_foundation(foundation, checkpoint, gene_embeddings, architecture)
+        if vocabulary_key is not None and foundation is None:
+            raise ValueError("vocabulary_key holds ids in the vocabulary of a foundation model: name one, foundation=.")
         if foundation is None and (train_foundation, source, aggregate) != ("frozen", "evolving", "layer"):
             raise ValueError("train_foundation, source and aggregate concern foundation models: name one, foundation=.")
         self.foundation, self.n_tokens = foundation, n_tokens
@@ -279,7 +281,7 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
         model.module.load_state_dict(reference.module.state_dict())
         model.to_device(reference.device)
         model.module.eval()
-        model.is_trained_ = reference.is_trained
+        model.is_trained_, model.history_ = reference.is_trained, dict(reference.history or {}) or None
         # Left to itself, scvi-tools would register the object once more, reading all of its values again.
         model._adata = adata
         model._adata_manager = cls._get_most_recent_anndata_manager(adata, required=True)

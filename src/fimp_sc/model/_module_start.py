@@ -20,9 +20,14 @@ if TYPE_CHECKING:
     from fimp_sc.data import Batch, GeneStatistics, SequenceShape, SequenceStatistics
 
 
+# Of the mean square, in units of which less is rounding.
 _LEAST_VARIANCE = 1e-8
 # Share of signal in the first principal components of single cells below which neighbours help to find better ones.
 _MOSTLY_SIGNAL = 0.4
+
+
+def _least_variance(square: float) -> float:
+    return max(_LEAST_VARIANCE * square, float(np.finfo(np.float32).tiny))
 
 
 class StartingModule(BaseModuleClass):
@@ -64,8 +69,9 @@ class StartingModule(BaseModuleClass):
         self.gene_mean.copy_(torch.from_numpy(statistics.mean))
         self.gene_fraction.copy_(torch.from_numpy(statistics.fraction))
         self.target_sum.fill_(statistics.target_sum)
-        variance = float(train.power(2).mean()) - float(np.square(statistics.mean).mean())
-        self.value_variance.fill_(max(variance, _LEAST_VARIANCE))
+        square = float(train.power(2).mean())
+        variance = square - float(np.square(statistics.mean).mean())
+        self.value_variance.fill_(max(variance, _least_variance(square)))
 
     def set_class_weight(self, counts: np.ndarray, balance: float = 0.0) -> None:
         """Set what an error in each class costs.
@@ -200,11 +206,12 @@ class StartingModule(BaseModuleClass):
             raise TypeError("Only FIMP-base of genes starts from principal components.")
         n_own, n_neighbourhood = self.network.n_own, self.network.n_neighbourhood
         n_components = min(n_own, min(train.shape) - 1)
-        if n_components < 1 or float(self.value_variance) <= _LEAST_VARIANCE:
+        least = _least_variance(float(train.power(2).mean()))
+        if n_components < 1 or float(self.value_variance) <= 1.001 * least:
             return
         deviation = np.sqrt(np.maximum(np.asarray(train.power(2).mean(0)).ravel() - mean**2, 0.0))
         # Halfway between covariance, where a few strong genes decide, and correlation, where noise does.
-        gene_scale = np.sqrt(np.maximum(deviation, 1e-3 * max(float(deviation.max()), 1e-8)))
+        gene_scale = np.sqrt(np.maximum(deviation, 1e-3 * float(deviation.max())))
         scaled = sparse.csr_matrix(train @ sparse.diags(1.0 / gene_scale))
         shared = min(n_components, n_neighbourhood)
         how = (gene_scale, validation, around, mean, shared, random_state)

@@ -101,7 +101,7 @@ class PredictiveModel(MixingModel):
 
         Returns
         -------
-        ``(len(indices),)`` array of labels, or a data frame cells x classes of probabilities with ``soft=True``.
+        ``(len(indices),)`` array of labels as text; with ``soft=True`` a data frame cells x classes of probabilities.
 
         Raises
         ------

@@ -120,7 +120,6 @@ def read_pretrained(
     model.is_trained_, model.history_ = config["is_trained"], history
     if adata is not None:
         model = cls.load_query_data(adata, model)
-        model.history_ = history
     model.to_device(device)
     return model
 

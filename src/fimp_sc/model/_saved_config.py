@@ -84,7 +84,7 @@ def describe(model: FIMP) -> dict[str, Any]:
         "is_trained": bool(model.is_trained),
         "n_cells": int(expression["n_obs"]),
         "n_genes": len(model.genes),
-        "input_scale": str(expression[ExpressionField.SCALE]) if len(model.genes) else None,
+        "input_scale": str(expression[ExpressionField.TRAINED_SCALE]) if len(model.genes) else None,
         "sequences": {
             key.removeprefix(SEQUENCE_KEY): _plain(field["state_registry"], key)
             for key, field in registry["field_registries"].items()
@@ -162,13 +162,13 @@ def check_config(config: Mapping[str, Any], path: Path, cls: type[FIMP]) -> dict
 
 def make_registry(config: Mapping[str, Any], genes: Sequence[str]) -> dict[str, Any]:
     """Return what scvi-tools keeps of the data that a model was trained on, from a checked configuration."""
-    setup = config["setup_args"]
+    setup, scale = config["setup_args"], config["input_scale"]
     states: dict[str, dict[str, Any]] = {
         X_KEY: {
             "n_obs": config["n_cells"],
             "n_vars": len(genes),
             ExpressionField.NAMES: np.array(genes, dtype=object),
-            **({ExpressionField.SCALE: config["input_scale"]} if genes else {}),
+            **(dict.fromkeys((ExpressionField.SCALE, ExpressionField.TRAINED_SCALE), scale) if genes else {}),
         },
     }
     if config["classes"] is not None:

@@ -37,15 +37,11 @@ class StartingModel(GraphModel):
         data: GraphData,
         train_idx: np.ndarray,
         val_idx: np.ndarray,
-        class_balance: float,
         mask_ratio: tuple[float, float],
         hidden: dict[str, Any],
     ) -> GraphData:
         """Start from training nodes, without what is ``hidden`` (arguments of :meth:`_graph_data`)."""
         module = self.module
-        counts = np.bincount(data.label[train_idx][data.label[train_idx] >= 0], minlength=len(self.classes))
-        if self.classes:
-            module.set_class_weight(counts, class_balance)
         # A foundation model has a scale of its own.
         foundation = isinstance(module.network, FoundationNetwork)
         if not foundation:

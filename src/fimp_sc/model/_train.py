@@ -70,6 +70,8 @@ class TrainableModel(MixingModel, StartingModel):
 
     _training_plan_cls = FIMPTrainingPlan
     _train_runner_cls = TrainRunner
+    # Weights before a training, until it has succeeded.
+    _untrained: dict[str, torch.Tensor] | None = None
 
     def train(
         self,
@@ -89,6 +91,7 @@ class TrainableModel(MixingModel, StartingModel):
         class_balance: float = 0.5,
         early_stopping: bool = True,
         early_stopping_patience: int | None = None,
+        early_stopping_min_delta: float = _LEAST_GAIN,
         plan_kwargs: dict[str, Any] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
@@ -126,10 +129,12 @@ class TrainableModel(MixingModel, StartingModel):
         class_balance
             0 weighs cells alike, 1 classes alike, in the label loss.
         early_stopping
-            Stop when the validation loss no longer improves by more than 0.0002. With validation cells the weights of
-            the best epoch are kept in any case.
+            Stop when the validation loss no longer improves. With validation cells the weights of the best epoch are
+            kept in any case.
         early_stopping_patience
             Validations without improvement to wait for, by default 3, and 6 where there are labels or no genes.
+        early_stopping_min_delta
+            A smaller gain is none.
         plan_kwargs
             Passed to the training plan (``lr``, ``weight_decay``, ...). By default ``lr`` grows with the number of
             steps, from 5e-4 to 8e-3 (4e-3 with labels), and so does ``lr_loadings``, from 2e-3.
@@ -143,6 +148,7 @@ class TrainableModel(MixingModel, StartingModel):
         IndexError
             When indices are out of range.
         """
+        self._validate_anndata()
         module = self.module
         if module.value_head is None and module.label_head is None and not module.network.heads:
             raise ValueError(
@@ -155,8 +161,12 @@ class TrainableModel(MixingModel, StartingModel):
         pretrained = isinstance(module.network, FoundationNetwork)
         schedule = Schedule.of(data, train_idx, batch_size, pretrained=pretrained)
         mask_ratio = schedule.mask_ratio if mask_ratio is None else mask_ratio
+        if self.classes:
+            label = data.label[train_idx]
+            module.set_class_weight(np.bincount(label[label >= 0], minlength=len(self.classes)), class_balance)
         if not self.is_trained:
-            data = self._start_from_data(data, train_idx, val_idx, class_balance, mask_ratio, unseen)
+            self._start_anew()
+            data = self._start_from_data(data, train_idx, val_idx, mask_ratio, unseen)
         splitter = BlockSplitter(
             data,
             train_idx,
@@ -175,9 +185,13 @@ class TrainableModel(MixingModel, StartingModel):
         if max_epochs is None:
             max_epochs = schedule.epochs(len(splitter.train_dataloader()))
         plan = self._training_plan_cls(self.module, **(schedule.plan | (plan_kwargs or {})))
+        unknown = {"early_stopping_monitor", "early_stopping_mode"} & set(trainer_kwargs)
+        if unknown:
+            raise ValueError(f"{min(unknown)} cannot be chosen: training stops by the validation loss.")
         validated = len(val_idx) > 0
+        patience = schedule.patience if early_stopping_patience is None else early_stopping_patience
         # Lightning's own callback: that of scvi-tools prints when it stops, asked to be quiet or not.
-        stopping = early_stopping and validated
+        stopping = EarlyStopping("validation_loss", min_delta=early_stopping_min_delta, patience=patience)
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), warnings.catch_warnings():
             # Blocks are made on the fly in the main process, and few of them are logged per epoch: by design.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -199,23 +213,37 @@ class TrainableModel(MixingModel, StartingModel):
                 max_epochs=max_epochs,
                 accelerator=accelerator,
                 devices=devices,
-                check_val_every_n_epoch=schedule.validate_every(max_epochs) if validated else None,
                 callbacks=[
                     *trainer_kwargs.pop("callbacks", []),
                     *([best] if validated else []),
-                    *([_stopping(early_stopping_patience or schedule.patience)] if stopping else []),
+                    *([stopping] if early_stopping and validated else []),
                     # This form of averaging leaves weights that do not change as they are, to the bit.
                     WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGING)),
                 ],
-                **{"default_root_dir": folder, **trainer_kwargs},
+                **{
+                    "default_root_dir": folder,
+                    "check_val_every_n_epoch": schedule.validate_every(max_epochs) if validated else None,
+                    **trainer_kwargs,
+                },
             )
             runner()
             if best.weights:
                 plan.load_state_dict(best.weights, strict=False)
         self.module.eval()
+        self._untrained = None
         known = val_idx[data.label[val_idx] >= 0]
         if module.label_head is not None and self.messages and len(known):
             self._fit_shares(known, data.label[known])
+
+    def _start_anew(self) -> None:
+        """Return to the weights of an untrained model, from which a training that failed may have moved."""
+        if self._untrained is None:
+            moving = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+            moving |= {name for name, _ in self.module.named_buffers()}
+            state = self.module.state_dict()
+            self._untrained = {name: value.cpu().clone() for name, value in state.items() if name in moving}
+        else:
+            self.module.load_state_dict(self._untrained, strict=False)
 
     def _unseen(self, hidden: Any) -> dict[str, Any]:
         """Return what is hidden, by modality or of the only one, as arguments of :meth:`_graph_data`."""
@@ -261,10 +289,6 @@ class TrainableModel(MixingModel, StartingModel):
         if self.classes and not (data.label[train_idx] >= 0).any():
             raise ValueError("No training cell has a label: check labels_key, unlabeled_category and the split.")
         return train_idx, val_idx
-
-
-def _stopping(patience: int) -> EarlyStopping:
-    return EarlyStopping("validation_loss", min_delta=_LEAST_GAIN, patience=patience)
 
 
 def on_gpu(accelerator: str) -> bool:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 # Size of the entries of random identities.
 _IDENTITY = 0.3
+# Share of a column's loadings (squared) below which scores of what is seen are shrunk, and by how much. Masks of
+# training leave more.
+_LEAST_SHARE, _SHRINKAGE = 0.25, 0.2
 
 
 class FeatureEmbedding(nn.Module):
@@ -69,7 +72,10 @@ class FeatureEmbedding(nn.Module):
         energy = self.loading.detach().square()
         total = energy.sum(0)
         seen = visible.to(energy.dtype) @ energy
-        missing = total / seen.clamp(min=1e-3 * total).clamp(min=1e-12)
+        missing = total / seen.clamp(min=1e-12)
+        # Where hardly anything is seen it is scaled up less than for all that is missing: that would be noise.
+        shrunk = (1.0 + _SHRINKAGE / _LEAST_SHARE) * total / (seen + _SHRINKAGE * total).clamp(min=1e-12)
+        missing = torch.where(seen < _LEAST_SHARE * total, shrunk, missing)
         summary = (profile @ self.loading) * missing.index_select(0, pattern)
         value = value.unsqueeze(2)
         tokens = (

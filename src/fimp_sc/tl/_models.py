@@ -101,7 +101,7 @@ def fitted_model(
         if unused:
             raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
         _check_modalities(given, work, inputs)
-        return FIMP.load_query_data(work, given, **_given_keys(inputs))
+        return _forgettable(FIMP.load_query_data(work, given, **_given_keys(inputs)))
     mark = _fingerprint(work, inputs)
     remembered = _models.get(id(adata))
     known = remembered is not None and remembered[0]() is adata and remembered[1] == mark
@@ -130,7 +130,7 @@ def fitted_model(
         FIMP.setup_anndata(work, **setup)
     else:
         FIMP.setup_mudata(work, modality=list(names), **setup)
-    fresh = FIMP(work, **{"random_state": random_state or 0, **arguments})
+    fresh = _forgettable(FIMP(work, **{"random_state": random_state or 0, **arguments}))
     _report(fresh, work, inputs, accelerator, zero_shot)
     if zero_shot:
         fresh.to_device(_device(accelerator))
@@ -139,6 +139,18 @@ def fitted_model(
     fresh.train(**usual | ({"hidden": hidden} if hidden else {}) | (train_kwargs or {}))
     _trainings[fresh] = _Training(max_epochs, arguments, train_kwargs or {}, unseen)
     return fresh
+
+
+def _forgettable(model: FIMP) -> FIMP:
+    """Let scvi-tools forget the object of a model, and with it the user's values, as soon as the model is gone."""
+    key = model.adata_manager.adata_uuid
+    weakref.finalize(model, _forget, model.id, key).atexit = False
+    return model
+
+
+def _forget(model_id: str, key: str) -> None:
+    FIMP._setup_adata_manager_store.pop(key, None)
+    FIMP._per_instance_manager_store.pop(model_id, None)
 
 
 def _check_modalities(model: FIMP, work: AnnData | MuData, inputs: Inputs) -> None:
