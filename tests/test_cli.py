@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from types import ModuleType, SimpleNamespace
 
 import anndata as ad
+import h5py
 import mudata
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import fimp_sc
 from fimp_sc import cli
@@ -113,7 +117,17 @@ def test_model_is_saved_to_a_new_folder_only(section, tmp_path, calls, capsys) -
     assert "exists already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [ValueError("bad\nthing"), KeyError("bad thing"), FileNotFoundError("bad thing")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("bad\nthing"),
+        KeyError("bad thing"),
+        FileNotFoundError("bad thing"),
+        FloatingPointError("bad thing"),
+        ImportError("bad thing"),
+        MisconfigurationException("bad\nthing"),
+    ],
+)
 def test_user_errors_are_one_line_and_leave_no_output(section, tmp_path, calls, monkeypatch, capsys, error) -> None:
     def fail(adata, **arguments) -> None:
         raise error
@@ -125,6 +139,15 @@ def test_user_errors_are_one_line_and_leave_no_output(section, tmp_path, calls, 
     assert captured.err == "fimp-sc embed: error: bad thing\n"
     assert captured.out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["section.h5ad"]
+
+
+def test_other_errors_keep_their_traceback(section, tmp_path, calls, monkeypatch) -> None:
+    def fail(adata, **arguments) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(fimp_sc.tl, "embed", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["embed", str(section), "--output", str(tmp_path / "out.h5ad")])
 
 
 def test_failed_write_keeps_the_old_output(section, tmp_path, calls, monkeypatch, capsys) -> None:
@@ -152,6 +175,55 @@ def test_faulty_paths(section, tmp_path, calls, capsys) -> None:
     (tmp_path / "text.h5ad").write_text("not HDF5")
     assert cli.main(["embed", str(tmp_path / "text.h5ad"), "--output", str(tmp_path / "out.h5ad")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    assert calls == []
+
+
+@pytest.mark.filterwarnings("ignore:.*was written without encoding metadata")
+@pytest.mark.parametrize("name", ["text.h5ad", "tenx.h5", "text.h5mu"])
+def test_files_of_another_kind(tmp_path, calls, capsys, name) -> None:
+    source, kind = tmp_path / name, "MuData" if name.endswith(".h5mu") else "AnnData"
+    if name == "tenx.h5":
+        with h5py.File(source, "w") as file:
+            file["matrix/barcodes"] = [b"AAAC-1"]
+    else:
+        source.write_text("not HDF5")
+    output = (tmp_path / "out").with_suffix(".h5mu" if kind == "MuData" else ".h5ad")
+    assert cli.main(["embed", str(source), "--output", str(output)]) == 2
+    message = capsys.readouterr().err
+    assert f"{name} is no {kind} file" in message
+    assert ("scanpy.read_10x_h5" in message) == (name == "tenx.h5")
+    assert message.count("\n") == 1
+    assert calls == []
+
+
+def test_only_h5ad_and_h5mu_are_read_and_written(section, tmp_path, calls, capsys) -> None:
+    for name in ("out.zarr", "out.h5mu", "out"):
+        assert cli.main(["embed", str(section), "--output", str(tmp_path / name)]) == 2
+        assert f"--output: '{name}' must end in .h5ad" in capsys.readouterr().err
+    (tmp_path / "section.zarr").mkdir()
+    assert cli.main(["embed", str(tmp_path / "section.zarr"), "--output", str(tmp_path / "out.h5ad")]) == 2
+    assert "section.zarr' is a folder, and only .h5ad and .h5mu files are read" in capsys.readouterr().err
+    assert calls == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["section.h5ad", "section.zarr"]
+
+
+@pytest.mark.parametrize("content", ["text", "nothing", "half", "another archive"])
+def test_damaged_model_is_one_line(section, tmp_path, calls, capsys, content) -> None:
+    file = tmp_path / "model" / "model.pt"
+    file.parent.mkdir()
+    arguments = ["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--model", str(file.parent)]
+    torch.save({"weights": torch.zeros(1000)}, file)
+    assert cli.main(arguments) == 0
+    calls.clear()
+    if content == "another archive":
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("readme.txt", "no model")
+    else:
+        file.write_bytes({"text": b"no model", "nothing": b"", "half": file.read_bytes()[:2000]}[content])
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "model.pt' is no saved model, or not all of it" in message
+    assert message.count("\n") == 1
     assert calls == []
 
 
@@ -224,6 +296,19 @@ def test_missing_key_for_real(section, tmp_path, capsys) -> None:
     assert error.startswith("fimp-sc annotate: error: ")
     assert "nothing" in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "out.h5ad").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("options", [["--max-epochs", "1"], ["--foundation", "scgpt", "--zero-shot"]])
+def test_missing_gpu_for_real(section, small_toy, scgpt_checkpoint, tmp_path, capsys, options) -> None:
+    if "--zero-shot" in options:
+        options = [*options, "--checkpoint", str(scgpt_checkpoint(list(small_toy.var_names)))]
+    arguments = ["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--accelerator", "gpu", "--quiet"]
+    assert cli.main([*arguments, *options]) == 2
+    message = capsys.readouterr().err
+    assert "gpu" in message
+    assert message.count("\n") == 1
     assert not (tmp_path / "out.h5ad").exists()
 
 

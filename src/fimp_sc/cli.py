@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-_USER_ERRORS = (ValueError, KeyError, OSError)
+_USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError, ImportError)
 _SLOTS = ("obs", "obsm", "obsp", "layers", "uns")
 
 
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_demo(**options)
         else:
             _run_tool(command, **options)
-    except _USER_ERRORS as error:
+    except Exception as error:
+        if not _is_told(error):
+            raise
         print(f"fimp-sc {command}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
@@ -56,6 +59,12 @@ def _run_tool(
     command: str, *, source: Path, output: Path, quiet: bool = False, save_model: Path | None = None, **arguments: Any
 ) -> None:
     """Read, call ``tl.<command>``, write."""
+    if source.is_dir():
+        message = (
+            f"input {str(source)!r} is a folder, and only .h5ad and .h5mu files are read: write one from it, for "
+            "instance with anndata.read_zarr(folder).write_h5ad(file)."
+        )
+        raise IsADirectoryError(message)
     if not source.is_file():
         message = f"input file {str(source)!r} does not exist."
         raise FileNotFoundError(message)
@@ -69,9 +78,17 @@ def _run_tool(
         message = f"--save-model: {str(save_model)!r} exists already; name a new folder."
         raise ValueError(message)
 
-    if source.suffix != output.suffix and ".h5mu" in (source.suffix, output.suffix):
-        message = f"--output: {output.name!r} must end like the input, {source.name!r}."
+    suffix = ".h5mu" if source.suffix == ".h5mu" else ".h5ad"
+    if output.suffix != suffix:
+        message = f"--output: {output.name!r} must end in {suffix}, which is what is written for {source.name!r}."
         raise ValueError(message)
+    if "model" in arguments:
+        _check_model(Path(arguments["model"]))
+    if arguments.get("zero_shot") and "accelerator" in arguments:
+        # Without training there is no trainer that would refuse a device that is not there.
+        from scvi.model._utils import parse_device_args
+
+        parse_device_args(arguments["accelerator"], "auto", return_device="torch")
 
     data = _read(source)
     before = _keys(data)
@@ -88,17 +105,41 @@ def _run_tool(
             print(f"Saved the model to {save_model}")
 
 
+def _check_model(folder: Path) -> None:
+    """Refuse a damaged file, on which torch fails in ways of its own; what else is wrong, the tools tell."""
+    file = folder / "model.pt"
+    if not file.is_file():
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            whole = any(name.endswith("/data.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        whole = False
+    if not whole:
+        message = f"--model: {str(file)!r} is no saved model, or not all of it: save or copy the model again."
+        raise ValueError(message)
+
+
 def _read(source: Path) -> AnnData | MuData:
-    if source.suffix != ".h5mu":
-        import anndata
+    kind = "MuData" if source.suffix == ".h5mu" else "AnnData"
+    try:
+        if kind == "AnnData":
+            import anndata
 
-        return anndata.read_h5ad(source)
-    import mudata
+            return anndata.read_h5ad(source)
+        import mudata
 
-    from fimp_sc.data._modality import quiet_mudata
+        from fimp_sc.data._modality import quiet_mudata
 
-    with quiet_mudata():
-        return mudata.read_h5mu(source)
+        with quiet_mudata():
+            return mudata.read_h5mu(source)
+    except (PermissionError, MemoryError, ImportError):
+        raise  # which say nothing about what the file is
+    except Exception as error:
+        message = f"{source} is no {kind} file that can be read ({type(error).__name__}: {_one_line(error)})."
+        if source.suffix == ".h5":
+            message += " One of 10x Genomics is read by scanpy.read_10x_h5; write it with adata.write_h5ad."
+        raise ValueError(message) from error
 
 
 def _keys(data: AnnData | MuData) -> list[str]:
@@ -120,6 +161,16 @@ def _write(data: Any, output: Path) -> None:
         part = Path(folder) / output.name
         (data.write_h5mu if hasattr(data, "write_h5mu") else data.write_h5ad)(part)
         part.replace(output)
+
+
+def _is_told(error: Exception) -> bool:
+    """Tell whether an error is about what the user gave, so that its message is enough."""
+    if isinstance(error, _USER_ERRORS):
+        return True
+    # Imported this late because it takes seconds: lightning refuses an accelerator that is not there.
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    return isinstance(error, MisconfigurationException)
 
 
 def _one_line(error: BaseException) -> str:
