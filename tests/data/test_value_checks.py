@@ -124,6 +124,23 @@ def test_float32_log_values_of_unequal_counts():
     assert check_values(sparse.csr_matrix(np.log1p(proportions(1e4)).astype(np.float32)), where="adata.X") == "log"
 
 
+@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_fractions_are_no_logarithms(form, dtype):
+    """They are so small that undoing a logarithm, too, leaves totals within 1 %."""
+    rng = np.random.default_rng(0)
+    level, depth = rng.gamma(0.5, 2.0, size=3000) + 0.01, rng.uniform(0.5, 2.0, size=(60, 1))
+    matrix = rng.poisson(level * depth).astype(np.float64)
+    matrix = matrix[:, matrix.any(axis=0)]
+    matrix /= matrix.sum(axis=1, keepdims=True)
+    assert np.ptp(np.expm1(matrix).sum(axis=1)) < 0.01
+    for total, logarithm, scale in (
+        (1, False, "normalized"), (100, False, "normalized"), (1, True, "log"), (100, True, "log"), (1e4, True, "log"),
+    ):  # fmt: skip
+        values = np.log1p(matrix * total) if logarithm else matrix * total
+        assert check_values(FORMATS[form](values.astype(dtype)), where="adata.X") == scale, (total, logarithm)
+
+
 @pytest.mark.parametrize("scale", ["counts", "normalized", "log"])
 def test_given_scale_is_kept(scale):
     assert check_values(counts(), where="adata.X", input_scale=scale) == scale

@@ -17,6 +17,7 @@ CHUNK_VALUES = PIECE_VALUES
 LOG_MAXIMUM = 20.0
 _SAMPLED_CELLS = 256
 _CONSTANT_TOTAL = 0.01
+_ROUNDING = 1e-6
 
 
 def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> InputScale:
@@ -35,9 +36,9 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
 
         1. ``"counts"`` if all values are whole numbers, otherwise
         2. ``"normalized"`` if the largest value exceeds 20 (``log1p`` of 485 million), otherwise
-        3. ``"log"`` if undoing ``log1p`` gives all of 256 evenly spaced cells the same total (within 1 %), otherwise
-        4. ``"normalized"`` if these cells have the same total as they are, otherwise
-        5. ``"log"``.
+        3. ``"normalized"`` if 256 evenly spaced cells have the same total as they are (within 1 %), and differ less
+           than after ``log1p`` is undone (which hardly changes fractions), otherwise
+        4. ``"log"``.
 
     Returns
     -------
@@ -193,11 +194,10 @@ def _resolve_fractional(matrix: Any, found: _Findings) -> InputScale:
     rows: Any = matrix.read(cells) if isinstance(matrix, MatrixRows) else matrix[cells]
     values = rows.astype(np.float64)
 
-    def constant(totals: Any) -> bool:
-        totals = np.asarray(totals).ravel()
-        return totals.size > 1 and float(np.ptp(totals)) <= _CONSTANT_TOTAL * float(totals.mean())
+    def spread(matrix: Any) -> float:
+        totals = np.asarray(matrix.sum(axis=1)).ravel()
+        return float(np.ptp(totals)) / float(totals.mean()) if totals.size > 1 else np.inf
 
-    undone = values.expm1() if sparse.issparse(values) else np.expm1(values)
-    if not constant(undone.sum(axis=1)) and constant(values.sum(axis=1)):
-        return "normalized"
-    return "log"
+    own, undone = spread(values), spread(values.expm1() if sparse.issparse(values) else np.expm1(values))
+    # Fractions are so small that undoing a logarithm leaves their totals about equal, but not as equal as they are.
+    return "normalized" if own <= _CONSTANT_TOTAL and own + _ROUNDING < undone else "log"
