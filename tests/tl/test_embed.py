@@ -9,6 +9,7 @@ from scipy import sparse
 
 import fimp_sc
 from fimp_sc.model import FIMP
+from fimp_sc.tl._results import _storable
 
 GRAPH = {
     "obsp": {"spatial_connectivities", "spatial_distances"},
@@ -38,6 +39,21 @@ def test_record_says_how_it_was_made(tissue, quick) -> None:
     assert record["random_state"] == 4
     assert record["epochs"] == 1
     assert {"fimp-sc", "torch", "scvi-tools", "anndata"} == set(record["versions"])
+
+
+def test_record_has_nothing_that_an_older_anndata_cannot_read(tissue, quick) -> None:
+    fimp_sc.tl.embed(tissue, **quick)
+
+    def values(held):
+        return [one for value in held.values() for one in (values(value) if isinstance(value, dict) else [value])]
+
+    for key in ("X_fimp", "spatial_neighbors"):
+        assert all(value is not None for value in values(tissue.uns[key])), key
+
+
+def test_storable_reaches_nested_parameters() -> None:
+    given = {"a": None, "b": {"c": None, "d": (1, 2), "e": {"f": None, "g": 0}}, "h": False}
+    assert _storable(given) == {"b": {"d": [1, 2], "e": {"g": 0}}, "h": False}
 
 
 def test_graph_that_is_there_is_used_as_it_is(tissue, quick, unchanged) -> None:

@@ -93,7 +93,7 @@ def spatial_graph(
     ``adata.obsp[f"{key_added}_distances"]``
         CSR, ``(n_obs, n_obs)``, lengths of the edges in the unit of the coordinates (for ``"grid"``: the ring).
     ``adata.uns[f"{key_added}_neighbors"]``
-        the two keys above and the parameters.
+        the two keys above and the parameters, without those that are ``None``.
 
     Raises
     ------
@@ -149,8 +149,9 @@ def spatial_graph(
         raise ValueError(_no_edges_message(method, radius, coordinates))
     check_connectivities(connectivities, adata.n_obs, where=f"The {method} graph", library=library)
     params = {
-        key: list(value) if isinstance(value, tuple) else value  # h5ad files cannot hold tuples
+        key: list(value) if isinstance(value, tuple) else value
         for key, value in built.uns["spatial_neighbors"]["params"].items()
+        if value is not None  # h5ad files cannot hold tuples, and not every anndata reads None from them
     }
 
     _write(adata, key_added, connectivities, distances, {**keys, "params": params})

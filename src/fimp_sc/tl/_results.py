@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -32,15 +33,22 @@ def record(model: FIMP, inputs: Inputs, **extra: Any) -> dict[str, Any]:
     history = model.history or {}
     return {
         "params": _storable(asdict(inputs) | extra),
-        "model": dict(model.init_params_["non_kwargs"]),
+        "model": _storable(model.init_params_["non_kwargs"]),
         "random_state": int(model.random_state),
         "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
         "versions": {"fimp-sc": fimp_sc.__version__, **{p: version(p) for p in ("scvi-tools", "torch", "anndata")}},
     }
 
 
-def _storable(parameters: dict[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in parameters.items() if v is not None}
+def _storable(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters without None and tuples, which not every supported anndata reads or writes."""
+    kept: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            kept[name] = _storable(value)
+        elif value is not None:
+            kept[name] = list(value) if isinstance(value, tuple) else value
+    return kept
 
 
 def finite_or_raise(values: np.ndarray, what: str) -> None:
