@@ -152,6 +152,19 @@ def test_unusable_labels_leave_the_object_as_it_was(tissue, quick, unchanged, la
         fimp_sc.tl.annotate(tissue, "label", **quick)
 
 
+def test_niches_are_not_replaced(tissue, quick, unchanged, trainings) -> None:
+    tissue.obsm["X_fimp"] = np.random.default_rng(0).normal(size=(tissue.n_obs, 4))
+    fimp_sc.tl.niches(tissue, 3, smooth=0, n_seeds=2)
+    for copy in (False, True):
+        with unchanged(tissue), pytest.raises(ValueError, match=r"'fimp_niche'.*fimp_sc\.tl\.niches.*key_added="):
+            fimp_sc.tl.annotate(tissue, "niche", copy=copy, **quick)
+    assert not trainings
+    for _ in range(2):  # its own results are replaced
+        fimp_sc.tl.annotate(tissue, "niche", key_added="predicted", **quick)
+    with pytest.raises(ValueError, match=r"'predicted'.*fimp_sc\.tl\.annotate"):
+        fimp_sc.tl.niches(tissue, 3, smooth=0, n_seeds=2, key_added="predicted")
+
+
 def test_class_with_one_cell_is_announced(tissue, quick) -> None:
     labels = tissue.obs["label"].astype(object)
     labels.iloc[0] = "rare"

@@ -227,6 +227,17 @@ def test_nothing_is_written_when_it_fails(blobs, unchanged, arguments, error, me
         tl.niches(blobs, **{"n_niches": 4, **FAST, **arguments})
 
 
+def test_predictions_are_not_replaced(blobs, unchanged) -> None:
+    tl.niches(blobs, 3, **FAST)
+    tl.niches(blobs, 4, **FAST)  # its own results are
+    assert blobs.uns["fimp_niche"]["n_niches"] == 4
+    blobs.uns["fimp_niche"] = {"classes": np.array(["a", "b"], dtype=object)}
+    with unchanged(blobs), pytest.raises(ValueError, match=r"'fimp_niche'.*fimp_sc\.tl\.annotate.*key_added="):
+        tl.niches(blobs, 4, **FAST)
+    with unchanged(blobs, obs={"regions"}, uns={"regions", "regions_colors"}):
+        tl.niches(blobs, 4, key_added="regions", **FAST)
+
+
 def test_unusable_representations(blobs) -> None:
     for bad in (np.nan, np.inf):
         blobs.obsm["bad"] = blobs.obsm["X_fimp"].copy()

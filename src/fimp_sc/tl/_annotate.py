@@ -9,7 +9,7 @@ from fimp_sc._logging import user_messages
 from fimp_sc.data._checks import check_key_added
 from fimp_sc.tl._inputs import choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
-from fimp_sc.tl._results import finite_or_raise, placed, record
+from fimp_sc.tl._results import finite_or_raise, placed, record, refuse_other
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +61,8 @@ def annotate(
     modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
         As in :func:`embed`.
     key_added
-        Name of the results; ``fimp_{labels_key}`` by default, with "_" for "/".
+        Name of the results; ``fimp_{labels_key}`` by default, with "_" for "/". Results of :func:`niches` are not
+        replaced.
     gene_embeddings, foundation, checkpoint, model
         As in :func:`embed`.
     max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs, inference_kwargs
@@ -82,7 +83,8 @@ def annotate(
     KeyError
         When a key is missing.
     ValueError
-        When labels, values or graph cannot be used, or the given model knows no labels.
+        When labels, values or graph cannot be used, the given model knows no labels, or the key holds results of
+        :func:`niches`.
     """
     key = key_added or f"fimp_{labels_key}".replace("/", "_")
     check_key_added(key)
@@ -92,6 +94,7 @@ def annotate(
         connectivities_key=connectivities_key, input_scale=input_scale, labels_key=labels_key,
         unlabeled_category=unlabeled_category,
     )  # fmt: skip
+    refuse_other(target, key, "niches")
     with user_messages(verbose=verbose):
         work = working_copy(target, inputs, labels_required=model is None)
         fitted = fitted_model(

@@ -17,6 +17,7 @@ from fimp_sc.data._checks import check_key_added, check_object
 from fimp_sc.data._parts import is_mudata, registered_keys
 from fimp_sc.tl._clusterings import Leiden, fit_mixture
 from fimp_sc.tl._inputs import copied
+from fimp_sc.tl._results import refuse_other
 from fimp_sc.tl._smooth import smoothed
 from fimp_sc.tl._stability import mixtures_of_halves, most_stable, seeds_of_leiden, stability
 
@@ -88,7 +89,7 @@ def niches(
     connectivities_key
         Graph in ``obsp``.
     key_added
-        Where to write in ``obs`` and ``uns``.
+        Where to write in ``obs`` and ``uns``. Predictions of :func:`annotate` are not replaced.
     random_state
         Seed. The order of cells does not matter.
     copy
@@ -107,7 +108,7 @@ def niches(
     KeyError
         When the representation, the graph or a column is missing.
     ValueError
-        When values, graph or arguments cannot be used.
+        When values, graph or arguments cannot be used, or ``key_added`` holds results of :func:`annotate`.
     ImportError
         When ``method="leiden"`` and igraph is missing.
     """
@@ -119,6 +120,7 @@ def niches(
         library_key = library_key or own["library_key"]
         if connectivities_key == "spatial_connectivities":
             connectivities_key = own["connectivities_key"]
+    refuse_other(target, key_added, "annotate")
     if smooth is None:
         smooth = int(method == "mixture")
     _check_choices(method, smooth, covariance_type, n_seeds, random_state)

@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from fimp_sc.tl._inputs import Inputs
 
 
+# What only the record of a tool holds.
+_MARKS = {"annotate": "classes", "niches": "n_niches"}
+
+
+def refuse_other(adata: Any, key: str, tool: str) -> None:
+    """Refuse to replace what another tool wrote, for instance niches by labels that are called "niche"."""
+    found = adata.uns.get(key)
+    if isinstance(found, Mapping) and _MARKS[tool] in found:
+        raise ValueError(
+            f"adata.obs[{key!r}] and adata.uns[{key!r}] hold results of fimp_sc.tl.{tool}, which would be replaced: "
+            "pass another name with key_added=. The object is unchanged."
+        )
+
+
 def placed(values: np.ndarray, nodes: pd.Index, wanted: pd.Index) -> np.ndarray:
     """Return rows of ``nodes`` in the order of ``wanted``, NaN for those that have none."""
     if nodes.equals(wanted):
