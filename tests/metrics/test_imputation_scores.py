@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import anndata as ad
 import numpy as np
 import pytest
 from scipy import sparse
@@ -80,6 +81,20 @@ def test_layers_and_chosen_genes(toy) -> None:
     assert list(some["r2_per_gene"].index) == list(genes)
     np.testing.assert_allclose(some["r2_per_gene"], scores["r2_per_gene"][genes])
     assert some["n_entries"] == toy.layers["hidden"][:, [40, 3, 11]].sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*zarr v[23]:UserWarning")
+def test_chosen_genes_after_a_zarr_store(toy, tmp_path) -> None:
+    toy.obsm["some"] = toy.X[:, [40, 3]].toarray() + 0.5
+    toy.uns["some"] = {"genes": np.array(toy.var_names[[40, 3]], dtype=object)}
+    toy.write_zarr(tmp_path / "toy.zarr")
+    again = ad.read_zarr(tmp_path / "toy.zarr")
+    # What zarr's own strings become depends on versions.
+    if hasattr(np.dtypes, "StringDType"):
+        again.uns["some"]["genes"] = np.array(toy.var_names[[40, 3]].tolist(), dtype=np.dtypes.StringDType())
+    scores = imputation_scores(again, None, "some")
+    assert list(scores["r2_per_gene"].index) == list(toy.var_names[[40, 3]])
+    assert scores["mse"] == pytest.approx(0.25)
 
 
 def test_unusable_input(toy, pair) -> None:

@@ -50,6 +50,49 @@ def test_genes_limit_what_is_made(embedded, unchanged, trainings) -> None:
     assert trainings == []
 
 
+def test_one_gene_by_its_name(embedded) -> None:
+    gene = embedded.var_names[7]
+    fimp_sc.tl.impute(embedded, genes=gene, **AGAIN)
+    assert embedded.obsm["fimp"].shape == (100, 1)
+    assert list(embedded.uns["fimp"]["genes"]) == [gene]
+
+
+def test_the_other_slot_holds_no_older_values(embedded) -> None:
+    genes = list(embedded.var_names[:2])
+    fimp_sc.tl.impute(embedded, **AGAIN)
+    fimp_sc.tl.impute(embedded, genes=genes, **AGAIN)
+    assert "fimp" not in embedded.layers
+    scores = fimp_sc.metrics.imputation_scores(embedded, None, "fimp")
+    assert list(scores["r2_per_gene"].index) == genes
+    fimp_sc.tl.impute(embedded, **AGAIN)
+    assert "fimp" not in embedded.obsm
+    assert embedded.layers["fimp"].shape == embedded.shape
+
+
+def test_what_others_hold_under_the_same_name_stays(embedded) -> None:
+    embedded.obsm["mine"] = np.zeros((100, 2))
+    embedded.uns["mine"] = {"note": "not an imputation"}
+    fimp_sc.tl.impute(embedded, key_added="mine", **AGAIN)
+    assert embedded.layers["mine"].shape == embedded.shape
+    np.testing.assert_array_equal(embedded.obsm["mine"], np.zeros((100, 2)))
+
+
+def test_record_of_how_measured_values_are_scaled(embedded, reference, section) -> None:
+    fimp_sc.tl.impute(embedded, **AGAIN)
+    record = embedded.uns["fimp"]
+    assert record["input_scale"] == record["trained_scale"] == "counts"
+    assert record["total"] == pytest.approx(record["target_sum"])
+    assert list(record["measured"]) == list(embedded.var_names)
+    fimp_sc.tl.impute(section, model=reference, accelerator="cpu", verbose=False)
+    record = section.uns["fimp"]
+    known = section.var_names[section.var_names.isin(reference.genes)]
+    fraction = reference.module.gene_fraction.numpy()[np.isin(reference.genes, known)]
+    assert record["target_sum"] == float(reference.module.target_sum)
+    assert record["total"] == pytest.approx(record["target_sum"] * fraction.sum())
+    assert list(record["measured"]) == list(known)
+    assert record["share"].sum() == pytest.approx(1)
+
+
 def test_scales(embedded) -> None:
     fimp_sc.tl.impute(embedded, **AGAIN)
     fimp_sc.tl.impute(embedded, scale="counts", key_added="counts", **AGAIN)
@@ -153,6 +196,20 @@ def test_genes_that_are_not_measured_can_be_predicted(reference, section) -> Non
 def test_unknown_gene_that_is_asked_for_is_an_error(embedded, unchanged) -> None:
     with unchanged(embedded), pytest.raises(KeyError, match="Not among the 30 genes of the model"):
         fimp_sc.tl.impute(embedded, genes=["NOTHING"], **AGAIN)
+
+
+def test_unknown_gene_is_refused_before_training(tissue, quick, unchanged, trainings) -> None:
+    with unchanged(tissue), pytest.raises(KeyError, match="Not among the 30 genes of the model"):
+        fimp_sc.tl.impute(tissue, genes=["NOTHING"], **quick)
+    assert trainings == []
+
+
+def test_a_model_that_was_given_before_may_know_more_genes(reference, section, trainings) -> None:
+    missing = [gene for gene in reference.genes if gene not in set(section.var_names)]
+    fimp_sc.tl.embed(section, model=reference, accelerator="cpu", verbose=False)
+    fimp_sc.tl.impute(section, genes=missing[:2], accelerator="cpu", verbose=False)
+    assert trainings == []
+    assert section.obsm["fimp"].shape == (section.n_obs, 2)
 
 
 def _with_graph(section: ad.AnnData) -> ad.AnnData:

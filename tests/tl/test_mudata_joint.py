@@ -5,6 +5,7 @@ from __future__ import annotations
 import mudata
 import numpy as np
 import pytest
+from scipy import sparse
 
 import fimp_sc
 from fimp_sc.data._modality import quiet_mudata
@@ -46,6 +47,7 @@ def test_several_modalities(joint, only_changed, trainings) -> None:
     assert joint.obsm["X_fimp"].shape == (24, 16)
     np.testing.assert_array_equal(joint.obsm["X_fimp"], model.get_latent_representation())
     written = [("rna", "layers", "fimp"), ("image", "obsm", "fimp"), ("bold", "layers", "fimp"), ("", "uns", "fimp")]
+    written.append(("rna", "uns", "fimp"))
     with only_changed(joint, *written):
         fimp_sc.tl.impute(joint, modality=NAMES, **AGAIN)
     assert trainings == [model]
@@ -62,6 +64,23 @@ def test_several_modalities(joint, only_changed, trainings) -> None:
     with only_changed(joint, *(("", *where) for where in [*written, ("uns", "fimp_kind")])):
         fimp_sc.tl.annotate(joint, "kind", modality=NAMES, **ALL)
     assert joint.obs["fimp_kind"].notna().all()
+
+
+def test_imputed_values_of_a_modality_are_drawn(joint) -> None:
+    """With what the whole object says of them, though a modality lacks the column that tells the samples apart."""
+    names = joint.obs_names
+    joint.obs["half"] = np.where(np.arange(24) < 12, "a", "b")
+    ring = np.roll(np.eye(12), 1, axis=1)
+    joint.obsp["spatial_connectivities"] = sparse.csr_matrix(sparse.block_diag([ring, ring]))
+    fimp_sc.tl.impute(joint, modality=NAMES, library_key="half", **ALL)
+    rna = joint["rna"]
+    rna.obsm["spatial"] = joint.obsm["spatial"][names.get_indexer(rna.obs_names)]
+    model = fimp_sc.tl.get_model(joint, modality=NAMES)
+    axes = fimp_sc.pl.imputation(rna, "g3", show=False)
+    measured = model._graph_data(model.adata).source.rows(names.get_indexer(rna.obs_names))
+    np.testing.assert_allclose(axes[0, 0].collections[0].get_array(), measured[:, 3], rtol=1e-5)
+    fimp_sc.tl.impute(joint, modality=NAMES, library_key="half", genes=["g3"], **AGAIN)
+    assert "fimp" not in rna.layers
 
 
 def test_results_of_several_modalities_survive_a_file(joint, tmp_path) -> None:

@@ -45,6 +45,11 @@ class GeneStatistics:
     target_sum: float
 
 
+def used_as_is(input_scale: InputScale, trained_scale: InputScale | None) -> bool:
+    """Tell whether values are taken as they are, rather than scaled to the total of training."""
+    return input_scale == "real" or (input_scale == "log" and trained_scale in (None, "log", "real"))
+
+
 class ExpressionSource:
     """Rows of expression in the genes of the model.
 
@@ -96,7 +101,7 @@ class ExpressionSource:
         self._rows = open_rows(matrix)
         self.absent = absent
         self._scale = input_scale
-        self._as_is = input_scale == "real" or (input_scale == "log" and trained_scale in (None, "log", "real"))
+        self._as_is = used_as_is(input_scale, trained_scale)
         self.measured = columns >= 0
         n_obs, n_vars = self._rows.shape
         self._columns = columns

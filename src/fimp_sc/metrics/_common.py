@@ -66,5 +66,10 @@ def expression(adata: AnnData, name: str | None) -> tuple[Any, pd.Index]:
     if name is not None and name not in adata.layers and name in adata.obsm:
         genes = dict(adata.uns.get(name, {})).get("genes")
         if genes is not None and len(genes) == adata.obsm[name].shape[1]:
-            return in_memory(adata.obsm[name], f"adata.obsm[{name!r}]"), pd.Index(np.asarray(genes, dtype=str))
+            return in_memory(adata.obsm[name], f"adata.obsm[{name!r}]"), as_index(genes)
     return get_matrix(adata, name), adata.var_names
+
+
+def as_index(names: Any) -> pd.Index:
+    """Return names that ``uns`` holds as an index; read from a file they may be strings of numpy's own, or in dask."""
+    return pd.Index([str(name) for name in in_memory(names, "adata.uns")], dtype=object)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scvi.data.fields import BaseAnnDataField
 
+from fimp_sc._errors import MissingKeyError
 from fimp_sc.data._checks import (
     check_anndata,
     check_coordinates,
@@ -232,6 +233,23 @@ def match_columns(genes: NDArray[Any], adata: AnnData) -> NDArray[np.int64]:
             "ids, same species and case) as in training."
         )
     return columns
+
+
+def check_known(wanted: Sequence[str], genes: NDArray[Any]) -> None:
+    """Raise where one of the ``wanted`` is not among the ``genes`` of a model.
+
+    Raises
+    ------
+    MissingKeyError
+        The message names up to five of them.
+    """
+    there = set(genes.tolist())
+    unknown = [gene for gene in wanted if gene not in there]
+    if unknown:
+        raise MissingKeyError(
+            f"Not among the {len(genes)} genes of the model: {unknown[:5]}. Leave them out, or pass a model that was "
+            "trained on them."
+        )
 
 
 class GraphField(_Field):

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from fimp_sc.model._decode import decoded_expression
-from fimp_sc.model._fields import X_KEY, ExpressionField
+from fimp_sc.model._fields import X_KEY, ExpressionField, check_known
 from fimp_sc.model._mixture import MixingModel
 from fimp_sc.model._reconstruct import hidden_tokens, predict_all
 from fimp_sc.nn import FoundationNetwork
@@ -177,8 +177,8 @@ class PredictiveModel(MixingModel):
             raise ValueError("scale='counts' needs expression: these features are predicted as they are, scale='log'.")
         names = pd.Index(table.adata.var_names.astype(str) if genes is None else [str(gene) for gene in genes])
         known = pd.Index(self.genes).get_indexer(names)
-        if genes is not None and (known < 0).any():
-            raise KeyError(f"Not among the {len(self.genes)} genes of the model: {list(names[known < 0][:5])}")
+        if genes is not None:
+            check_known(list(names), self.genes)
         data = self._graph_data(adata, hidden)
         source = cast("ExpressionSource", data.source)
         features = torch.from_numpy(known[known >= 0]).to(self.device)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import expand_rows, parts_of
 from fimp_sc.tl._inputs import choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
-from fimp_sc.tl._results import finite_or_raise, placed, record
+from fimp_sc.tl._results import finite_or_raise, measured_scale, placed, record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 def impute(
     adata: AnnData | MuData,
     *,
-    genes: Sequence[str] | None = None,
+    genes: str | Sequence[str] | None = None,
     scale: Literal["log", "counts"] = "log",
     hidden: NDArray[np.bool_] | str | None = None,
     modality: str | Sequence[str] | None = None,
@@ -67,8 +68,8 @@ def impute(
     adata
         Cells with expression and coordinates, or a MuData object; see :func:`embed`.
     genes
-        Genes to predict, of those that the model knows, measured here or not. All genes of ``adata`` by default,
-        which makes a dense cells x genes layer: name genes for a large object.
+        Gene or genes to predict, of those that the model knows, measured here or not. All genes of ``adata`` by
+        default, which makes a dense cells x genes layer: name genes for a large object.
     scale
         ``"log"``: ``log1p`` of values scaled to the model's common total (the median total of the cells of the object
         that it was trained on).
@@ -93,8 +94,11 @@ def impute(
     Returns
     -------
     ``None``, or the copy. Writes ``layers[key_added]`` (``(n_obs, n_vars)`` float32, NaN for genes that a given
-    model does not know) or, with ``genes``, ``obsm[key_added]`` (``(n_obs, len(genes))`` float32); ``uns[key_added]``
-    (``genes``, parameters, seed, versions); and the graph if it was built. Of signals ``layers[key_added]``
+    model does not know) or, with ``genes``, ``obsm[key_added]`` (``(n_obs, len(genes))`` float32), and removes what an
+    earlier call wrote to the other of these; ``uns[key_added]`` (``genes``, parameters, seed, versions, and how the
+    model scales what was measured: ``input_scale``, ``trained_scale``, ``target_sum``, the ``total`` of those genes
+    ``measured`` here that it knows, and the ``share`` of each), also in the modality's own ``uns`` where several are
+    read together; and the graph if it was built. Of signals ``layers[key_added]``
     (``(n_obs, n_times)`` float32, NaN for time points that do not fill a segment), of images ``obsm[key_added]``
     (``(n_obs, height * width * channels)`` float32, likewise), each in its modality. Nothing is written when the call
     fails.
@@ -107,6 +111,7 @@ def impute(
         When values or graph cannot be used, or an argument is for other modalities.
     """
     check_key_added(key_added)
+    genes = [genes] if isinstance(genes, str) else genes if genes is None else list(genes)
     adata = copied(adata) if copy else adata
     target, inputs = choose(
         adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
@@ -124,6 +129,7 @@ def impute(
             target, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             hidden=masks, gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
+            genes=genes,
         )  # fmt: skip
         parts = [
             (part, _predicted(fitted, part, genes, scale, masks.get(part.name), inference_kwargs or {}))
@@ -132,20 +138,33 @@ def impute(
         extra: dict[str, Any] = {}
         with write_back(target, work, inputs, fitted):
             for part, values in parts:
-                values = placed(values, work.obs_names, part.adata.obs_names)
+                table = part.adata
+                values = placed(values, work.obs_names, table.obs_names)
                 in_layer = sequence_kind(part.kind).results == "layers" if part.is_sequence else genes is None
                 if in_layer:
-                    part.adata.layers[key_added] = values
+                    table.layers[key_added] = values
                 else:
-                    part.adata.obsm[key_added] = values.reshape(len(values), -1)
-                if not part.is_sequence:
-                    names = part.adata.var_names if genes is None else list(genes)
-                    extra = {"genes": np.array(names, dtype=object)}
+                    table.obsm[key_added] = values.reshape(len(values), -1)
+                if part.is_sequence:
+                    continue
+                other = table.obsm if in_layer else table.layers
+                if key_added in other and (_is_record(target, key_added) or _is_record(table, key_added)):
+                    del other[key_added]  # its record is about to be replaced
+                names = table.var_names if genes is None else genes
+                extra = {"genes": np.array(names, dtype=object)} | measured_scale(fitted, table)
+                if table is not target:
+                    table.uns[key_added] = record(fitted, inputs, scale=scale) | extra
             target.uns[key_added] = record(fitted, inputs, scale=scale if extra else None) | extra
     return adata if copy else None
 
 
-def _predicted(model: FIMP, part: Part, genes: Sequence[str] | None, scale: Any, hidden: Any, how: Any) -> np.ndarray:
+def _is_record(data: AnnData | MuData, key: str) -> bool:
+    """Tell whether ``uns[key]`` is of an earlier call, rather than of something else under the same name."""
+    found = data.uns.get(key)
+    return isinstance(found, Mapping) and "genes" in found
+
+
+def _predicted(model: FIMP, part: Part, genes: list[str] | None, scale: Any, hidden: Any, how: Any) -> np.ndarray:
     """Return values of one modality for all nodes of the model."""
     if part.is_sequence:
         names = list(model.module.sequences)
@@ -158,7 +177,7 @@ def _predicted(model: FIMP, part: Part, genes: Sequence[str] | None, scale: Any,
         finite_or_raise(values[:, np.isfinite(kind.restore(whole, size, token_size)[0])], "reconstruction")
         return values
     values = model.get_expression(genes=genes, scale=scale, hidden=hidden, **how)
-    wanted = np.array(part.adata.var_names if genes is None else list(genes), dtype=str)
+    wanted = np.array(part.adata.var_names if genes is None else genes, dtype=str)
     unknown = ~np.isin(wanted, model.genes.astype(str))
     if unknown.any():
         logger.warning("%d genes are not known to the model: their columns are NaN.", unknown.sum())

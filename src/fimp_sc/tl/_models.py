@@ -21,6 +21,7 @@ from fimp_sc.data._modality import get_modality
 from fimp_sc.data._parts import as_modalities, is_mudata, nodes_of, parts_of
 from fimp_sc.data._stored import identity, storage
 from fimp_sc.model import FIMP
+from fimp_sc.model._fields import check_known
 from fimp_sc.model._pretrained import is_pretrained
 from fimp_sc.model._train import on_gpu
 from fimp_sc.nn import FoundationNetwork
@@ -67,12 +68,13 @@ def fitted_model(
     foundation: str | None = None,
     checkpoint: str | Path | None = None,
     zero_shot: bool = False,
+    genes: Sequence[str] | None = None,
 ) -> FIMP:
     """Return a model for the working copy: the given one, the remembered one, or one trained (or just built) now.
 
     The remembered one serves if ``reuse`` is set and it is what training would make: of the same data, with the same
     ``max_epochs`` and (``same_seed``) ``random_state`` where these are given, and blind to what is ``hidden``, by
-    modality.
+    modality. A model is trained only if it will know ``genes``.
     """
     what = {"gene_embeddings": gene_embeddings, "foundation": foundation, "checkpoint": checkpoint}
     arguments = {name: value for name, value in what.items() if value is not None} | (model_kwargs or {})
@@ -131,6 +133,8 @@ def fitted_model(
     else:
         FIMP.setup_mudata(work, modality=list(names), **setup)
     fresh = _forgettable(FIMP(work, **{"random_state": random_state or 0, **arguments}))
+    if genes is not None:
+        check_known(genes, fresh.genes)
     _report(fresh, work, inputs, accelerator, zero_shot)
     if zero_shot:
         fresh.to_device(_device(accelerator))

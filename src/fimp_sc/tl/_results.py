@@ -8,11 +8,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 import fimp_sc
+from fimp_sc.model._fields import X_KEY, ExpressionField
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from anndata import AnnData
 
     from fimp_sc.model import FIMP
     from fimp_sc.tl._inputs import Inputs
@@ -51,6 +53,35 @@ def record(model: FIMP, inputs: Inputs, **extra: Any) -> dict[str, Any]:
         "random_state": int(model.random_state),
         "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
         "versions": {"fimp-sc": fimp_sc.__version__, **{p: version(p) for p in ("scvi-tools", "torch", "anndata")}},
+    }
+
+
+def measured_scale(model: FIMP, adata: AnnData) -> dict[str, Any]:
+    """Return how the model reads the values of ``adata``, which are to be compared with its predictions.
+
+    Returns
+    -------
+    ``input_scale`` of the values and ``trained_scale`` of those of training; and, of expression, the ``target_sum`` of
+    the model, the ``total`` to which it scales the genes ``measured`` here that it knows, and the ``share`` that each
+    of these has in it. Nothing of a model that was never trained, which takes the median total of what it reads.
+    """
+    state = model.adata_manager.registry["field_registries"][X_KEY]["state_registry"]
+    scale, trained = (str(state[name]) for name in (ExpressionField.SCALE, ExpressionField.TRAINED_SCALE))
+    scales = {"input_scale": scale, "trained_scale": trained}
+    target_sum = float(model.module.target_sum)
+    if scale == "real":
+        return scales
+    if not target_sum:
+        return {}
+    names = adata.var_names.astype(str)
+    place = pd.Index(model.genes).get_indexer(names)
+    fraction = model.module.gene_fraction.cpu().numpy()[place[place >= 0]]
+    known = float(fraction.sum())
+    return scales | {
+        "target_sum": target_sum,
+        "total": target_sum * known,
+        "measured": np.array(names[place >= 0], dtype=object),
+        "share": fraction / max(known, 1e-12),
     }
 
 
