@@ -82,3 +82,13 @@ def test_unusable_input(cells) -> None:
     cells.obs["none"] = pd.Categorical([None] * cells.n_obs)
     with pytest.raises(ValueError, match="No cell has both"):
         pl.niche_composition(cells, "none", show=False)
+
+
+def test_legend_of_many_kinds_lies_inside_the_figure(toy) -> None:
+    toy.obs["cluster"] = pd.Categorical([f"Excitatory neurons {i % 46}" for i in range(toy.n_obs)])
+    ax = pl.niche_composition(toy, "niche", "cluster", kind="bars", show=False)
+    legend, figure = ax.get_legend().get_window_extent(), ax.figure
+    assert legend.y0 >= 0
+    assert legend.y1 <= figure.bbox.y1
+    assert legend.x1 <= figure.bbox.x1
+    assert ax.get_window_extent().width > 2 * figure.dpi

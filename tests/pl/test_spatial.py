@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
-from matplotlib.colors import to_hex, to_rgba
+from matplotlib.colors import to_hex, to_rgba, to_rgba_array
 
 from fimp_sc import pl
 
@@ -92,7 +95,7 @@ def test_show_returns_nothing(toy, monkeypatch) -> None:
         ({"color": ("spatial", 7)}, "no column 7"),
         ({"color": "niche", "library_key": "slide"}, "library_key='slide'"),
         ({"color": "niche", "spatial_key": "xy"}, "adata.obsm has no 'xy'"),
-        ({"color": "HES4", "layer": "raw"}, "adata.layers has no 'raw'"),
+        ({"color": "HES4", "layer": "raw"}, "'raw' is not in adata.layers"),
     ],
 )
 def test_missing_keys_are_named(toy, arguments, message) -> None:
@@ -115,3 +118,80 @@ def test_cells_without_label_are_grey_and_shift_no_colour(toy) -> None:
     whole, part = (axes[i, 0].collections[0].get_facecolors() for i in range(2))
     np.testing.assert_array_equal(whole[10:], part[10:])
     assert {to_hex(colour) for colour in part[:10]} == {"#d3d3d3"}
+
+
+def test_a_gene_that_is_there_twice_is_refused(toy) -> None:
+    names = toy.var_names.to_numpy().copy()
+    names[3] = names[90] = names[0]
+    toy.var_names = names
+    with pytest.raises(ValueError, match=r"'HES4' is the name of several genes.*var_names_make_unique"):
+        pl.spatial(toy, "HES4", show=False)
+
+
+def test_gene_without_expression(toy) -> None:
+    toy.layers["counts"] = toy.X
+    toy.X = None
+    with pytest.raises(ValueError, match=r"adata\.X is None: pass layer= .*'counts'"):
+        pl.spatial(toy, "HES4", show=False)
+
+
+@pytest.mark.parametrize(
+    "colours",
+    [
+        [(1, 0, 0), (0, 1, 0, 0.5), "blue", "#ffff00"],
+        np.random.default_rng(0).random((4, 3)),
+        np.random.default_rng(0).random((6, 4)),
+        np.array(["red", "C1", "0.5", "#ffff00"], dtype=object),
+    ],
+)
+def test_stored_colours_of_any_form(toy, colours) -> None:
+    toy.uns["niche_colors"] = colours
+    (ax,) = pl.spatial(toy, "niche", show=False)[0]
+    expected = to_rgba_array(list(colours))[toy.obs["niche"].cat.codes]
+    np.testing.assert_allclose(ax.collections[0].get_facecolors(), expected, atol=1 / 255)
+
+
+@pytest.mark.parametrize(
+    "colours",
+    [["red", "green", "no colour", "blue"], dict.fromkeys("abcd", "red"), np.full((4, 3), 200), "blue", 4],
+)
+def test_colours_that_are_none_are_ignored(toy, colours) -> None:
+    (plain,) = pl.spatial(toy, "niche", show=False)[0]
+    toy.uns["niche_colors"] = colours
+    (ax,) = pl.spatial(toy, "niche", show=False)[0]
+    np.testing.assert_array_equal(ax.collections[0].get_facecolors(), plain.collections[0].get_facecolors())
+
+
+@pytest.mark.parametrize(("n", "flat"), [(15, True), (46, False), (46, True), (110, False)])
+def test_legend_lies_inside_the_figure(toy, n, flat) -> None:
+    toy.obs["cluster"] = pd.Categorical([f"Excitatory neurons {i % n}" for i in range(toy.n_obs)])
+    if flat:
+        toy.obsm["spatial"] = toy.obsm["spatial"] * [5, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        axes = pl.spatial(toy, ["cluster", "HES4"], library_key="section", show=False)
+        figure = axes[0, 0].figure
+        for _ in range(2):
+            outer, legend = figure.bbox, axes[0, 1].get_legend()
+            assert len(legend.get_texts()) == n
+            boxes = [legend.get_window_extent(), *(text.get_window_extent() for text in legend.get_texts())]
+            assert all(box.x0 >= 0 and box.x1 <= outer.x1 and box.y0 >= 0 and box.y1 <= outer.y1 for box in boxes)
+            for ax in axes.flat:
+                assert ax.get_window_extent().width > 1.5 * figure.dpi
+                assert ax.get_window_extent().x1 < legend.get_window_extent().x0
+            figure.canvas.draw()
+
+
+def test_objects_that_stay_out_of_memory(toy, stored) -> None:
+    toy.obsm["X_fimp"] = np.random.default_rng(0).normal(size=(toy.n_obs, 3))
+    toy.obs["score"] = np.arange(toy.n_obs)
+    toy.uns["niche_colors"] = ["#ff0000", "#00ff00", "#0000ff", "#ffff00"]
+    colours = ["niche", "score", toy.var_names[5], ("X_fimp", 1)]
+    expected = pl.spatial(toy, colours, library_key="section", show=False)
+    axes = pl.spatial(stored(toy), colours, library_key="section", show=False)
+    assert axes.shape == expected.shape
+    for ax, like in zip(axes.flat, expected.flat, strict=True):
+        np.testing.assert_array_equal(ax.collections[0].get_offsets(), like.collections[0].get_offsets())
+        np.testing.assert_array_equal(ax.collections[0].get_facecolors(), like.collections[0].get_facecolors())
+        if like.collections[0].get_array() is not None:
+            np.testing.assert_array_equal(ax.collections[0].get_array(), like.collections[0].get_array())

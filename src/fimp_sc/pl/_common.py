@@ -12,10 +12,15 @@ from scipy import sparse
 from fimp_sc.data._access import get_obs, missing_key, shorten
 from fimp_sc.data._modality import MODALITY_KEY, get_modality
 from fimp_sc.data._rows import open_rows
+from fimp_sc.data._stored import storage
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
+
+# Inches between a legend and what is beside it.
+_MARGIN = 0.4
 
 
 def modality_of_kind(mdata: Any, modality: str | None, kind: str) -> tuple[str, AnnData, dict[str, Any]]:
@@ -110,9 +115,64 @@ def read_rows(matrix: Any, where: str, rows: NDArray[np.int64]) -> NDArray[Any]:
     return values.toarray() if sparse.issparse(values) else np.asarray(values)
 
 
+def gene_columns(names: pd.Index, genes: Sequence[str], where: str) -> NDArray[np.int64]:
+    """Return the position of each gene among names that have it.
+
+    Parameters
+    ----------
+    where
+        What the names are, for messages.
+
+    Raises
+    ------
+    ValueError
+        A gene is there more than once.
+    """
+    for gene in genes:
+        if np.count_nonzero(names == gene) > 1:
+            raise ValueError(
+                f"{gene!r} is the name of several genes in {where}: call adata.var_names_make_unique() to tell them "
+                "apart."
+            )
+    return np.array([names.get_loc(gene) for gene in genes], dtype=np.int64)
+
+
+def read_columns(matrix: Any, where: str, columns: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return columns of a matrix in memory or in a file, dense."""
+    kind = storage(matrix)
+    pieces: Any = [matrix]
+    # By columns scipy, and files of CSC, are read as they are: rows of the latter cannot be.
+    if kind in {"dask", "dense"} or (kind == "sparse" and matrix.format == "csr"):
+        pieces = (piece for _, piece in open_rows(matrix, where).stream())
+    parts = [piece[:, columns] for piece in pieces]
+    return np.concatenate([np.asarray(p.toarray() if sparse.issparse(p) else p, dtype=np.float64) for p in parts])
+
+
 def as_list(axes: Any) -> list[Any]:
     """Return axes, one or several of any shape, as a list."""
     return list(np.ravel(axes)) if isinstance(axes, Sequence | np.ndarray) else [axes]
+
+
+def fit_legends(figure: Any, room: float, n_rows: int = 1) -> None:
+    """Let a figure grow until the legends beside its axes fit, and lay it out, so that its first drawing is right.
+
+    Parameters
+    ----------
+    room
+        Inches beside the axes that a legend may take before the figure grows.
+    n_rows
+        Rows of axes, with a legend beside each.
+    """
+    legends = [ax.get_legend() for ax in figure.axes if ax.get_legend() is not None]
+    if legends:
+        # How large a legend is does not depend on where it will be.
+        extents = [legend.get_window_extent() for legend in legends]
+        width, height = figure.get_size_inches()
+        width += max(0.0, max(extent.width for extent in extents) / figure.dpi + _MARGIN - room)
+        height = max(height, n_rows * (max(extent.height for extent in extents) / figure.dpi + _MARGIN))
+        figure.set_size_inches(width, height)
+    for _ in range(2):  # the first finds how wide axes of equal aspect become, beside which a legend stands
+        figure.draw_without_rendering()
 
 
 def finish(ax: Any, show: bool, save: Any) -> bool:

@@ -13,7 +13,7 @@ from fimp_sc.data._adjacency import check_adjacency
 from fimp_sc.data._checks import check_coordinates
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY
 from fimp_sc.data._pixels import image_shape
-from fimp_sc.pl._common import finish, modality_of_kind, node_positions
+from fimp_sc.pl._common import finish, fit_legends, modality_of_kind, node_positions
 from fimp_sc.pl._spatial import _draw_categories, _draw_numbers, _palette, _values
 from fimp_sc.pl._thumbnails import far_apart, read_thumbnails
 
@@ -128,8 +128,9 @@ def image_graph(
     thumbnails = read_thumbnails(adata, rows[chosen], images if isinstance(images, str) else None)
 
     show = (ax is None and save is None) if show is None else show
+    figure = None
     if ax is None:
-        _, ax = plt.subplots(figsize=(8, 6.5), layout="constrained")
+        figure, ax = plt.subplots(figsize=(8, 6.5), layout="constrained")
     if graph is not None:
         lines = np.stack([xy[graph[0]], xy[graph[1]]], axis=1)
         ax.add_collection(LineCollection(list(lines), colors=_EDGE, linewidths=0.7, zorder=1))
@@ -155,6 +156,8 @@ def image_graph(
             note,
             max_images,
         )
+    if figure is not None:
+        fit_legends(figure, room=1.5)
     return None if finish(ax, show, save) else ax
 
 

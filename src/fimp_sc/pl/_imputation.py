@@ -6,20 +6,20 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-from scipy import sparse
 
-from fimp_sc.data._access import get_matrix, missing_key
+from fimp_sc.data._access import get_matrix, in_memory, missing_key
+from fimp_sc.data._expression import ExpressionSource, GeneStatistics, used_as_is
 from fimp_sc.data._value_checks import check_values
 from fimp_sc.metrics import imputation_scores
-from fimp_sc.metrics._common import expression
-from fimp_sc.pl._common import finish
+from fimp_sc.metrics._common import as_index, expression
+from fimp_sc.pl._common import finish, gene_columns, read_columns
 from fimp_sc.pl._spatial import _MISSING_COLOUR, _coordinates, _panels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
 
@@ -55,9 +55,10 @@ def imputation(
         Name that :func:`fimp_sc.tl.impute` wrote to, in `.layers` or (of some genes) in `.obsm`.
     observed_layer
         Layer with measured expression; by default that which was imputed from. Where values were imputed on the log
-        scale, counts are brought there: divided by the cell's total, multiplied by the median total, log1p.
+        scale, counts are brought there as the model did: divided by the cell's total, multiplied by the total that
+        :func:`fimp_sc.tl.impute` wrote to `.uns[layer]` (the median total where it wrote none), log1p.
     library_key
-        Column of `.obs` that tells the samples apart; by default that of the imputation, if it had one.
+        Column of `.obs` that tells the samples apart; by default that of the imputation, if it had one and it is there.
     spatial_key
         Key of `.obsm` with the coordinates.
     size
@@ -80,7 +81,12 @@ def imputation(
     KeyError
         If a gene, layer, `library_key` or `spatial_key` is not found.
     ValueError
-        If no gene is given.
+        If no gene is given, or one is there more than once.
+
+    Warns
+    -----
+    UserWarning
+        Genes that the model saw are not in the object any more, so that measured values are scaled by those left.
     """
     from matplotlib import colormaps
     from matplotlib import pyplot as plt
@@ -93,10 +99,14 @@ def imputation(
         for there, where in ((adata.var_names, "adata.var_names"), (known, f"the genes imputed as {layer!r}")):
             if name not in there:
                 raise missing_key(name, where, there, "Name genes that were measured and imputed.")
-    params = dict(dict(adata.uns.get(layer, {})).get("params", {}))
-    observed = _observed(adata, names, params, observed_layer)
-    made = _columns(imputed, known.get_indexer(pd.Index(names)))
-    library_key = params.get("library_key") if library_key is None else library_key
+    record = dict(adata.uns.get(layer, {}))
+    observed = _observed(adata, names, record, observed_layer)
+    what = f"the values imputed as {layer!r}"
+    made = read_columns(imputed, what, gene_columns(known, names, f"the genes imputed as {layer!r}"))
+    if library_key is None:
+        # Several modalities may have been read together with a column of the whole object.
+        used = dict(record.get("params", {})).get("library_key")
+        library_key = used if used in adata.obs else None
     xy, panels = _coordinates(adata, spatial_key), _panels(adata, library_key)
     if size is None:
         size = float(np.clip(12_000 / max(len(rows) for _, rows in panels), 1, 45))
@@ -160,22 +170,48 @@ def _imputed(adata: AnnData, layer: str) -> tuple[Any, pd.Index]:
 
 
 def _observed(
-    adata: AnnData, names: list[str], params: dict[str, Any], observed_layer: str | None
+    adata: AnnData, genes: list[str], record: dict[str, Any], observed_layer: str | None
 ) -> NDArray[np.float64]:
-    """Return measured values ``(n_obs, len(names))`` on the scale of the imputed ones."""
-    matrix = get_matrix(adata, params.get("layer") if observed_layer is None else observed_layer)
-    values = _columns(matrix, adata.var_names.get_indexer(pd.Index(names)))
-    if params.get("scale") == "log":
-        scale = params.get("input_scale", "auto")
+    """Return measured values ``(n_obs, len(genes))`` on the scale of the imputed ones."""
+    params = dict(record.get("params", {}))
+    own = params.get("layer")
+    layer = own if observed_layer is None else observed_layer
+    matrix = get_matrix(adata, layer)
+    where = "the measured expression"
+    values = read_columns(matrix, where, gene_columns(adata.var_names, genes, "adata.var_names"))
+    recorded = record.get("input_scale")
+    scale = recorded if layer == own else None
+    if params.get("scale") == "counts":
+        return np.expm1(values) if scale == "log" else values
+    if params.get("scale") != "log" or recorded == "real":
+        return values
+    if scale is None:
+        given = params.get("input_scale", "auto") if recorded is None else "auto"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of empty cells and genes, which the imputation told
-            scale = check_values(matrix, where="the measured expression", input_scale=scale)
-        if scale in {"counts", "normalized"}:
-            total = np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
-            values = np.log1p(values / np.where(total > 0, total, 1)[:, None] * np.median(total[total > 0]))
-    return values
+            scale = check_values(matrix, where=where, input_scale=given)
+        as_is = used_as_is(scale, None)
+    else:
+        as_is = used_as_is(scale, record["trained_scale"])
+    if as_is:
+        return values
+    factor = _factor(adata, matrix, scale, record)
+    return np.log1p((np.expm1(values) if scale == "log" else values) * factor[:, None])
 
 
-def _columns(matrix: Any, columns: NDArray[np.integer]) -> NDArray[np.float64]:
-    values = matrix[:, columns]
-    return np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+def _factor(adata: AnnData, matrix: Any, scale: Any, record: dict[str, Any]) -> NDArray[np.float32]:
+    """Return what the model multiplied the values of each cell by; without a record, what brings all to the median."""
+    if "total" not in record:
+        return ExpressionSource(matrix, np.arange(adata.n_vars), scale, None).factor
+    columns = adata.var_names.get_indexer(as_index(record["measured"])).astype(np.int64)
+    gone = int((columns < 0).sum())
+    if gone:
+        warnings.warn(
+            f"{gone:,} of the {len(columns):,} genes that the model saw have left the object since: measured values "
+            "are scaled by those left. Draw before genes are selected for values as the model saw them.",
+            UserWarning,
+            stacklevel=4,
+        )
+    share = np.asarray(in_memory(record["share"], "adata.uns"), dtype=np.float32)
+    statistics = GeneStatistics(np.zeros(len(share), dtype=np.float32), share, float(record["total"]))
+    return ExpressionSource(matrix, columns, scale, statistics, trained_scale=record["trained_scale"]).factor

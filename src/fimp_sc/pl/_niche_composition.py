@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc.data._access import get_obs, missing_key
-from fimp_sc.pl._common import finish
+from fimp_sc.pl._common import finish, fit_legends
 from fimp_sc.pl._spatial import _palette
 
 if TYPE_CHECKING:
@@ -87,9 +87,10 @@ def niche_composition(
 
     show = ax is None if show is None else show
     heatmap = kind == "heatmap" or (kind == "auto" and len(parts) > _TOO_MANY)
+    figure = None
     if ax is None:
         width = 2.2 + 0.32 * len(parts) if heatmap else 6.5
-        _, ax = plt.subplots(figsize=(max(width, 4), 1.3 + 0.32 * len(rows)), layout="constrained")
+        figure, ax = plt.subplots(figsize=(max(width, 4), 1.3 + 0.32 * len(rows)), layout="constrained")
     names = [str(kinds.categories[part]) for part in parts]
     if heatmap:
         _draw_heatmap(ax, shares[:, parts], names, groupby, cmap)
@@ -114,6 +115,8 @@ def niche_composition(
     ax.tick_params(axis="y", length=0, pad=16)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_ylabel(f"{key} (cells)")
+    if figure is not None:
+        fit_legends(figure, room=2.0)
     return None if finish(ax, show, save) else ax
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
 from fimp_sc._palette import palette
+from fimp_sc.data._access import get_matrix, get_obs, in_memory
+from fimp_sc.pl._common import fit_legends, gene_columns, read_columns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 _MISSING_COLOUR = "#d3d3d3"
 _MAX_LEGEND_ROWS = 15
+# Inches beside the panels for a legend; the figure grows where one needs more.
+_LEGEND_WIDTH = 2.4
 # What cells without label are called by default.
 _UNKNOWN = "Unknown"
 
@@ -70,7 +75,8 @@ def spatial(
     KeyError
         If a colour, `library_key`, `layer` or `spatial_key` is not found.
     ValueError
-        If no colour is given, or the coordinates have fewer than two columns.
+        If no colour is given, the coordinates have fewer than two columns, a gene is there more than once, or `.X` is
+        to be read and is empty.
     """
     from matplotlib import pyplot as plt
 
@@ -87,10 +93,10 @@ def spatial(
     # As high as the tissue is for its width, so that wide tissue leaves no gaps.
     extent = np.ptp(xy, axis=0)
     height = 0.4 + float(np.clip(3.0 * extent[1] / max(extent[0], 1e-12), 2.0, 4.5))
-    _, axes = plt.subplots(
+    figure, axes = plt.subplots(
         len(colors),
         len(panels),
-        figsize=(3.0 * len(panels) + 2.4, height * len(colors)),
+        figsize=(3.0 * len(panels) + _LEGEND_WIDTH, height * len(colors)),
         squeeze=False,
         layout="constrained",
     )
@@ -108,6 +114,7 @@ def spatial(
         ax.set_aspect("equal")
         ax.set_xticks([])
         ax.set_yticks([])
+    fit_legends(figure, _LEGEND_WIDTH, len(colors))
     if show:
         plt.show()
         return None
@@ -123,11 +130,17 @@ def _coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
     if spatial_key not in adata.obsm:
         message = f"adata.obsm has no {spatial_key!r}; it has {_names(adata.obsm)}. Set spatial_key=."
         raise MissingKeyError(message)
-    xy = np.asarray(adata.obsm[spatial_key], dtype=np.float64)
+    xy = _array(adata, spatial_key)
     if xy.ndim != 2 or xy.shape[1] < 2:
         message = f"adata.obsm[{spatial_key!r}] has shape {xy.shape}; two columns are needed to draw."
         raise ValueError(message)
     return xy[:, :2]
+
+
+def _array(adata: AnnData, key: str) -> NDArray[np.float64]:
+    """Return an entry of `.obsm`, wherever it is, dense."""
+    values = in_memory(adata.obsm[key], f"adata.obsm[{key!r}]")
+    return np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
 
 
 def _values(adata: AnnData, key: str | tuple[str, int], layer: str | None) -> pd.Categorical | NDArray[np.float64]:
@@ -136,23 +149,20 @@ def _values(adata: AnnData, key: str | tuple[str, int], layer: str | None) -> pd
         if name not in adata.obsm:
             message = f"adata.obsm has no {name!r}; it has {_names(adata.obsm)}."
             raise MissingKeyError(message)
-        array = np.asarray(adata.obsm[name], dtype=np.float64)
+        array = _array(adata, name)
         if array.ndim != 2 or not -array.shape[1] <= column < array.shape[1]:
             message = f"adata.obsm[{name!r}] has shape {array.shape}; there is no column {column}."
             raise MissingKeyError(message)
         return array[:, column]
     if key in adata.obs:
-        series = adata.obs[key]
+        series = get_obs(adata, [key])[key]
         if pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_bool_dtype(series):
             return series.to_numpy(dtype=np.float64, na_value=np.nan)
         return pd.Categorical(series)
     if key in adata.var_names:
-        if layer is not None and layer not in adata.layers:
-            message = f"adata.layers has no {layer!r}; it has {_names(adata.layers)}."
-            raise MissingKeyError(message)
-        matrix = adata.X if layer is None else adata.layers[layer]
-        gene = matrix[:, adata.var_names.get_loc(key)]
-        return np.asarray(gene.toarray() if sparse.issparse(gene) else gene, dtype=np.float64).ravel()
+        where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+        gene = gene_columns(adata.var_names, [key], "adata.var_names")
+        return read_columns(get_matrix(adata, layer), where, gene).ravel()
     message = (
         f"{key!r} is neither a column of adata.obs {list(adata.obs.columns)} nor a gene of adata.var_names. "
         "For a column of adata.obsm give a pair such as ('X_fimp', 0)."
@@ -166,19 +176,33 @@ def _panels(adata: AnnData, library_key: str | None) -> list[tuple[str | None, N
     if library_key not in adata.obs:
         message = f"library_key={library_key!r} is not a column of adata.obs, which has {list(adata.obs.columns)}."
         raise MissingKeyError(message)
-    library = pd.Categorical(adata.obs[library_key])
+    library = pd.Categorical(get_obs(adata, [library_key])[library_key])
     return [(str(name), np.flatnonzero(library == name)) for name in library.remove_unused_categories().categories]
 
 
 def _palette(adata: AnnData, key: str, value: pd.Categorical) -> list[Any]:
-    stored = adata.uns.get(f"{key}_colors")
-    if stored is not None and len(stored) >= len(value.categories):
-        return [str(colour) for colour in stored[: len(value.categories)]]
+    stored = _stored_colours(adata, f"{key}_colors", len(value.categories))
+    if stored is not None:
+        return stored
     # Cells without label take no colour from the others, so that these look alike before and after annotation.
     known = value.categories != _UNKNOWN
     colours = np.full(len(known), _MISSING_COLOUR, dtype=object)
     colours[known] = palette(int(known.sum()))
     return colours.tolist()
+
+
+def _stored_colours(adata: AnnData, key: str, n: int) -> list[str] | None:
+    """Return the first colours of `.uns[key]`, in any form that matplotlib knows, or None where these do not fit."""
+    from matplotlib.colors import is_color_like, to_hex
+
+    stored = in_memory(adata.uns.get(key), f"adata.uns[{key!r}]")
+    # Names, or numbers as tuples or as rows of an array.
+    if isinstance(stored, str | Mapping) or not np.iterable(stored):
+        return None
+    colours = list(stored)[:n]
+    if len(colours) < n or not all(is_color_like(colour) for colour in colours):
+        return None
+    return [to_hex(colour, keep_alpha=True) for colour in colours]
 
 
 def _draw_categories(
