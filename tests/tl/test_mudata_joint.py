@@ -71,7 +71,7 @@ def test_imputed_values_of_a_modality_are_drawn(joint) -> None:
     names = joint.obs_names
     joint.obs["half"] = np.where(np.arange(24) < 12, "a", "b")
     ring = np.roll(np.eye(12), 1, axis=1)
-    joint.obsp["spatial_connectivities"] = sparse.csr_matrix(sparse.block_diag([ring, ring]))
+    joint.obsp["spatial_connectivities"] = sparse.csr_matrix(sparse.block_diag([sparse.csr_matrix(ring)] * 2))
     fimp_sc.tl.impute(joint, modality=NAMES, library_key="half", **ALL)
     rna = joint["rna"]
     rna.obsm["spatial"] = joint.obsm["spatial"][names.get_indexer(rna.obs_names)]
