@@ -182,6 +182,17 @@ def test_another_model_is_trained_where_the_one_before_had_other_settings(tissue
     assert (third.random_state, len(third.history["train_loss"])) == (5, 2)
 
 
+def test_epochs_may_be_among_the_arguments_of_training(tissue, quick) -> None:
+    quick = quick | {"train_kwargs": quick["train_kwargs"] | {"max_epochs": quick.pop("max_epochs")}}
+    fimp_sc.tl.embed(tissue, **quick)
+    first = fimp_sc.tl.get_model(tissue)
+    how = {"accelerator": "cpu", "verbose": False}
+    fimp_sc.tl.impute(tissue, max_epochs=1, **how)
+    assert fimp_sc.tl.get_model(tissue) is first
+    fimp_sc.tl.impute(tissue, max_epochs=2, **how)
+    assert len(fimp_sc.tl.get_model(tissue).history["train_loss"]) == 2
+
+
 @pytest.mark.parametrize(
     "call",
     [

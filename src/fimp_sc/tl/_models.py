@@ -78,11 +78,13 @@ def fitted_model(
     """
     what = {"gene_embeddings": gene_embeddings, "foundation": foundation, "checkpoint": checkpoint}
     arguments = {name: value for name, value in what.items() if value is not None} | (model_kwargs or {})
-    twice = (train_kwargs or {}).get("max_epochs")
+    train_kwargs = dict(train_kwargs or {})
+    twice = train_kwargs.pop("max_epochs", None)
     if max_epochs is not None and twice is not None:
         raise ValueError(
             f"max_epochs={max_epochs} and train_kwargs={{'max_epochs': {twice}}} are the same argument: leave one out."
         )
+    max_epochs = twice if max_epochs is None else max_epochs
     if isinstance(model, str | Path):
         given: FIMP | None
         if is_pretrained(model):
@@ -140,8 +142,8 @@ def fitted_model(
         fresh.to_device(_device(accelerator))
         return fresh
     usual = {"max_epochs": max_epochs, "accelerator": accelerator, "enable_progress_bar": verbose}
-    fresh.train(**usual | ({"hidden": hidden} if hidden else {}) | (train_kwargs or {}))
-    _trainings[fresh] = _Training(max_epochs, arguments, train_kwargs or {}, unseen)
+    fresh.train(**usual | ({"hidden": hidden} if hidden else {}) | train_kwargs)
+    _trainings[fresh] = _Training(max_epochs, arguments, train_kwargs, unseen)
     return fresh
 
 
