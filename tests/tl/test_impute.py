@@ -284,9 +284,15 @@ def test_what_is_hidden_is_not_seen_in_training_either(tissue, quick, trainings)
 
 
 def test_a_given_model_is_used_whatever_is_hidden(embedded, trainings) -> None:
+    """And remembered for this object, unless it was trained on it and saw what is hidden."""
     mask = np.random.default_rng(0).random(embedded.shape) < 0.2
+    other = embedded.copy()
+    other.X = other.X * 2
     model = fimp_sc.tl.get_model(embedded)
-    fimp_sc.tl.impute(embedded, hidden=mask, model=model, **AGAIN)
-    fimp_sc.tl.impute(embedded, hidden=mask, key_added="again", **AGAIN)
+    for adata in (embedded, other):
+        fimp_sc.tl.impute(adata, hidden=mask, model=model, **AGAIN)
+    fimp_sc.tl.impute(other, hidden=mask, key_added="again", **AGAIN)
     assert trainings == []
-    np.testing.assert_array_equal(embedded.layers["again"], embedded.layers["fimp"])
+    np.testing.assert_array_equal(other.layers["again"], other.layers["fimp"])
+    fimp_sc.tl.impute(embedded, hidden=mask, **AGAIN)
+    assert len(trainings) == 1

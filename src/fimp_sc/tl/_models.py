@@ -41,8 +41,9 @@ _trainings: weakref.WeakKeyDictionary[FIMP, _Training] = weakref.WeakKeyDictiona
 
 
 class _Training(NamedTuple):
-    """Arguments of a training, and checksums of what was hidden from it, by modality."""
+    """Arguments of a training, and checksums of its data and of what was hidden from it, by modality."""
 
+    mark: tuple[Any, ...]
     max_epochs: int | None
     model_kwargs: dict[str, Any]
     train_kwargs: dict[str, Any]
@@ -105,16 +106,19 @@ def fitted_model(
         if unused:
             raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
         _check_modalities(given, work, inputs)
-        return _forgettable(FIMP.load_query_data(work, given, **_given_keys(inputs)))
+        bound = _forgettable(FIMP.load_query_data(work, given, **_given_keys(inputs)))
+        if given in _trainings:
+            _trainings[bound] = _trainings[given]
+        return bound
     mark = _fingerprint(work, inputs)
     remembered = _models.get(id(adata))
     known = remembered is not None and remembered[0]() is adata and remembered[1] == mark
     usable = remembered is not None and known and remembered[2].is_trained
     unseen = {name: _checksum(mask) for name, mask in (hidden or {}).items()}
     if remembered is not None and usable and reuse and not arguments and not train_kwargs:
-        # A model that was given may have seen anything, or nothing of this object.
-        former, seed = _trainings.get(remembered[2], _Training(None, {}, {}, unseen)), remembered[2].random_state
-        blind = unseen in ({}, former.unseen)
+        # A model that was given is one of other data, for all that is known of it here.
+        former, seed = _trainings.get(remembered[2], _Training((), None, {}, {}, {})), remembered[2].random_state
+        blind = former.mark != mark or unseen in ({}, former.unseen)
         if blind and max_epochs in (None, former.max_epochs) and (not same_seed or random_state in (None, seed)):
             logger.info("Using the model trained before on this object.")
             return remembered[2]
@@ -143,7 +147,7 @@ def fitted_model(
         return fresh
     usual = {"max_epochs": max_epochs, "accelerator": accelerator, "enable_progress_bar": verbose}
     fresh.train(**usual | ({"hidden": hidden} if hidden else {}) | train_kwargs)
-    _trainings[fresh] = _Training(max_epochs, arguments, train_kwargs, unseen)
+    _trainings[fresh] = _Training(mark, max_epochs, arguments, train_kwargs, unseen)
     return fresh
 
 
