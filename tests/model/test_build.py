@@ -130,3 +130,8 @@ def test_missing_and_damaged_checkpoints_are_refused(tissue, make, checkpoint, t
 def test_budget_of_tokens_is_larger_for_a_foundation_model(tissue, make) -> None:
     assert make(tissue, n_tokens=None).n_tokens == 200
     assert FIMP(tissue).n_tokens == 16
+
+
+def test_ids_of_a_vocabulary_need_a_foundation_model(tissue, make_model) -> None:
+    with pytest.raises(ValueError, match="vocabulary_key holds ids in the vocabulary of a foundation model"):
+        make_model(tissue, vocabulary_key="id_in_vocab")
