@@ -194,13 +194,16 @@ def test_averaging_is_the_mean_over_neighbours_again_and_again(n, density, seed,
     np.testing.assert_array_equal(graph.csr.toarray(), before)
 
 
-@given(
+small_graphs = given(
     n=st.integers(1, 12),
     density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     seed=st.integers(0, 1000),
     self_loops=st.booleans(),
     data=st.data(),
 )
+
+
+@small_graphs
 @settings(max_examples=40, deadline=None)
 def test_surroundings_are_means_over_nodes_and_their_neighbours(n, density, seed, self_loops, data) -> None:
     matrix = random_matrix(n, density, seed)
@@ -217,13 +220,7 @@ def test_surroundings_are_means_over_nodes_and_their_neighbours(n, density, seed
     np.testing.assert_array_equal(graph.csr.toarray(), before)
 
 
-@given(
-    n=st.integers(1, 12),
-    density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
-    seed=st.integers(0, 1000),
-    self_loops=st.booleans(),
-    data=st.data(),
-)
+@small_graphs
 @settings(max_examples=40, deadline=None)
 def test_among_is_the_mean_over_those_neighbours_that_are_there(n, density, seed, self_loops, data) -> None:
     matrix = random_matrix(n, density, seed)

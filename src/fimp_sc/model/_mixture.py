@@ -63,14 +63,14 @@ class MixingModel(GraphModel):
         alone = self._alone(adata, indices, how)
         return alone if share == 0 else _mix(share, self._with_neighbours(adata, indices, how, data), alone)
 
-    def _fit_shares(self, indices: NDArray[np.int64], label: NDArray[np.int64]) -> None:
-        """Set both shares to what suits some cells, whose class is known, best."""
-        data = self._graph_data(self.adata)
+    def _fit_shares(self, indices: NDArray[np.int64], label: NDArray[np.int64], **hidden: Any) -> None:
+        """Set both shares to what suits some cells, whose class is known, best; `hidden` as for `_graph_data`."""
+        data = self._graph_data(self.adata, **hidden)
         nodes, mean = data.graph.surroundings(indices)
         own, true = np.searchsorted(nodes, indices), np.arange(len(label))
         mixed = self._with_neighbours(self.adata, nodes, {}, data)
         if self.module.label_head_alone is not None:
-            alone = self._alone(self.adata, nodes, {})
+            alone = self._alone(self.adata, nodes, {}, **hidden)
             self.module.neighbour_share.copy_(_best_share(mixed[own, label], alone[own, label]))
             mixed = _mix(self.neighbour_share, mixed, alone)
         self.module.smoothed_share.copy_(_best_share((mean @ mixed)[true, label], mixed[own, label]))
@@ -78,8 +78,8 @@ class MixingModel(GraphModel):
     def _with_neighbours(self, adata: Any, indices: Any, how: dict[str, Any], data: GraphData) -> NDArray[np.float32]:
         return self._collect(adata, indices, _probability, how, data)
 
-    def _alone(self, adata: Any, indices: Any, how: dict[str, Any]) -> NDArray[np.float32]:
-        return self._collect(adata, indices, _probability_alone, how, self._graph_data(adata, messages=False))
+    def _alone(self, adata: Any, indices: Any, how: dict[str, Any], **hidden: Any) -> NDArray[np.float32]:
+        return self._collect(adata, indices, _probability_alone, how, self._graph_data(adata, **hidden, messages=False))
 
 
 def _mix(share: float, first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -144,11 +144,15 @@ class TrainableModel(MixingModel, StartingModel):
         Raises
         ------
         ValueError
-            When indices overlap or leave nothing to train on, or ``hidden`` has another shape or names no modality.
+            When indices overlap or leave nothing to train on, ``hidden`` has another shape or names no modality, or
+            another loss is to stop training.
         IndexError
             When indices are out of range.
         """
         self._validate_anndata()
+        unknown = {"early_stopping_monitor", "early_stopping_mode"} & set(trainer_kwargs)
+        if unknown:
+            raise ValueError(f"{min(unknown)} cannot be chosen: training stops by the validation loss.")
         module = self.module
         if module.value_head is None and module.label_head is None and not module.network.heads:
             raise ValueError(
@@ -185,9 +189,6 @@ class TrainableModel(MixingModel, StartingModel):
         if max_epochs is None:
             max_epochs = schedule.epochs(len(splitter.train_dataloader()))
         plan = self._training_plan_cls(self.module, **(schedule.plan | (plan_kwargs or {})))
-        unknown = {"early_stopping_monitor", "early_stopping_mode"} & set(trainer_kwargs)
-        if unknown:
-            raise ValueError(f"{min(unknown)} cannot be chosen: training stops by the validation loss.")
         validated = len(val_idx) > 0
         patience = schedule.patience if early_stopping_patience is None else early_stopping_patience
         # Lightning's own callback: that of scvi-tools prints when it stops, asked to be quiet or not.
@@ -233,7 +234,7 @@ class TrainableModel(MixingModel, StartingModel):
         self._untrained = None
         known = val_idx[data.label[val_idx] >= 0]
         if module.label_head is not None and self.messages and len(known):
-            self._fit_shares(known, data.label[known])
+            self._fit_shares(known, data.label[known], **unseen)
 
     def _start_anew(self) -> None:
         """Return to the weights of an untrained model, from which a training that failed may have moved."""

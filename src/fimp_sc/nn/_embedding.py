@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Size of the entries of random identities.
 _IDENTITY = 0.3
 # Share of a column's loadings (squared) below which scores of what is seen are shrunk, and by how much. Masks of
-# training leave more.
+# training leave more, but in panels of a few dozen genes.
 _LEAST_SHARE, _SHRINKAGE = 0.25, 0.2
 
 
