@@ -49,7 +49,8 @@ def features(
     coordinates
         ``(n, 2)`` or ``(n, 3)`` positions of the nodes.
     labels
-        Data frame or dictionary of columns, or one array (column ``"label"``), with one label for each node.
+        Data frame or dictionary of columns, or one array (column ``"label"``), with one label for each node. Of these, of
+        ``adjacency`` and of ``coordinates`` an index with the names of nodes says whose they are, whatever the order.
     node_names, feature_names
         Names; not for AnnData objects and data frames, which have them.
     connectivities_key
@@ -74,8 +75,8 @@ def features(
     TypeError
         Features or weights that are not real numbers.
     ValueError
-        NaN or infinite features; a graph, names, labels or coordinates of another number of nodes; negative weights; a
-        graph without edges.
+        NaN or infinite features; a graph, names, labels or coordinates of another number of nodes, or with an index of
+        other names; negative weights; a graph without edges.
 
     Examples
     --------

@@ -63,7 +63,8 @@ def images(
         ``(n, n)`` array or sparse matrix to use as the graph instead; entry ``[i, j]`` is the weight of the edge from
         ``j`` to ``i``. Its diagonal is left out.
     labels
-        Data frame or dictionary of columns, or one array (column ``"label"``), with one label for each image.
+        Data frame or dictionary of columns, or one array (column ``"label"``), with one label for each image; an
+        index with the names of the images says which is whose.
     names
         Names of the images; by default the names of the files. To join them with another modality of the same nodes in
         one MuData, pass the names that the nodes have there.

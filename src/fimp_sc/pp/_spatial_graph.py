@@ -82,7 +82,8 @@ def spatial_graph(
         Prefix of the keys that are written.
     overwrite
         Build again although ``adata.obsp[f"{key_added}_connectivities"]`` exists. By default an existing graph is kept
-        as it is, after a check that it is usable and joins no two samples.
+        as it is, after a check that it is usable and joins no two samples; where another method or size is asked for,
+        a warning is logged.
 
     Returns
     -------
@@ -102,9 +103,9 @@ def spatial_graph(
     TypeError
         ``adata`` is no AnnData object, or a parameter has the wrong type.
     ValueError
-        No cells, unusable coordinates, cells without a sample, a sample too small for the graph asked
-        for, parameters that do not belong together, a graph without any edge, or an existing graph that is unusable.
-        ``adata`` is unchanged whenever an exception is raised.
+        No cells, unusable coordinates, cells without a sample, a sample too small for the graph asked for, parameters
+        that do not belong together, a slash in ``key_added``, a graph without any edge, or an existing graph that is
+        unusable. ``adata`` is unchanged whenever an exception is raised.
 
     Warns
     -----

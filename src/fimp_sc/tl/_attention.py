@@ -139,7 +139,8 @@ def attention(
     KeyError
         When a key or a gene is missing.
     ValueError
-        When there is one group only, nothing can be tested, or the model reads no genes or passes no messages.
+        When there is one group only, nothing can be tested, the model reads no genes or passes no messages, or
+        ``key_added`` has a slash.
 
     Notes
     -----

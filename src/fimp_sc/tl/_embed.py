@@ -108,7 +108,8 @@ def embed(
     KeyError
         When a key is missing.
     ValueError
-        When values or graph cannot be used, or files of a foundation model or of gene vectors.
+        When values or graph cannot be used, or files of a foundation model or of gene vectors, or ``key_added`` has a
+        slash.
     """
     check_key_added(key_added)
     adata = copied(adata) if copy else adata

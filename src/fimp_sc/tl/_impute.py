@@ -108,7 +108,7 @@ def impute(
     KeyError
         When a key is missing or a gene of ``genes`` is not known to the model.
     ValueError
-        When values or graph cannot be used, or an argument is for other modalities.
+        When values or graph cannot be used, an argument is for other modalities, or ``key_added`` has a slash.
     """
     check_key_added(key_added)
     genes = [genes] if isinstance(genes, str) else genes if genes is None else list(genes)
