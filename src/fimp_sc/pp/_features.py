@@ -49,8 +49,8 @@ def features(
     coordinates
         ``(n, 2)`` or ``(n, 3)`` positions of the nodes.
     labels
-        Data frame or dictionary of columns, or one array (column ``"label"``), with one label for each node. Of these, of
-        ``adjacency`` and of ``coordinates`` an index with the names of nodes says whose they are, whatever the order.
+        Data frame or dictionary of columns, or one array (column ``"label"``), with one label for each node. An index
+        with the names of nodes, here and of ``adjacency`` and ``coordinates``, says what is whose, whatever the order.
     node_names, feature_names
         Names; not for AnnData objects and data frames, which have them.
     connectivities_key
