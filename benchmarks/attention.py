@@ -63,6 +63,8 @@ def main() -> None:
     if args.quick:
         tokens, cells, args.rounds = [8], 50, 1
     methods = [MHA, MHA + WEIGHTS, SDPA, *CONVOLUTIONS, OURS + "chunked"]
+    if not cuda:
+        methods.append(OURS + "numba")
     if cuda:
         methods += [OURS + "triton", OURS + "chunked" + ALONE, OURS + "triton" + ALONE]
     if args.methods:

@@ -19,7 +19,7 @@ from fimp_sc.nn import CrossNodeAttention, attention_backend, cross_node_attenti
 HYPOTHESIS = settings(max_examples=25, deadline=None)
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-11}
 # The kernels of the triton backend have tests of their own.
-BACKENDS = ["chunked", "dense"]
+BACKENDS = ["numba", "chunked", "dense"]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -331,9 +331,10 @@ def memory(backend: str, degree: int) -> tuple[int, int]:
 NODES = 48 * 10 * 2 * 4  # numbers in one tensor of one width per token
 
 
+@pytest.mark.parametrize("backend", ["numba", "chunked"])
 @pytest.mark.parametrize("degree", [4, 32])
-def test_memory_grows_with_nodes_not_with_edges(degree: int) -> None:
-    largest, saved = memory("chunked", degree)
+def test_memory_grows_with_nodes_not_with_edges(degree: int, backend: str) -> None:
+    largest, saved = memory(backend, degree)
     assert NODES <= largest <= 1.5 * NODES  # at least: the mode did see the passes
     assert saved <= 3 * NODES + 48 * (10 + 4 * degree)  # inputs, padding and a few numbers for each edge
 

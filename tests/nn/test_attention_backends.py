@@ -32,7 +32,7 @@ def random_inputs() -> list[Tensor]:
         ({"key_padding_mask": torch.zeros(7, 4, dtype=torch.bool)}, "n_sources, source_tokens"),
         ({"reduce": "max"}, "'mean' or 'sum', found 'max'"),
         ({"value": torch.zeros(7, 2, 3, 4, dtype=torch.float64)}, "must have one dtype"),
-        ({"backend": "flash"}, "'auto', 'triton', 'chunked', 'dense', found 'flash'"),
+        ({"backend": "flash"}, "'auto', 'triton', 'numba', 'chunked', 'dense', found 'flash'"),
     ],
 )
 def test_wrong_shapes_are_named(change: dict, message: str) -> None:
@@ -69,8 +69,25 @@ def test_triton_where_it_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) ->
 def test_auto_prefers_triton_on_cuda_where_it_runs(monkeypatch, reason: str | None, expected: str) -> None:
     fake_triton(monkeypatch, reason)
     on_cuda = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-    assert _attention._resolve("auto", on_cuda, on_cuda) == expected
-    assert _attention._resolve("auto", torch.zeros(1), torch.zeros(1)) == "chunked"
+    assert _attention.resolve("auto", on_cuda, on_cuda) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.float32, "numba"), (torch.bfloat16, "numba"), (torch.float64, "chunked")],
+)
+def test_auto_on_cpus(dtype: torch.dtype, expected: str) -> None:
+    x = torch.zeros(1, dtype=dtype)
+    assert _attention.resolve("auto", x, x) == expected
+    for backend in ("numba", "chunked", "dense"):
+        assert _attention.resolve(backend, x, x) == backend
+
+
+def test_numba_where_it_cannot_run_says_so() -> None:
+    elsewhere = torch.zeros(1, device="meta")
+    with pytest.raises(ValueError, match=r"CPUs only, found 'meta'\. Use backend='auto' or 'chunked'"):
+        _attention.resolve("numba", elsewhere, elsewhere)
+    assert _attention.resolve("auto", elsewhere, elsewhere) == "chunked"
 
 
 def test_triton_receives_one_factor_per_edge_and_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,8 +101,9 @@ def test_triton_receives_one_factor_per_edge_and_the_padding(monkeypatch: pytest
 
 def test_backend_of_a_block_yields_to_the_argument_and_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, used = random_inputs(), []
-    for name in ("chunked", "dense"):
-        monkeypatch.setattr(_attention, f"{name}_attention", lambda *args, name=name: used.append(name))
+    monkeypatch.setattr(_attention, "dense_attention", lambda *args: used.append("dense"))
+    monkeypatch.setattr(_attention, "engine", lambda backend, *args: used.append(backend))
+    monkeypatch.setattr(_attention, "given_attention", lambda *args: None)
     with attention_backend("dense"):
         cross_node_attention(*inputs, *GRAPH)
         cross_node_attention(*inputs, *GRAPH, backend="chunked")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fimp_sc.nn import _token_attention, attention_backend
+from fimp_sc.nn import _projected, _token_attention, attention_backend
 from fimp_sc.nn._foundation import LowRankLinear
 from fimp_sc.nn._token_attention import token_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def make_maps(width: int, seed: int = 0) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
@@ -61,11 +66,31 @@ def test_equals_the_dense_backend(degree, more, n_tokens, n_queries, width_heads
         how = {"own": own, "n_queries": n_queries, "key_padding_mask": padding, "reduce": reduce}
         return token_attention(tokens, maps, heads, indptr, indices, **how)
 
-    found = result_and_gradients(inputs, call)
     with attention_backend("dense"):
         expected = result_and_gradients(inputs, call)
+    for backend in ("numba", "chunked"):
+        with attention_backend(backend):
+            found = result_and_gradients(inputs, call)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture
+def numba() -> Iterator[None]:
+    """The backend that projects tokens head by head, also in double precision."""
+    with attention_backend("numba"):
+        yield
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_tokens_that_are_projected_together_do_not_matter(rows: int, numba: None, monkeypatch) -> None:
+    maps, tokens = make_maps(8), block().requires_grad_()
+    inputs = [tokens, *(p for part in maps for p in part.parameters())]
+    expected = result_and_gradients(inputs, lambda: token_attention(tokens, maps, 2, *GRAPH))
+    monkeypatch.setattr(_projected, "_ROWS", rows)
+    found = result_and_gradients(inputs, lambda: token_attention(tokens, maps, 2, *GRAPH))
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
 GRAPH = random_graph([3, 0, 4, 2], 6, torch.Generator().manual_seed(1))
@@ -76,7 +101,7 @@ def block(width: int = 8) -> Tensor:
 
 
 @pytest.mark.parametrize("needed", range(8))
-def test_one_gradient_alone_is_the_same(needed: int) -> None:
+def test_one_gradient_alone_is_the_same(needed: int, numba: None) -> None:
     """Of the tokens, a weight or a bias, or the destinations' own tokens, where all else is frozen."""
     maps, tokens, own = make_maps(8), block(), block()[:4]
     inputs = [tokens, *(p for part in maps for p in part.parameters()), own]
@@ -92,7 +117,7 @@ def test_one_gradient_alone_is_the_same(needed: int) -> None:
     torch.testing.assert_close(result_and_gradients([inputs[needed]], call)[1], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_tokens_that_are_not_contiguous() -> None:
+def test_tokens_that_are_not_contiguous(numba: None) -> None:
     maps, tokens = make_maps(8), block()
     strided = tokens.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     plain = tokens.clone().requires_grad_()
@@ -127,7 +152,7 @@ def test_only_plain_maps_are_applied_head_by_head(kind: str, monkeypatch: pytest
         torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
 
 
-def test_only_tokens_and_maps_are_kept_for_the_backward_pass() -> None:
+def test_only_tokens_and_maps_are_kept_for_the_backward_pass(numba: None) -> None:
     maps, tokens, kept = make_maps(8), block().requires_grad_(), []
 
     def pack(x: Tensor) -> Tensor:
@@ -140,7 +165,7 @@ def test_only_tokens_and_maps_are_kept_for_the_backward_pass() -> None:
     assert [x.data_ptr() for x in large] == [tokens.data_ptr()]
 
 
-@pytest.mark.parametrize("backend", ["chunked", "dense"])
+@pytest.mark.parametrize("backend", ["numba", "chunked", "dense"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [

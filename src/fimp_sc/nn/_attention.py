@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from fimp_sc.nn._chunked import chunked_attention
 from fimp_sc.nn._chunks import without_autocast
 from fimp_sc.nn._dense import dense_attention
+from fimp_sc.nn._engines import Sizes, engine
+from fimp_sc.nn._given import given_attention
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Backend = Literal["auto", "triton", "chunked", "dense"]
+Backend = Literal["auto", "triton", "numba", "chunked", "dense"]
 
 _DEFAULT: ContextVar[Backend] = ContextVar("attention_backend", default="auto")
 
@@ -86,9 +87,10 @@ def cross_node_attention(
     reduce
         ``"mean"`` or ``"sum"`` over the sources.
     backend
-        ``"triton"``: fused kernels for CUDA. ``"chunked"``: batched products over parts of the graph, on any device.
-        ``"dense"``: the definition, a reference for tests whose memory grows with edges x tokens². ``"auto"``: triton
-        where it runs, else chunked, unless :func:`attention_backend` says otherwise.
+        ``"triton"``: fused kernels for CUDA. ``"numba"``: compiled loops for CPUs. ``"chunked"``: batched products
+        over parts of the graph, on any device. ``"dense"``: the definition, a reference for tests whose memory grows
+        with edges x tokens². ``"auto"``: on CUDA triton where it runs, on CPUs numba but for double precision, else
+        chunked, unless :func:`attention_backend` says otherwise.
     chunk_size
         Edges that the chunked backend handles at once. Chosen from the device and the number of tokens by default;
         changes speed and memory, not the result.
@@ -111,7 +113,7 @@ def cross_node_attention(
     _check_heads(query, key, value)
     check_graph(query.shape[0], (key.shape[0], key.shape[2]), indptr, indices, edge_weight, key_padding_mask)
     weight = edge_factor(query, indptr, indices, edge_weight, key_padding_mask, reduce)
-    backend = _resolve(backend, query, key)
+    backend = resolve(backend, query, key)
     with without_autocast(query.device.type):
         if backend == "triton":
             from fimp_sc.nn._triton import triton_attention
@@ -119,7 +121,9 @@ def cross_node_attention(
             return triton_attention(query, key, value, indptr, indices, weight, key_padding_mask)
         if backend == "dense":
             return dense_attention(query, key, value, indptr, indices, weight, key_padding_mask)
-        return chunked_attention(query, key, value, indptr, indices, weight, key_padding_mask, chunk_size)
+        sizes = Sizes(key.shape[0], query.shape[2], key.shape[2], query.shape[3])
+        attends = engine(backend, indptr, indices, key_padding_mask, sizes, chunk_size)
+        return given_attention(query, key, value, weight, attends)
 
 
 def edge_factor(
@@ -148,21 +152,31 @@ def edge_factor(
     return factor
 
 
-def cpu_backend() -> Backend:
-    """Return the backend that ``"auto"`` now is on a CPU."""
-    return "chunked" if _DEFAULT.get() == "auto" else _DEFAULT.get()
-
-
 def _known(backend: Backend) -> Backend:
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, found {backend!r}")
     return backend
 
 
-def _resolve(backend: Backend, query: Tensor, key: Tensor) -> Backend:
+def resolve(backend: Backend, query: Tensor, key: Tensor) -> Backend:
+    """Return the backend that computes this, other than ``"auto"``.
+
+    Parameters
+    ----------
+    backend
+        As in :func:`cross_node_attention`.
+    query, key
+        Queries and keys; on a CPU, anything of their dtype.
+
+    Raises
+    ------
+    ValueError
+        When the backend is unknown or cannot run.
+    """
     if _known(backend) == "auto":
         backend = _DEFAULT.get()
-    if backend == "triton" or (backend == "auto" and query.device.type == "cuda"):
+    device = query.device.type
+    if backend == "triton" or (backend == "auto" and device == "cuda"):
         from fimp_sc.nn._triton import unsupported
 
         reason = unsupported(query, key)
@@ -170,7 +184,12 @@ def _resolve(backend: Backend, query: Tensor, key: Tensor) -> Backend:
             return "triton"
         if backend == "triton":
             raise ValueError(f"backend 'triton' cannot run: {reason}. Use backend='auto' or 'chunked'.")
-    return "chunked" if backend == "auto" else backend
+    if backend == "numba" and device != "cpu":
+        raise ValueError(f"backend 'numba' runs on CPUs only, found {device!r}. Use backend='auto' or 'chunked'.")
+    if backend != "auto":
+        return backend
+    # Exponentials in double precision are not compiled to instructions for many numbers.
+    return "numba" if device == "cpu" and query.dtype != torch.float64 else "chunked"
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:

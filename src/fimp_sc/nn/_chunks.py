@@ -1,4 +1,4 @@
-"""Attention over parts of a graph, one head and a bounded number of edges at a time, and its gradients.
+"""Attention over parts of a graph, a bounded number of edges at a time, and its gradients: batched products.
 
 Products run over several neighbours of a node in their inner dimension, so that the sum over neighbours is part of the
 product.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,44 +30,6 @@ def best_chunk_size(device: str, n_queries: int, n_tokens: int, head_dim: int) -
     """Return how many edges are best handled together."""
     scores = _SCORES_PER_THREAD * torch.get_num_threads() if device == "cpu" else _SCORES_ACCELERATOR
     return scores // max(n_tokens * max(n_queries, head_dim), 1)
-
-
-def sorted_graph(
-    indptr: Tensor, indices: Tensor, padding: Tensor | None, chunk_size: int
-) -> tuple[Graph, Tensor | None]:
-    """Return the graph in parts of ``chunk_size`` edges, and the padding where there is any."""
-    # One transfer to the host for all that the loops depend on.
-    degree, order = indptr.diff().sort(descending=True, stable=True)
-    some = degree.new_zeros(1) if padding is None else padding.any().view(1).to(degree.dtype)
-    *degrees, padded = torch.cat((degree, some)).tolist()
-    graph = Graph(order, indptr[:-1].index_select(0, order), indices, degrees, max(min(chunk_size, _MAX_BATCH), 1))
-    return graph, padding if padded else None
-
-
-class Graph(NamedTuple):
-    """Destinations sorted by descending degree."""
-
-    order: Tensor
-    start: Tensor  # first edge of each
-    indices: Tensor
-    degree: list[int]
-    chunk_size: int
-
-    def parts(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Yield ``(begin, end, edges, sources)``: equally many edges for each of the destinations ``begin:end``."""
-        begin = 0
-        while begin < len(self.degree) and self.degree[begin] > 0:
-            stop = end = min(begin + max(self.chunk_size // self.degree[begin], 1), len(self.degree))
-            slot = 0
-            while slot < self.degree[begin]:
-                while self.degree[end - 1] <= slot:
-                    end -= 1
-                width = max(min(self.degree[end - 1] - slot, self.chunk_size // (end - begin)), 1)
-                slots = torch.arange(slot, slot + width, device=self.start.device)
-                edges = (self.start[begin:end, None] + slots).flatten()
-                yield begin, end, edges, self.indices.index_select(0, edges)
-                slot += width
-            begin = stop
 
 
 class Buffers:
@@ -113,84 +75,67 @@ class Buffers:
         return segments.mul_(total.clamp_(min=1e-30).reciprocal_())
 
 
-class Heads(Protocol):
-    """Where queries, keys and values come from and where their gradients go, one head at a time.
+class Chunks:
+    """An :class:`~fimp_sc.nn._engines.Engine` of batched products, on any device.
 
-    Rows of queries are those of destinations in the order of a graph.
+    Parameters
+    ----------
+    indptr, indices
+        Compressed sparse rows over the destinations.
+    padding
+        ``(n_sources, n_tokens)`` bool, True where a token is padding.
+    chunk_size
+        Edges handled at once.
     """
 
-    n_heads: int
+    order: Tensor | None
 
-    def query(self, head: int) -> Tensor:
-        """Return queries times ``head_dim ** -0.5``, ``(n_destinations, tokens, head_dim)``."""
+    def __init__(self, indptr: Tensor, indices: Tensor, padding: Tensor | None, chunk_size: int) -> None:
+        # One transfer to the host for all that the loops depend on.
+        degree, order = indptr.diff().sort(descending=True, stable=True)
+        some = degree.new_zeros(1) if padding is None else padding.any().view(1).to(degree.dtype)
+        *degrees, padded = torch.cat((degree, some)).tolist()
+        start = indptr[:-1].index_select(0, order)
+        self._parts = list(_parts(start, indices, degrees, max(min(chunk_size, _MAX_BATCH), 1)))
+        self._padding = padding if padded else None
+        self.order = order
 
-    def key(self, head: int) -> Tensor:
-        """Return ``(n_sources, source_tokens, head_dim)``."""
+    def running(self) -> AbstractContextManager[None]:
+        """Return a context of nothing."""
+        return nullcontext()
 
-    def value(self, head: int) -> Tensor:
-        """Return ``(n_sources, source_tokens, head_dim)``."""
-
-    def add_query(self, head: int, gradient: Tensor) -> None:
-        """Take the gradient of the scaled queries of a head; nothing where it is not needed."""
-
-    def add_key(self, head: int, gradient: Tensor) -> None:
-        """Take the gradient of the keys of a head."""
-
-    def add_value(self, head: int, gradient: Tensor) -> None:
-        """Take the gradient of the values of a head."""
-
-
-def attend(heads: Heads, weight: Tensor, padding: Tensor | None, graph: Graph, buffers: Buffers, out: Tensor) -> None:
-    """Write the reduced messages of all heads to ``out``, ``(n_destinations, heads, tokens, head_dim)``."""
-    bias, parts = _bias(padding, buffers.dtype), list(graph.parts())
-    for head in range(heads.n_heads):
-        q, k, v = heads.query(head), heads.key(head), heads.value(head)
-        small = _small(q, k)
-        total = buffers("total", *q.shape, dtype=weight.dtype).zero_()
-        for begin, end, edges, sources in parts:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, total: Tensor, buffers: Buffers) -> None:
+        """Write the reduced messages of one head to ``total``."""
+        bias, small = _bias(self._padding, buffers.dtype), _small(q, k)
+        total.zero_()
+        for begin, end, edges, sources in self._parts:
             keys = buffers.gather("keys", k, sources, end - begin)
             attention = buffers.attention(q[begin:end], keys, bias, sources, small=small)
             values = buffers.gather("values", v, sources, end - begin, weight.index_select(0, edges))
             _add_product(total[begin:end], attention.flatten(2), values)
-        write_head(out, head, total, graph.order)
 
-
-def attend_backward(
-    heads: Heads,
-    weight: Tensor,
-    padding: Tensor | None,
-    graph: Graph,
-    buffers: Buffers,
-    grad: Tensor,
-    wanted: tuple[bool, bool, bool],
-) -> Tensor | None:
-    """Give ``heads`` their gradients and return that of the edges' weights.
-
-    Parameters
-    ----------
-    heads, weight, padding, graph, buffers
-        As in :func:`attend`.
-    grad
-        Gradient of the reduced messages.
-    wanted
-        Whether gradients are wanted of queries or keys, of values, and of weights.
-    """
-    of_scores, of_values, of_weights = wanted
-    bias, parts = _bias(padding, buffers.dtype), list(graph.parts())
-    d_weight = torch.zeros_like(weight) if of_weights else None
-    for head in range(heads.n_heads):
-        q, k, v = heads.query(head), heads.key(head), heads.value(head)
-        up = buffers.head("up", grad, head, graph.order)
-        small = _small(q, k)
-        dq, dk, dv = (
-            buffers(name, *x.shape, dtype=weight.dtype).zero_() for name, x in (("total", q), ("dk", k), ("dv", v))
-        )
-        for begin, end, edges, sources in parts:
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weight: Tensor,
+        up: Tensor,
+        gradients: tuple[Tensor, Tensor, Tensor],
+        d_weight: Tensor | None,
+        wanted: tuple[bool, bool],
+        buffers: Buffers,
+    ) -> None:
+        """Write the gradients of one head, and add to those of weights."""
+        of_scores, of_values = wanted
+        bias, small = _bias(self._padding, buffers.dtype), _small(q, k)
+        dq, dk, dv = (x.zero_() for x in gradients)
+        for begin, end, edges, sources in self._parts:
             n, factor = end - begin, weight.index_select(0, edges)
             keys = buffers.gather("keys", k, sources, n)
             attention = buffers.attention(q[begin:end], keys, bias, sources, small=small)
             per_edge = (len(edges), *k.shape[1:])
-            if of_values or of_weights:
+            if of_values or d_weight is not None:
                 received = buffers("received", *keys.shape)
                 torch.bmm(attention.flatten(2).mT, up[begin:end], out=received)
                 received = received.view(per_edge).to(weight.dtype)
@@ -212,24 +157,40 @@ def attend_backward(
                 _add_product(dq[begin:end], d_scores, keys)
                 sent = torch.bmm(d_scores.mT, q[begin:end], out=buffers("received", *keys.shape))
                 dk.index_add_(0, sources, sent.view(per_edge).to(weight.dtype))
-        heads.add_query(head, dq)
-        heads.add_key(head, dk)
-        heads.add_value(head, dv)
-    return d_weight
+
+
+def _parts(
+    start: Tensor, indices: Tensor, degree: list[int], chunk_size: int
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Yield ``(begin, end, edges, sources)``: equally many edges for each of the destinations ``begin:end``.
+
+    Parameters
+    ----------
+    start, degree
+        First edge and number of edges of each destination, by descending degree.
+    indices
+        Sources.
+    chunk_size
+        Most edges of a part.
+    """
+    begin = 0
+    while begin < len(degree) and degree[begin] > 0:
+        stop = end = min(begin + max(chunk_size // degree[begin], 1), len(degree))
+        slot = 0
+        while slot < degree[begin]:
+            while degree[end - 1] <= slot:
+                end -= 1
+            width = max(min(degree[end - 1] - slot, chunk_size // (end - begin)), 1)
+            slots = torch.arange(slot, slot + width, device=start.device)
+            edges = (start[begin:end, None] + slots).flatten()
+            yield begin, end, edges, indices.index_select(0, edges)
+            slot += width
+        begin = stop
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     # CPUs multiply halves many times slower than singles.
     return torch.float32 if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-
-
-def like_heads(x: Tensor) -> Tensor:
-    # Heads next to each other in memory, as the projections before and after want them.
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
-def write_head(out: Tensor, head: int, rows: Tensor, order: Tensor) -> None:
-    out[:, head].index_copy_(0, order, rows.to(out.dtype))
 
 
 def _small(q: Tensor, k: Tensor) -> bool:

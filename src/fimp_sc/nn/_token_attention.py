@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fimp_sc.nn._attention import check_graph, cpu_backend, cross_node_attention, edge_factor
+from fimp_sc.nn._attention import check_graph, cross_node_attention, edge_factor, resolve
 from fimp_sc.nn._projected import projected_attention
 
 
@@ -23,8 +23,7 @@ def token_attention(
 ) -> Tensor:
     """Attend as :func:`cross_node_attention`, with queries, keys and values that maps make of tokens.
 
-    On CPUs, in single and double precision, the chunked backend applies linear maps head by head: queries, keys and
-    values of all heads are never held together.
+    The numba backend applies linear maps head by head: queries, keys and values of all heads are never held together.
 
     Parameters
     ----------
@@ -56,12 +55,16 @@ def token_attention(
     if linear is not None:
         n_destinations = len(indptr) - 1 if own is None else len(own)
         check_graph(n_destinations, (tokens.shape[0], tokens.shape[1]), indptr, indices, None, key_padding_mask)
+        n_tokens = tokens.shape[1]
         if own is None:
-            queries: Tensor | int = tokens.shape[1] if n_queries is None else min(n_queries, tokens.shape[1])
+            queries: Tensor | int = n_tokens if n_queries is None else min(n_queries, n_tokens)
         else:
             queries = own[:, :n_queries]
         weight = edge_factor(tokens, indptr, indices, None, key_padding_mask, reduce)
-        return projected_attention(queries, tokens, linear, n_heads, indptr, indices, weight, key_padding_mask)
+        from fimp_sc.nn._numba import CompiledLoops
+
+        loops = CompiledLoops(indptr, indices, key_padding_mask, len(tokens))
+        return projected_attention(queries, tokens, linear, n_heads, n_destinations, weight, loops)
     own = (tokens[: len(indptr) - 1] if own is None else own)[:, :n_queries]
     query, key, value = (
         part(x).unflatten(2, (n_heads, -1)).transpose(1, 2) for part, x in zip(maps, (own, tokens, tokens), strict=True)
@@ -72,7 +75,7 @@ def token_attention(
 
 def _linear_maps(tokens: Tensor, maps: tuple[nn.Module, ...]) -> tuple[Tensor, ...] | None:
     """Return weights and biases of maps that can be applied head by head here, else None."""
-    if tokens.device.type != "cpu" or cpu_backend() != "chunked":
+    if tokens.device.type != "cpu" or resolve("auto", tokens, tokens) != "numba":
         return None
     if tokens.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(tokens.device.type):
         return None

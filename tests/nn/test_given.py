@@ -1,6 +1,8 @@
-"""The chunked backend against the dense one: large graphs, precisions, autocast, unneeded gradients."""
+"""Both backends for CPUs against the dense one: large graphs, precisions, autocast, unneeded gradients."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -8,9 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fimp_sc.nn import CrossNodeAttention, _chunks, cross_node_attention
+from fimp_sc.nn import CrossNodeAttention, _chunks, attention_backend, cross_node_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 HYPOTHESIS = settings(max_examples=25, deadline=None)
+BACKENDS = ["numba", "chunked"]
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -35,6 +42,7 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         assert error <= tolerance * (largest + 0.1), f"{name}: {error:.3g} > {tolerance * (largest + 0.1):.3g}"
 
 
+@both_backends
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @given(
     degree=st.lists(st.one_of(st.integers(0, 8), st.integers(0, 100)), min_size=1, max_size=8),
@@ -49,7 +57,7 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 )
 @HYPOTHESIS
 def test_equals_dense(
-    dtype, tolerance, degree, n_src, tokens, heads_dim, weighted, padded, reduce, chunk_size, seed
+    backend, dtype, tolerance, degree, n_src, tokens, heads_dim, weighted, padded, reduce, chunk_size, seed
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     heads, dim = heads_dim
@@ -68,7 +76,7 @@ def test_equals_dense(
     mask = None if padded is None else torch.rand(n_src, tokens[1], generator=generator) < padded
     up = normal(*inputs["query"].shape)
     graph = {"indptr": indptr, "indices": indices, "key_padding_mask": mask, "reduce": reduce}
-    found = run(inputs, up, **graph, backend="chunked", chunk_size=chunk_size)
+    found = run(inputs, up, **graph, backend=backend, chunk_size=chunk_size)
     assert all(x.dtype == dtype for x in found.values())
     expected = run({name: x.double() for name, x in inputs.items()}, up, **graph, backend="dense")
     assert_near(found, expected, tolerance)
@@ -80,12 +88,13 @@ def inputs_in(dtype: torch.dtype, n_dst=6, n_src=9, tokens=5, scale=1.0) -> dict
     return {name: (torch.randn(*shape, generator=generator) * scale).to(dtype) for name, shape in shapes.items()}
 
 
-@pytest.fixture(params=["singles", "halves"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=["numba", "chunked", "chunked, halves"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Products of halves as on CPUs, made of singles, and as on accelerators."""
-    if request.param == "halves":
+    if request.param == "chunked, halves":
         monkeypatch.setattr(_chunks, "_compute_dtype", lambda x: x.dtype)
-    return request.param
+    with attention_backend(request.param.split(",")[0]):
+        yield request.param
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -104,7 +113,7 @@ def test_halves_are_near_singles(dtype: torch.dtype, products: str) -> None:
     singles = {name: x.float() for name, x in inputs.items()}
     expected = run({**singles, "edge_weight": weight}, up, **graph, backend="dense")
     # Rounding of the results alone, or of each product as well.
-    assert_near(found, expected, torch.finfo(dtype).eps * (1 if products == "singles" else 4))
+    assert_near(found, expected, torch.finfo(dtype).eps * (4 if products == "chunked, halves" else 1))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -130,11 +139,12 @@ def test_sums_over_edges_are_in_single_precision(dtype: torch.dtype, products: s
         torch.testing.assert_close(total, torch.full_like(total, n))
 
 
-def test_autocast_changes_neither_dtype_nor_result() -> None:
+@both_backends
+def test_autocast_changes_neither_dtype_nor_result(backend: str) -> None:
     indptr, indices = random_graph([3, 0, 4, 2, 1, 6], 9, torch.Generator().manual_seed(1))
     inputs = inputs_in(torch.float32)
     up = torch.ones_like(inputs["query"])
-    graph = {"indptr": indptr, "indices": indices, "backend": "chunked"}
+    graph = {"indptr": indptr, "indices": indices, "backend": backend}
     expected = run(inputs, up, **graph)
     with torch.autocast("cpu", torch.bfloat16):
         found = run(inputs, up, **graph)
@@ -159,22 +169,24 @@ def test_layer_under_autocast() -> None:
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
 
 
+@both_backends
 @pytest.mark.parametrize("needed", ["query", "key", "value", "edge_weight"])
-def test_one_gradient_alone_is_the_same(needed: str) -> None:
+def test_one_gradient_alone_is_the_same(needed: str, backend: str) -> None:
     generator = torch.Generator().manual_seed(1)
     indptr, indices = random_graph([3, 0, 4, 2, 1, 6], 9, generator)
     inputs = {**inputs_in(torch.float64), "edge_weight": torch.rand(16, generator=generator, dtype=torch.float64)}
-    graph = {"indptr": indptr, "indices": indices, "backend": "chunked"}
+    graph = {"indptr": indptr, "indices": indices, "backend": backend}
     expected = run(inputs, torch.ones_like(inputs["query"]), **graph)[needed]
     inputs[needed].requires_grad_()
     cross_node_attention(**inputs, **graph).sum().backward()
     torch.testing.assert_close(inputs[needed].grad, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_large_scores_do_not_overflow() -> None:
+@both_backends
+def test_large_scores_do_not_overflow(backend: str) -> None:
     indptr, indices = random_graph([3, 0, 4, 2, 1, 6], 9, torch.Generator().manual_seed(1))
     inputs = inputs_in(torch.float32, scale=100.0)
-    found = run(inputs, torch.ones_like(inputs["query"]), indptr=indptr, indices=indices, backend="chunked")
+    found = run(inputs, torch.ones_like(inputs["query"]), indptr=indptr, indices=indices, backend=backend)
     assert all(torch.isfinite(x).all() for x in found.values())
 
 
