@@ -1,13 +1,15 @@
-"""How parameters are grouped, and how the learning rate moves."""
+"""Which losses are logged, how parameters are grouped, and how the learning rate moves."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from validation_toys import make_splitter, validation_losses
 
 from fimp_sc.model import FIMPModule, FIMPTrainingPlan
 from fimp_sc.nn import FoundationNetwork, TransformerStack
@@ -133,3 +135,91 @@ def test_what_trains_of_a_foundation_model_has_a_rate_of_its_own(trained: str) -
         assert initial != 3e-3, name
         assert name != "label_head.score.weight" or initial == 0.1
         assert name != "value_head.bias" or initial == 1e-2
+
+
+@pytest.fixture
+def partly(tissue, make_model):
+    """Make a model, with heads that know something, of two sections: one is labeled in part and the other is not."""
+    section = tissue.obs["section"].to_numpy()
+    labels = tissue.obs["label"].where(section == "section_1")
+    # Two blocks of the first section differ in how many of their cells are labeled.
+    left = tissue.obsm["spatial"][:, 0] < np.median(tissue.obsm["spatial"][section == "section_1", 0])
+    tissue.obs["label"] = labels.mask(left & (np.arange(120) % 3 > 0))
+
+    def make(**kwargs):
+        model = make_model(tissue, {"labels_key": "label", "library_key": "section"}, **kwargs)
+        for head in (model.module.label_head, model.module.label_head_alone):
+            if head is not None:
+                nn.init.normal_(head.score.weight)
+        return model, np.flatnonzero(section == "section_1"), np.flatnonzero(section == "section_2")
+
+    return make
+
+
+def validate(model, val_idx: np.ndarray) -> dict[str, float]:
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    loader = make_splitter(model, val_idx, 16).val_dataloader()
+    return pl.Trainer(accelerator="cpu", **off).validate(FIMPTrainingPlan(model.module), loader, verbose=False)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("messages", [True, False])
+def test_validation_losses_are_those_of_all_cells_at_once(partly, messages: bool) -> None:
+    model, labeled, others = partly(messages=messages, label_weight=0.3)
+    both = np.concatenate([labeled, others])
+    loader = make_splitter(model, both, 16).val_dataloader()
+    numbers = sorted(int((batch["label"] >= 0).sum()) for batch in loader)
+    assert numbers[0] == 0
+    assert 0 < numbers[-2] < numbers[-1], "the test needs blocks without labels, with few and with many"
+    found = validate(model, both)
+    assert found == pytest.approx(validation_losses(model, both, 16), rel=1e-5)
+    with torch.no_grad():
+        losses = [model.module(batch)[2].loss for batch in loader]
+    assert found["validation_loss"] > np.mean(losses) + 1e-3, "no block counts as 0, or by a mixture of its own"
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_unlabeled_validation_cells_do_not_change_the_label_loss(partly) -> None:
+    model, labeled, others = partly()
+    alone, joined, none = (validate(model, cells) for cells in (labeled, np.arange(120), others))
+    assert joined["label_loss_validation"] == pytest.approx(alone["label_loss_validation"], rel=1e-6)
+    assert joined["masked_loss_validation"] != alone["masked_loss_validation"]
+    assert "label_loss_validation" not in none
+    assert none["validation_loss"] == none["masked_loss_validation"]
+
+
+def test_training_without_labeled_validation_cells(partly, train) -> None:
+    model, _, others = partly()
+    train(model, validation_indices=others, early_stopping_patience=1)
+    assert "label_loss_validation" not in model.history
+    loss, masked = (model.history[name].to_numpy(float) for name in ("validation_loss", "masked_loss_validation"))
+    assert np.isfinite(loss).all()
+    np.testing.assert_allclose(loss, masked, rtol=1e-6)
+    assert (model.neighbour_share, model.smoothed_share) == (0.5, 0.0)
+
+
+def test_label_loss_of_training_is_a_mean_over_labeled_cells(partly, train, monkeypatch) -> None:
+    seen, loss = [], FIMPModule.loss
+
+    def spy(module, batch, *args):
+        out = loss(module, batch, *args)
+        seen.append((out.extra_metrics["label_loss"].item(), int((batch["label"] >= 0).sum())))
+        return out
+
+    monkeypatch.setattr(FIMPModule, "loss", spy)
+    model, *_ = partly()
+    train(model, max_epochs=3, batch_size=8, validation_size=0)
+    epochs = np.array(seen).reshape(3, -1, 2)
+    assert (epochs[..., 1] == 0).any()
+    assert len(np.unique(epochs[..., 1])) > 2
+    expected = [np.average(epoch[:, 0], weights=epoch[:, 1]) for epoch in epochs]
+    np.testing.assert_allclose(model.history["label_loss_train"].to_numpy(float).ravel(), expected, rtol=1e-5)
+    assert list(model.history["label_loss_train"].index) == list(model.history["train_loss"].index)
+
+
+def test_epochs_without_labels_have_no_label_loss(partly, train) -> None:
+    model, *_ = partly()
+    train(model, max_epochs=6, batch_size=4, validation_size=0, limit_train_batches=1)
+    curve = model.history["label_loss_train"].to_numpy(float)
+    assert 0 < len(curve) < len(model.history["train_loss"]) == 6
+    assert np.isfinite(curve).all()

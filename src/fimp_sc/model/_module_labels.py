@@ -53,6 +53,8 @@ class LabellingModule(BaseModuleClass):
     def label_loss(self, generative_outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Return the mean cross-entropy of both predictions or, in validation, the log loss of their best mixture.
 
+        0 where no destination is labeled.
+
         Parameters
         ----------
         generative_outputs
@@ -61,28 +63,32 @@ class LabellingModule(BaseModuleClass):
             ``(n_dst,)`` int64, -1 where not labeled.
         """
         n_labeled = (labels >= 0).sum().clamp(min=1)
-        mixtures = None if self.training else self.mixture_loss(generative_outputs, labels)
-        if mixtures is not None:
-            return mixtures.min() / n_labeled
         # Validation asks how good predictions are, not how well a weighted loss is minimised.
-        how: Any = {"weight": self.class_weight if self.training else None, "ignore_index": -1, "reduction": "sum"}
+        if not self.training:
+            return self.log_loss(generative_outputs, labels).min() / n_labeled
+        how: Any = {"weight": self.class_weight, "ignore_index": -1, "reduction": "sum"}
         logits = [generative_outputs[name] for name in ("logits", "logits_alone") if name in generative_outputs]
         return torch.stack([nn.functional.cross_entropy(part, labels, **how) for part in logits]).mean() / n_labeled
 
-    def mixture_loss(self, generative_outputs: dict[str, Tensor], labels: Tensor) -> Tensor | None:
-        """Return what mixtures of both predictions of labels cost, by share; ``None`` where there is one prediction.
+    def log_loss(self, generative_outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """Return the log loss of predicted labels, summed over labeled nodes.
 
         Parameters
         ----------
         generative_outputs, labels
             As in :meth:`label_loss`.
+
+        Returns
+        -------
+        ``(21,)``, of the mixtures of both predictions, by share, or ``(1,)`` where there is one prediction.
         """
-        if "logits_alone" not in generative_outputs:
-            return None
         known = labels >= 0
+        names = [name for name in ("logits", "logits_alone") if name in generative_outputs]
+        logits = [generative_outputs[name][known].float() for name in names]
+        if len(logits) == 1:
+            return nn.functional.cross_entropy(logits[0], labels[known], reduction="sum")[None]
         true = labels[known, None]
-        logits, alone = (generative_outputs[name][known].float() for name in ("logits", "logits_alone"))
-        return mixture_loss(*(part.softmax(1).gather(1, true).squeeze(1) for part in (logits, alone)))
+        return mixture_loss(*(part.softmax(1).gather(1, true).squeeze(1) for part in logits))
 
     def standardised(self, embedding: Tensor) -> Tensor:
         """Return embeddings on the scale that heads read."""

@@ -12,6 +12,8 @@ from fimp_sc.nn import FoundationNetwork
 from fimp_sc.nn._heads import SHARES
 
 if TYPE_CHECKING:
+    from scvi.module.base import LossOutput
+
     from fimp_sc.data import Batch
     from fimp_sc.model._module import FIMPModule
 
@@ -20,6 +22,10 @@ _WARMUP_STEPS = 20
 
 class FIMPTrainingPlan(pl.LightningModule):
     """AdamW with warm-up and cosine decay; logs train and validation losses per epoch.
+
+    Losses are means over cells, and those of labels over labeled cells; an epoch without any has none. The validation
+    loss is that of all validation cells at once: its labels are predicted by the mixture that suits these best. The
+    train loss is the mean of what steps minimise.
 
     Parameters
     ----------
@@ -59,34 +65,69 @@ class FIMPTrainingPlan(pl.LightningModule):
         self.gradient_clip = gradient_clip
         self.n_obs_training: int | None = None
         self.n_obs_validation: int | None = None
-        # Log loss of the validation cells for each share of the prediction with neighbours.
-        self._mixtures = torch.zeros(len(SHARES))
+        # Of the cells of an epoch so far, by name: the sum of a loss, and their number.
+        self._sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        return self._step(batch, "train")
+        _, _, losses = self.module(batch)
+        how = self._log_parts(losses, "train")
+        self.log("train_loss", losses.loss, prog_bar=True, **how)
+        if "label_loss" in losses.extra_metrics:
+            n_labeled = _n_labeled(batch)
+            self._add("label_train", losses.extra_metrics["label_loss"].float() * n_labeled, n_labeled)
+        return losses.loss
+
+    def on_train_epoch_end(self) -> None:
+        if "label_train" not in self._sums:
+            return
+        loss, n_labeled = self._total("label_train")
+        if n_labeled:
+            self.log("label_loss_train", loss / n_labeled, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._step(batch, "validation")
-
-    def on_validation_epoch_start(self) -> None:
-        self._mixtures = torch.zeros(len(SHARES), device=self.device)
+        _, generative, losses = self.module(batch)
+        self._log_parts(losses, "validation")
+        parts = [value for name, value in losses.extra_metrics.items() if name != "label_loss"]
+        n_obs = torch.tensor(losses.n_obs_minibatch, device=losses.loss.device)
+        self._add("unlabeled", sum(parts, start=losses.loss.new_zeros(())).float() * n_obs, n_obs)
+        if self.module.label_head is not None:
+            self._add("label_validation", self.module.log_loss(generative, batch["label"]), _n_labeled(batch))
 
     def on_validation_epoch_end(self) -> None:
-        if self.module.label_head_alone is None:
-            return
-        mixtures = self.trainer.strategy.reduce(self._mixtures, reduce_op="sum")
-        if mixtures.any():
-            self.module.neighbour_share.copy_(SHARES[int(mixtures.argmin())])
+        loss, n_obs = self._total("unlabeled")
+        loss = loss / n_obs
+        if self.module.label_head is not None:
+            log_loss, n_labeled = self._total("label_validation")
+            self._fit_share(log_loss)
+            if n_labeled:
+                label_loss = log_loss.min() / n_labeled
+                self.log("label_loss_validation", label_loss, sync_dist=True)
+                loss = loss + self.module.label_weight * label_loss
+        self.log("validation_loss", loss, prog_bar=True, sync_dist=True)
 
-    def _step(self, batch: Batch, mode: str) -> torch.Tensor:
-        _, generative, losses = self.module(batch)
-        if mode == "validation":
-            mixtures = self.module.mixture_loss(generative, batch["label"])
-            self._mixtures += 0.0 if mixtures is None else mixtures
+    def _fit_share(self, log_loss: torch.Tensor) -> None:
+        if self.module.label_head_alone is not None and log_loss.any():
+            self.module.neighbour_share.copy_(SHARES[int(log_loss.argmin())])
+
+    def _log_parts(self, losses: LossOutput, mode: str) -> dict[str, Any]:
+        """Log what is a mean over all cells of the epoch, and return how to."""
         how = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": losses.n_obs_minibatch}
-        self.log(f"{mode}_loss", losses.loss, prog_bar=True, **how)
-        self.log_dict({f"{name}_{mode}": value for name, value in losses.extra_metrics.items()}, **how)
-        return losses.loss
+        parts = {f"{name}_{mode}": value for name, value in losses.extra_metrics.items() if name != "label_loss"}
+        self.log_dict(parts, **how)
+        return how
+
+    def _add(self, name: str, loss: torch.Tensor, n_cells: torch.Tensor) -> None:
+        """Add to the sums of the epoch.
+
+        Not left to Lightning, which divides by zero where weights are, and rounds their mean over processes.
+        """
+        sums = self._sums.get(name, (0.0, 0))
+        self._sums[name] = sums[0] + loss.detach(), sums[1] + n_cells
+
+    def _total(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sums of the epoch over all processes, and start anew."""
+        loss, n_cells = (self.trainer.strategy.reduce(part, reduce_op="sum") for part in self._sums.pop(name))
+        return loss, n_cells
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups: dict[str, dict[str, Any]] = {
@@ -125,3 +166,7 @@ class FIMPTrainingPlan(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip, gradient_clip_algorithm="norm")
+
+
+def _n_labeled(batch: Batch) -> torch.Tensor:
+    return (batch["label"] >= 0).sum()
