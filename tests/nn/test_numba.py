@@ -1,0 +1,149 @@
+"""Compiled loops for CPUs: threads, tiles of queries, and numbers that are large, absent or not finite."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fimp_sc.nn import _numba_kernels as kernels
+from fimp_sc.nn import attention_backend, cross_node_attention
+from fimp_sc.nn._token_attention import token_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NAMES = ("query", "key", "value", "edge_weight")
+
+
+@pytest.fixture(params=[1, 2, 5])
+def n_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def problem(n_dst=40, n_src=50, f_dst=4, f_src=6, dtype=torch.float64, scale=1.0) -> tuple[list[Tensor], list[Tensor]]:
+    """Queries, keys, values and weights, and a graph of 0 to 19 sources for each destination."""
+    generator = torch.Generator().manual_seed(3)
+    degree = torch.arange(n_dst) * 7 % 20
+    indptr = torch.cat((torch.zeros(1, dtype=torch.int64), degree.cumsum(0)))
+    indices = torch.randint(n_src, (int(indptr[-1]),), generator=generator)
+    shapes = (n_dst, 2, f_dst, 4), (n_src, 2, f_src, 4), (n_src, 2, f_src, 4), (len(indices),)
+    inputs = [(torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype) for shape in shapes]
+    return [x.requires_grad_() for x in inputs], [indptr, indices]
+
+
+def attend(inputs: list[Tensor], graph: list[Tensor], backend: str = "numba", **kwargs) -> dict[str, Tensor]:
+    """Result and gradients."""
+    *heads, weight = inputs
+    out = cross_node_attention(*heads, *graph, edge_weight=weight, backend=backend, **kwargs)
+    up = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(out.dtype)
+    return {"out": out.detach(), **dict(zip(NAMES, torch.autograd.grad(out, inputs, up), strict=True))}
+
+
+def test_any_number_of_threads(n_threads: int) -> None:
+    inputs, graph = problem()
+    found, again = attend(inputs, graph), attend(inputs, graph)
+    for name, expected in attend(inputs, graph, "dense").items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-11)
+        assert torch.equal(found[name], again[name])  # to the bit
+
+
+def test_tokens_in_any_number_of_threads(n_threads: int) -> None:
+    graph = problem(n_dst=50)[1]
+    generator = torch.Generator().manual_seed(5)
+    # More tokens than are projected together.
+    tokens = torch.randn(50, 100, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    maps = tuple(torch.nn.Linear(8, 8).double() for _ in range(3))
+    inputs = [tokens, *(p for part in maps for p in part.parameters())]
+    results = []
+    for backend in ("numba", "dense"):
+        with attention_backend(backend):
+            out = token_attention(tokens, maps, 2, *graph, n_queries=3)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_more_scores_than_are_held_at_once() -> None:
+    n_queries, n_tokens = 37, kernels._SCORES // 16 + 5  # tiles of 16, 16 and 5 queries
+    inputs, graph = problem(3, 2, n_queries, n_tokens)
+    found = attend(inputs, graph)
+    for name, expected in attend(inputs, graph, "dense").items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-3, 3.0, 30.0])
+def test_padding_may_hold_anything_finite(dtype: torch.dtype, scale: float) -> None:
+    inputs, graph = problem(dtype=dtype, scale=scale)
+    padding = torch.zeros(50, 6, dtype=torch.bool)
+    padding[::3, 2:] = True
+    padding[7] = True  # a source without tokens
+    plain = attend(inputs, graph, key_padding_mask=padding)
+    with torch.no_grad():
+        for x in inputs[1:3]:
+            x.transpose(1, 2)[padding] = 1e15
+    found = attend(inputs, graph, key_padding_mask=padding)
+    for name, x in found.items():
+        assert torch.isfinite(x).all()
+        torch.testing.assert_close(x, plain[name], rtol=2e-3 if dtype == torch.float32 else 1e-9, atol=scale**2 * 1e-4)
+    for name in ("key", "value"):
+        assert (found[name].transpose(1, 2)[padding] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_what_is_not_finite_is_not_hidden(bad: float, where: int) -> None:
+    inputs, graph = problem(dtype=torch.float32)
+    node = 3 if where == 0 else int(graph[1][0])
+    with torch.no_grad():
+        inputs[where][node, 0, 1, 2] = bad
+    expected, found = attend(inputs, graph, "dense"), attend(inputs, graph)
+    assert expected["out"].isnan().any() or expected["out"].isinf().any()
+    for name, x in expected.items():
+        assert found[name].isfinite().logical_not().any() == x.isfinite().logical_not().any()
+    rows = expected["out"].isfinite().flatten(1).all(1)
+    torch.testing.assert_close(found["out"][rows], expected["out"][rows], rtol=1e-4, atol=1e-5)
+
+
+@given(scale=st.floats(-6, 3), shift=st.floats(-1e3, 1e3), seed=st.integers(0, 2**31))
+@settings(max_examples=50, deadline=None)
+def test_exponentials_in_single_precision(scale: float, shift: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    given_scores = (rng.standard_normal((5, 37)) * 10**scale + shift).astype(np.float32)
+    scores, total = given_scores.copy(), np.empty(5, np.float32)
+    kernels._exponentials(scores, total, np.zeros(0, bool), bool(np.abs(given_scores).max() > 60))
+    shifted = given_scores.astype(np.float64)
+    expected = np.exp(shifted - shifted.max(1, keepdims=True))
+    expected /= expected.sum(1, keepdims=True)
+    # Rounding of scores of up to sixty before they are exponentiated.
+    np.testing.assert_allclose(scores / total[:, None], expected, rtol=2e-5, atol=1e-12)
+
+
+def blas_threads() -> list[int]:
+    from threadpoolctl import threadpool_info
+
+    return [x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"]
+
+
+def test_blas_has_its_threads_again() -> None:
+    inputs, graph = problem()
+    attend(inputs, graph)  # libraries are loaded
+    before = blas_threads()
+    with ThreadPoolExecutor(4) as pool:  # as several tiles of a section are
+        results = list(pool.map(lambda _: attend(inputs, graph), range(12)))
+    assert blas_threads() == before
+    for found in results[1:]:
+        assert all(torch.equal(found[name], results[0][name]) for name in found)
+    with pytest.raises(IndexError):
+        cross_node_attention(*inputs[:3], graph[0], graph[1] + 100, backend="numba")
+    assert blas_threads() == before
