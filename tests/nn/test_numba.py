@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
 from torch import Tensor
 
 from fimp_sc.nn import _numba_kernels as kernels
@@ -120,13 +121,11 @@ def test_what_is_not_finite_is_not_hidden(bad: float, where: int) -> None:
 def test_exponentials_in_single_precision(scale: float, shift: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     given_scores = (rng.standard_normal((5, 37)) * 10**scale + shift).astype(np.float32)
-    scores, total = given_scores.copy(), np.empty(5, np.float32)
-    kernels._exponentials(scores, total, np.zeros(0, bool), bool(np.abs(given_scores).max() > 60))
-    shifted = given_scores.astype(np.float64)
-    expected = np.exp(shifted - shifted.max(1, keepdims=True))
-    expected /= expected.sum(1, keepdims=True)
+    found = given_scores.copy()
+    for row in found:
+        kernels._softmax(row, np.zeros(0, bool), bool(np.abs(given_scores).max() > 60))
     # Rounding of scores of up to sixty before they are exponentiated.
-    np.testing.assert_allclose(scores / total[:, None], expected, rtol=2e-5, atol=1e-12)
+    np.testing.assert_allclose(found, softmax(given_scores.astype(np.float64), axis=1), rtol=2e-5, atol=1e-12)
 
 
 def blas_threads() -> list[int]:
@@ -144,6 +143,19 @@ def test_blas_has_its_threads_again() -> None:
     assert blas_threads() == before
     for found in results[1:]:
         assert all(torch.equal(found[name], results[0][name]) for name in found)
-    with pytest.raises(IndexError):
-        cross_node_attention(*inputs[:3], graph[0], graph[1] + 100, backend="numba")
-    assert blas_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("indptr", "indices", "error", "message"),
+    [
+        ([0, 1, 2], [0, 50], IndexError, "one of 50 sources, found 0 to 50"),
+        ([0, 1, 2], [-1, 3], IndexError, "found -1 to 3"),
+        ([0, 1, 3], [0, 1], ValueError, "rise from 0 to the number of edges, 2"),
+        ([0, 3, 2], [0, 1], ValueError, "rise from 0"),
+        ([1, 1, 2], [0, 1], ValueError, "rise from 0"),
+    ],
+)
+def test_rows_that_are_no_graph_are_refused(indptr: list[int], indices: list[int], error, message: str) -> None:
+    inputs, _ = problem(n_dst=2)
+    with pytest.raises(error, match=message):
+        cross_node_attention(*inputs[:3], torch.tensor(indptr), torch.tensor(indices), reduce="sum", backend="numba")

@@ -41,6 +41,11 @@ class CompiledLoops:
         ``(n_sources, n_tokens)`` bool, True where a token is padding.
     n_sources
         Number of sources.
+
+    Raises
+    ------
+    IndexError, ValueError
+        The rows are not those of a graph between these nodes.
     """
 
     order: Tensor | None = None
@@ -49,6 +54,13 @@ class CompiledLoops:
     def __init__(self, indptr: Tensor, indices: Tensor, padding: Tensor | None, n_sources: int) -> None:
         some = padding is not None and bool(padding.any())
         padded = padding.numpy() if padding is not None and some else np.zeros((n_sources, 0), bool)
+        # The loops would read memory that is not theirs.
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n_sources:
+            raise IndexError(
+                f"indices must name one of {n_sources} sources, found {int(indices.min())} to {int(indices.max())}"
+            )
+        if int(indptr[0]) != 0 or int(indptr[-1]) != len(indices) or bool((indptr.diff() < 0).any()):
+            raise ValueError(f"indptr must rise from 0 to the number of edges, {len(indices)}")
         self._graph = padded, indptr.numpy(), indices.numpy()
 
     @contextmanager

@@ -1,6 +1,7 @@
 """Attention between destinations and their sources, one head at a time, in compiled loops for CPUs.
 
-Scores of some queries of one edge exist at a time and stay in the cache. Products are those of BLAS.
+Scores of some queries of a destination and the tokens of some of its sources exist at a time, and stay in the cache.
+Products are those of BLAS, over all of these sources.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 # Sums may be reordered, as instructions for many numbers at once need it; infinities and NaN stay what they are.
 _MATH = {"reassoc", "contract", "nsz", "arcp"}
-# Scores held at once: 256 KB of fp32.
+# Scores held at once: those of one source may fill 256 KB of fp32, those of several 64 KB.
 _SCORES = 1 << 16
+_SCORES_OF_MANY = 1 << 14
 # Scores of no more than this need no shift: exponentials, and sums of them, stay far inside fp32.
 _SAFE = np.float32(60.0)
 
@@ -66,41 +68,84 @@ def _exp_of(x: Any) -> Any:
 
 
 @_compiled(fastmath=_MATH)
-def _exponentials(scores: NDArray, total: NDArray, padded: NDArray, large: Any) -> None:
-    """Turn scores, ``(n_queries, n_tokens)``, into weights of attention times ``total``, which is written."""
-    zero = scores.dtype.type(0)
-    for r in range(len(scores)):
-        row = scores[r]
-        largest = zero
-        if large:
-            largest = scores.dtype.type(-np.inf)
-            for c in range(len(row)):
-                if not (len(padded) and padded[c]) and not row[c] <= largest:
-                    largest = row[c]
-        s = zero
+def _softmax(row: NDArray, padded: NDArray, large: Any) -> None:
+    """Turn scores of one query and the tokens of one source into weights of attention."""
+    zero = row.dtype.type(0)
+    largest = zero
+    if large:
+        largest = row.dtype.type(-np.inf)
         for c in range(len(row)):
-            row[c] = e = _exp(row[c] - largest)
-            s += e
-        if len(padded):
-            s = zero
-            for c in range(len(row)):
-                row[c] = zero if padded[c] else row[c]
-                s += row[c]
-        total[r] = s
+            if not (len(padded) and padded[c]) and not row[c] <= largest:
+                largest = row[c]
+    total = zero
+    for c in range(len(row)):
+        e = _exp(row[c] - largest)
+        row[c] = e
+        total += e
+    if len(padded):
+        total = zero
+        for c in range(len(row)):
+            row[c] = zero if padded[c] else row[c]
+            total += row[c]
+    # Nothing but padding weighs nothing.
+    factor = zero if total == 0 else 1 / total
+    for c in range(len(row)):
+        row[c] *= factor
 
 
 @_compiled(fastmath=_MATH)
-def _add(total: NDArray, rows: NDArray) -> None:
+def _softmax_backward(attention: NDArray, gradient: NDArray, weight: Any) -> Any:
+    """Turn the gradient of attention into that of scores, times a weight, and return its mean under the attention."""
+    mean = attention.dtype.type(0)
+    for c in range(len(attention)):
+        mean += attention[c] * gradient[c]
+    for c in range(len(attention)):
+        gradient[c] = (gradient[c] - mean) * attention[c] * weight
+    return mean
+
+
+@_compiled(fastmath=_MATH)
+def _attention(query: NDArray, keys: NDArray, sources: NDArray, padded: NDArray, large: Any, scores: NDArray) -> None:
+    """Write attention, ``(n_queries, n_sources * n_tokens)``, with one softmax for each source."""
+    np.dot(query, keys.T, scores)
+    n_tokens = len(keys) // len(sources)
+    for r in range(len(query)):
+        for s in range(len(sources)):
+            _softmax(scores[r, s * n_tokens : (s + 1) * n_tokens], padded[sources[s]], large)
+
+
+@_compiled(fastmath=_MATH)
+def _add(total: NDArray, rows: NDArray, factor: Any) -> None:
     for r in range(len(rows)):
         for c in range(rows.shape[1]):
-            total[r, c] += rows[r, c]
+            total[r, c] += rows[r, c] * factor
+
+
+@_compiled()
+def _gather(nodes: NDArray, sources: NDArray, rows: NDArray) -> None:
+    """Write the tokens of sources one behind the other."""
+    n_tokens = nodes.shape[1]
+    for s in range(len(sources)):
+        for r in range(n_tokens):
+            for c in range(nodes.shape[2]):
+                rows[s * n_tokens + r, c] = nodes[sources[s], r, c]
+
+
+@_compiled()
+def _sizes(n_queries: int, n_tokens: int, indptr: NDArray, rows: tuple[int, int]) -> tuple[int, int]:
+    """Return how many queries, and how many sources, are looked at together."""
+    degree = 1
+    for i in range(rows[0], rows[1]):
+        degree = max(degree, indptr[i + 1] - indptr[i])
+    tile = min(max(_SCORES // n_tokens, 16), n_queries)
+    return tile, min(max(_SCORES_OF_MANY // (n_tokens * tile), 1), degree)
 
 
 @_compiled()
 def add_rows(total: NDArray, nodes: NDArray, rows: NDArray) -> None:
     """Add ``rows``, ``(n, n_tokens, head_dim)``, to those of ``total`` at ``nodes``, which differ."""
     for i in range(len(nodes)):
-        _add(total[nodes[i]], rows[i])
+        _add(total[nodes[i]], rows[i], rows.dtype.type(1))
 
 
 @_compiled(fastmath=_MATH)
@@ -160,24 +205,26 @@ def forward(
     """
     n_queries, width = query.shape[1:]
     n_tokens, dtype = key.shape[1], query.dtype
-    tile = min(max(_SCORES // n_tokens, 16), n_queries)
-    scores, message, total = np.empty((tile, n_tokens), dtype), np.empty((tile, width), dtype), np.empty(tile, dtype)
+    tile, together = _sizes(n_queries, n_tokens, indptr, rows)
+    keys, values = np.empty((together * n_tokens, width), dtype), np.empty((together * n_tokens, width), dtype)
+    memory, message = np.empty(together * n_tokens * tile, dtype), np.empty((tile, width), dtype)
     for i in range(rows[0], rows[1]):
         out[i] = 0
         longest = _largest_norm(query[i])
-        for e in range(indptr[i], indptr[i + 1]):
-            j = indices[e]
-            large = not longest * norm[j] <= _SAFE
+        for b in range(indptr[i], indptr[i + 1], together):
+            sources = indices[b : min(b + together, indptr[i + 1])]
+            m, large = len(sources) * n_tokens, False
+            _gather(key, sources, keys)
+            _gather(value, sources, values)
+            for s in range(len(sources)):
+                large |= not longest * norm[sources[s]] <= _SAFE
+                values[s * n_tokens : (s + 1) * n_tokens] *= weight[b + s]
             for a in range(0, n_queries, tile):
                 n = min(tile, n_queries - a)
-                np.dot(query[i, a : a + n], key[j].T, scores[:n])
-                _exponentials(scores[:n], total, padded[j], large)
-                np.dot(scores[:n], value[j], message[:n])
-                for r in range(n):
-                    # Nothing but padding weighs nothing.
-                    factor = dtype.type(0) if total[r] == 0 else weight[e] / total[r]
-                    for c in range(width):
-                        out[i, a + r, c] += message[r, c] * factor
+                scores = memory[: n * m].reshape((n, m))
+                _attention(query[i, a : a + n], keys[:m], sources, padded, large, scores)
+                np.dot(scores, values[:m], message[:n])
+                _add(out[i, a : a + n], message[:n], dtype.type(1))
 
 
 @_compiled(fastmath=_MATH)
@@ -222,46 +269,46 @@ def backward(
     of_scores, of_values, of_weights = wanted
     n_queries, width = query.shape[1:]
     n_tokens, dtype = key.shape[1], query.dtype
-    tile = min(max(_SCORES // n_tokens, 16), n_queries)
-    scores, d_scores = np.empty((tile, n_tokens), dtype), np.empty((tile, n_tokens), dtype)
-    upstream, scaled = np.empty((n_queries, width), dtype), np.empty((tile, width), dtype)
-    message = np.empty((tile, width), dtype)
-    total = np.empty(tile, dtype)
-    received = np.empty((n_tokens, width), dtype)
+    first, one = indptr[rows[0]], query.dtype.type(1)
+    tile, together = _sizes(n_queries, n_tokens, indptr, rows)
+    keys, values = np.empty((together * n_tokens, width), dtype), np.empty((together * n_tokens, width), dtype)
+    memory, d_memory = np.empty(together * n_tokens * tile, dtype), np.empty(together * n_tokens * tile, dtype)
+    received, message = np.empty((together * n_tokens, width), dtype), np.empty((tile, width), dtype)
+    upstream = np.empty((n_queries, width), dtype)
     for i in range(rows[0], rows[1]):
         d_query[i] = 0
         upstream[:] = grad[i]
         longest = _largest_norm(query[i])
-        for e in range(indptr[i], indptr[i + 1]):
-            j, at = indices[e], place[e - indptr[rows[0]]]
-            large = not longest * norm[j] <= _SAFE
+        for b in range(indptr[i], indptr[i + 1], together):
+            sources = indices[b : min(b + together, indptr[i + 1])]
+            m, large = len(sources) * n_tokens, False
+            _gather(key, sources, keys)
+            _gather(value, sources, values)
+            for s in range(len(sources)):
+                large |= not longest * norm[sources[s]] <= _SAFE
             for a in range(0, n_queries, tile):
                 n = min(tile, n_queries - a)
-                up = upstream[a : a + n]
-                np.dot(query[i, a : a + n], key[j].T, scores[:n])
-                _exponentials(scores[:n], total, padded[j], large)
-                for r in range(n):
-                    total[r] = dtype.type(0) if total[r] == 0 else 1 / total[r]
+                q, up = query[i, a : a + n], upstream[a : a + n]
+                scores = memory[: n * m].reshape((n, m))
+                _attention(q, keys[:m], sources, padded, large, scores)
                 if of_values:
-                    for r in range(n):
-                        for c in range(width):
-                            scaled[r, c] = up[r, c] * (weight[e] * total[r])
-                    np.dot(scores[:n].T, scaled[:n], received)
-                    _add(d_value[at], received)
-                if of_scores or of_weights:
-                    np.dot(up, value[j].T, d_scores[:n])
-                    for r in range(n):
-                        mean = dtype.type(0)
-                        for c in range(n_tokens):
-                            mean += scores[r, c] * d_scores[r, c]
-                        mean *= total[r]
+                    np.dot(scores.T, up, received[:m])
+                    for s in range(len(sources)):
+                        _add(d_value[place[b + s - first]], received[s * n_tokens : (s + 1) * n_tokens], weight[b + s])
+                if not (of_scores or of_weights):
+                    continue
+                d_scores = d_memory[: n * m].reshape((n, m))
+                np.dot(up, values[:m].T, d_scores)
+                for r in range(n):
+                    for s in range(len(sources)):
+                        part = slice(s * n_tokens, (s + 1) * n_tokens)
+                        # The mean is the product of a query's message with its gradient.
+                        mean = _softmax_backward(scores[r, part], d_scores[r, part], weight[b + s])
                         if of_weights:
-                            # That of a query's message with its gradient.
-                            d_weight[e] += mean
-                        for c in range(n_tokens):
-                            d_scores[r, c] = (d_scores[r, c] - mean) * scores[r, c] * (weight[e] * total[r])
+                            d_weight[b + s] += mean
                 if of_scores:
-                    np.dot(d_scores[:n].T, query[i, a : a + n], received)
-                    _add(d_key[at], received)
-                    np.dot(d_scores[:n], key[j], message[:n])
-                    _add(d_query[i, a : a + n], message[:n])
+                    np.dot(d_scores.T, q, received[:m])
+                    for s in range(len(sources)):
+                        _add(d_key[place[b + s - first]], received[s * n_tokens : (s + 1) * n_tokens], one)
+                    np.dot(d_scores, keys[:m], message[:n])
+                    _add(d_query[i, a : a + n], message[:n], one)
