@@ -73,21 +73,26 @@ def test_auto_prefers_triton_on_cuda_where_it_runs(monkeypatch, reason: str | No
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [(torch.float32, "numba"), (torch.bfloat16, "numba"), (torch.float64, "chunked")],
+    ("dtype", "tokens", "expected"),
+    [
+        (torch.float32, (64, 64), "numba"),
+        (torch.bfloat16, (200, 30), "numba"),
+        (torch.float32, (1, 200), "chunked"),
+        (torch.float64, (64, 64), "chunked"),
+    ],
 )
-def test_auto_on_cpus(dtype: torch.dtype, expected: str) -> None:
+def test_auto_on_cpus(dtype: torch.dtype, tokens: tuple[int, int], expected: str) -> None:
     x = torch.zeros(1, dtype=dtype)
-    assert _attention.resolve("auto", x, x) == expected
+    assert _attention.resolve("auto", x, x, tokens) == expected
     for backend in ("numba", "chunked", "dense"):
-        assert _attention.resolve(backend, x, x) == backend
+        assert _attention.resolve(backend, x, x, tokens) == backend
 
 
 def test_numba_where_it_cannot_run_says_so() -> None:
     elsewhere = torch.zeros(1, device="meta")
     with pytest.raises(ValueError, match=r"CPUs only, found 'meta'\. Use backend='auto' or 'chunked'"):
         _attention.resolve("numba", elsewhere, elsewhere)
-    assert _attention.resolve("auto", elsewhere, elsewhere) == "chunked"
+    assert _attention.resolve("auto", elsewhere, elsewhere, (64, 64)) == "chunked"
 
 
 def test_triton_receives_one_factor_per_edge_and_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fimp_sc.nn import _projected, _token_attention, attention_backend
+from fimp_sc.nn import _token_attention, attention_backend
 from fimp_sc.nn._foundation import LowRankLinear
 from fimp_sc.nn._token_attention import token_attention
 
@@ -75,22 +75,11 @@ def test_equals_the_dense_backend(degree, more, n_tokens, n_queries, width_heads
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.fixture
-def numba() -> Iterator[None]:
-    """The backend that projects tokens head by head, also in double precision."""
-    with attention_backend("numba"):
-        yield
-
-
-@pytest.mark.parametrize("rows", [1, 7, 64])
-def test_tokens_that_are_projected_together_do_not_matter(rows: int, numba: None, monkeypatch) -> None:
-    maps, tokens = make_maps(8), block().requires_grad_()
-    inputs = [tokens, *(p for part in maps for p in part.parameters())]
-    expected = result_and_gradients(inputs, lambda: token_attention(tokens, maps, 2, *GRAPH))
-    monkeypatch.setattr(_projected, "_ROWS", rows)
-    found = result_and_gradients(inputs, lambda: token_attention(tokens, maps, 2, *GRAPH))
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+@pytest.fixture(params=["numba", "chunked"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Those that project tokens head by head."""
+    with attention_backend(request.param):
+        yield request.param
 
 
 GRAPH = random_graph([3, 0, 4, 2], 6, torch.Generator().manual_seed(1))
@@ -101,7 +90,7 @@ def block(width: int = 8) -> Tensor:
 
 
 @pytest.mark.parametrize("needed", range(8))
-def test_one_gradient_alone_is_the_same(needed: int, numba: None) -> None:
+def test_one_gradient_alone_is_the_same(needed: int, backend: str) -> None:
     """Of the tokens, a weight or a bias, or the destinations' own tokens, where all else is frozen."""
     maps, tokens, own = make_maps(8), block(), block()[:4]
     inputs = [tokens, *(p for part in maps for p in part.parameters()), own]
@@ -117,7 +106,7 @@ def test_one_gradient_alone_is_the_same(needed: int, numba: None) -> None:
     torch.testing.assert_close(result_and_gradients([inputs[needed]], call)[1], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_tokens_that_are_not_contiguous(numba: None) -> None:
+def test_tokens_that_are_not_contiguous(backend: str) -> None:
     maps, tokens = make_maps(8), block()
     strided = tokens.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     plain = tokens.clone().requires_grad_()
@@ -152,7 +141,7 @@ def test_only_plain_maps_are_applied_head_by_head(kind: str, monkeypatch: pytest
         torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
 
 
-def test_only_tokens_and_maps_are_kept_for_the_backward_pass(numba: None) -> None:
+def test_only_tokens_and_maps_are_kept_for_the_backward_pass(backend: str) -> None:
     maps, tokens, kept = make_maps(8), block().requires_grad_(), []
 
     def pack(x: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "triton", "numba", "chunked", "dense"]
 
+# Of one edge and head: measured by benchmarks/attention.py with 16, 32, 64 and 200 tokens.
+_SCORES_WORTH_COMPILING = 1 << 12
+
 _DEFAULT: ContextVar[Backend] = ContextVar("attention_backend", default="auto")
 
 
@@ -89,8 +92,8 @@ def cross_node_attention(
     backend
         ``"triton"``: fused kernels for CUDA. ``"numba"``: compiled loops for CPUs. ``"chunked"``: batched products
         over parts of the graph, on any device. ``"dense"``: the definition, a reference for tests whose memory grows
-        with edges x tokens². ``"auto"``: on CUDA triton where it runs, on CPUs numba but for double precision, else
-        chunked, unless :func:`attention_backend` says otherwise.
+        with edges x tokens². ``"auto"``: on CUDA triton where it runs, on CPUs numba where tokens are many (from 64
+        on) and not in double precision, else chunked, unless :func:`attention_backend` says otherwise.
     chunk_size
         Edges that the chunked backend handles at once. Chosen from the device and the number of tokens by default;
         changes speed and memory, not the result.
@@ -113,7 +116,7 @@ def cross_node_attention(
     _check_heads(query, key, value)
     check_graph(query.shape[0], (key.shape[0], key.shape[2]), indptr, indices, edge_weight, key_padding_mask)
     weight = edge_factor(query, indptr, indices, edge_weight, key_padding_mask, reduce)
-    backend = resolve(backend, query, key)
+    backend = resolve(backend, query, key, (query.shape[2], key.shape[2]))
     with without_autocast(query.device.type):
         if backend == "triton":
             from fimp_sc.nn._triton import triton_attention
@@ -158,7 +161,7 @@ def _known(backend: Backend) -> Backend:
     return backend
 
 
-def resolve(backend: Backend, query: Tensor, key: Tensor) -> Backend:
+def resolve(backend: Backend, query: Tensor, key: Tensor, tokens: tuple[int, int] = (0, 0)) -> Backend:
     """Return the backend that computes this, other than ``"auto"``.
 
     Parameters
@@ -167,6 +170,8 @@ def resolve(backend: Backend, query: Tensor, key: Tensor) -> Backend:
         As in :func:`cross_node_attention`.
     query, key
         Queries and keys; on a CPU, anything of their dtype.
+    tokens
+        How many tokens a destination and a source have.
 
     Raises
     ------
@@ -188,8 +193,9 @@ def resolve(backend: Backend, query: Tensor, key: Tensor) -> Backend:
         raise ValueError(f"backend 'numba' runs on CPUs only, found {device!r}. Use backend='auto' or 'chunked'.")
     if backend != "auto":
         return backend
-    # Exponentials in double precision are not compiled to instructions for many numbers.
-    return "numba" if device == "cpu" and query.dtype != torch.float64 else "chunked"
+    # Few scores are not worth the calls; exponentials in double precision are not made many at a time.
+    compiled = device == "cpu" and query.dtype != torch.float64 and tokens[0] * tokens[1] >= _SCORES_WORTH_COMPILING
+    return "numba" if compiled else "chunked"
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:

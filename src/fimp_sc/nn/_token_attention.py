@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fimp_sc.nn._attention import check_graph, cross_node_attention, edge_factor, resolve
+from fimp_sc.nn._engines import Sizes, engine
 from fimp_sc.nn._projected import projected_attention
 
 
@@ -23,7 +24,8 @@ def token_attention(
 ) -> Tensor:
     """Attend as :func:`cross_node_attention`, with queries, keys and values that maps make of tokens.
 
-    The numba backend applies linear maps head by head: queries, keys and values of all heads are never held together.
+    On CPUs, in single and double precision, linear maps are applied head by head: queries, keys and values of all
+    heads are never held together.
 
     Parameters
     ----------
@@ -61,10 +63,10 @@ def token_attention(
         else:
             queries = own[:, :n_queries]
         weight = edge_factor(tokens, indptr, indices, None, key_padding_mask, reduce)
-        from fimp_sc.nn._numba import CompiledLoops
-
-        loops = CompiledLoops(indptr, indices, key_padding_mask, len(tokens))
-        return projected_attention(queries, tokens, linear, n_heads, n_destinations, weight, loops)
+        n = queries if isinstance(queries, int) else queries.shape[1]
+        sizes = Sizes(len(tokens), n, n_tokens, tokens.shape[2] // n_heads)
+        attends = engine(resolve("auto", tokens, tokens, (n, n_tokens)), indptr, indices, key_padding_mask, sizes)
+        return projected_attention(queries, tokens, linear, n_heads, n_destinations, weight, attends)
     own = (tokens[: len(indptr) - 1] if own is None else own)[:, :n_queries]
     query, key, value = (
         part(x).unflatten(2, (n_heads, -1)).transpose(1, 2) for part, x in zip(maps, (own, tokens, tokens), strict=True)
@@ -75,7 +77,7 @@ def token_attention(
 
 def _linear_maps(tokens: Tensor, maps: tuple[nn.Module, ...]) -> tuple[Tensor, ...] | None:
     """Return weights and biases of maps that can be applied head by head here, else None."""
-    if tokens.device.type != "cpu" or resolve("auto", tokens, tokens) != "numba":
+    if tokens.device.type != "cpu" or resolve("auto", tokens, tokens) not in ("numba", "chunked"):
         return None
     if tokens.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(tokens.device.type):
         return None
