@@ -7,6 +7,7 @@ attend over one vector of width d per cell: another model, shown for what tokens
 
 Each measurement is a fresh process, methods take turns, and the table has the median over rounds. Peak memory is what
 forward and backward pass add to the process (on CUDA: to the allocated memory) once inputs and weights are there.
+Kernels are compiled before.
 
 On CUDA the "attention only" rows leave out projections. Their rate counts 4·E·f²·d operations forward and 3.5 times
 that forward and backward (the backward pass makes five products for the forward pass's two, one of them again), as a
@@ -65,7 +66,7 @@ def main() -> None:
     methods = [MHA, MHA + WEIGHTS, SDPA, *CONVOLUTIONS, OURS + "chunked"]
     if not cuda:
         methods.append(OURS + "numba")
-    if cuda:
+    else:
         methods += [OURS + "triton", OURS + "chunked" + ALONE, OURS + "triton" + ALONE]
     if args.methods:
         methods = [name for name in methods if any(part in name for part in args.methods)]
@@ -87,7 +88,7 @@ def main() -> None:
                 print(f"round {turn}, f {f}, {method}:", found, flush=True)
 
     table = pd.DataFrame(rows)
-    print("\n" + summary(table, OURS + ("triton" if cuda else "chunked")))
+    print("\n" + summary(table, OURS + ("triton" if cuda else "numba")))
     for key, value in environment().items():
         table[key] = value
     name = f"attention{'_cuda' if cuda else ''}{'_quick' if args.quick else ''}.csv"

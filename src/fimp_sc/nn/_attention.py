@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Backend = Literal["auto", "triton", "numba", "chunked", "dense"]
 
 # Of one edge and head: measured by benchmarks/attention.py with 16, 32, 64 and 200 tokens.
-_SCORES_WORTH_COMPILING = 1 << 12
+_SCORES_WORTH_COMPILING = 1 << 14
 
 _DEFAULT: ContextVar[Backend] = ContextVar("attention_backend", default="auto")
 
@@ -92,7 +92,7 @@ def cross_node_attention(
     backend
         ``"triton"``: fused kernels for CUDA. ``"numba"``: compiled loops for CPUs. ``"chunked"``: batched products
         over parts of the graph, on any device. ``"dense"``: the definition, a reference for tests whose memory grows
-        with edges x tokens². ``"auto"``: on CUDA triton where it runs, on CPUs numba where tokens are many (from 64
+        with edges x tokens². ``"auto"``: on CUDA triton where it runs, on CPUs numba where tokens are many (from 128
         on) and not in double precision, else chunked, unless :func:`attention_backend` says otherwise.
     chunk_size
         Edges that the chunked backend handles at once. Chosen from the device and the number of tokens by default;
