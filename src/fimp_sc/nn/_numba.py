@@ -65,7 +65,7 @@ class CompiledLoops:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Have threads."""
+        """Have threads, ``run``, until the context ends."""
         with threads() as self.run:
             yield
 
