@@ -5,12 +5,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.special import softmax
 from torch import Tensor
 
 from fimp_sc.nn import _numba_kernels as kernels
@@ -75,7 +71,7 @@ def test_tokens_in_any_number_of_threads(n_threads: int) -> None:
 
 
 def test_more_scores_than_are_held_at_once() -> None:
-    n_queries, n_tokens = 37, kernels._SCORES // 16 + 5  # tiles of 16, 16 and 5 queries
+    n_queries, n_tokens = 37, kernels._SCORES // 32 + 5  # tiles of 32 and 5 queries
     inputs, graph = problem(3, 2, n_queries, n_tokens)
     found = attend(inputs, graph)
     for name, expected in attend(inputs, graph, "dense").items():
@@ -116,33 +112,13 @@ def test_what_is_not_finite_is_not_hidden(bad: float, where: int) -> None:
     torch.testing.assert_close(found["out"][rows], expected["out"][rows], rtol=1e-4, atol=1e-5)
 
 
-@given(scale=st.floats(-6, 3), shift=st.floats(-1e3, 1e3), seed=st.integers(0, 2**31))
-@settings(max_examples=50, deadline=None)
-def test_exponentials_in_single_precision(scale: float, shift: float, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    given_scores = (rng.standard_normal((5, 37)) * 10**scale + shift).astype(np.float32)
-    found = given_scores.copy()
-    for row in found:
-        kernels._softmax(row, np.zeros(0, bool), bool(np.abs(given_scores).max() > 60))
-    # Rounding of scores of up to sixty before they are exponentiated.
-    np.testing.assert_allclose(found, softmax(given_scores.astype(np.float64), axis=1), rtol=2e-5, atol=1e-12)
-
-
-def blas_threads() -> list[int]:
-    from threadpoolctl import threadpool_info
-
-    return [x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"]
-
-
-def test_blas_has_its_threads_again() -> None:
+def test_several_calls_at_once() -> None:
     inputs, graph = problem()
-    attend(inputs, graph)  # libraries are loaded
-    before = blas_threads()
+    expected = attend(inputs, graph)
     with ThreadPoolExecutor(4) as pool:  # as several tiles of a section are
         results = list(pool.map(lambda _: attend(inputs, graph), range(12)))
-    assert blas_threads() == before
-    for found in results[1:]:
-        assert all(torch.equal(found[name], results[0][name]) for name in found)
+    for found in results:
+        assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.parametrize(

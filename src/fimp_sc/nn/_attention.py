@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "triton", "numba", "chunked", "dense"]
 
-# Of one edge and head: with 64 x 64 benchmarks/attention.py finds products faster, with 200 x 200 loops.
-_SCORES_WORTH_COMPILING = 1 << 14
+# Of one edge and head: with 16 x 16 both take as long, with 32 x 32 loops take 0.6 times as long as products.
+_SCORES_WORTH_COMPILING = 1 << 10
 
 _DEFAULT: ContextVar[Backend] = ContextVar("attention_backend", default="auto")
 
@@ -92,7 +92,7 @@ def cross_node_attention(
     backend
         ``"triton"``: fused kernels for CUDA. ``"numba"``: compiled loops for CPUs. ``"chunked"``: batched products
         over parts of the graph, on any device. ``"dense"``: the definition, a reference for tests whose memory grows
-        with edges x tokens². ``"auto"``: on CUDA triton where it runs, on CPUs numba where tokens are many (from 128
+        with edges x tokens². ``"auto"``: on CUDA triton where it runs, on CPUs numba where tokens are many (from 32
         on) and not in double precision, else chunked, unless :func:`attention_backend` says otherwise.
     chunk_size
         Edges that the chunked backend handles at once. Chosen from the device and the number of tokens by default;
@@ -195,7 +195,7 @@ def resolve(backend: Backend, query: Tensor, key: Tensor, tokens: tuple[int, int
         raise ValueError(f"backend 'numba' runs on CPUs only, found {device!r}. Use backend='auto' or 'chunked'.")
     if backend != "auto":
         return backend
-    # Few scores are not worth the calls; exponentials in double precision are not made many at a time.
+    # Few scores are not worth the calls, nor what is compiled for doubles, which networks do not have.
     compiled = device == "cpu" and query.dtype != torch.float64 and tokens[0] * tokens[1] >= _SCORES_WORTH_COMPILING
     return "numba" if compiled else "chunked"
 

@@ -106,9 +106,8 @@ class CompiledLoops:
                     _add_rows(self.run, x, part.nodes, added)
 
     def _given(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[NDArray, ...]:
-        arrays = [x.detach().numpy() for x in (q, k, v, weight)]
-        norm = np.concatenate(self.run(lambda part: kernels.largest_norms(arrays[1][part]), shares(len(k), 1000)))
-        return *arrays[:3], norm, self._graph[0], arrays[3], *self._graph[1:]
+        *heads, factor = (x.detach().numpy() for x in (q, k, v, weight))
+        return *heads, self._graph[0], factor, *self._graph[1:]
 
     def _sums(self, part: _Part, k: Tensor, buffers: Buffers) -> list[NDArray]:
         names = (f"{name} of {part.number}" for name in ("dk", "dv"))
