@@ -75,10 +75,10 @@ def test_auto_prefers_triton_on_cuda_where_it_runs(monkeypatch, reason: str | No
 @pytest.mark.parametrize(
     ("dtype", "tokens", "expected"),
     [
-        (torch.float32, (128, 128), "numba"),
+        (torch.float32, (32, 32), "numba"),
         (torch.bfloat16, (400, 50), "numba"),
         (torch.float32, (1, 200), "chunked"),
-        (torch.float32, (64, 64), "chunked"),
+        (torch.float32, (16, 16), "chunked"),
         (torch.float64, (200, 200), "chunked"),
     ],
 )
