@@ -275,7 +275,10 @@ _softmax, _softmax_backward = _in_strips(_softmax_strip), _in_strips(_softmax_ba
 
 @numba.njit(nogil=True)
 def product(a: NDArray, b: NDArray, out: NDArray) -> None:
-    """Write ``a @ b``; numbers of a row of ``b`` and of ``out`` lie next to each other."""
+    """Write ``a @ b`` to ``out``, ``(m, depth)`` and ``(depth, n)`` to ``(m, n)``, all of one dtype.
+
+    Numbers of a row of ``b`` and of ``out`` lie next to each other; ``a`` may have any strides.
+    """
     _write(out.shape[1], out, a, b, out.dtype.type(1))
 
 
@@ -287,11 +290,14 @@ def add_product(a: NDArray, b: NDArray, out: NDArray, factor: Any) -> None:
 
 @numba.njit(nogil=True)
 def softmax(scores: NDArray) -> None:
-    """Turn scores into weights that sum to one in each column."""
+    """Turn ``scores``, ``(n_tokens, n_queries)``, in place into weights that sum to one in each column."""
     _softmax(scores.shape[1], scores)
 
 
 @numba.njit(nogil=True)
 def softmax_backward(attention: NDArray, gradient: NDArray, mean: NDArray) -> None:
-    """Turn the gradient of attention into that of scores, and write its mean under the attention in each column."""
+    """Turn the gradient of ``attention``, both ``(n_tokens, n_queries)``, in place into that of scores.
+
+    Its mean under the attention in each column is written to ``mean``, ``(at least n_queries,)``.
+    """
     _softmax_backward(gradient.shape[1], gradient, attention, mean)
