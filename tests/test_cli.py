@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import zipfile
 from types import ModuleType, SimpleNamespace
 
 import anndata as ad
@@ -205,26 +204,6 @@ def test_only_h5ad_and_h5mu_are_read_and_written(section, tmp_path, calls, capsy
     assert "section.zarr' is a folder, and only .h5ad and .h5mu files are read" in capsys.readouterr().err
     assert calls == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["section.h5ad", "section.zarr"]
-
-
-@pytest.mark.parametrize("content", ["text", "nothing", "half", "another archive"])
-def test_damaged_model_is_one_line(section, tmp_path, calls, capsys, content) -> None:
-    file = tmp_path / "model" / "model.pt"
-    file.parent.mkdir()
-    arguments = ["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--model", str(file.parent)]
-    torch.save({"weights": torch.zeros(1000)}, file)
-    assert cli.main(arguments) == 0
-    calls.clear()
-    if content == "another archive":
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("readme.txt", "no model")
-    else:
-        file.write_bytes({"text": b"no model", "nothing": b"", "half": file.read_bytes()[:2000]}[content])
-    assert cli.main(arguments) == 2
-    message = capsys.readouterr().err
-    assert "model.pt' is no saved model, or not all of it" in message
-    assert message.count("\n") == 1
-    assert calls == []
 
 
 @pytest.mark.parametrize(

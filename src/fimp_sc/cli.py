@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +81,6 @@ def _run_tool(
     if output.suffix != suffix:
         message = f"--output: {output.name!r} must end in {suffix}, which is what is written for {source.name!r}."
         raise ValueError(message)
-    if "model" in arguments:
-        _check_model(Path(arguments["model"]))
     if arguments.get("zero_shot") and "accelerator" in arguments:
         # Without training there is no trainer that would refuse a device that is not there.
         from scvi.model._utils import parse_device_args
@@ -103,21 +100,6 @@ def _run_tool(
         print(f"Wrote {output}; new in it: {', '.join(added) or 'nothing, existing keys were replaced'}")
         if save_model is not None:
             print(f"Saved the model to {save_model}")
-
-
-def _check_model(folder: Path) -> None:
-    """Refuse a damaged file, on which torch fails in ways of its own; what else is wrong, the tools tell."""
-    file = folder / "model.pt"
-    if not file.is_file():
-        return
-    try:
-        with zipfile.ZipFile(file) as archive:
-            whole = any(name.endswith("/data.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:
-        whole = False
-    if not whole:
-        message = f"--model: {str(file)!r} is no saved model, or not all of it: save or copy the model again."
-        raise ValueError(message)
 
 
 def _read(source: Path) -> AnnData | MuData:

@@ -10,13 +10,11 @@ import torch
 from anndata import AnnData
 
 from fimp_sc.data._access import missing_key
-from fimp_sc.data._modality import quiet_mudata
 from fimp_sc.model._attention import AttentiveModel
 from fimp_sc.model._build import foundation_network, gene_vectors, sequence_network, sequence_shapes
 from fimp_sc.model._module import FIMPModule
 from fimp_sc.model._predict import PredictiveModel, check_choice
-from fimp_sc.model._pretrained import is_pretrained, read_pretrained, write_pretrained
-from fimp_sc.model._setup import RegisteringModel
+from fimp_sc.model._saved import SavedModel
 from fimp_sc.model._train import TrainableModel
 
 if TYPE_CHECKING:
@@ -34,7 +32,7 @@ _CHECKPOINTS = {
 }
 
 
-class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
+class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
     """Foundation-informed message passing between cells (arXiv 2210.09475), brain regions, images or any nodes.
 
     A cell is a sequence of gene tokens; over each edge of the graph the tokens of the destination attend to those of
@@ -247,96 +245,6 @@ class FIMP(RegisteringModel, TrainableModel, PredictiveModel, AttentiveModel):
             advice = "fimp_sc.pp.match_genes(adata, checkpoint) writes it."
             raise missing_key(key, "adata.var", self.adata.var, advice)
         return self.adata.var[key].to_numpy(dtype=np.int64)
-
-    @classmethod
-    def load_query_data(cls, adata: AnnData | MuData, reference_model: FIMP | str | Path, **setup_kwargs: Any) -> FIMP:
-        """Return a copy of a trained model bound to a new object, with the same weights and no further training.
-
-        Parameters
-        ----------
-        adata
-            New section with a graph. Genes are matched by name: those unknown to the model are dropped, those that
-            it lacks are treated as not measured. Signals may be shorter than those the model was trained on.
-        reference_model
-            A trained model, or the folder of one that :meth:`save` or :meth:`save_pretrained` wrote.
-        **setup_kwargs
-            Arguments of :meth:`setup_anndata`, where data are found elsewhere in the new object than in that of
-            training, or are on another scale: ``layer``, ``library_key``, ``batch_key``, ``input_scale``, ...
-        """
-        if not isinstance(reference_model, str | Path):
-            reference: FIMP = reference_model
-        elif is_pretrained(reference_model):
-            reference = cls.from_pretrained(reference_model)
-        else:
-            reference = cls.load(str(reference_model), adata=False)
-        registry = reference.registry
-        # What a model learnt from a modality is also applied to an object that is this modality, and the reverse.
-        setup = {name: value for name, value in registry["setup_args"].items() if name != "modality"} | setup_kwargs
-        how = {"source_registry": registry, "sequences": list(reference.module.sequences)}
-        if isinstance(adata, AnnData):
-            cls.setup_anndata(adata, **setup, **how)
-        else:
-            cls.setup_mudata(adata, modality=registry["setup_args"].get("modality"), **setup, **how)
-        model = cls(None, registry=registry, **reference.init_params_["non_kwargs"])
-        model.module.load_state_dict(reference.module.state_dict())
-        model.to_device(reference.device)
-        model.module.eval()
-        model.is_trained_, model.history_ = reference.is_trained, dict(reference.history or {}) or None
-        # Left to itself, scvi-tools would register the object once more, reading all of its values again.
-        model._adata = adata
-        model._adata_manager = cls._get_most_recent_anndata_manager(adata, required=True)
-        model._register_manager_for_instance(model._adata_manager)
-        return model
-
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        """Save the model as :meth:`scvi.model.base.BaseModelClass.save` does."""
-        with quiet_mudata():
-            super().save(*args, **kwargs)
-
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the model to a folder to share: ``config.json``, ``model.safetensors``, ``genes.txt``, ``README.md``.
-
-        The folder holds plain data, no pickled objects, no cells and no paths, and needs no other file: a foundation
-        model or gene vectors that the model was made from are in its weights. It is written completely or not at all.
-
-        Parameters
-        ----------
-        folder
-            Where to. It may hold nothing else.
-        overwrite
-            Replace a model that is there.
-
-        Raises
-        ------
-        FileExistsError
-            The folder holds a model and ``overwrite`` is not set, or it holds other files.
-        ValueError
-            Weights are NaN or infinite, or names of genes cannot be lines of a file.
-        """
-        write_pretrained(self, folder, overwrite=overwrite)
-
-    @classmethod
-    def from_pretrained(
-        cls, folder_or_hub_id: str | Path, adata: AnnData | MuData | None = None, *, accelerator: str = "auto"
-    ) -> FIMP:
-        """Read a model that :meth:`save_pretrained` wrote. No code in its files is run.
-
-        Parameters
-        ----------
-        folder_or_hub_id
-            Folder, or name of a repository on the Hugging Face hub, which takes the package huggingface_hub.
-        adata
-            Object with a graph to bind the model to, as :meth:`load_query_data` does. Without it the model serves
-            :meth:`load_query_data` and the functions of :mod:`fimp_sc.tl`.
-        accelerator
-            ``"auto"`` takes a GPU when there is one.
-
-        Raises
-        ------
-        CheckpointError
-            A file is missing, damaged, of a newer version, or does not fit the others; a :class:`ValueError`.
-        """
-        return read_pretrained(cls, folder_or_hub_id, adata, accelerator)
 
 
 def _check_foundation(foundation: str | None, checkpoint: Any, gene_embeddings: Any, architecture: Any) -> None:

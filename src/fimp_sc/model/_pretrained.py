@@ -124,6 +124,38 @@ def read_pretrained(
     return model
 
 
+def check_saved(folder: str | Path, prefix: str | None = None) -> None:
+    """Refuse a folder or file that :meth:`FIMP.load` cannot read, on which torch and scvi-tools fail in their own ways.
+
+    Parameters
+    ----------
+    folder
+        Where :meth:`FIMP.save` wrote to.
+    prefix
+        Of the names of files in it.
+
+    Raises
+    ------
+    CheckpointError
+        The file of the model is missing, damaged, or something else.
+    """
+    file = Path(folder, f"{prefix or ''}model.pt")
+    if not file.is_file():
+        if is_pretrained(folder):
+            message = f"{str(folder)!r} was written by model.save_pretrained(folder): read it with "
+            raise CheckpointError(f"{message}FIMP.from_pretrained(folder).")
+        raise CheckpointError(f"{str(file)!r} does not exist: model.save(folder) writes it.")
+    content: Any = None
+    cause: Exception | None = None
+    try:
+        # Weights stay in the file; what else is unpickled here is unpickled again by scvi-tools.
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+    except Exception as error:  # of many kinds, by where the file is damaged
+        cause = error
+    if not isinstance(content, dict) or not {"model_state_dict", "var_names", "attr_dict"} <= content.keys():
+        raise CheckpointError(f"{str(file)!r} is no saved model, or not all of it: save or copy it again.") from cause
+
+
 def _check_target(target: Path, *, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{str(target)!r} is a file: choose a folder to write the model to.")
