@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 import fimp_sc
 from fimp_sc.model import FIMP, _pretrained
 from fimp_sc.model._card import model_card
-from fimp_sc.pretrained import CheckpointError
 
 FILES = ["README.md", "config.json", "genes.txt", "model.safetensors"]
 ONE_EPOCH = {"max_epochs": 1}
@@ -301,37 +300,3 @@ def test_what_could_not_be_read_is_not_written(tissue, make_model, tmp_path) -> 
     with pytest.raises(ValueError, match=r"line\\nbreak"):
         make_model(tissue).save_pretrained(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("content", ["text", "nothing", "half", "another archive", "another tensor", "objects"])
-def test_damaged_file_of_save_is_told(trained, tmp_path, content) -> None:
-    trained.save(str(tmp_path / "model"))
-    file = tmp_path / "model" / "model.pt"
-    whole = file.read_bytes()
-    if content == "another archive":
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("readme.txt", "no model")
-    elif content == "another tensor":
-        torch.save(torch.zeros(3), file)
-    elif content == "objects":
-        torch.save({"state_dict": {"weight": torch.zeros(3)}}, file)
-    else:
-        file.write_bytes({"text": b"no model", "nothing": b"", "half": whole[: len(whole) // 2]}[content])
-    for call in (
-        lambda: FIMP.load(str(tmp_path / "model"), adata=False, accelerator="cpu"),
-        lambda: fimp_sc.tl.embed(trained.adata.copy(), model=tmp_path / "model", accelerator="cpu"),
-    ):
-        with pytest.raises(CheckpointError, match=r"model\.pt' is no saved model, or not all of it"):
-            call()
-    file.write_bytes(whole)
-    check_same(results(FIMP.load(tmp_path / "model", trained.adata, accelerator="cpu")), results(trained))
-
-
-def test_load_names_the_other_way_to_read(saved, trained, tmp_path) -> None:
-    with pytest.raises(CheckpointError, match="from_pretrained"):
-        FIMP.load(saved, adata=False)
-    with pytest.raises(CheckpointError, match=r"here_model\.pt' does not exist"):
-        FIMP.load(tmp_path, adata=False, prefix="here_")
-    trained.save(str(tmp_path), prefix="here_", overwrite=True)
-    loaded = FIMP.load(tmp_path, False, "cpu", "auto", "here_").module.state_dict()
-    check_same([*map(np.asarray, loaded.values())], [v.numpy() for v in trained.module.state_dict().values()])
