@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -135,3 +140,26 @@ def test_rows_that_are_no_graph_are_refused(indptr: list[int], indices: list[int
     inputs, _ = problem(n_dst=2)
     with pytest.raises(error, match=message):
         cross_node_attention(*inputs[:3], torch.tensor(indptr), torch.tensor(indices), reduce="sum", backend="numba")
+
+
+def test_kernels_kept_for_later_are_those_of_the_products(tmp_path) -> None:
+    for name in ("_numba_kernels", "_numba_vectors"):
+        text = (Path(kernels.__file__).parent / f"{name}.py").read_text()
+        (tmp_path / f"{name}.py").write_text(text.replace("from fimp_sc.nn._numba_vectors", "from _numba_vectors"))
+    code = """
+        import numpy as np
+        from _numba_kernels import _attention
+        attention = np.empty((2, 3), np.float32)
+        _attention(np.ones((4, 3), np.float32), np.eye(2, 4, dtype=np.float32), np.array([False, True]), attention)
+        print(attention.sum(), sum(_attention.stats.cache_hits.values()))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def run() -> str:
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+
+    assert [run(), run()] == ["3.0 0\n", "3.0 1\n"]
+    vectors = tmp_path / "_numba_vectors.py"
+    vectors.write_text(vectors.read_text() + "\n\n@numba.njit(nogil=True)\ndef softmax(scores):\n    scores[:] = 7\n")
+    assert run() == "42.0 0\n"

@@ -6,6 +6,8 @@ query, so that many queries are worked on at once, and softmax goes down the col
 
 from __future__ import annotations
 
+import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -25,8 +27,11 @@ _SCORES = 1 << 14
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function on first use, and keep the result for later processes where there is a folder for it."""
     try:
+        # The name is that of a file, which numba replaces when this module changes, but not when the products do.
+        products = zlib.crc32(Path(product.py_func.__code__.co_filename).read_bytes())
+        function.__qualname__ += f"_{products:08x}"
         return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:
+    except (RuntimeError, OSError):
         return numba.njit(nogil=True)(function)
 
 
