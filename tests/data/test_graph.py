@@ -145,6 +145,56 @@ def test_halo_is_exactly_the_in_neighbourhood(n, density, seed, n_layers, self_l
             np.testing.assert_array_equal(np.sort(sources), np.flatnonzero(adjacency[block.nodes[row]]))
 
 
+@given(
+    n=st.integers(1, 12),
+    density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    seed=st.integers(0, 1000),
+    self_loops=st.booleans(),
+    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_weights_say_how_much_more_one_neighbour_counts(n, density, seed, self_loops, scale, data) -> None:
+    """Against dense rows: weighted means, once with the node as a neighbour of mean weight."""
+    matrix = messy(random_matrix(n, density, seed).toarray() * scale, seed)
+    graph, dense = NodeGraph(matrix, self_loops=self_loops, weighted=True), matrix.toarray()
+    np.fill_diagonal(dense, 0.0)
+    degree = (dense != 0).sum(1)
+    total = np.where(degree > 0, dense.sum(1), 1.0)
+    others = dense * (degree / total)[:, None]
+    np.testing.assert_allclose(graph.csr.toarray(), others + self_loops * np.eye(n), rtol=1e-5)
+    np.testing.assert_array_equal(graph.degree, degree)
+    nodes = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n, unique=True))
+
+    block = graph.block(nodes, 2)
+    for indptr, indices, weight in zip(block.indptr, block.indices, block.edge_weight, strict=True):
+        assert weight.dtype == np.float32
+        for row, node in enumerate(block.nodes[: len(indptr) - 1]):
+            edges = slice(indptr[row], indptr[row + 1])
+            np.testing.assert_array_equal(weight[edges], graph.csr[node].toarray()[0, block.nodes[indices[edges]]])
+
+    around, mean = graph.surroundings(nodes)
+    np.testing.assert_allclose(
+        mean.toarray(), ((others + np.eye(n)) / (degree + 1)[:, None])[np.ix_(nodes, around)], rtol=1e-5, atol=1e-7
+    )
+    averaging = graph.averaging(nodes, 1).toarray()
+    alone = (degree == 0)[nodes]
+    np.testing.assert_allclose(averaging[~alone], (dense / total[:, None])[nodes][~alone], rtol=1e-5, atol=1e-7)
+    inner = dense[np.ix_(nodes, nodes)]
+    within = inner.sum(1, keepdims=True)
+    np.testing.assert_allclose(
+        graph.among(nodes).toarray(), inner / np.where(within > 0, within, 1.0), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_a_weight_too_small_for_single_precision_is_still_an_edge() -> None:
+    matrix = sparse.csr_matrix(([1.0, 1e-300], ([0, 0], [1, 2])), shape=(3, 3))
+    for self_loops in (False, True):
+        graph = NodeGraph(matrix, self_loops=self_loops, weighted=True)
+        assert graph.csr[0].nnz == 2 + self_loops
+        assert graph.csr[0, 1] == pytest.approx(2.0)
+
+
 def test_row_is_the_destination() -> None:
     matrix = sparse.csr_matrix(([1.0], ([0], [1])), shape=(3, 3))
     graph = NodeGraph(matrix, self_loops=False)

@@ -70,7 +70,7 @@ def grid(side: int) -> tuple[np.ndarray, sparse.csr_matrix]:
 GRAPHS = {"spatial": spatial, "expression_like": expression_like, "directed": directed}
 
 
-def make_data(graph: sparse.csr_matrix, *, self_loops=True, points=None, hidden=None) -> GraphData:
+def make_data(graph: sparse.csr_matrix, *, self_loops=True, points=None, hidden=None, weighted=False) -> GraphData:
     n, rng = graph.shape[0], np.random.default_rng(2)
     expression = np.log1p(rng.poisson(0.5, (n, GENES))).astype(np.float32)
     expression[:3] = 0.0
@@ -79,7 +79,7 @@ def make_data(graph: sparse.csr_matrix, *, self_loops=True, points=None, hidden=
         source=ExpressionSource(
             sparse.csr_matrix(expression), np.arange(GENES), "log", statistics, rng.integers(0, 2, n), hidden
         ),
-        graph=NodeGraph(graph, self_loops=self_loops),
+        graph=NodeGraph(graph, self_loops=self_loops, weighted=weighted),
         coordinates=positions(n) if points is None else points,
         library=np.sort(rng.integers(0, 2, n)) if points is None else np.zeros(n, dtype=np.int64),
         label=np.full(n, -1),
@@ -123,8 +123,11 @@ def whole_graph(module: FIMPModule, data: GraphData) -> np.ndarray:
 
 @pytest.mark.parametrize(("layer", "self_loops"), [("practical", True), ("practical", False), ("paper", False)])
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_blocks_and_layers_equal_the_whole_graph(graph: str, self_loops: bool, layer: str) -> None:
-    data, module = make_data(GRAPHS[graph](), self_loops=self_loops), make_module(layer=layer)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_blocks_and_layers_equal_the_whole_graph(weighted: bool, graph: str, self_loops: bool, layer: str) -> None:
+    edges, module = GRAPHS[graph](), make_module(layer=layer)
+    edges.data = np.random.default_rng(4).uniform(0.2, 5.0, len(edges.data))
+    data = make_data(edges, self_loops=self_loops, weighted=weighted)
     expected = whole_graph(module, data)
     assert np.isfinite(expected).all()
     assert len(np.unique(expected.round(3), axis=0)) > N - 10, "cells differ"

@@ -32,6 +32,7 @@ def test_destinations_by_themselves_are_those_of_a_graph_without_edges(tissue, m
         alone = module.inference(batch, alone=True)["alone"]
         np.testing.assert_allclose(alone, module.inference(without)["embedding"], atol=1e-5)
         assert (alone - module.inference(batch)["embedding"]).abs().max() > 1e-2
+    assert "edge_weight" not in without_neighbours({**batch, "edge_weight": [torch.ones(3)] * model.n_layers})
     assert without_neighbours(batch)["n_nodes"] == without["n_nodes"] == [len(nodes)] * (model.n_layers + 1)
 
 

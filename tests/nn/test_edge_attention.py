@@ -29,7 +29,8 @@ def _reference(layer: TransformerLayer) -> nn.MultiheadAttention:
 
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("n_destinations", [2, 4])
-def test_influence_is_the_length_of_the_message_of_multihead_attention(norm_first, n_destinations) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_influence_is_the_length_of_the_message_of_multihead_attention(norm_first, n_destinations, weighted) -> None:
     torch.manual_seed(0)
     network = _OneLayer(norm_first)
     layer = network.layers[0]
@@ -37,8 +38,9 @@ def test_influence_is_the_length_of_the_message_of_multihead_attention(norm_firs
     padding[1, 2:] = padding[4, 3:] = True
     # Self-loops of nodes 0 and 2, an isolated node 3.
     indptr, indices = torch.tensor([0, 3, 5, 7, 7]), torch.tensor([0, 1, 4, 0, 2, 2, 3])
+    weight = torch.rand(len(indices)) if weighted else None
     with torch.no_grad(), recorded_influence(network, 5, n_destinations) as found:
-        layer(tokens, padding, indptr, indices)
+        layer(tokens, padding, indptr, indices, edge_weight=weight)
     x = layer.attention_norm(tokens) if norm_first else tokens
     edges = [(0, 1), (0, 4), (1, 0), (1, 2), (2, 3)][: 4 if n_destinations == 2 else 5]
     reference = _reference(layer)
@@ -46,7 +48,10 @@ def test_influence_is_the_length_of_the_message_of_multihead_attention(norm_firs
         reference(x[i : i + 1, :1], x[j : j + 1], x[j : j + 1], key_padding_mask=padding[j : j + 1])[0].norm()
         for i, j in edges
     ]
-    torch.testing.assert_close(found[0], torch.stack(expected).detach())
+    length = torch.stack(expected).detach()
+    if weight is not None:
+        length = length * weight[[1, 2, 3, 4, 6][: len(length)]]
+    torch.testing.assert_close(found[0], length)
     assert not layer.attention._forward_pre_hooks
 
 

@@ -31,6 +31,13 @@ def points(seed=0) -> np.ndarray:
     return np.random.default_rng(seed).random((N, 2))
 
 
+def with_weights(graph: sparse.csr_matrix, seed=3) -> sparse.csr_matrix:
+    """The same edges, whose weights differ."""
+    graph = graph.copy()
+    graph.data = np.random.default_rng(seed).uniform(0.2, 5.0, len(graph.data))
+    return graph
+
+
 def knn() -> sparse.csr_matrix:
     near = cKDTree(points()).query(points(), 5)[1][:, 1:]
     return sparse.csr_matrix((np.ones(near.size), (np.repeat(np.arange(N), 4), near.ravel())), shape=(N, N))
@@ -53,7 +60,9 @@ def directed() -> sparse.csr_matrix:
 GRAPHS = {"knn": knn, "delaunay": delaunay, "directed": directed}
 
 
-def make_data(graph: sparse.csr_matrix, *, self_loops: bool, order=None, matrix=None) -> GraphData:
+def make_data(
+    graph: sparse.csr_matrix, *, self_loops: bool, order=None, matrix=None, weighted: bool = False
+) -> GraphData:
     order = np.arange(N) if order is None else order
     rng = np.random.default_rng(1)
     expression = np.log1p(rng.poisson(0.7, (N, GENES))).astype(np.float32)
@@ -62,7 +71,7 @@ def make_data(graph: sparse.csr_matrix, *, self_loops: bool, order=None, matrix=
     statistics = ExpressionSource(expression, np.arange(GENES), "log", None).gene_statistics(np.arange(N))
     return GraphData(
         source=ExpressionSource(matrix, np.arange(GENES), "log", statistics, batch=batch[order]),
-        graph=NodeGraph(graph[order][:, order], self_loops=self_loops),
+        graph=NodeGraph(graph[order][:, order], self_loops=self_loops, weighted=weighted),
         coordinates=points()[order],
         library=np.zeros(N, dtype=np.int64),
         label=np.full(N, -1),
@@ -107,6 +116,22 @@ def test_blocks_of_any_size_equal_the_full_graph(graph: str, self_loops: bool, l
     part = embed(network, data, some, batch_size=2)
     np.testing.assert_allclose(part[some], full[some], **TOLERANCE)
     assert np.isnan(np.delete(part, some, axis=0)).all()
+
+
+@pytest.mark.parametrize("layer", ["practical", "paper"])
+@pytest.mark.parametrize("self_loops", [True, False])
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_blocks_of_any_size_equal_the_full_graph_with_weights(graph: str, self_loops: bool, layer: str) -> None:
+    network = make_network(layer)
+    data = make_data(with_weights(GRAPHS[graph]()), self_loops=self_loops, weighted=True)
+    full = embed(network, data)
+    for batch_size in (1, 7, 30):
+        np.testing.assert_allclose(embed(network, data, batch_size=batch_size), full, **TOLERANCE)
+    plain = embed(network, make_data(GRAPHS[graph](), self_loops=self_loops))
+    connected = data.graph.degree > 1
+    assert (np.abs(full - plain).max(1)[connected] > 1e-4).all(), "weights count wherever there are two neighbours"
+    alike = make_data(7.3 * (GRAPHS[graph]() != 0), self_loops=self_loops, weighted=True)
+    np.testing.assert_allclose(embed(network, alike), plain, **TOLERANCE)
 
 
 @given(

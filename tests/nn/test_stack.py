@@ -32,7 +32,9 @@ def make_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tokens, padding, indptr, indices
 
 
-def run_layer(layer: TransformerLayer, own: Tensor, sources: list[tuple[Tensor, Tensor]]) -> Tensor:
+def run_layer(
+    layer: TransformerLayer, own: Tensor, sources: list[tuple[Tensor, Tensor]], factors: list[Tensor] | None = None
+) -> Tensor:
     """One layer for one node: ``own`` is ``(f, d)``, each source its tokens and its padding."""
     attention, pre = layer.attention, layer.norm_first
 
@@ -53,6 +55,8 @@ def run_layer(layer: TransformerLayer, own: Tensor, sources: list[tuple[Tensor, 
             shown = value.masked_fill(padding[:, None], 0.0)[None]
             message = message + nn.functional.conv2d(shown, kernel, padding=(kernel.shape[2] // 2, 0), groups=4)[0]
         messages.append(message.transpose(0, 1).flatten(1))
+    if factors is not None:
+        messages = [factor * message for factor, message in zip(factors, messages, strict=True)]
     added = attention.output(torch.stack(messages).mean(0)) if messages else torch.zeros_like(own)
 
     def feedforward(x: Tensor) -> Tensor:
@@ -65,7 +69,15 @@ def run_layer(layer: TransformerLayer, own: Tensor, sources: list[tuple[Tensor, 
     return layer.feedforward_norm(own + feedforward(own))
 
 
-def naive(stack: TransformerStack, tokens: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+def naive(
+    stack: TransformerStack,
+    tokens: Tensor,
+    padding: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    weight: Tensor | None = None,
+) -> Tensor:
+    weight = torch.ones(len(indices), dtype=torch.float64) if weight is None else weight
     sent = [[tokens[j]] for j in range(N)]
     for j in range(N):
         for layer in stack.layers[:-1]:
@@ -74,11 +86,12 @@ def naive(stack: TransformerStack, tokens: Tensor, padding: Tensor, indptr: Tens
     results = []
     for i in range(N_DST):
         neighbours = indices[indptr[i] : indptr[i + 1]].tolist()
+        factors = [*weight[indptr[i] : indptr[i + 1]], *([torch.tensor(1.0)] if stack.self_loops else [])]
         if stack.aggregate == "layer":
             own = tokens[i]
             for level, layer in enumerate(stack.layers):
                 mine = [(own, padding[i])] if stack.self_loops else []
-                own = run_layer(layer, own, [(sent[j][level], padding[j]) for j in neighbours] + mine)
+                own = run_layer(layer, own, [(sent[j][level], padding[j]) for j in neighbours] + mine, factors)
             results.append(stack.norm(own))
             continue
         messages = []
@@ -87,7 +100,7 @@ def naive(stack: TransformerStack, tokens: Tensor, padding: Tensor, indptr: Tens
             for level, layer in enumerate(stack.layers):
                 source = (own, padding[i]) if j is None else (sent[j][level], padding[j])
                 own = run_layer(layer, own, [source])
-            messages.append(stack.norm(own))
+            messages.append(factors[len(messages)] * stack.norm(own))
         results.append(torch.stack(messages).mean(0) if messages else torch.zeros_like(tokens[i]))
     return torch.stack(results)
 
@@ -120,6 +133,20 @@ def test_equals_loops(mode: dict, kind: dict) -> None:
     expected = naive(stack, *inputs)
     torch.testing.assert_close(stack(*inputs), expected)
     torch.testing.assert_close(stack(*inputs, n_queries=2), expected[:, :2])
+
+
+@MODES
+@KINDS
+def test_weights_are_factors_of_messages(mode: dict, kind: dict) -> None:
+    stack, inputs = make_stack(**mode, **kind), make_inputs()
+    weight = torch.rand(len(inputs[3]), generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3
+    weight.requires_grad_()
+    found, expected = stack(*inputs, edge_weight=weight), naive(stack, *inputs, weight)
+    torch.testing.assert_close(found, expected)
+    up = torch.randn(found.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gradients = [torch.autograd.grad(out, weight, up)[0] for out in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().min() > 0
 
 
 @MODES

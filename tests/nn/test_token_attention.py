@@ -44,11 +44,14 @@ def result_and_gradients(inputs: list[Tensor], call, up_seed: int = 5) -> list[T
     width_heads=st.sampled_from([(4, 1), (6, 2), (6, 3), (8, 4)]),
     apart=st.booleans(),
     padded=st.booleans(),
+    weighted=st.booleans(),
     reduce=st.sampled_from(["mean", "sum"]),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=60, deadline=None)
-def test_equals_the_dense_backend(degree, more, n_tokens, n_queries, width_heads, apart, padded, reduce, seed) -> None:
+def test_equals_the_dense_backend(
+    degree, more, n_tokens, n_queries, width_heads, apart, padded, weighted, reduce, seed
+) -> None:
     width, heads = width_heads
     generator = torch.Generator().manual_seed(seed)
     n_src = len(degree) + more
@@ -60,11 +63,15 @@ def test_equals_the_dense_backend(degree, more, n_tokens, n_queries, width_heads
     if apart:
         own = torch.randn(len(degree), 3, width, generator=generator, dtype=torch.float64).requires_grad_()
         inputs.append(own)
+    weight = None
+    if weighted:
+        weight = torch.rand(len(indices), generator=generator, dtype=torch.float64).requires_grad_()
+        inputs.append(weight)
     padding = torch.rand(n_src, n_tokens, generator=generator) < (0.4 if padded else 0.0)
 
     def call() -> Tensor:
         how = {"own": own, "n_queries": n_queries, "key_padding_mask": padding, "reduce": reduce}
-        return token_attention(tokens, maps, heads, indptr, indices, **how)
+        return token_attention(tokens, maps, heads, indptr, indices, edge_weight=weight, **how)
 
     with attention_backend("dense"):
         expected = result_and_gradients(inputs, call)

@@ -52,6 +52,8 @@ class Batch(TypedDict):
     """One per layer, int64: compressed sparse rows over the nodes that the layer updates."""
     indices: list[Tensor]
     """One per layer, int64: sources, as positions in ``nodes``."""
+    edge_weight: NotRequired[list[Tensor]]
+    """One per layer, float32: factor of each message, in the order of ``indices``; 1 where absent."""
     feature_id: NotRequired[Tensor]
     """``(n, f)`` int64, feature of each token."""
     value: NotRequired[Tensor]
@@ -95,6 +97,7 @@ def without_neighbours(batch: Batch) -> Batch:
     n_dst, n_layers = batch["n_nodes"][-1], len(batch["indptr"])
     steps = torch.arange(n_dst + 1, device=batch["nodes"].device)
     parts: dict[str, Any] = {**batch}
+    parts.pop("edge_weight", None)  # of a node on itself: 1
     parts |= {name: parts[name][:n_dst] for name in _OF_NODES if name in parts}
     parts |= {
         "n_nodes": [n_dst] * (n_layers + 1),

@@ -23,12 +23,15 @@ class Block(NamedTuple):
         first ``n_nodes[l + 1]``. The last count is the number of destinations.
     indptr, indices
         One compressed sparse row graph per layer, in positions within ``nodes``.
+    edge_weight
+        One array per layer, in the order of ``indices``; ``None`` where weights are not used.
     """
 
     nodes: NDArray[np.int64]
     n_nodes: list[int]
     indptr: list[NDArray[np.int64]]
     indices: list[NDArray[np.int64]]
+    edge_weight: list[NDArray[np.float32]] | None
 
 
 class NodeGraph:
@@ -37,31 +40,41 @@ class NodeGraph:
     Parameters
     ----------
     connectivities
-        Square sparse matrix. Non-zero entries are edges; their weights are not used.
+        Square sparse matrix. Non-zero entries are edges.
     self_loops
         Whether every node is also a source of itself. Stored self-loops are dropped otherwise.
+    weighted
+        Whether the entries, which must be positive, count: those of a row are divided by their mean, so that weights
+        say how much more one neighbour counts than another, and a self-loop (1) counts as much as the mean neighbour.
+        All edges are 1 otherwise.
     """
 
-    def __init__(self, connectivities: ArrayLike, *, self_loops: bool) -> None:
+    def __init__(self, connectivities: ArrayLike, *, self_loops: bool, weighted: bool = False) -> None:
         graph = sparse.csr_matrix(connectivities)
         row = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))
         real = (graph.data != 0) & (graph.indices != row)
         indptr = np.concatenate([[0], np.cumsum(np.bincount(row[real], minlength=graph.shape[0]))])
-        edges = (np.ones(indptr[-1], np.float32), graph.indices[real], indptr)
-        graph = sparse.csr_matrix(edges, shape=graph.shape)
+        weight = graph.data[real].astype(np.float64) if weighted else np.ones(indptr[-1], np.float32)
+        graph = sparse.csr_matrix((weight, graph.indices[real], indptr), shape=graph.shape)
         graph.sum_duplicates()
-        self.degree = np.diff(graph.indptr)
+        self.degree, self.weighted, self.self_loops = np.diff(graph.indptr), weighted, self_loops
+        if weighted:
+            total = np.asarray(graph.sum(1)).ravel()
+            graph.data *= np.repeat(self.degree / np.where(total, total, 1.0), self.degree)
+            # A weight too small for single precision is still an edge.
+            graph.data = np.maximum(graph.data, np.finfo(np.float32).tiny).astype(np.float32)
+        else:
+            graph.data[:] = 1.0
         if self_loops:
             graph = sparse.csr_matrix(graph + sparse.identity(graph.shape[0], dtype=np.float32, format="csr"))
         graph.sort_indices()
-        graph.data[:] = 1.0
         self.csr = graph
 
     def block(self, destinations: ArrayLike, n_layers: int) -> Block:
         """Return the destinations with their ``n_layers``-hop halo; each layer only updates what later ones read."""
         nodes = np.asarray(destinations, dtype=np.int64)
         counts = [len(nodes)]
-        indptr, indices = [], []
+        indptr, indices, weight = [], [], []
         for _ in range(n_layers):
             rows = self.csr[nodes]
             sources, inverse = np.unique(rows.indices.astype(np.int64), return_inverse=True)
@@ -74,9 +87,10 @@ class NodeGraph:
             position[new] = np.arange(len(nodes), len(nodes) + new.sum())
             indptr.append(rows.indptr.astype(np.int64))
             indices.append(position[inverse])
+            weight.append(rows.data)
             nodes = np.concatenate([nodes, sources[new]])
             counts.append(len(nodes))
-        return Block(nodes, counts[::-1], indptr[::-1], indices[::-1])
+        return Block(nodes, counts[::-1], indptr[::-1], indices[::-1], weight[::-1] if self.weighted else None)
 
     def averaging(self, destinations: ArrayLike, hops: int) -> sparse.csr_matrix:
         """Return ``(n_destinations, n_nodes)`` CSR that averages over neighbours ``hops`` times in a row.
@@ -85,8 +99,8 @@ class NodeGraph:
         own mean.
         """
         nodes = np.asarray(destinations, dtype=np.int64)
-        degree = np.maximum(np.diff(self.csr.indptr), 1)
-        step = sparse.csr_matrix(sparse.diags((1.0 / degree).astype(np.float32)) @ self.csr)
+        total = self._totals(self.csr)
+        step = sparse.csr_matrix(sparse.diags((1.0 / np.where(total, total, 1.0)).astype(np.float32)) @ self.csr)
         rows = step[nodes]
         for _ in range(hops - 1):
             rows = rows @ step
@@ -107,8 +121,9 @@ class NodeGraph:
         edges = self.csr[chosen][:, chosen].tocoo()
         apart = edges.row != edges.col
         row, column = edges.row[apart], edges.col[apart]
-        degree = np.bincount(row, minlength=len(chosen))
-        return sparse.csr_matrix(((1.0 / degree[row]).astype(np.float32), (row, column)), shape=edges.shape)
+        weight = edges.data[apart].astype(np.float64)
+        total = np.bincount(row, weight, minlength=len(chosen))
+        return sparse.csr_matrix(((weight / total[row]).astype(np.float32), (row, column)), shape=edges.shape)
 
     def surroundings(self, destinations: ArrayLike) -> tuple[NDArray[np.int64], sparse.csr_matrix]:
         """Return the destinations and their neighbours, ascending, and ``(n_destinations, n)`` CSR that averages them.
@@ -116,14 +131,18 @@ class NodeGraph:
         Every row is the mean over a destination and its neighbours.
         """
         nodes = np.asarray(destinations, dtype=np.int64)
-        picks = (np.arange(len(nodes)), nodes)
-        rows = self.csr[nodes] + sparse.csr_matrix(
-            (np.ones(len(nodes), np.float32), picks), (len(nodes), self.csr.shape[0])
-        )
-        rows.data[:] = 1.0
+        rows = self.csr[nodes]
+        if not self.self_loops:
+            picks = (np.ones(len(nodes), np.float32), (np.arange(len(nodes)), nodes))
+            rows = sparse.csr_matrix(rows + sparse.csr_matrix(picks, shape=rows.shape))
         around = np.unique(rows.indices).astype(np.int64)
-        mean = sparse.diags((1.0 / np.diff(rows.indptr)).astype(np.float32)) @ rows[:, around]
+        mean = sparse.diags((1.0 / self._totals(rows)).astype(np.float32)) @ rows[:, around]
         return around, sparse.csr_matrix(mean)
+
+    @staticmethod
+    def _totals(rows: sparse.csr_matrix) -> NDArray[np.float64]:
+        """Return the sum of each row."""
+        return np.asarray(rows.sum(1, dtype=np.float64)).ravel()
 
     def order(self) -> NDArray[np.int64]:
         """Return the rank of each node in reverse Cuthill-McKee order: near in the graph is near in rank."""

@@ -185,6 +185,8 @@ class BlockDataset(Dataset["Batch"]):
             "indices": [torch.from_numpy(part) for part in block.indices],
             "label": torch.from_numpy(data.label[destinations]),
         }
+        if block.edge_weight is not None:
+            made["edge_weight"] = [torch.from_numpy(part) for part in block.edge_weight]
         if data.source is not None and data.tokens is not None:
             expression = expression_fields(
                 data.source, data.tokens, nodes, n_dst, self.n_tokens, mask_ratio=self.mask_ratio,

@@ -39,7 +39,8 @@ class AttentiveModel(GraphModel):
         The rows of attention sum to one, so that attention itself cannot tell which neighbour matters. The influence of
         node :math:`j` on node :math:`i` in one layer is the length of what its message adds to the summary token of
         :math:`i`, over all heads together and before the mean over neighbours,
-        :math:`\lVert W_O \, \mathrm{softmax}(q_i K_j^\top / \sqrt d) V_j \rVert`.
+        :math:`w_{ij} \lVert W_O \, \mathrm{softmax}(q_i K_j^\top / \sqrt d) V_j \rVert`. The weight of an edge is 1
+        unless the model uses those of the graph.
 
         Parameters
         ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ class GraphModel(BaseModelClass):
     ----------
     module
         Network and heads.
-    n_layers, n_tokens, self_loops, messages, random_state
+    n_layers, n_tokens, self_loops, messages, use_weights, random_state
         See :class:`~fimp_sc.model.FIMP`.
     token_sizes
         By modality of signals or images: time points of a segment, or pixels of the side of a patch.
@@ -62,6 +63,7 @@ class GraphModel(BaseModelClass):
     n_tokens: int
     self_loops: bool
     messages: bool
+    use_weights: bool
     random_state: int
     token_sizes: dict[str, int]
 
@@ -138,7 +140,8 @@ class GraphModel(BaseModelClass):
         # The stack of a foundation model adds self-loops itself.
         self_loops = (self.self_loops or not messages) and not isinstance(self.module.network, FoundationNetwork)
         edges = get_graph(nodes, setup["connectivities_key"])
-        graph = NodeGraph(edges if messages else sparse.csr_matrix(edges.shape), self_loops=self_loops)
+        edges = edges if messages else sparse.csr_matrix(edges.shape)
+        graph = NodeGraph(edges, self_loops=self_loops, weighted=self.use_weights)
         located = check_coordinates(nodes, setup["spatial_key"]) if setup["spatial_key"] in nodes.obsm else None
         coordinates = graph.order()[:, None].astype(np.float64) if located is None else located
         label = np.full(nodes.n_obs, -1, dtype=np.int64)
@@ -161,6 +164,29 @@ class GraphModel(BaseModelClass):
             data.tokens = self._token_source()
         data.sequences = self._sequence_sources(adata, located, hidden_tokens or {})
         return data
+
+    def _check_weights(self) -> None:
+        """Warn where the weights of the graph say nothing.
+
+        Raises
+        ------
+        ValueError
+            When the model passes no messages that could have weights.
+        """
+        if not self.messages:
+            raise ValueError("use_weights=True weighs messages, and messages=False leaves none: choose one.")
+        if self._adata is None:
+            return
+        key = self.registry["setup_args"]["connectivities_key"]
+        weights = NodeGraph(get_graph(self._nodes(self._adata), key), self_loops=False, weighted=True).csr.data
+        if np.allclose(weights, 1.0):
+            warnings.warn(
+                f"use_weights=True, but the weights of the neighbours of a node are all alike in obsp[{key!r}]: store "
+                "a graph with other weights, for instance ones that fall with distance, and name it with "
+                "connectivities_key=.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _sequence_sources(
         self,

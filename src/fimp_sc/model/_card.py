@@ -99,6 +99,8 @@ def _architecture(params: Mapping[str, Any], n_parameters: int) -> list[str]:
     shared = [f"tokens of a cell: {params['n_tokens']}", f"parameters: {n_parameters:,}"]
     if not params["messages"]:
         shared.append("no messages between cells")
+    elif params["use_weights"]:
+        shared.append("messages are weighed by the graph")
     if params["foundation"]:
         settings = (params["architecture"] or {}).get("foundation") or {}
         how = [f"{name}: {_code(params[name])}" for name in ("train_foundation", "source", "aggregate")]

@@ -70,6 +70,10 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
     messages
         Whether cells hear their neighbours. Without, each is embedded by itself by the same network: what neighbours
         are worth shows beside it.
+    use_weights
+        Whether the weights of the graph count. They are divided by their mean over the neighbours of a cell, so that
+        graphs whose weights are all alike give what graphs without weights do: near neighbours may count more than far
+        ones, and a cell with ``self_loops`` counts as its mean neighbour.
     reduce
         ``"mean"`` or ``"sum"`` over neighbours, in FIMP-base.
     dropout
@@ -134,6 +138,7 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
         layer: Literal["practical", "paper"] = "practical",
         self_loops: bool = True,
         messages: bool = True,
+        use_weights: bool = False,
         reduce: Literal["mean", "sum"] = "mean",
         dropout: float | None = None,
         label_weight: float = 1.0,
@@ -170,6 +175,9 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
         if not (messages or self_loops):
             raise ValueError("messages=False leaves each cell its own tokens, and self_loops=False nothing: keep one.")
         self.self_loops, self.messages, self.random_state = self_loops, messages, random_state
+        self.use_weights = use_weights
+        if use_weights:
+            self._check_weights()
         stored = architecture or {}
         network, vectors, known = None, None, None
         with torch.random.fork_rng():

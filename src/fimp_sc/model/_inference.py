@@ -13,6 +13,7 @@ from lightning.fabric.utilities import move_data_to_device
 
 from fimp_sc.data import BlockDataset, BlockSampler, Destinations, block_loader
 from fimp_sc.nn import FoundationNetwork
+from fimp_sc.nn._transformer import weight_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -196,21 +197,23 @@ def _by_layer(
     def run(level: int, nodes: NDArray[np.int64], stored: NDArray[np.float32] | None) -> Tensor:
         if stored is None:
             batch = first[Destinations(nodes, 0)]
-            indptr, indices = batch["indptr"][0], batch["indices"][0]
+            indptr, indices, weight = batch["indptr"][0], batch["indices"][0], weight_of(batch, 0)
             tokens, padding = network.tokens(move_data_to_device(batch, device))
             padded[nodes, : padding.shape[1]] = padding[: len(nodes)].cpu().numpy()
         else:
             block = data.graph.block(nodes, 1)
             indptr, indices = torch.from_numpy(block.indptr[0]), torch.from_numpy(block.indices[0])
+            weight = None if block.edge_weight is None else torch.from_numpy(block.edge_weight[0])
             tokens, padding = torch.from_numpy(stored[block.nodes]), torch.from_numpy(padded[block.nodes])
-        parts = (part.to(device) for part in (tokens, padding, indptr, indices))
+        parts = [part.to(device) for part in (tokens, padding, indptr, indices)]
+        edge_weight = None if weight is None else weight.to(device)
         if level < n_layers - 1:
-            return network.layers[level](*parts)
+            return network.layers[level](*parts, edge_weight=edge_weight)
         # The sequences of the destinations alone: what they look like, and on which scale.
         sequences = {name: source.fields(nodes, len(nodes)) for name, source in data.sequences.items()}
         last: Any = {"sequences": sequences}
         n_queries = network.n_queries(last, reconstruct=runner.reconstruct)
-        states = network.layers[level](*parts, n_queries)
+        states = network.layers[level](*parts, n_queries, edge_weight=edge_weight)
         outputs = runner.module.outputs(states, last, reconstruct=runner.reconstruct)
         return runner.read(runner.module, outputs, last)
 

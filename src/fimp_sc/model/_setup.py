@@ -56,7 +56,8 @@ class RegisteringModel(BaseModelClass):
         library_key
             Column of ``obs`` with samples. No edge may join two of them. Defaults to what the object itself names.
         connectivities_key
-            Graph in ``obsp``, row = destination. Any non-zero entry is an edge; weights are not used.
+            Graph in ``obsp``, row = destination. Any non-zero entry is an edge; models with ``use_weights=True`` also
+            use its weight.
         spatial_key
             Coordinates in ``obsm``, used to cut the graph into compact blocks; the graph's own order serves when
             absent. Tokens of signals know them, too.

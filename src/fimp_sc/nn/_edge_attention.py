@@ -119,7 +119,7 @@ def recorded_influence(
 
     That of an edge on the summary token of its destination in one layer is :math:`\lVert W_O \,
     \mathrm{softmax}(q K_j^\top / \sqrt d) V_j \rVert` over all heads together, where :math:`W_O` (for the layer of the
-    paper: its projection :math:`W`) is used without its bias, which a node receives once.
+    paper: its projection :math:`W`) is used without its bias, which a node receives once, times the weight of the edge.
 
     Parameters
     ----------
@@ -160,7 +160,7 @@ class _Recorder:
         tokens, padding, indptr, indices = inputs[:4]
         own, n = options.get("own"), self.n_destinations
         queries = tokens if own is None else own
-        indices = indices[: int(indptr[n])]
+        indices, factor = indices[: int(indptr[n])], options.get("edge_weight")
         destination = torch.repeat_interleave(indptr[: n + 1].diff(), output_size=len(indices))
         # What destinations send to themselves: their own row or, in a stack, a row behind those of the block's nodes.
         real = (indices != destination) & (indices < self.n_nodes)
@@ -176,7 +176,8 @@ class _Recorder:
             if weight is not None:
                 message = message @ weight.T
             parts.append(message.norm(dim=1))
-        self.found.append(torch.cat(parts))
+        influence = torch.cat(parts)
+        self.found.append(influence if factor is None else influence * factor[: len(real)][real])
 
 
 def _heads(attention: CrossNodeAttention, tokens: Tensor) -> Tensor:

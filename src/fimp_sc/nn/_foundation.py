@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fimp_sc.nn._transformer import weight_of
+
 if TYPE_CHECKING:
     from typing import Self
 
@@ -87,7 +89,8 @@ class FoundationNetwork(nn.Module):
 
         ``tokens`` are those of :meth:`tokens`, where they are there already.
         """
-        return self.stack(*(tokens or self.tokens(batch)), batch["indptr"][0], batch["indices"][0], n_queries)
+        graph = batch["indptr"][0], batch["indices"][0]
+        return self.stack(*(tokens or self.tokens(batch)), *graph, n_queries, edge_weight=weight_of(batch, 0))
 
     def read(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Return the embedding of each node from its tokens after the last layer."""
@@ -136,7 +139,7 @@ class FoundationNetwork(nn.Module):
         own = torch.cat([tokens[:n_dst], self.embedding.query_tokens(genes)], dim=1)
         own_padding = torch.cat([padding[:n_dst], absent], dim=1)
         graph = batch["indptr"][0], batch["indices"][0]
-        states = self.stack(tokens, padding, *graph, own=own, own_padding=own_padding)
+        states = self.stack(tokens, padding, *graph, own=own, own_padding=own_padding, edge_weight=weight_of(batch, 0))
         return states[:, 0], self.decoder(states[:, -n_genes:])
 
     def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:

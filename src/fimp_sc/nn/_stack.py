@@ -121,6 +121,7 @@ class TransformerStack(nn.Module):
         *,
         own: Tensor | None = None,
         own_padding: Tensor | None = None,
+        edge_weight: Tensor | None = None,
     ) -> Tensor:
         """Return the tokens of the destinations after the last layer.
 
@@ -137,6 +138,8 @@ class TransformerStack(nn.Module):
         own, own_padding
             ``(n_destinations, f + q, d_model)`` and ``(n_destinations, f + q)``, where destinations have tokens for
             themselves that they do not send to others: the same as in ``tokens``, followed by these.
+        edge_weight
+            ``(n_edges,)`` factor of each message, see :func:`cross_node_attention`; that of a self-loop is 1.
 
         Returns
         -------
@@ -149,16 +152,17 @@ class TransformerStack(nn.Module):
         sent = tokens if len(indices) else tokens[:0]
         sent_padding = padding[: len(sent)]
         if self.aggregate == "final":
-            return self._per_edge(sent, sent_padding, own, own_padding, indptr, indices, n_queries)
+            return self._per_edge(sent, sent_padding, own, own_padding, indptr, indices, n_queries, edge_weight)
         all_padding = sent_padding
         if self.self_loops:
-            indptr, indices = _with_own(indptr, indices, len(sent))
+            indptr, indices, edge_weight = _with_own(indptr, indices, len(sent), edge_weight)
             all_padding = _joined(sent_padding, own_padding, True)
         states = self._sent(sent, sent_padding)
         for level, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             last = level == len(self.layers) - 1
             sources = _joined(state, own, 0.0) if self.self_loops else state
-            own = self._run(layer, sources, all_padding, indptr, indices, n_queries if last else None, own=own)
+            graph = indptr, indices, n_queries if last else None
+            own = self._run(layer, sources, all_padding, *graph, own=own, edge_weight=edge_weight)
         return self.norm(own)
 
     def alone(self, tokens: Tensor, padding: Tensor) -> Tensor:
@@ -197,10 +201,11 @@ class TransformerStack(nn.Module):
         indptr: Tensor,
         indices: Tensor,
         n_queries: int | None,
+        edge_weight: Tensor | None,
     ) -> Tensor:
         states = list(self._sent(sent, sent_padding))
         if self.self_loops:
-            indptr, indices = _with_own(indptr, indices, len(sent))
+            indptr, indices, edge_weight = _with_own(indptr, indices, len(sent), edge_weight)
         degree = indptr.diff()
         destination = torch.repeat_interleave(degree, output_size=len(indices))
         total = torch.zeros_like(own[:, :n_queries])
@@ -212,6 +217,8 @@ class TransformerStack(nn.Module):
                 message = checkpoint(run, states, sent_padding, own, own_padding, *part, n_queries, use_reentrant=False)
             else:
                 message = run(states, sent_padding, own, own_padding, *part, n_queries)
+            if edge_weight is not None:
+                message = message * edge_weight[i : i + _EDGES, None, None]
             total = total.index_add(0, part[0], message.to(total.dtype))
         return total / degree.clamp(min=1).to(total.dtype)[:, None, None]
 
@@ -246,8 +253,10 @@ def _joined(sent: Tensor, own: Tensor, fill: float) -> Tensor:
     return torch.cat([sent, own])
 
 
-def _with_own(indptr: Tensor, indices: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Put an edge from ``first + i`` before the other edges of each destination ``i``."""
+def _with_own(
+    indptr: Tensor, indices: Tensor, first: int, edge_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Put an edge from ``first + i``, of weight 1, before the other edges of each destination ``i``."""
     nodes = torch.arange(len(indptr) - 1, device=indptr.device)
     own = indptr[:-1] + nodes
     out = indices.new_empty(len(indices) + len(nodes))
@@ -255,4 +264,6 @@ def _with_own(indptr: Tensor, indices: Tensor, first: int) -> tuple[Tensor, Tens
     others[own] = False
     out[own] = first + nodes
     out[others] = indices
-    return indptr + torch.arange(len(indptr), device=indptr.device), out
+    if edge_weight is not None:
+        edge_weight = torch.ones_like(out, dtype=edge_weight.dtype).masked_scatter(others, edge_weight)
+    return indptr + torch.arange(len(indptr), device=indptr.device), out, edge_weight

@@ -19,6 +19,7 @@ def token_attention(
     *,
     own: Tensor | None = None,
     n_queries: int | None = None,
+    edge_weight: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     reduce: str = "mean",
 ) -> Tensor:
@@ -41,7 +42,7 @@ def token_attention(
         ``(n_destinations, n, d_model)`` tokens of the destinations. By default the destinations are the first nodes.
     n_queries
         Use only the first tokens of each destination.
-    key_padding_mask, reduce
+    edge_weight, key_padding_mask, reduce
         As in :func:`cross_node_attention`.
 
     Returns
@@ -56,13 +57,13 @@ def token_attention(
     linear = _linear_maps(tokens, maps)
     if linear is not None:
         n_destinations = len(indptr) - 1 if own is None else len(own)
-        check_graph(n_destinations, (tokens.shape[0], tokens.shape[1]), indptr, indices, None, key_padding_mask)
+        check_graph(n_destinations, (tokens.shape[0], tokens.shape[1]), indptr, indices, edge_weight, key_padding_mask)
         n_tokens = tokens.shape[1]
         if own is None:
             queries: Tensor | int = n_tokens if n_queries is None else min(n_queries, n_tokens)
         else:
             queries = own[:, :n_queries]
-        weight = edge_factor(tokens, indptr, indices, None, key_padding_mask, reduce)
+        weight = edge_factor(tokens, indptr, indices, edge_weight, key_padding_mask, reduce)
         n = queries if isinstance(queries, int) else queries.shape[1]
         sizes = Sizes(len(tokens), n, n_tokens, tokens.shape[2] // n_heads)
         attends = engine(resolve("auto", tokens, tokens, (n, n_tokens)), indptr, indices, key_padding_mask, sizes)
@@ -71,7 +72,9 @@ def token_attention(
     query, key, value = (
         part(x).unflatten(2, (n_heads, -1)).transpose(1, 2) for part, x in zip(maps, (own, tokens, tokens), strict=True)
     )
-    out = cross_node_attention(query, key, value, indptr, indices, key_padding_mask=key_padding_mask, reduce=reduce)
+    out = cross_node_attention(
+        query, key, value, indptr, indices, edge_weight=edge_weight, key_padding_mask=key_padding_mask, reduce=reduce
+    )
     return out.transpose(1, 2).flatten(2)
 
 

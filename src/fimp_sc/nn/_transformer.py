@@ -69,6 +69,7 @@ class CrossNodeAttention(nn.Module):
         n_queries: int | None = None,
         *,
         own: Tensor | None = None,
+        edge_weight: Tensor | None = None,
     ) -> Tensor:
         """Return the reduced messages.
 
@@ -84,6 +85,8 @@ class CrossNodeAttention(nn.Module):
             Make messages for only the first tokens of each destination.
         own
             ``(n_destinations, n, d_model)`` tokens of the destinations, where they are not what these send.
+        edge_weight
+            ``(n_edges,)`` factor of each message, see :func:`cross_node_attention`.
 
         Returns
         -------
@@ -97,15 +100,19 @@ class CrossNodeAttention(nn.Module):
             indices,
             own=own,
             n_queries=n_queries,
+            edge_weight=edge_weight,
             key_padding_mask=padding,
             reduce=self.reduce,
         )
         if self.value_convolution is not None:
-            messages = messages + self._convolved(tokens, padding, indptr, indices)[:, : messages.shape[1]]
+            convolved = self._convolved(tokens, padding, indptr, indices, edge_weight)
+            messages = messages + convolved[:, : messages.shape[1]]
         connected = (indptr.diff() > 0).to(messages.dtype)[:, None, None]
         return self.output(messages) * connected
 
-    def _convolved(self, tokens: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+    def _convolved(
+        self, tokens: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor, edge_weight: Tensor | None
+    ) -> Tensor:
         """Return the part of the reduced messages that is convolved values, ``(n_destinations, n_tokens, d_model)``.
 
         One row per edge is held: sequences that are convolved are short.
@@ -115,7 +122,10 @@ class CrossNodeAttention(nn.Module):
         degree = indptr.diff()
         destination = torch.repeat_interleave(degree, output_size=len(indices))
         total = convolved.new_zeros(len(degree), *convolved.shape[1:])
-        total = total.index_add(0, destination, convolved.index_select(0, indices))
+        sent = convolved.index_select(0, indices)
+        if edge_weight is not None:
+            sent = sent * edge_weight.to(sent.dtype)[:, None, None]
+        total = total.index_add(0, destination, sent)
         if self.reduce == "sum":
             return total
         return total / degree.clamp(min=1).to(total.dtype)[:, None, None]
@@ -176,6 +186,7 @@ class TransformerLayer(nn.Module):
         n_queries: int | None = None,
         *,
         own: Tensor | None = None,
+        edge_weight: Tensor | None = None,
     ) -> Tensor:
         """Update the tokens of the destinations.
 
@@ -191,6 +202,8 @@ class TransformerLayer(nn.Module):
             Update (and return) only the first tokens of each destination.
         own
             ``(n_destinations, n_tokens, d_model)`` tokens of the destinations, where they are not what these send.
+        edge_weight
+            ``(n_edges,)`` factor of each message, see :func:`cross_node_attention`.
 
         Returns
         -------
@@ -201,9 +214,11 @@ class TransformerLayer(nn.Module):
         own = tokens[: len(indptr) - 1, :n_queries] if apart is None else apart
         if self.norm_first:
             queries = None if apart is None else self.attention_norm(apart)
-            own = own + self.dropout(self.attention(self.attention_norm(tokens), *graph, own=queries))
+            messages = self.attention(self.attention_norm(tokens), *graph, own=queries, edge_weight=edge_weight)
+            own = own + self.dropout(messages)
             return own + self.dropout(self._feedforward(self.feedforward_norm(own)))
-        own = self.attention_norm(own + self.dropout(self.attention(tokens, *graph, own=apart)))
+        messages = self.attention(tokens, *graph, own=apart, edge_weight=edge_weight)
+        own = self.attention_norm(own + self.dropout(messages))
         return self.feedforward_norm(own + self.dropout(self._feedforward(own)))
 
     @torch.no_grad()
@@ -268,11 +283,23 @@ class PaperLayer(nn.Module):
         self.combine = nn.Linear(d_model, d_model)
 
     def forward(
-        self, tokens: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor, n_queries: int | None = None
+        self,
+        tokens: Tensor,
+        padding: Tensor,
+        indptr: Tensor,
+        indices: Tensor,
+        n_queries: int | None = None,
+        *,
+        edge_weight: Tensor | None = None,
     ) -> Tensor:
         """Update the tokens of the destinations; parameters and result as in :class:`TransformerLayer`."""
         own = tokens[: len(indptr) - 1, :n_queries]
-        return self.combine(own + self.attention(tokens, padding, indptr, indices, n_queries))
+        return self.combine(own + self.attention(tokens, padding, indptr, indices, n_queries, edge_weight=edge_weight))
+
+
+def weight_of(batch: Batch, level: int) -> Tensor | None:
+    """Return the factors of the messages of one layer, ``None`` where all are 1."""
+    return batch["edge_weight"][level] if "edge_weight" in batch else None
 
 
 def run_layers(layers: nn.ModuleList, tokens: Tensor, padding: Tensor, batch: Batch, n_queries: int | None) -> Tensor:
@@ -295,6 +322,7 @@ def run_layers(layers: nn.ModuleList, tokens: Tensor, padding: Tensor, batch: Ba
     """
     for level, layer in enumerate(layers):
         last = level == len(layers) - 1
-        tokens = layer(tokens, padding, batch["indptr"][level], batch["indices"][level], n_queries if last else None)
+        graph = batch["indptr"][level], batch["indices"][level], n_queries if last else None
+        tokens = layer(tokens, padding, *graph, edge_weight=weight_of(batch, level))
         padding = padding[: len(tokens)]
     return tokens
