@@ -31,6 +31,8 @@ class Variant:
         Arguments of ``FIMP`` and of ``FIMP.train``.
     n_neighbors
         Of the graph.
+    near
+        Whether near neighbours count more than far ones: by exp(-distance / mean distance).
     shuffled
         Whether positions are permuted within each section: the same graph of random cells.
     vectors
@@ -46,6 +48,7 @@ class Variant:
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     n_neighbors: int = 6
+    near: bool = False
     shuffled: bool = False
     vectors: str | None = None
     permuted: bool = False
@@ -66,6 +69,8 @@ ABLATIONS = {
     "FIMP, 128 tokens": Variant(model={"n_tokens": 128}),
     "FIMP, 3 neighbours": Variant(n_neighbors=3),
     "FIMP, 12 neighbours": Variant(n_neighbors=12),
+    "FIMP, near neighbours count more": Variant(near=True, model={"use_weights": True}),
+    "FIMP, near ones of 12 count more": Variant(near=True, model={"use_weights": True}, n_neighbors=12),
     "FIMP, 1 layer": Variant(model={"n_layers": 1}),
     "FIMP, 3 layers": Variant(model={"n_layers": 3}),
     "FIMP, no self loops": Variant(model={"self_loops": False}),
@@ -89,12 +94,17 @@ GROUPS = {
 
 
 def prepare(
-    adata: AnnData, library_key: str | None, *, shuffle_seed: int | None = None, n_neighbors: int = 6
+    adata: AnnData,
+    library_key: str | None,
+    *,
+    shuffle_seed: int | None = None,
+    n_neighbors: int = 6,
+    near: bool = False,
 ) -> AnnData:
     """Copy of `adata` with FIMP's spatial graph.
 
     With `shuffle_seed` the positions are permuted within each section first: the same graph joins random cells, which
-    shows what the neighbours are worth.
+    shows what the neighbours are worth. With `near` its weights fall with distance.
     """
     import fimp_sc
 
@@ -109,6 +119,10 @@ def prepare(
         adata.obsm["spatial"] = xy
     # A part of a section needs its own graph.
     fimp_sc.pp.spatial_graph(adata, library_key=library_key, overwrite=True, n_neighbors=n_neighbors)
+    if near:
+        weights = adata.obsp["spatial_distances"].copy()
+        weights.data = np.exp(-weights.data / weights.data.mean())
+        adata.obsp["spatial_connectivities"] = weights
     return adata
 
 
@@ -145,7 +159,8 @@ def groups(task: Callable[[Any, Run, Variant], Fit]) -> dict[str, dict[str, Meth
 
 def _graphs(adata: AnnData, problem: Any, run: Run, variant: Variant) -> AnnData:
     shuffle = run.seed if variant.shuffled else None
-    return prepare(adata, problem.library_key, shuffle_seed=shuffle, n_neighbors=variant.n_neighbors)
+    how = {"n_neighbors": variant.n_neighbors, "near": variant.near}
+    return prepare(adata, problem.library_key, shuffle_seed=shuffle, **how)
 
 
 def train(adata: AnnData | MuData, run: Run, variant: Variant, **setup: Any) -> tuple[Any, Fit]:

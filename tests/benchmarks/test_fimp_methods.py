@@ -49,6 +49,11 @@ def test_neighbours_of_the_graph(fimp, problems):
     distance = {name: np.linalg.norm(xy[g.nonzero()[0]] - xy[g.nonzero()[1]], axis=1).mean()
                 for name, g in (("near", near), ("shuffled", shuffled))}  # fmt: skip
     assert distance["shuffled"] > 5 * distance["near"]
+    # Of the same edges the shorter one has the larger weight.
+    weighted = fimp.prepare(adata, "section", n_neighbors=3, near=True)
+    weight, length = (weighted.obsp[f"spatial_{name}"].tocsr() for name in ("connectivities", "distances"))
+    np.testing.assert_array_equal((weight > 0).toarray(), (near > 0).toarray())
+    np.testing.assert_array_equal(np.argsort(-weight.data), np.argsort(length.data))
 
 
 def test_hidden_values_do_not_reach_the_prediction(fimp, run, small):
@@ -62,7 +67,7 @@ def test_hidden_values_do_not_reach_the_prediction(fimp, run, small):
     np.testing.assert_allclose(first.values, changed.values, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["FIMP, no messages", "FIMP, paper layer"])
+@pytest.mark.parametrize("name", ["FIMP, no messages", "FIMP, paper layer", "FIMP, near neighbours count more"])
 def test_variants_differ_from_the_default(fimp, run, small, name):
     variant = {**fimp.CONTROLS, **fimp.ABLATIONS}[name]
     default, other = (fimp.masked(small, run, v).values for v in (fimp.Variant(), variant))

@@ -150,7 +150,7 @@ def test_halo_is_exactly_the_in_neighbourhood(n, density, seed, n_layers, self_l
     density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     seed=st.integers(0, 1000),
     self_loops=st.booleans(),
-    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+    scale=st.sampled_from([1e-300, 1.0, 1e305]),
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)

@@ -59,8 +59,9 @@ class NodeGraph:
         graph.sum_duplicates()
         self.degree, self.weighted, self.self_loops = np.diff(graph.indptr), weighted, self_loops
         if weighted:
-            total = np.asarray(graph.sum(1)).ravel()
-            graph.data *= np.repeat(self.degree / np.where(total, total, 1.0), self.degree)
+            # By the largest one first, so that sums of huge or tiny weights are numbers.
+            graph.data /= np.repeat(graph.max(axis=1).toarray().ravel(), self.degree)
+            graph.data *= np.repeat(self.degree / np.where(self.degree, self._totals(graph), 1.0), self.degree)
             # A weight too small for single precision is still an edge.
             graph.data = np.maximum(graph.data, np.finfo(np.float32).tiny).astype(np.float32)
         else:
