@@ -96,3 +96,16 @@ def test_unusable_input() -> None:
     del adata.uns["fimp_attention"]
     with pytest.raises(KeyError, match=r"Run fimp_sc\.tl\.attention"):
         pl.attention_arrows(adata, "c0", show=False)
+
+
+@pytest.mark.parametrize("names", [["A", "B"], ["excitatory neurons of cortical layer 5, extratelencephalic", "B"]])
+def test_nothing_leaves_the_figure(names: list[str]) -> None:
+    adata = heard()
+    adata.obs["kind"] = np.asarray(names)[np.arange(adata.n_obs) % 2]
+    ax = pl.attention_arrows(adata, "c0", groupby="kind", show=False)
+    figure = ax.figure
+    figure.draw_without_rendering()
+    legend = ax.get_legend().get_window_extent()
+    assert ax.get_window_extent().x1 < legend.x0
+    assert legend.x1 <= figure.bbox.x1
+    assert figure.axes[-1].get_tightbbox().x0 >= 0

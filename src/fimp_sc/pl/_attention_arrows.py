@@ -9,7 +9,7 @@ import pandas as pd
 
 from fimp_sc.data._access import get_graph, get_obs, missing_key
 from fimp_sc.pl._attention import attention_result
-from fimp_sc.pl._common import finish, node_positions
+from fimp_sc.pl._common import finish, fit_legends, node_positions
 from fimp_sc.pl._spatial import _MISSING_COLOUR, _coordinates, _palette
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def attention_arrows(
     if size is None:
         size = float(np.clip(25_000 / len(rows), 12, 260))
 
-    show = ax is None if show is None else show
+    show, alone = ax is None if show is None else show, ax is None
     if ax is None:
         _, ax = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
     ax.set_aspect("equal")
@@ -113,6 +113,8 @@ def attention_arrows(
     ax.set_xticks([])
     ax.set_yticks([])
     ax.set_title(f"Influence on {adata.obs_names[centre]}", fontsize="medium")
+    if alone:
+        fit_legends(ax.figure, room=1.2)
     return None if finish(ax, show, save) else ax
 
 
