@@ -381,6 +381,7 @@ def test_weights_count_when_they_are_asked_for(tissue, make_model, train, traine
     np.testing.assert_allclose(model.get_latent_representation(same), there, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*(have no neighbours|all alike):UserWarning")
 def test_neighbours_of_hardly_any_weight_are_as_good_as_none(tissue, make_model, train) -> None:
     """Without self-loops, whose share depends on the number of neighbours."""
     weigh(tissue, lambda length: np.where(length > np.median(length), 1e-20, 1.0))
@@ -391,14 +392,18 @@ def test_neighbours_of_hardly_any_weight_are_as_good_as_none(tissue, make_model,
     cut.obsp["near_connectivities"] = sparse.csr_matrix(graph.multiply(graph > 0.5))
     some = kept > 0
     assert 20 < some.sum() < 120
-    with pytest.warns(UserWarning, match="have no neighbours"):
-        found = model.get_latent_representation(cut)
+    found = model.get_latent_representation(cut)
     np.testing.assert_allclose(found[some], z[some], atol=2e-5)
 
 
-def test_weights_that_are_all_alike_are_announced(tissue, make_model) -> None:
-    with pytest.warns(UserWarning, match=r"weights of the neighbours .* all alike in obsp\['spatial_connectivities'\]"):
-        make_model(tissue, use_weights=True)
+def test_weights_that_are_all_alike_are_announced(tissue, make_model, train) -> None:
+    message = r"neighbours of a node are all alike in obsp\['spatial_connectivities'\]"
+    model = train(make_model(weigh(tissue, near), WEIGHTED, use_weights=True), max_epochs=1)
+    with pytest.warns(UserWarning, match=message):
+        train(make_model(tissue.copy(), use_weights=True), max_epochs=1)
+    other = other_section()
+    with pytest.warns(UserWarning, match=message):
+        fimp_sc.tl.embed(other, library_key="section", model=model, verbose=False)
     with pytest.raises(ValueError, match="messages=False leaves none"):
         make_model(tissue, use_weights=True, messages=False)
 

@@ -142,6 +142,15 @@ class GraphModel(BaseModelClass):
         edges = get_graph(nodes, setup["connectivities_key"])
         edges = edges if messages else sparse.csr_matrix(edges.shape)
         graph = NodeGraph(edges, self_loops=self_loops, weighted=self.use_weights)
+        if self.use_weights and messages and np.allclose(graph.csr.data, 1.0):
+            key = setup["connectivities_key"]
+            warnings.warn(
+                f"The model uses weights (use_weights=True), but those of the neighbours of a node are all alike in "
+                f"obsp[{key!r}]: store a graph with other weights, for instance ones that fall with distance, and name "
+                "it with connectivities_key=.",
+                UserWarning,
+                stacklevel=2,
+            )
         located = check_coordinates(nodes, setup["spatial_key"]) if setup["spatial_key"] in nodes.obsm else None
         coordinates = graph.order()[:, None].astype(np.float64) if located is None else located
         label = np.full(nodes.n_obs, -1, dtype=np.int64)
@@ -164,29 +173,6 @@ class GraphModel(BaseModelClass):
             data.tokens = self._token_source()
         data.sequences = self._sequence_sources(adata, located, hidden_tokens or {})
         return data
-
-    def _check_weights(self) -> None:
-        """Warn where the weights of the graph say nothing.
-
-        Raises
-        ------
-        ValueError
-            When the model passes no messages that could have weights.
-        """
-        if not self.messages:
-            raise ValueError("use_weights=True weighs messages, and messages=False leaves none: choose one.")
-        if self._adata is None:
-            return
-        key = self.registry["setup_args"]["connectivities_key"]
-        weights = NodeGraph(get_graph(self._nodes(self._adata), key), self_loops=False, weighted=True).csr.data
-        if np.allclose(weights, 1.0):
-            warnings.warn(
-                f"use_weights=True, but the weights of the neighbours of a node are all alike in obsp[{key!r}]: store "
-                "a graph with other weights, for instance ones that fall with distance, and name it with "
-                "connectivities_key=.",
-                UserWarning,
-                stacklevel=3,
-            )
 
     def _sequence_sources(
         self,

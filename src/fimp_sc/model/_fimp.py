@@ -176,8 +176,8 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
             raise ValueError("messages=False leaves each cell its own tokens, and self_loops=False nothing: keep one.")
         self.self_loops, self.messages, self.random_state = self_loops, messages, random_state
         self.use_weights = use_weights
-        if use_weights:
-            self._check_weights()
+        if use_weights and not messages:
+            raise ValueError("use_weights=True weighs messages, and messages=False leaves none: choose one.")
         stored = architecture or {}
         network, vectors, known = None, None, None
         with torch.random.fork_rng():
