@@ -21,6 +21,12 @@ from fimp_sc.nn._token_attention import token_attention
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+MODULES = ("_numba_vectors", "_numba_products", "_numba_softmax")
+CHANGES = {
+    "_numba_vectors": "\n# other\n",
+    "_numba_products": "\n# other\n",
+    "_numba_softmax": "\n\n@numba.njit(nogil=True)\ndef exponentials(scores, top, share):\n    scores[:] = 7\n",
+}
 NAMES = ("query", "key", "value", "edge_weight")
 
 
@@ -142,15 +148,18 @@ def test_rows_that_are_no_graph_are_refused(indptr: list[int], indices: list[int
         cross_node_attention(*inputs[:3], torch.tensor(indptr), torch.tensor(indices), reduce="sum", backend="numba")
 
 
-def test_kernels_kept_for_later_are_those_of_the_products(tmp_path) -> None:
-    for name in ("_numba_kernels", "_numba_vectors"):
+def test_kernels_kept_for_later_are_those_of_what_they_use(tmp_path) -> None:
+    for name in (*MODULES, "_numba_kernels"):
         text = (Path(kernels.__file__).parent / f"{name}.py").read_text()
-        (tmp_path / f"{name}.py").write_text(text.replace("from fimp_sc.nn._numba_vectors", "from _numba_vectors"))
+        for used in MODULES:
+            text = text.replace(f"from fimp_sc.nn.{used}", f"from {used}")
+        (tmp_path / f"{name}.py").write_text(text.replace("from fimp_sc.nn import", "import"))
     code = """
         import numpy as np
         from _numba_kernels import _attention
-        attention = np.empty((2, 3), np.float32)
-        _attention(np.ones((4, 3), np.float32), np.eye(2, 4, dtype=np.float32), np.array([False, True]), attention)
+        query, key, padded = np.ones((4, 3), np.float32), np.eye(2, 4, dtype=np.float32), np.array([False, True])
+        attention, top, share = np.empty((2, 3), np.float32), *np.empty((2, 3), np.float32)
+        _attention(query, key, padded, attention, top, share)
         print(attention.sum(), sum(_attention.stats.cache_hits.values()))
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
@@ -160,6 +169,12 @@ def test_kernels_kept_for_later_are_those_of_the_products(tmp_path) -> None:
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
 
     assert [run(), run()] == ["3.0 0\n", "3.0 1\n"]
-    vectors = tmp_path / "_numba_vectors.py"
-    vectors.write_text(vectors.read_text() + "\n\n@numba.njit(nogil=True)\ndef softmax(scores):\n    scores[:] = 7\n")
-    assert run() == "42.0 0\n"
+    for name, change in CHANGES.items():
+        path = tmp_path / f"{name}.py"
+        before = path.read_text()
+        path.write_text(before + change)
+        assert run().endswith(" 0\n")
+        path.write_text(before)
+    path = tmp_path / "_numba_softmax.py"
+    path.write_text(path.read_text() + CHANGES["_numba_softmax"])
+    assert run() == "42.0 1\n"

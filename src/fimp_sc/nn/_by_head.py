@@ -20,30 +20,18 @@ class Heads(Protocol):
 
     n_heads: int
 
-    def query(self, head: int) -> Tensor:
-        """Return queries times ``head_dim ** -0.5``, ``(n_destinations, tokens, head_dim)``."""
+    def load(self, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries times ``head_dim ** -0.5``, keys and values of a head, ``(nodes, tokens, head_dim)``."""
 
-    def key(self, head: int) -> Tensor:
-        """Return ``(n_sources, source_tokens, head_dim)``."""
-
-    def value(self, head: int) -> Tensor:
-        """Return ``(n_sources, source_tokens, head_dim)``."""
-
-    def add_query(self, head: int, gradient: Tensor) -> None:
-        """Take the gradient of the scaled queries of a head; nothing where it is not needed."""
-
-    def add_key(self, head: int, gradient: Tensor) -> None:
-        """Take the gradient of the keys of a head."""
-
-    def add_value(self, head: int, gradient: Tensor) -> None:
-        """Take the gradient of the values of a head."""
+    def collect(self, head: int, gradients: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Take the gradients of the scaled queries, keys and values of a head; nothing of those that are not needed."""
 
 
 def attend(heads: Heads, engine: Engine, weight: Tensor, buffers: Buffers, out: Tensor) -> None:
     """Write the reduced messages of all heads to ``out``, ``(n_destinations, heads, tokens, head_dim)``."""
     with engine.running():
         for head in range(heads.n_heads):
-            q, k, v = heads.query(head), heads.key(head), heads.value(head)
+            q, k, v = heads.load(head)
             direct = _direct(out, engine, weight)
             total = out[:, head] if direct else buffers("total", *q.shape, dtype=weight.dtype)
             engine.forward(q, k, v, weight, total, buffers)
@@ -68,15 +56,9 @@ def attend_backward(
     d_weight = torch.zeros_like(weight) if wanted[2] else None
     with engine.running():
         for head in range(heads.n_heads):
-            q, k, v = heads.query(head), heads.key(head), heads.value(head)
+            q, k, v = heads.load(head)
             up = grad[:, head] if _direct(grad, engine, weight) else buffers.head("up", grad, head, engine.order)
-            dq, dk, dv = (
-                buffers(name, *x.shape, dtype=weight.dtype) for name, x in (("total", q), ("dk", k), ("dv", v))
-            )
-            engine.backward(q, k, v, weight, up, (dq, dk, dv), d_weight, wanted[:2], buffers)
-            heads.add_query(head, dq)
-            heads.add_key(head, dk)
-            heads.add_value(head, dv)
+            heads.collect(head, engine.backward(q, k, v, weight, up, d_weight, wanted[:2], buffers))
     return d_weight
 
 

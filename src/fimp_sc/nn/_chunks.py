@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from fimp_sc.nn._engines import Map
 
 # Scores of one head held at once. 1 MB of fp32 for each thread stays in the cache of a CPU core; accelerators want
 # large products.
@@ -104,6 +106,35 @@ class Chunks:
         """Return a context of nothing."""
         return nullcontext()
 
+    def project(self, tokens: Tensor, maps: Sequence[Map], outs: Sequence[Tensor]) -> None:
+        """Write what linear maps make of tokens."""
+        for one, out in zip(maps, outs, strict=True):
+            rows = _first(tokens, out).reshape(-1, tokens.shape[2])
+            torch.addmm(one.bias, rows, one.matrix.T, out=out.view(-1, out.shape[2]))
+
+    def project_backward(
+        self,
+        gradients: Sequence[Tensor],
+        tokens: Tensor,
+        maps: Sequence[Map],
+        d_tokens: Tensor | None,
+        d_maps: Sequence[tuple[Tensor | None, Tensor | None]],
+    ) -> None:
+        """Add the gradient of tokens, and write those of linear maps."""
+        for gradient, one, (d_matrix, d_bias) in zip(gradients, maps, d_maps, strict=True):
+            rows = gradient.view(-1, gradient.shape[2])
+            if d_matrix is not None:
+                torch.mm(rows.T, _first(tokens, gradient).reshape(-1, tokens.shape[2]), out=d_matrix)
+            if d_bias is not None:
+                torch.sum(rows, 0, out=d_bias)
+            if d_tokens is None:
+                continue
+            total = _first(d_tokens, gradient)
+            if total.is_contiguous():
+                total.view(-1, total.shape[2]).addmm_(rows, one.matrix)
+            else:
+                total.add_(torch.mm(rows, one.matrix).view(total.shape))
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, total: Tensor, buffers: Buffers) -> None:
         """Write the reduced messages of one head to ``total``."""
         bias, small = _bias(self._padding, buffers.dtype), _small(q, k)
@@ -121,15 +152,16 @@ class Chunks:
         v: Tensor,
         weight: Tensor,
         up: Tensor,
-        gradients: tuple[Tensor, Tensor, Tensor],
         d_weight: Tensor | None,
         wanted: tuple[bool, bool],
         buffers: Buffers,
-    ) -> None:
-        """Write the gradients of one head, and add to those of weights."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of one head, and add to those of weights."""
         of_scores, of_values = wanted
         bias, small = _bias(self._padding, buffers.dtype), _small(q, k)
-        dq, dk, dv = (x.zero_() for x in gradients)
+        dq, dk, dv = (
+            buffers(name, *x.shape, dtype=weight.dtype).zero_() for name, x in (("total", q), ("dk", k), ("dv", v))
+        )
         for begin, end, edges, sources in self._parts:
             n, factor = end - begin, weight.index_select(0, edges)
             keys = buffers.gather("keys", k, sources, n)
@@ -157,6 +189,7 @@ class Chunks:
                 _add_product(dq[begin:end], d_scores, keys)
                 sent = torch.bmm(d_scores.mT, q[begin:end], out=buffers("received", *keys.shape))
                 dk.index_add_(0, sources, sent.view(per_edge).to(weight.dtype))
+        return dq, dk, dv
 
 
 def _parts(
@@ -186,6 +219,10 @@ def _parts(
             yield begin, end, edges, indices.index_select(0, edges)
             slot += width
         begin = stop
+
+
+def _first(tokens: Tensor, like: Tensor) -> Tensor:
+    return tokens[: like.shape[0], : like.shape[1]]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

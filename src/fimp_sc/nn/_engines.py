@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from fimp_sc.nn._chunks import Chunks, best_chunk_size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -23,6 +24,13 @@ class Sizes(NamedTuple):
     head_dim: int
 
 
+class Map(NamedTuple):
+    """A linear map to one head."""
+
+    matrix: Tensor  # (head_dim, d_model)
+    bias: Tensor  # (head_dim,)
+
+
 class Engine(Protocol):
     """What attends over a graph that it knows.
 
@@ -33,7 +41,43 @@ class Engine(Protocol):
     order: Tensor | None
 
     def running(self) -> AbstractContextManager[None]:
-        """Return the context of a pass."""
+        """Return the context of a pass, in which alone the other methods are called."""
+
+    def project(self, tokens: Tensor, maps: Sequence[Map], outs: Sequence[Tensor]) -> None:
+        """Write what linear maps make of tokens.
+
+        Parameters
+        ----------
+        tokens
+            ``(nodes, tokens, d_model)``.
+        maps
+            At most three, to ``head_dim`` numbers.
+        outs
+            Memory for what each makes, contiguous: ``(nodes, tokens, head_dim)``, or fewer nodes and tokens, which are
+            the first then.
+        """
+
+    def project_backward(
+        self,
+        gradients: Sequence[Tensor],
+        tokens: Tensor,
+        maps: Sequence[Map],
+        d_tokens: Tensor | None,
+        d_maps: Sequence[tuple[Tensor | None, Tensor | None]],
+    ) -> None:
+        """Add the gradient of tokens, and write those of linear maps.
+
+        Parameters
+        ----------
+        gradients
+            Those of ``outs`` in :meth:`project`.
+        tokens, maps
+            As in :meth:`project`.
+        d_tokens
+            Of the shape of ``tokens``.
+        d_maps
+            Memory for the gradients of maps. Here and in ``d_tokens``, ``None`` is what is not wanted.
+        """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, total: Tensor, buffers: Buffers) -> None:
         """Write the reduced messages of one head to ``total``.
@@ -57,12 +101,11 @@ class Engine(Protocol):
         v: Tensor,
         weight: Tensor,
         up: Tensor,
-        gradients: tuple[Tensor, Tensor, Tensor],
         d_weight: Tensor | None,
         wanted: tuple[bool, bool],
         buffers: Buffers,
-    ) -> None:
-        """Write the gradients of one head, and add to those of weights.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of one head, and add to those of weights.
 
         Parameters
         ----------
@@ -70,12 +113,14 @@ class Engine(Protocol):
             As in :meth:`forward`.
         up
             Gradient of the reduced messages; as ``total`` in :meth:`forward`.
-        gradients
-            Memory for those of ``q``, ``k`` and ``v``, in the dtype of ``weight``.
         d_weight
             Sum over heads of the gradient of ``weight``, where it is wanted.
         wanted
             Whether gradients are wanted of ``q`` or ``k``, and of ``v``. What is not wanted may hold anything.
+
+        Returns
+        -------
+        Those of ``q``, ``k`` and ``v`` in the dtype of ``weight``, contiguous, in memory of ``buffers`` or of ``q``.
         """
 
 

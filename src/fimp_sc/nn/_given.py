@@ -58,26 +58,17 @@ class _Given:
         self.n_heads, self._scale = self._query.shape[1], self._query.shape[-1] ** -0.5
         self.gradients = [like_heads(x) if need else None for x, need in zip(tensors, needed, strict=True)]
 
-    def query(self, head: int) -> Tensor:
-        return self._buffers.head("q", self._query, head, self._order).mul_(self._scale)
+    def load(self, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        query = self._buffers.head("q", self._query, head, self._order).mul_(self._scale)
+        return query, self._buffers.head("k", self._key, head), self._buffers.head("v", self._value, head)
 
-    def key(self, head: int) -> Tensor:
-        return self._buffers.head("k", self._key, head)
-
-    def value(self, head: int) -> Tensor:
-        return self._buffers.head("v", self._value, head)
-
-    def add_query(self, head: int, gradient: Tensor) -> None:
-        if self.gradients[0] is not None:
-            write_head(self.gradients[0], head, gradient.mul_(self._scale), self._order)
-
-    def add_key(self, head: int, gradient: Tensor) -> None:
-        if self.gradients[1] is not None:
-            self.gradients[1][:, head] = gradient
-
-    def add_value(self, head: int, gradient: Tensor) -> None:
-        if self.gradients[2] is not None:
-            self.gradients[2][:, head] = gradient
+    def collect(self, head: int, gradients: tuple[Tensor, Tensor, Tensor]) -> None:
+        query, *others = zip(self.gradients, gradients, strict=True)
+        if query[0] is not None:
+            write_head(query[0], head, query[1].mul_(self._scale), self._order)
+        for total, gradient in others:
+            if total is not None:
+                total[:, head] = gradient
 
 
 class _GivenAttention(Function):

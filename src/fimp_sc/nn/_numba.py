@@ -1,7 +1,7 @@
 """Cross-node attention in compiled loops for CPUs, whose threads share the destinations.
 
-Each thread adds up gradients of sources by itself, and these are added in a fixed order: with as many threads as before
-results are the same to the bit.
+Sources that threads share have sums of gradients for each of them, which are added in a fixed order: with as many
+threads as before results are the same to the bit.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from fimp_sc.nn import _numba_kernels as kernels
 from fimp_sc.nn._threads import shares, threads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
     from fimp_sc.nn._chunks import Buffers
+    from fimp_sc.nn._engines import Map
     from fimp_sc.nn._threads import Run
 
 # A thread costs more than this many edges of few tokens.
 _LEAST_EDGES = 32
+_LEAST_NODES = 32
 
 
 class CompiledLoops:
@@ -69,6 +71,40 @@ class CompiledLoops:
         with threads() as self.run:
             yield
 
+    def project(self, tokens: Tensor, maps: Sequence[Map], outs: Sequence[Tensor]) -> None:
+        """Write what linear maps make of tokens."""
+        x, made = tokens.numpy(), _three(outs)
+        matrices = np.array([one.matrix.T.numpy() for one in maps])
+        biases = np.array([one.bias.numpy() for one in maps])
+        self.run(lambda rows: kernels.project(x, rows, matrices, biases, made), _ranges(x))
+
+    def project_backward(
+        self,
+        gradients: Sequence[Tensor],
+        tokens: Tensor,
+        maps: Sequence[Map],
+        d_tokens: Tensor | None,
+        d_maps: Sequence[tuple[Tensor | None, Tensor | None]],
+    ) -> None:
+        """Add the gradient of tokens, and write those of linear maps."""
+        x = (tokens if tokens.stride(2) == 1 else tokens.contiguous()).numpy()
+        given, matrices = _three(gradients), np.array([one.matrix.numpy() for one in maps])
+        total = x if d_tokens is None else d_tokens.numpy()
+        wanted = d_tokens is not None, any(y is not None for of_map in d_maps for y in of_map)
+        if not any(wanted):
+            return
+
+        def one(rows: tuple[int, int]) -> tuple[NDArray, NDArray]:
+            of_maps = np.zeros_like(matrices), np.zeros(matrices.shape[:2], x.dtype)
+            kernels.project_backward(given, x, rows, matrices, total, *of_maps, wanted)
+            return of_maps
+
+        sums = [np.add.reduce(parts) for parts in zip(*self.run(one, _ranges(x)), strict=True)]
+        for m, of_map in enumerate(d_maps):
+            for target, found in zip(of_map, sums, strict=True):
+                if target is not None:
+                    target.numpy()[:] = found[m]
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, total: Tensor, buffers: Buffers) -> None:
         """Write the reduced messages of one head to ``total``."""
         given, out = self._given(q, k, v, weight), total.numpy()
@@ -81,60 +117,81 @@ class CompiledLoops:
         v: Tensor,
         weight: Tensor,
         up: Tensor,
-        gradients: tuple[Tensor, Tensor, Tensor],
         d_weight: Tensor | None,
         wanted: tuple[bool, bool],
         buffers: Buffers,
-    ) -> None:
-        """Write the gradients of one head, and add to those of weights."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of one head, and add to those of weights."""
         given, grad, which = self._given(q, k, v, weight), up.numpy(), (*wanted, d_weight is not None)
-        d_query, *d_sources = (x.numpy() for x in gradients)
         d_edges = np.zeros(0, grad.dtype) if d_weight is None else d_weight.numpy()
-        for x in d_sources:
-            x.fill(0)
-        own = [d_sources] if len(self._parts) == 1 else [self._sums(part, k, buffers) for part in self._parts]
+        dk, dv = (buffers(name, len(k) + self._n_more, *k.shape[1:]) for name in ("dk", "dv"))
+        sums = dk.numpy(), dv.numpy()
+
+        def clear(rows: tuple[int, int]) -> None:
+            for x in sums:
+                x[slice(*rows)] = 0
 
         def one(part: _Part) -> None:
-            for x in own[part.number]:
-                x.fill(0)
-            kernels.backward(*given, part.rows, grad, part.place, d_query, *own[part.number], d_edges, which)
+            # Queries of a destination are needed for it alone: their gradients take their place.
+            kernels.backward(*given, part.rows, grad, part.place, given[0], *sums, d_edges, which)
 
+        self.run(clear, _ranges(sums[0]))
         self.run(one, self._parts)
-        if len(own) > 1:
-            for part, sums in zip(self._parts, own, strict=True):
-                for x, added in zip(d_sources, sums, strict=True):
-                    _add_rows(self.run, x, part.nodes, added)
+        for part in self._parts:
+            for x in sums:
+                _add_rows(self.run, x, part.nodes, x[part.more])
+        return q, dk[: len(k)], dv[: len(k)]
 
     def _given(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[NDArray, ...]:
         *heads, factor = (x.detach().numpy() for x in (q, k, v, weight))
         return *heads, self._graph[0], factor, *self._graph[1:]
 
-    def _sums(self, part: _Part, k: Tensor, buffers: Buffers) -> list[NDArray]:
-        names = (f"{name} of {part.number}" for name in ("dk", "dv"))
-        return [buffers(name, len(part.nodes), *k.shape[1:]).numpy() for name in names]
-
     @cached_property
     def _parts(self) -> list[_Part]:
         """Destinations in as many parts as there are threads, with equally many edges each."""
-        _, indptr, indices = self._graph
+        padded, indptr, indices = self._graph
         n = max(min(torch.get_num_threads(), len(indices) // _LEAST_EDGES), 1)
         bounds = np.searchsorted(indptr, np.linspace(0, len(indices), n + 1)[1:-1]).tolist()
+        ranges = list(pairwise([0, *bounds, len(indptr) - 1]))
+        sources = [indices[indptr[a] : indptr[b]] for a, b in ranges]
+        # Of the parts that share a source the first adds to its sums, the others each to a row of their own.
+        first = np.zeros(len(padded), np.int64)
+        for number in reversed(range(n)):
+            first[sources[number]] = number
         parts: list[_Part] = []
-        for rows in pairwise([0, *bounds, len(indptr) - 1]):
-            sources = indices[indptr[rows[0]] : indptr[rows[1]]]
-            nodes, place = np.unique(sources, return_inverse=True) if n > 1 else (sources, sources)
-            parts.append(_Part(len(parts), rows, nodes, place))
+        begin = len(padded)
+        for number, rows in enumerate(ranges):
+            nodes = np.unique(sources[number][first[sources[number]] != number])
+            more = slice(begin, begin + len(nodes))
+            place = np.arange(len(padded))
+            place[nodes] = np.arange(more.start, more.stop)
+            parts.append(_Part(rows, place[sources[number]], nodes, more))
+            begin = more.stop
         return parts
+
+    @property
+    def _n_more(self) -> int:
+        return self._parts[-1].more.stop - len(self._graph[0])
 
 
 class _Part(NamedTuple):
     """What one thread does."""
 
-    number: int
     rows: tuple[int, int]  # its first destination, and the one behind its last
-    nodes: NDArray  # their sources
-    place: NDArray  # of each edge, the row of its source among the sums of the part
+    place: NDArray  # of each edge, the row of its source among sums
+    nodes: NDArray  # sources whose sums have
+    more: slice  # rows of their own here
+
+
+def _ranges(nodes: NDArray) -> list[tuple[int, int]]:
+    return [(part.start, part.stop) for part in shares(len(nodes), _LEAST_NODES)]
+
+
+def _three(tensors: Sequence[Tensor]) -> tuple[NDArray, ...]:
+    """Return arrays and, for a kernel of one kind, others without nodes."""
+    arrays = [x.numpy() for x in tensors]
+    return *arrays, *([np.empty((0, *arrays[0].shape[1:]), arrays[0].dtype)] * (3 - len(arrays)))
 
 
 def _add_rows(run: Run, total: NDArray, nodes: NDArray, rows: NDArray) -> None:
-    run(lambda part: kernels.add_rows(total, nodes[part], rows[part]), shares(len(nodes), 100))
+    run(lambda part: kernels.add_rows(total, nodes[part], rows[part]), shares(len(nodes), _LEAST_NODES))

@@ -1,38 +1,39 @@
-"""What compiled loops do with many numbers at once: products of matrices that fit in the cache, and softmax of columns.
+"""What compiled loops do with the columns of matrices, many at once, written in the vectors that CPUs have.
 
-Compilers do not find the registers for this by themselves, so that it is written in vectors. A product keeps a tile of
-the result in registers; matrices are taken as they lie in memory, transposed or not, and of any size.
+Compilers do not find the registers for this by themselves.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numba
+import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.polynomial import Chebyshev, Polynomial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from numpy.typing import NDArray
-
 _WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
-# Singles in a vector, and the tile of a product: rows, and vectors of each. Larger tiles need more registers than CPUs
-# have, smaller ones wait for sums.
-_LANES, _ROWS, _VECTORS = (16, 8, 2) if _WIDE else (8, 4, 2)
+# Bytes of a vector, and the tile of a product that is kept in registers: its rows, and vectors of each. Larger tiles
+# need more registers than CPUs have, smaller ones wait for sums.
+_BYTES, ROWS, _VECTORS = (64, 8, 2) if _WIDE else (32, 4, 2)
 # Below this power of two, singles and doubles are not normal.
 _LOWEST = {32: -126, 64: -1022}
 _MANTISSA = {32: 23, 64: 52}
-# Terms of the series of powers of two that are more than rounding.
-_TERMS = {32: 7, 64: 13}
+# Polynomials nearest to powers of two between -1/2 and 1/2, but for rounding.
+_SERIES = {
+    bits: Chebyshev.interpolate(np.exp2, degree, [-0.5, 0.5]).convert(kind=Polynomial).coef.tolist()
+    for bits, degree in ((32, 6), (64, 12))
+}
 
 
-class _Vectors:
-    """Instructions for vectors of the elements of arrays.
+class Vectors:
+    """Instructions for some columns of matrices, which are as wide as a few vectors.
 
     Parameters
     ----------
@@ -40,63 +41,71 @@ class _Vectors:
         Those of numba, where an intrinsic is lowered.
     element
         Type of numbers.
-    lanes
-        How many make a vector.
+    number
+        How many vectors these columns are.
+    live
+        How many columns there are, where they may be fewer than a vector has numbers.
     """
 
-    def __init__(self, context: Any, builder: ir.IRBuilder, element: types.Float, lanes: int) -> None:
-        self.context, self.builder, self.bits = context, builder, element.bitwidth
-        self.lanes, self.element = lanes, ir.FloatType() if self.bits == 32 else ir.DoubleType()
-        self.size = self.integer(self.bits // 8)
-        self.type, self.whole = ir.VectorType(self.element, lanes), ir.VectorType(ir.IntType(self.bits), lanes)
-
-    def array(self, kind: types.Array, value: Any) -> tuple[Any, list[Any], list[Any]]:
-        """Return address, shape and strides of an array."""
-        array = self.context.make_array(kind)(self.context, self.builder, value)
-        start = self.builder.bitcast(array.data, ir.IntType(8).as_pointer())
-        return start, *(cgutils.unpack_tuple(self.builder, x) for x in (array.shape, array.strides))
-
-    def at(self, start: Any, *steps: tuple[Any, Any]) -> Any:
-        """Return the address that lies some numbers of steps, of some bytes each, behind another."""
-        for number, size in steps:
-            count = self.integer(number) if isinstance(number, int) else number
-            start = self.builder.gep(start, [self.builder.mul(count, size)])
-        return start
-
-    def vectors_behind(self, start: Any, number: int) -> Any:
-        return self.at(start, (number * self.lanes, self.size))
-
-    def for_blocks(self, n: Any, size: int, block: Callable[[Any, int], None]) -> None:
-        """Have ``block(first, size)`` done for blocks of ``n`` things, and for each of the rest ``block(first, 1)``."""
-        blocks = self.builder.sdiv(n, self.integer(size))
-        with cgutils.for_range(self.builder, blocks) as loop:
-            block(self.builder.mul(loop.index, self.integer(size)), size)
-        with cgutils.for_range(self.builder, n, start=self.builder.mul(blocks, self.integer(size))) as loop:
-            block(loop.index, 1)
+    def __init__(self, context: Any, builder: ir.IRBuilder, element: types.Float, number: int, live: Any) -> None:
+        self.context, self.builder, self.bits, self.number = context, builder, element.bitwidth, number
+        self.lanes, self.element = _BYTES * 8 // self.bits, ir.FloatType() if self.bits == 32 else ir.DoubleType()
+        self.type, self.whole = (ir.VectorType(x, self.lanes) for x in (self.element, ir.IntType(self.bits)))
+        self.live = live
+        if live is not None:
+            lanes = ir.Constant(self.whole, list(range(self.lanes)))
+            count = self.all(builder.trunc(live, self.whole.element) if self.bits == 32 else live)
+            self.live = builder.icmp_signed("<", lanes, count)
 
     @staticmethod
     def integer(number: int) -> Any:
         return ir.Constant(ir.IntType(64), number)
 
+    def for_rows(self, n: Any, block: Callable[[Any, int], None]) -> None:
+        """Have ``block(first, ROWS)`` done for as many rows at a time, and for each of the rest ``block(first, 1)``."""
+        builder, size = self.builder, self.integer(ROWS)
+        whole = builder.mul(builder.sdiv(n, size), size)
+        with cgutils.for_range_slice(builder, self.integer(0), whole, size) as (row, _):
+            block(row, ROWS)
+        with cgutils.for_range(builder, n, start=whole) as loop:
+            block(loop.index, 1)
+
     def load(self, address: Any) -> Any:
-        vector = self.builder.load(self.builder.bitcast(address, self.type.as_pointer()))
-        vector.align = self.bits // 8
-        return vector
+        place, name = self._vector(address), f"llvm.masked.load.{self._name}.p0{self._name}"
+        if self.live is None:
+            vector = self.builder.load(place)
+            vector.align = self.bits // 8
+            return vector
+        kinds = [place.type, ir.IntType(32), self.live.type, self.type]
+        masked = self.builder.module.declare_intrinsic(name, (), ir.FunctionType(self.type, kinds))
+        return self.builder.call(masked, [place, self._align, self.live, self.all(0.0)])
 
     def store(self, vector: Any, address: Any) -> None:
-        self.builder.store(vector, self.builder.bitcast(address, self.type.as_pointer())).align = self.bits // 8
+        place, name = self._vector(address), f"llvm.masked.store.{self._name}.p0{self._name}"
+        if self.live is None:
+            self.builder.store(vector, place).align = self.bits // 8
+            return
+        kinds = [self.type, place.type, ir.IntType(32), self.live.type]
+        masked = self.builder.module.declare_intrinsic(name, (), ir.FunctionType(ir.VoidType(), kinds))
+        self.builder.call(masked, [vector, place, self._align, self.live])
 
-    def number(self, address: Any) -> Any:
-        """Return a vector of one number of an array."""
-        return self.all(self.builder.load(self.builder.bitcast(address, self.element.as_pointer())))
+    @property
+    def _name(self) -> str:
+        return f"v{self.lanes}f{self.bits}"
+
+    @property
+    def _align(self) -> Any:
+        return ir.Constant(ir.IntType(32), self.bits // 8)
+
+    def _vector(self, address: Any) -> Any:
+        return self.builder.bitcast(address, self.type.as_pointer())
 
     def all(self, number: Any) -> Any:
         """Return a vector of one number."""
         if isinstance(number, (int, float)):
             return ir.Constant(self.type, [number] * self.lanes)
-        first = self.builder.insert_element(
-            ir.Constant(self.type, ir.Undefined), number, ir.Constant(ir.IntType(32), 0)
-        )
+        kind = ir.VectorType(number.type, self.lanes)
+        first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
         zeros = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
         return self.builder.shuffle_vector(first, first, zeros)
 
@@ -105,6 +114,10 @@ class _Vectors:
         place = cgutils.alloca_once(self.builder, self.type)
         self.builder.store(start, place)
         return place
+
+    def variables(self, start: float) -> list[Any]:
+        """Return a variable for each vector."""
+        return [self.variable(self.all(start)) for _ in range(self.number)]
 
     def add(self, a: Any, b: Any) -> Any:
         return self.builder.fadd(a, b, flags=("contract",))
@@ -115,189 +128,124 @@ class _Vectors:
     def mul(self, a: Any, b: Any) -> Any:
         return self.builder.fmul(a, b, flags=("contract",))
 
-    def exp(self, x: Any) -> Any:
-        """Return the exponential of what is not positive: a power of two, times a series."""
-        builder, lowest = self.builder, self.all(_LOWEST[self.bits])
-        power = self.mul(x, self.all(math.log2(math.e)))
-        gone = builder.fcmp_ordered("<", power, lowest)
-        power = builder.select(gone, lowest, power)
-        floor = builder.module.declare_intrinsic(
-            f"llvm.floor.v{self.lanes}f{self.bits}", (), ir.FunctionType(self.type, [self.type])
-        )
-        near = builder.call(floor, [self.add(power, self.all(0.5))])
-        rest, terms = self.sub(power, near), _TERMS[self.bits]
-        series = self.all(math.log(2) ** terms / math.factorial(terms))
-        for i in reversed(range(terms)):
-            series = self.add(self.mul(series, rest), self.all(math.log(2) ** i / math.factorial(i)))
+    def max(self, a: Any, b: Any) -> Any:
+        # Of NaN and a number, the second.
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
+
+    def zero_for(self, special: float, numbers: Any, where: Any) -> Any:
+        """Return zero where other numbers are something special, and ``where`` elsewhere."""
+        found = self.builder.fcmp_ordered("==", numbers, self.all(special))
+        return self.builder.select(found, self.all(0.0), where)
+
+    def exp2(self, power: Any) -> Any:
+        """Return two to the power of something: a power of two, times a series. What is not normal is zero."""
+        builder = self.builder
+        # Numbers of this size have no fraction. Their last bits are the nearest whole number and the exponents' bias.
+        large = self.all(1.5 * 2.0 ** _MANTISSA[self.bits] + 1 - _LOWEST[self.bits])
+        near = self.add(power, large)
+        rest = self.sub(power, self.sub(near, large))
+        *terms, last = _SERIES[self.bits]
+        series = self.all(last)
+        for term in reversed(terms):
+            series = self.add(self.mul(series, rest), self.all(term))
         # The exponent of a number is in the bits above its mantissa.
-        bias, mantissa = (
-            ir.Constant(self.whole, [value] * self.lanes) for value in (1 - _LOWEST[self.bits], _MANTISSA[self.bits])
-        )
-        scale = builder.shl(builder.add(builder.fptosi(near, self.whole), bias), mantissa)
-        return builder.select(gone, self.all(0.0), self.mul(series, builder.bitcast(scale, self.type)))
+        mantissa = ir.Constant(self.whole, [_MANTISSA[self.bits]] * self.lanes)
+        scale = builder.bitcast(builder.shl(builder.bitcast(near, self.whole), mantissa), self.type)
+        gone = builder.fcmp_ordered("<", power, self.all(_LOWEST[self.bits]))
+        return builder.select(gone, self.all(0.0), self.mul(series, scale))
 
 
-def _in_strips(strip: Callable[[int, int], Any]) -> Callable[..., Any]:
-    """Return what does for all columns of a matrix what ``strip(vectors, lanes)`` does for a few, as wide as they fit.
+class Matrix:
+    """Some columns of a matrix, or of a row that counts for each row of others.
 
-    It takes the number of columns and the arguments of a strip, of which the first is the matrix of the numbers' dtype.
+    Parameters
+    ----------
+    v
+        Instructions.
+    kind, value
+        Type and struct of the array.
+    begin
+        First column.
     """
-    # Lanes are those of singles: half as many doubles fill a vector.
-    several = strip(_VECTORS, _LANES)
-    one, half, quarter, single = (strip(1, lanes) for lanes in (_LANES, _LANES // 2, _LANES // 4, 1))
 
-    def all_columns(n: int, out: Any, *others: Any) -> None:
-        lanes = _LANES * 4 // out.itemsize
+    def __init__(self, v: Vectors, kind: types.Array, value: Any, begin: Any) -> None:
+        array = v.context.make_array(kind)(v.context, v.builder, value)
+        self._v, self._begin = v, begin
+        self._start = v.builder.bitcast(array.data, ir.IntType(8).as_pointer())
+        shape, strides = (cgutils.unpack_tuple(v.builder, x) for x in (array.shape, array.strides))
+        self.n_rows, self.n_columns = [v.integer(1)] * (2 - len(shape)) + shape
+        self._strides = [v.integer(0)] * (2 - len(strides)) + strides
+
+    def number(self, row: Any, column: Any) -> Any:
+        """Return a vector of one number, anywhere in the matrix."""
+        address = self._behind(self._behind(self._start, row, self._strides[0]), column, self._strides[1])
+        return self._v.all(self._v.builder.load(self._v.builder.bitcast(address, self._v.element.as_pointer())))
+
+    def load(self, row: Any, c: int) -> Any:
+        """Return one of the vectors of these columns, whose numbers lie next to each other."""
+        return self._v.load(self._at(row, c))
+
+    def store(self, vector: Any, row: Any, c: int) -> None:
+        self._v.store(vector, self._at(row, c))
+
+    def _at(self, row: Any, c: int) -> Any:
+        v = self._v
+        first = self._behind(self._behind(self._start, row, self._strides[0]), self._begin, v.integer(v.bits // 8))
+        return self._behind(first, v.integer(c), v.integer(_BYTES))
+
+    def _behind(self, start: Any, number: Any, size: Any) -> Any:
+        return self._v.builder.gep(start, [self._v.builder.mul(number, size)])
+
+
+@intrinsic
+def strided(_: Any, array: Any) -> Any:
+    """Return an array as one of any layout, so that what takes arrays is compiled for one kind of them."""
+
+    def lowered(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[Any]) -> Any:
+        context.nrt.incref(builder, signature.return_type, arguments[0])
+        return arguments[0]
+
+    return array.copy(layout="A")(array), lowered
+
+
+def in_strips(lower: Callable[..., None]) -> Callable[..., Any]:
+    """Return what does for all columns of matrices what ``lower`` does for a few.
+
+    Parameters
+    ----------
+    lower
+        Called with :class:`Vectors` and with a :class:`Matrix` for each array.
+
+    Returns
+    -------
+    A compiled function of the number of columns and of a tuple of arrays, all of one dtype.
+    """
+    several, rest = _strip(lower, _VECTORS), _strip(lower, 0)
+
+    def all_columns(n: int, arrays: tuple[Any, ...]) -> None:
+        lanes = _BYTES // arrays[0].itemsize
         c = 0
         while n - c >= _VECTORS * lanes:
-            several(c, out, *others)
+            several(c, n, arrays)
             c += _VECTORS * lanes
-        while n - c >= lanes:
-            one(c, out, *others)
-            c += lanes
-        if n - c >= lanes // 2:
-            half(c, out, *others)
-            c += lanes // 2
-        if n - c >= lanes // 4:
-            quarter(c, out, *others)
-            c += lanes // 4
         while c < n:
-            single(c, out, *others)
-            c += 1
+            rest(c, n, arrays)
+            c += lanes
 
     return numba.njit(nogil=True)(all_columns)
 
 
-def _lanes(lanes: int, element: types.Float) -> int:
-    return max(lanes * 32 // element.bitwidth, 1)
-
-
-def _product_strip(*, adds: bool) -> Callable[[int, int], Any]:
-    def strip(vectors: int, lanes: int) -> Any:
-        @intrinsic
-        def columns(_: Any, begin: Any, out: Any, a: Any, b: Any, factor: Any) -> Any:
-            def lowered(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[Any]) -> Any:
-                v = _Vectors(context, builder, out.dtype, _lanes(lanes, out.dtype))
-                (out0, (m, _), (out_row, _)), (a0, (_, depth), (a_row, a_column)), (b0, _, (b_row, _)) = (
-                    v.array(kind, value) for kind, value in zip(signature.args[1:4], arguments[1:4], strict=True)
-                )
-                out0, b0 = (v.at(x, (arguments[0], v.size)) for x in (out0, b0))
-
-                def tile(row: Any, rows: int) -> None:
-                    left, to = v.at(a0, (row, a_row)), v.at(out0, (row, out_row))
-                    sums = [[v.variable(v.all(0.0)) for _ in range(vectors)] for _ in range(rows)]
-                    with cgutils.for_range(builder, depth) as loop:
-                        here = v.at(b0, (loop.index, b_row))
-                        right = [v.load(v.vectors_behind(here, c)) for c in range(vectors)]
-                        for r, places in enumerate(sums):
-                            number = v.number(v.at(left, (r, a_row), (loop.index, a_column)))
-                            for place, vector in zip(places, right, strict=True):
-                                builder.store(v.add(builder.load(place), v.mul(number, vector)), place)
-                    for r, places in enumerate(sums):
-                        for c, place in enumerate(places):
-                            address, total = v.vectors_behind(v.at(to, (r, out_row)), c), builder.load(place)
-                            if adds:
-                                total = v.add(v.load(address), v.mul(v.all(arguments[4]), total))
-                            v.store(total, address)
-
-                v.for_blocks(m, _ROWS, tile)
-                return context.get_dummy_value()
-
-            return types.void(begin, out, a, b, out.dtype), lowered
-
-        return columns
-
-    return strip
-
-
-def _softmax_strip(vectors: int, lanes: int) -> Any:
+def _strip(lower: Callable[..., None], number: int) -> Any:
     @intrinsic
-    def columns(_: Any, begin: Any, out: Any) -> Any:
+    def columns(_: Any, begin: Any, n: Any, arrays: Any) -> Any:
         def lowered(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[Any]) -> Any:
-            v = _Vectors(context, builder, out.dtype, _lanes(lanes, out.dtype))
-            start, (m, _), (row, _) = v.array(signature.args[1], arguments[1])
-            for c in range(vectors):
-                here = v.vectors_behind(v.at(start, (arguments[0], v.size)), c)
-                largest, total = v.variable(v.all(-math.inf)), v.variable(v.all(0.0))
-                with cgutils.for_range(builder, m) as loop:
-                    x, before = v.load(v.at(here, (loop.index, row))), builder.load(largest)
-                    # NaN is the largest.
-                    builder.store(builder.select(builder.fcmp_ordered("<=", x, before), before, x), largest)
-                # Nothing but padding weighs nothing.
-                none = builder.fcmp_ordered("==", builder.load(largest), v.all(-math.inf))
-                builder.store(builder.select(none, v.all(0.0), builder.load(largest)), largest)
-                with cgutils.for_range(builder, m) as loop:
-                    place = v.at(here, (loop.index, row))
-                    e = v.exp(v.sub(v.load(place), builder.load(largest)))
-                    v.store(e, place)
-                    builder.store(v.add(builder.load(total), e), total)
-                none = builder.fcmp_ordered("==", builder.load(total), v.all(0.0))
-                share = builder.select(none, v.all(0.0), builder.fdiv(v.all(1.0), builder.load(total)))
-                with cgutils.for_range(builder, m) as loop:
-                    place = v.at(here, (loop.index, row))
-                    v.store(v.mul(v.load(place), share), place)
+            first, end, values = arguments
+            live = None if number else builder.sub(end, first)
+            v = Vectors(context, builder, arrays[0].dtype, max(number, 1), live)
+            found = (builder.extract_value(values, i) for i in range(len(arrays)))
+            lower(v, *(Matrix(v, kind, value, first) for kind, value in zip(arrays, found, strict=True)))
             return context.get_dummy_value()
 
-        return types.void(begin, out), lowered
+        return types.void(begin, n, arrays), lowered
 
     return columns
-
-
-def _softmax_backward_strip(vectors: int, lanes: int) -> Any:
-    @intrinsic
-    def columns(_: Any, begin: Any, out: Any, attention: Any, mean: Any) -> Any:
-        def lowered(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[Any]) -> Any:
-            v = _Vectors(context, builder, out.dtype, _lanes(lanes, out.dtype))
-            (out0, (m, _), (out_row, _)), (a0, _, (a_row, _)), (mean0, _, _) = (
-                v.array(kind, value) for kind, value in zip(signature.args[1:], arguments[1:], strict=True)
-            )
-            for c in range(vectors):
-                gradient, weight, to = (v.vectors_behind(v.at(x, (arguments[0], v.size)), c) for x in (out0, a0, mean0))
-                total = v.variable(v.all(0.0))
-                with cgutils.for_range(builder, m) as loop:
-                    g, w = v.load(v.at(gradient, (loop.index, out_row))), v.load(v.at(weight, (loop.index, a_row)))
-                    builder.store(v.add(builder.load(total), v.mul(g, w)), total)
-                v.store(builder.load(total), to)
-                with cgutils.for_range(builder, m) as loop:
-                    place = v.at(gradient, (loop.index, out_row))
-                    w = v.load(v.at(weight, (loop.index, a_row)))
-                    v.store(v.mul(v.sub(v.load(place), builder.load(total)), w), place)
-            return context.get_dummy_value()
-
-        return types.void(begin, out, attention, mean), lowered
-
-    return columns
-
-
-_write, _add = _in_strips(_product_strip(adds=False)), _in_strips(_product_strip(adds=True))
-_softmax, _softmax_backward = _in_strips(_softmax_strip), _in_strips(_softmax_backward_strip)
-
-
-@numba.njit(nogil=True)
-def product(a: NDArray, b: NDArray, out: NDArray) -> None:
-    """Write ``a @ b`` to ``out``, ``(m, depth)`` and ``(depth, n)`` to ``(m, n)``, all of one dtype.
-
-    Numbers of a row of ``b`` and of ``out`` lie next to each other; ``a`` may have any strides.
-    """
-    _write(out.shape[1], out, a, b, out.dtype.type(1))
-
-
-@numba.njit(nogil=True)
-def add_product(a: NDArray, b: NDArray, out: NDArray, factor: Any) -> None:
-    """Add a multiple of ``a @ b`` to ``out``, as :func:`product` writes it."""
-    _add(out.shape[1], out, a, b, factor)
-
-
-@numba.njit(nogil=True)
-def softmax(scores: NDArray) -> None:
-    """Turn ``scores``, ``(n_tokens, n_queries)``, in place into weights that sum to one in each column."""
-    _softmax(scores.shape[1], scores)
-
-
-@numba.njit(nogil=True)
-def softmax_backward(attention: NDArray, gradient: NDArray, mean: NDArray) -> None:
-    """Turn the gradient of ``attention``, both ``(n_tokens, n_queries)``, in place into that of scores.
-
-    Its mean under the attention in each column is written to ``mean``, ``(at least n_queries,)``.
-    """
-    _softmax_backward(gradient.shape[1], gradient, attention, mean)

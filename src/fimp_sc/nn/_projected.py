@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fimp_sc.nn._by_head import attend, attend_backward
 from fimp_sc.nn._chunks import Buffers, without_autocast
+from fimp_sc.nn._engines import Map
 
 if TYPE_CHECKING:
     from fimp_sc.nn._engines import Engine
@@ -75,65 +76,53 @@ class _Projected:
         buffers: Buffers,
         needed: tuple[bool, ...] = (False,) * 8,
     ) -> None:
-        self.n_heads, self._maps, self._order, self._buffers = n_heads, maps, engine.order, buffers
+        self.n_heads, self._maps, self._engine, self._buffers = n_heads, maps, engine, buffers
         self._width = tokens.shape[2] // n_heads
         self._scale = self._width**-0.5
-        self._tokens = tokens
-        self._own = tokens[: shape[0], : shape[1]] if own is None else own
-        self.d_tokens = torch.zeros_like(tokens, memory_format=torch.contiguous_format) if needed[0] else None
-        self.d_own = None
-        if own is None and self.d_tokens is not None:
-            self.d_own = self.d_tokens[: shape[0], : shape[1]]
-        elif needed[1]:
-            self.d_own = torch.zeros_like(self._own, memory_format=torch.contiguous_format)
+        self._shape, self._tokens, self._own = shape, tokens, own
+        self.d_tokens, self.d_own = (
+            torch.zeros_like(x, memory_format=torch.contiguous_format) if need and x is not None else None
+            for x, need in zip((tokens, own), needed, strict=False)
+        )
         self.d_maps = [torch.empty_like(x) if need else None for x, need in zip(maps, needed[2:], strict=True)]
 
-    def query(self, head: int) -> Tensor:
-        if self._order is None:
-            return self._project("q", self._own, 0, head).mul_(self._scale)
-        # Sums over edges use this buffer afterwards.
-        rows = self._project("total", self._own, 0, head).mul_(self._scale)
-        return torch.index_select(rows, 0, self._order, out=self._buffers("q", *rows.shape))
+    def load(self, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        maps, (n, n_tokens, _), order = self._of(head), self._tokens.shape, self._engine.order
+        # Sums over edges use the buffer of what has another order afterwards.
+        names, shapes = ("q" if order is None else "total", "k", "v"), (self._shape, (n, n_tokens), (n, n_tokens))
+        made = [self._buffers(name, *shape, self._width) for name, shape in zip(names, shapes, strict=True)]
+        for tokens, _, which in self._sources():
+            self._engine.project(tokens, maps[which], made[which])
+        query, key, value = made
+        if order is not None:
+            query = torch.index_select(query, 0, order, out=self._buffers("q", *query.shape))
+        return query, key, value
 
-    def key(self, head: int) -> Tensor:
-        return self._project("k", self._tokens, 1, head)
+    def collect(self, head: int, gradients: tuple[Tensor, Tensor, Tensor]) -> None:
+        maps, order, (query, *others) = self._of(head), self._engine.order, gradients
+        if order is not None:
+            query = self._buffers("q", *query.shape).index_copy_(0, order, query)
+        parts = [None if x is None else x[self._part(head)] for x in self.d_maps]
+        d_maps = list(zip(parts[::2], parts[1::2], strict=True))
+        for tokens, d_tokens, which in self._sources():
+            self._engine.project_backward([query, *others][which], tokens, maps[which], d_tokens, d_maps[which])
+        for x in d_maps[0]:
+            if x is not None:
+                x.mul_(self._scale)
 
-    def value(self, head: int) -> Tensor:
-        return self._project("v", self._tokens, 2, head)
-
-    def add_query(self, head: int, gradient: Tensor) -> None:
-        if self._order is not None:
-            gradient = self._buffers("q", *gradient.shape).index_copy_(0, self._order, gradient)
-        self._collect(gradient.mul_(self._scale), self._own, self.d_own, 0, head)
-
-    def add_key(self, head: int, gradient: Tensor) -> None:
-        self._collect(gradient, self._tokens, self.d_tokens, 1, head)
-
-    def add_value(self, head: int, gradient: Tensor) -> None:
-        self._collect(gradient, self._tokens, self.d_tokens, 2, head)
+    def _sources(self) -> list[tuple[Tensor, Tensor | None, slice]]:
+        """Return tokens, their gradient, and which of queries, keys and values are made of them."""
+        if self._own is None:
+            return [(self._tokens, self.d_tokens, slice(0, 3))]
+        return [(self._own, self.d_own, slice(0, 1)), (self._tokens, self.d_tokens, slice(1, 3))]
 
     def _part(self, head: int) -> slice:
         return slice(head * self._width, (head + 1) * self._width)
 
-    def _project(self, name: str, tokens: Tensor, which: int, head: int) -> Tensor:
-        matrix, bias = (self._maps[2 * which + i][self._part(head)] for i in range(2))
-        made = self._buffers(name, *tokens.shape[:2], self._width)
-        torch.addmm(bias, tokens.reshape(-1, tokens.shape[2]), matrix.T, out=made.view(-1, self._width))
-        return made
-
-    def _collect(self, gradient: Tensor, tokens: Tensor, d_tokens: Tensor | None, which: int, head: int) -> None:
-        part, rows = self._part(head), gradient.view(-1, self._width)
-        matrix, (d_matrix, d_bias) = self._maps[2 * which], self.d_maps[2 * which : 2 * which + 2]
-        if d_matrix is not None:
-            torch.mm(rows.T, tokens.reshape(-1, tokens.shape[2]), out=d_matrix[part])
-        if d_bias is not None:
-            torch.sum(rows, 0, out=d_bias[part])
-        if d_tokens is None:
-            return
-        if d_tokens.is_contiguous():
-            d_tokens.view(-1, d_tokens.shape[2]).addmm_(rows, matrix[part])
-        else:
-            d_tokens.add_(torch.mm(rows, matrix[part]).view(d_tokens.shape))
+    def _of(self, head: int) -> list[Map]:
+        parts = [x[self._part(head)] for x in self._maps]
+        # Scaled maps make scaled queries.
+        return [Map(parts[0] * self._scale, parts[1] * self._scale), Map(*parts[2:4]), Map(*parts[4:])]
 
 
 class _ProjectedAttention(torch.autograd.Function):
@@ -158,8 +147,7 @@ class _ProjectedAttention(torch.autograd.Function):
             heads = _Projected(tokens, own, tuple(maps), ctx.n_heads, ctx.shape, ctx.engine, buffers, needed[:8])
             wanted = any(needed[:6]), needed[0] or any(needed[6:8]), needed[8]
             d_weight = attend_backward(heads, ctx.engine, weight, buffers, grad, wanted)
-        d_own = None if own is None else heads.d_own
-        return heads.d_tokens, d_own, *heads.d_maps, d_weight, None, None, None
+        return heads.d_tokens, heads.d_own, *heads.d_maps, d_weight, None, None, None
 
 
 def _by_head(x: Tensor, n_heads: int) -> Tensor:

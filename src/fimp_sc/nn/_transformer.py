@@ -107,8 +107,11 @@ class CrossNodeAttention(nn.Module):
         if self.value_convolution is not None:
             convolved = self._convolved(tokens, padding, indptr, indices, edge_weight)
             messages = messages + convolved[:, : messages.shape[1]]
-        connected = (indptr.diff() > 0).to(messages.dtype)[:, None, None]
-        return self.output(messages) * connected
+        out, connected = self.output(messages), indptr.diff() > 0
+        # Where it costs nothing to ask, tokens are not gone through again for nothing.
+        if tokens.device.type == "cpu" and bool(connected.all()):
+            return out
+        return out * connected.to(messages.dtype)[:, None, None]
 
     def _convolved(
         self, tokens: Tensor, padding: Tensor, indptr: Tensor, indices: Tensor, edge_weight: Tensor | None
