@@ -85,10 +85,11 @@ def choose_tokens(
     length = np.bincount(row, minlength=n_nodes)
     width = max(int(length.max(initial=0)), 1)
     place = np.arange(len(row)) + (np.arange(n_nodes) * width - np.cumsum(length) + length)[row]
-    # Ranks are spread over less than the distance between values of expression that really differ. In float64 no two
-    # of them coincide, so that the choice does not depend on what else is in the batch.
-    score = np.full(n_nodes * width, -1.0)
-    score[place] = value.astype(np.float64) + gene_rank.numpy()[gene] * (1e-4 / n_genes)
+    # Bits of numbers that are not negative are in their order, however small they are; ranks come behind. No two of
+    # these coincide, so that the choice does not depend on what else is in the batch.
+    score = np.full(n_nodes * width, -1)
+    bits = np.abs(value.astype(np.float32, copy=False)).view(np.int32)
+    score[place] = (bits.astype(np.int64) << 32) | gene_rank.numpy()[gene]
     genes = np.zeros(n_nodes * width, dtype=np.int64)
     genes[place] = gene
     best, chosen = torch.from_numpy(score).view(n_nodes, width).topk(min(n_tokens, width), dim=1)
