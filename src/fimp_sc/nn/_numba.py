@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fimp_sc.nn._engines import Map
     from fimp_sc.nn._threads import Run
 
-# A thread costs more than this many edges of few tokens.
+# A thread costs more than so many edges or nodes of few tokens.
 _LEAST_EDGES = 32
 _LEAST_NODES = 32
 
