@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from fimp_sc.nn._engines import Map
 
 # Scores of one head held at once. 1 MB of fp32 for each thread stays in the cache of a CPU core; accelerators want
 # large products.
@@ -32,6 +30,13 @@ def best_chunk_size(device: str, n_queries: int, n_tokens: int, head_dim: int) -
     """Return how many edges are best handled together."""
     scores = _SCORES_PER_THREAD * torch.get_num_threads() if device == "cpu" else _SCORES_ACCELERATOR
     return scores // max(n_tokens * max(n_queries, head_dim), 1)
+
+
+class Map(NamedTuple):
+    """A linear map to one head."""
+
+    matrix: Tensor  # (head_dim, d_model)
+    bias: Tensor  # (head_dim,)
 
 
 class Buffers:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from fimp_sc.nn._chunks import Buffers
+    from fimp_sc.nn._chunks import Buffers, Map
 
 
 class Sizes(NamedTuple):
@@ -22,13 +22,6 @@ class Sizes(NamedTuple):
     n_queries: int
     n_tokens: int
     head_dim: int
-
-
-class Map(NamedTuple):
-    """A linear map to one head."""
-
-    matrix: Tensor  # (head_dim, d_model)
-    bias: Tensor  # (head_dim,)
 
 
 class Engine(Protocol):

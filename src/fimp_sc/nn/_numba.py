@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from fimp_sc.nn._chunks import Buffers
-    from fimp_sc.nn._engines import Map
+    from fimp_sc.nn._chunks import Buffers, Map
     from fimp_sc.nn._threads import Run
 
 # A thread costs more than so many edges or nodes of few tokens.

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fimp_sc.nn._by_head import attend, attend_backward
-from fimp_sc.nn._chunks import Buffers, without_autocast
-from fimp_sc.nn._engines import Map
+from fimp_sc.nn._chunks import Buffers, Map, without_autocast
 
 if TYPE_CHECKING:
     from fimp_sc.nn._engines import Engine
