@@ -49,6 +49,8 @@ def main() -> None:
 
     from fimp_sc.nn import _triton
 
+    if args.compile is None and not torch.cuda.is_available():
+        p.error("there is no CUDA device here; --compile needs none")
     args.dtype = getattr(torch, args.dtype)
     default = _triton._tiles(args.head_dim, args.tokens, args.tokens, args.dtype)
     sizes = [(m, n, m // 16, s) for m, n, s in itertools.product(args.rows, args.columns, args.stages)]

@@ -148,6 +148,11 @@ def test_only_plain_maps_are_applied_head_by_head(kind: str, monkeypatch: pytest
         torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
 
 
+def test_maps_of_another_precision_are_refused(backend: str) -> None:
+    with pytest.raises(RuntimeError, match="dtype"):
+        token_attention(block().float(), make_maps(8), 2, *GRAPH)
+
+
 def test_only_tokens_and_maps_are_kept_for_the_backward_pass(backend: str) -> None:
     maps, tokens, kept = make_maps(8), block().requires_grad_(), []
 

@@ -1,7 +1,7 @@
 """Cross-node attention in compiled loops for CPUs, whose threads share the destinations.
 
-Sources that threads share have sums of gradients for each of them, which are added in a fixed order: with as many
-threads as before results are the same to the bit.
+Threads that share a source have sums of its gradients each, which are added in a fixed order: with as many threads as
+before results are the same to the bit.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
 # Bytes of a vector, and the tile of a product that is kept in registers: its rows, and vectors of each. Larger tiles
 # need more registers than CPUs have, smaller ones wait for sums.
-_BYTES, ROWS, _VECTORS = (64, 8, 2) if _WIDE else (32, 4, 2)
+_BYTES, _ROWS, _VECTORS = (64, 8, 2) if _WIDE else (32, 4, 2)
 # Below this power of two, singles and doubles are not normal.
 _LOWEST = {32: -126, 64: -1022}
 _MANTISSA = {32: 23, 64: 52}
@@ -62,11 +62,11 @@ class Vectors:
         return ir.Constant(ir.IntType(64), number)
 
     def for_rows(self, n: Any, block: Callable[[Any, int], None]) -> None:
-        """Have ``block(first, ROWS)`` done for as many rows at a time, and for each of the rest ``block(first, 1)``."""
-        builder, size = self.builder, self.integer(ROWS)
+        """Have ``block(first, _ROWS)`` done for so many rows at a time, ``block(first, 1)`` for each of the rest."""
+        builder, size = self.builder, self.integer(_ROWS)
         whole = builder.mul(builder.sdiv(n, size), size)
         with cgutils.for_range_slice(builder, self.integer(0), whole, size) as (row, _):
-            block(row, ROWS)
+            block(row, _ROWS)
         with cgutils.for_range(builder, n, start=whole) as loop:
             block(loop.index, 1)
 

@@ -87,7 +87,7 @@ def _linear_maps(tokens: Tensor, maps: tuple[nn.Module, ...]) -> tuple[Tensor, .
     parts: list[Tensor] = []
     for part in maps:
         # Anything else, such as a map with a change of low rank, makes its outputs itself.
-        if type(part) is not nn.Linear or part.bias is None or part.weight.dtype != tokens.dtype:
+        if type(part) is not nn.Linear or part.bias is None or {p.dtype for p in part.parameters()} != {tokens.dtype}:
             return None
         parts += [part.weight, part.bias]
     return tuple(parts)
