@@ -53,7 +53,12 @@ def main() -> None:
         p.error("there is no CUDA device here; --compile needs none")
     args.dtype = getattr(torch, args.dtype)
     default = _triton._tiles(args.head_dim, args.tokens, args.tokens, args.dtype)
-    sizes = [(m, n, m // 16, s) for m, n, s in itertools.product(args.rows, args.columns, args.stages)]
+    # As many warps as the package takes for so many rows, and more of fewer registers each.
+    sizes = [
+        (m, n, warps, s)
+        for m, n, s in itertools.product(args.rows, args.columns, args.stages)
+        for warps in {m // 16, 8}
+    ]
     rows = []
     for size in sorted({*sizes, default}):
         for found in compiled(args, size) if args.compile else measured(args, size):

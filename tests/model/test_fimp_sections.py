@@ -173,8 +173,11 @@ def test_training_goes_on_from_the_history_of_the_reference(trained: FIMP) -> No
     query.obs["label"] = np.resize(trained.classes, query.n_obs)
     bound = FIMP.load_query_data(query, trained)
     assert len(bound.history["train_loss"]) == 2
-    bound.train(max_epochs=1, accelerator="cpu", enable_progress_bar=False)
-    assert len(bound.history["train_loss"]) == 3
+    bound.train(max_epochs=4, accelerator="cpu", enable_progress_bar=False, check_val_every_n_epoch=2)
+    epochs = {name: list(curve.index) for name, curve in bound.history.items()}
+    assert epochs["train_loss"] == [0, 1, 2, 3, 4, 5]
+    assert epochs["validation_loss"] == [0, 1, 3, 5]
+    assert bound.history["train_loss"].index.name == "epoch"
     assert len(trained.history["train_loss"]) == 2
 
 

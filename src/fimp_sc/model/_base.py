@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from scvi.model.base import BaseModelClass
 
 from fimp_sc.data import BinnedTokens, CentredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs, label_text
@@ -29,6 +28,7 @@ from fimp_sc.model._fields import (
     match_columns,
 )
 from fimp_sc.model._inference import infer
+from fimp_sc.model._setup import RegisteringModel
 from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _QUERIES = 32
 
 
-class GraphModel(BaseModelClass):
+class GraphModel(RegisteringModel):
     """Reads a registered object as tokens on a graph, and computes exact results for any of its cells.
 
     Attributes

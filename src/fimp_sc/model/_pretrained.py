@@ -7,10 +7,9 @@ import json
 import shutil
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from scvi.model._utils import parse_device_args
 
 from fimp_sc.data._access import shorten
 from fimp_sc.model._card import model_card
@@ -20,11 +19,11 @@ from fimp_sc.pretrained._files import CheckpointError, check_file, checkpoint_fo
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from anndata import AnnData
     from torch import Tensor
 
-    from fimp_sc.model._fimp import FIMP
+    from fimp_sc.model._base import GraphModel
 
+Model = TypeVar("Model", bound="GraphModel")
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 GENES = "genes.txt"
@@ -36,7 +35,7 @@ def is_pretrained(folder: str | Path) -> bool:
     return all(Path(folder, name).is_file() for name in (CONFIG, WEIGHTS))
 
 
-def write_pretrained(model: FIMP, folder: str | Path, *, overwrite: bool = False) -> None:
+def write_pretrained(model: GraphModel, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write a model to a folder, completely or not at all.
 
     Parameters
@@ -78,10 +77,8 @@ def write_pretrained(model: FIMP, folder: str | Path, *, overwrite: bool = False
         shutil.rmtree(part, ignore_errors=True)
 
 
-def read_pretrained(
-    cls: type[FIMP], source: str | Path, adata: AnnData | None = None, accelerator: str = "auto"
-) -> FIMP:
-    """Read a model that :func:`write_pretrained` wrote.
+def read_pretrained(cls: type[Model], source: str | Path) -> Model:
+    """Read a model that :func:`write_pretrained` wrote, onto the CPU and bound to no object.
 
     Parameters
     ----------
@@ -89,17 +86,12 @@ def read_pretrained(
         Class of the model.
     source
         Folder, or the name of a repository on the Hugging Face hub.
-    adata
-        Object to bind the model to; it is changed only when all files are in order.
-    accelerator
-        Where the weights go, as in Lightning.
 
     Raises
     ------
     CheckpointError
         A file is missing, damaged, of a newer version, or does not fit the others.
     """
-    _, _, device = parse_device_args(accelerator, "auto", return_device="torch", validate_single_device=True)
     folder = checkpoint_folder(source)
     path = folder / CONFIG
     if not path.is_file() and (folder / "model.pt").is_file():
@@ -118,19 +110,16 @@ def read_pretrained(
     model.module.load_state_dict(tensors)
     model.module.eval()
     model.is_trained_, model.history_ = config["is_trained"], history
-    if adata is not None:
-        model = cls.load_query_data(adata, model)
-    model.to_device(device)
     return model
 
 
 def check_saved(folder: str | Path, prefix: str | None = None) -> None:
-    """Refuse a folder or file that :meth:`FIMP.load` cannot read, on which torch and scvi-tools fail in their own ways.
+    """Refuse what :meth:`SavedModel.load` cannot read, on which torch and scvi-tools fail in their own ways.
 
     Parameters
     ----------
     folder
-        Where :meth:`FIMP.save` wrote to.
+        Where :meth:`SavedModel.save` wrote to.
     prefix
         Of the names of files in it.
 

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from anndata import AnnData
+from scvi.model._utils import parse_device_args
 
 from fimp_sc.data._modality import quiet_mudata
 from fimp_sc.model._base import GraphModel
 from fimp_sc.model._pretrained import check_saved, is_pretrained, read_pretrained, write_pretrained
-from fimp_sc.model._setup import RegisteringModel
 
 if TYPE_CHECKING:
     from mudata import MuData
 
 
-class SavedModel(RegisteringModel, GraphModel):
+class SavedModel(GraphModel):
     """A model that folders hold, and that objects without it can be read with."""
 
     @classmethod
@@ -135,8 +135,8 @@ class SavedModel(RegisteringModel, GraphModel):
         folder_or_hub_id
             Folder, or name of a repository on the Hugging Face hub, which takes the package huggingface_hub.
         adata
-            Object with a graph to bind the model to, as :meth:`load_query_data` does. Without it the model serves
-            :meth:`load_query_data` and the functions of :mod:`fimp_sc.tl`.
+            Object with a graph to bind the model to, as :meth:`load_query_data` does, once all files were found in
+            order. Without it the model serves :meth:`load_query_data` and the functions of :mod:`fimp_sc.tl`.
         accelerator
             ``"auto"`` takes a GPU when there is one.
 
@@ -145,4 +145,9 @@ class SavedModel(RegisteringModel, GraphModel):
         CheckpointError
             A file is missing, damaged, of a newer version, or does not fit the others; a :class:`ValueError`.
         """
-        return read_pretrained(cls, folder_or_hub_id, adata, accelerator)
+        _, _, device = parse_device_args(accelerator, "auto", return_device="torch", validate_single_device=True)
+        model = read_pretrained(cls, folder_or_hub_id)
+        if adata is not None:
+            model = cls.load_query_data(adata, model)
+        model.to_device(device)
+        return model

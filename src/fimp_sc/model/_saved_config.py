@@ -28,7 +28,7 @@ from fimp_sc.pretrained._weights import CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fimp_sc.model._fimp import FIMP
+    from fimp_sc.model._base import GraphModel
 
 FORMAT = "fimp-sc"
 FORMAT_VERSION = 1
@@ -62,7 +62,7 @@ _OPTIONAL = {
 _FILES = ("checkpoint", "gene_embeddings", "orthologs")
 
 
-def describe(model: FIMP) -> dict[str, Any]:
+def describe(model: GraphModel) -> dict[str, Any]:
     """Return what a model has to be built again from, besides genes and weights, in types that JSON can hold.
 
     Raises
@@ -100,7 +100,7 @@ def describe(model: FIMP) -> dict[str, Any]:
     }
 
 
-def check_config(config: Mapping[str, Any], path: Path, cls: type[FIMP]) -> dict[str, Any]:
+def check_config(config: Mapping[str, Any], path: Path, cls: type[GraphModel]) -> dict[str, Any]:
     """Check a configuration, and complete it with the defaults of arguments that its writer did not know yet.
 
     Parameters

@@ -17,6 +17,7 @@ from scvi.train import TrainRunner
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fimp_sc.data import BlockSplitter, split_by_blocks
+from fimp_sc.model._history import continued
 from fimp_sc.model._mixture import MixingModel
 from fimp_sc.model._plan import FIMPTrainingPlan
 from fimp_sc.model._reconstruct import hidden_tokens
@@ -190,6 +191,7 @@ class TrainableModel(MixingModel, StartingModel):
             max_epochs = schedule.epochs(len(splitter.train_dataloader()))
         plan = self._training_plan_cls(self.module, **(schedule.plan | (plan_kwargs or {})))
         validated = len(val_idx) > 0
+        earlier = dict(self.history or {}) if self.is_trained else {}
         patience = schedule.patience if early_stopping_patience is None else early_stopping_patience
         # Lightning's own callback: that of scvi-tools prints when it stops, asked to be quiet or not.
         stopping = EarlyStopping("validation_loss", min_delta=early_stopping_min_delta, patience=patience)
@@ -228,6 +230,8 @@ class TrainableModel(MixingModel, StartingModel):
                 },
             )
             runner()
+            if earlier and isinstance(found := getattr(runner.trainer.logger, "history", None), dict):
+                self.history_ = continued(earlier, found)
             if best.weights:
                 plan.load_state_dict(best.weights, strict=False)
         self.module.eval()
