@@ -1,7 +1,5 @@
 """Data to try the package on."""
 
-from __future__ import annotations
-
 from fimp_sc.datasets._communication import toy_communication
 from fimp_sc.datasets._toy import toy_tissue
 

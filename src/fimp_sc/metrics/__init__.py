@@ -1,7 +1,5 @@
 """Scores of results against a reference, by scikit-learn."""
 
-from __future__ import annotations
-
 from fimp_sc.metrics._imputation_scores import imputation_scores
 from fimp_sc.metrics._label_scores import label_scores
 from fimp_sc.metrics._niche_scores import niche_scores

@@ -1,7 +1,5 @@
 """Figures, with matplotlib only."""
 
-from __future__ import annotations
-
 from fimp_sc.pl._attention import attention
 from fimp_sc.pl._attention_arrows import attention_arrows
 from fimp_sc.pl._gene_match import gene_match

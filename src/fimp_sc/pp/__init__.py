@@ -1,7 +1,5 @@
 """Preparation: things done once to the object, before a model sees it."""
 
-from __future__ import annotations
-
 from fimp_sc.pp._features import features
 from fimp_sc.pp._fmri import fmri
 from fimp_sc.pp._gene_match import GeneMatch
