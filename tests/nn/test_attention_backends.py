@@ -65,11 +65,23 @@ def test_triton_where_it_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) ->
         cross_node_attention(*random_inputs(), *GRAPH, backend="triton")
 
 
-@pytest.mark.parametrize(("reason", "expected"), [(None, "triton"), ("too wide", "chunked")])
-def test_auto_prefers_triton_on_cuda_where_it_runs(monkeypatch, reason: str | None, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("reason", "works", "expected"),
+    [(None, True, "triton"), (None, False, "chunked"), ("too wide", True, "chunked")],
+)
+def test_auto_prefers_triton_on_cuda_where_it_works(
+    monkeypatch, reason: str | None, works: bool, expected: str
+) -> None:
     fake_triton(monkeypatch, reason)
-    on_cuda = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-    assert _attention.resolve("auto", on_cuda, on_cuda) == expected
+    tried = []
+    monkeypatch.setattr(_attention, "works", lambda kind, attention: tried.append(kind) or works)
+    device = SimpleNamespace(type="cuda")
+    query, key = (SimpleNamespace(device=device, dtype=torch.bfloat16, shape=(9, 4, n, 32)) for n in (1200, 64))
+    assert _attention.resolve("auto", query, key) == expected
+    # 1,200 tokens leave half of a last tile of 128, as 560 do.
+    kind = ("triton", device, torch.bfloat16, 4, 560, 64, 32, True)
+    assert tried == ([kind] if reason is None else [])
+    assert reason is not None or _attention.resolve("triton", query, key) == "triton"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fimp_sc.nn import _trial
+from fimp_sc.nn._dense import dense_attention
+
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 
@@ -317,6 +320,19 @@ def test_mixed_dtypes_are_unsupported(engine) -> None:
     assert "float32 and torch.float16" in engine.unsupported(p.query, p.key.half())
     with pytest.raises(ValueError, match="key and value differ in dtype"):
         engine.triton_attention(*p[:2], p.value.half(), *p[3:7])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_BFLOAT16)])
+@pytest.mark.parametrize("sizes", [(2, 5, 7, 16), (1, 70, 1, 24)])
+def test_passes_the_trial_before_its_first_use(engine, monkeypatch, dtype, sizes) -> None:
+    def attention(query, key, value, *graph, backend, edge_weight, key_padding_mask, reduce):
+        assert reduce == "sum"
+        function = dense_attention if backend == "dense" else engine.triton_attention
+        return function(query, key, value, *graph, edge_weight, key_padding_mask)
+
+    monkeypatch.setattr(_trial, "_tried", {})
+    for backward in (True, False):
+        assert _trial.works(_trial.Kind("triton", torch.device(DEVICE), dtype, *sizes, backward), attention)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the other tests compile the kernels")

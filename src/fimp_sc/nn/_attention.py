@@ -24,6 +24,7 @@ from fimp_sc.nn._chunks import without_autocast
 from fimp_sc.nn._dense import dense_attention
 from fimp_sc.nn._engines import Sizes, engine
 from fimp_sc.nn._given import given_attention
+from fimp_sc.nn._trial import Kind, works
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +33,10 @@ Backend = Literal["auto", "triton", "numba", "chunked", "dense"]
 
 # Of one edge and head: with 16 x 16 both take as long, with 32 x 32 loops take 0.6 times as long as products.
 _SCORES_WORTH_COMPILING = 1 << 10
+
+# Heads, tokens of a destination and of a source, and width of a head: what compiled loops are tried on, which are the
+# same for all. Fused kernels are tried on what they are used for, with about so many tokens at most.
+_SIZES_TRIED, _MOST_TRIED = (2, 37, 41, 24), 512
 
 _DEFAULT: ContextVar[Backend] = ContextVar("attention_backend", default="auto")
 
@@ -93,7 +98,9 @@ def cross_node_attention(
         ``"triton"``: fused kernels for CUDA. ``"numba"``: compiled loops for CPUs. ``"chunked"``: batched products
         over parts of the graph, on any device. ``"dense"``: the definition, a reference for tests whose memory grows
         with edges x tokens². ``"auto"``: on CUDA triton where it runs, on CPUs numba where tokens are many (from 32
-        on) and not in double precision, else chunked, unless :func:`attention_backend` says otherwise.
+        on) and not in double precision, else chunked, unless :func:`attention_backend` says otherwise. Before their
+        first use the two compiled ones are tried on a few nodes; where that fails, or gives other numbers than the
+        definition, it warns and takes chunked.
     chunk_size
         Edges that the chunked backend handles at once. Chosen from the device and the number of tokens by default;
         changes speed and memory, not the result.
@@ -187,17 +194,31 @@ def resolve(backend: Backend, query: Tensor, key: Tensor, tokens: tuple[int, int
         from fimp_sc.nn._triton import unsupported
 
         reason = unsupported(query, key)
-        if reason is None:
-            return "triton"
         if backend == "triton":
-            raise ValueError(f"backend 'triton' cannot run: {reason}. Use backend='auto' or 'chunked'.")
+            if reason is not None:
+                raise ValueError(f"backend 'triton' cannot run: {reason}. Use backend='auto' or 'chunked'.")
+            return "triton"
+        if reason is None and _works("triton", query, (query.shape[1], query.shape[2], key.shape[2], query.shape[3])):
+            return "triton"
     if backend == "numba" and device != "cpu":
         raise ValueError(f"backend 'numba' runs on CPUs only, found {device!r}. Use backend='auto' or 'chunked'.")
     if backend != "auto":
         return backend
     # Few scores are not worth the calls, nor what is compiled for doubles, which networks do not have.
     compiled = device == "cpu" and query.dtype != torch.float64 and tokens[0] * tokens[1] >= _SCORES_WORTH_COMPILING
-    return "numba" if compiled else "chunked"
+    return "numba" if compiled and _works("numba", query, _SIZES_TRIED) else "chunked"
+
+
+def _works(backend: Backend, like: Tensor, sizes: tuple[int, int, int, int]) -> bool:
+    n_heads, n_queries, n_tokens, head_dim = sizes
+    if not min(sizes):
+        return True
+    # Of many tokens fewer do that fill tiles likewise.
+    n_queries, n_tokens = (min(n, _MOST_TRIED + n % (_MOST_TRIED // 4)) for n in (n_queries, n_tokens))
+    kind = Kind(
+        backend, like.device, like.dtype, n_heads, n_queries, n_tokens, head_dim, backward=torch.is_grad_enabled()
+    )
+    return works(kind, cross_node_attention)
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
