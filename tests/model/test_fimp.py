@@ -1,4 +1,4 @@
-"""The model class: results, saving, other sections, and what it refuses."""
+"""The model class: embeddings, options, isolated and empty cells, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,20 +8,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-import fimp_sc
 from fimp_sc.model import FIMP
-
-
-def other_section(n_obs=70, seed=5) -> ad.AnnData:
-    adata = fimp_sc.datasets.toy_tissue(n_obs=n_obs, random_state=seed)
-    adata = adata[:, adata.X.getnnz(axis=0) > 0].copy()
-    fimp_sc.pp.spatial_graph(adata, library_key="section", n_neighbors=4)
-    return adata
-
-
-def restrict(adata: ad.AnnData, genes) -> ad.AnnData:
-    return adata[:, list(genes)].copy()
-
 
 # Results --------------------------------------------------------------------------------------------------------------
 
@@ -94,76 +81,6 @@ def test_results_do_not_depend_on_how_the_matrix_is_stored(tissue, make_model, t
     a = train(make_model(tissue), max_epochs=1)
     b = train(make_model(stored, setup), max_epochs=1)
     np.testing.assert_allclose(a.get_latent_representation(), b.get_latent_representation(), atol=1e-5)
-
-
-# Expression -----------------------------------------------------------------------------------------------------------
-
-
-def test_genes_are_columns_of_the_full_result(trained: FIMP) -> None:
-    genes = list(trained.adata.var_names[[30, 2, 7]])
-    np.testing.assert_allclose(
-        trained.get_expression(genes=genes), trained.get_expression()[:, [30, 2, 7]], rtol=1e-5, atol=1e-5
-    )
-
-
-def test_unknown_genes_are_an_error_when_asked_for(trained: FIMP) -> None:
-    with pytest.raises(KeyError, match=r"Not among the 40 genes of the model: \['NOTHING'\]"):
-        trained.get_expression(genes=[trained.adata.var_names[0], "NOTHING"])
-
-
-def test_unknown_genes_of_a_section_are_nan(trained: FIMP) -> None:
-    query = other_section()
-    expression = trained.get_expression(query)
-    known = query.var_names.isin(trained.genes)
-    assert np.isnan(expression[:, ~known]).all()
-    assert np.isfinite(expression[:, known]).all()
-
-
-def test_counts_are_scaled_to_the_total_of_each_cell(trained: FIMP) -> None:
-    total = np.asarray(trained.adata.X.sum(axis=1)).ravel()
-    target = float(trained.module.target_sum)
-    assert target == np.median(total)
-    expected = np.expm1(trained.get_expression()) * (total / target)[:, None]
-    np.testing.assert_allclose(trained.get_expression(scale="counts"), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_prediction_is_near_what_was_measured(tissue, make_model, train) -> None:
-    model = train(make_model(tissue), max_epochs=15, plan_kwargs={"lr": 1e-3})
-    counts = tissue.X.toarray()
-    logged = np.log1p(counts / counts.sum(1, keepdims=True) * np.median(counts.sum(1)))
-    predicted = model.get_expression()
-    assert np.corrcoef(predicted.mean(0), logged.mean(0))[0, 1] > 0.9
-    error = np.mean((predicted - logged) ** 2)
-    assert error < np.mean((logged.mean(0) - logged) ** 2), "better than the means of genes"
-
-
-def test_log_input_counts_are_expm1_also_on_a_smaller_panel(tissue, make_model, train) -> None:
-    tissue.X = tissue.X.log1p()
-    model = train(make_model(tissue, {"input_scale": "log"}), max_epochs=1)
-    for adata in (tissue, restrict(tissue, tissue.var_names[:25])):
-        np.testing.assert_allclose(
-            model.get_expression(adata, scale="counts"), np.expm1(model.get_expression(adata)), rtol=1e-4, atol=1e-5
-        )
-
-
-@pytest.mark.parametrize("kind", ["csr", "dense"])
-def test_hidden_entries_have_no_influence(tissue, make_model, train, kind: str) -> None:
-    """Change what is hidden: nothing moves. (On counts the cell's total would, as documented.)"""
-    tissue.X = tissue.X.log1p()
-    model = train(make_model(tissue, {"input_scale": "log", "batch_key": "section"}), max_epochs=1)
-    mask = np.random.default_rng(0).random(tissue.shape) < 0.3
-    hidden = sparse.csr_matrix(mask) if kind == "csr" else mask
-    other = tissue.copy()
-    other.X = sparse.csr_matrix(np.where(mask, 1.0, tissue.X.toarray()).astype(np.float32))
-    a, b = model.get_expression(tissue, hidden=hidden), model.get_expression(other, hidden=hidden)
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    assert np.abs(a - model.get_expression(tissue)).max() > 1e-3, "hiding does hide"
-    assert np.abs(model.get_expression(tissue) - model.get_expression(other)).max() > 1e-2
-
-
-def test_hidden_of_another_shape_is_an_error(trained: FIMP) -> None:
-    with pytest.raises(ValueError, match="hidden"):
-        trained.get_expression(hidden=np.zeros((120, 39), dtype=bool))
 
 
 # Options --------------------------------------------------------------------------------------------------------------
@@ -339,80 +256,3 @@ def test_two_models_on_one_object(tissue, make_model, train) -> None:
     assert second.classes == list(tissue.obs["niche"].cat.categories)
     pd.testing.assert_frame_equal(first.predict(soft=True), expected)
     assert list(second.predict(soft=True).columns) == second.classes
-
-
-# Weights of edges -----------------------------------------------------------------------------------------------------
-
-
-def weigh(adata: ad.AnnData, weights) -> ad.AnnData:
-    """Store a graph of the same edges whose weights are a function of their lengths."""
-    graph = adata.obsp["spatial_distances"].copy()
-    graph.data = weights(graph.data)
-    adata.obsp["near_connectivities"] = graph
-    return adata
-
-
-def near(length: np.ndarray) -> np.ndarray:
-    return np.exp(-length / length.mean())
-
-
-WEIGHTED = {"labels_key": "label", "library_key": "section", "connectivities_key": "near_connectivities"}
-
-
-def test_weights_count_when_they_are_asked_for(tissue, make_model, train, trained: FIMP, tmp_path) -> None:
-    plain = train(make_model(weigh(tissue, near), WEIGHTED)).get_latent_representation()
-    np.testing.assert_array_equal(plain, trained.get_latent_representation())
-    model = train(make_model(tissue, WEIGHTED, use_weights=True))
-    z = model.get_latent_representation()
-    assert (np.abs(z - plain).max(1) > 1e-3).all()
-    for strategy in ("blocks", "layers"):
-        np.testing.assert_allclose(model.get_latent_representation(strategy=strategy, batch_size=9), z, atol=2e-5)
-    influence = model.get_edge_influence()
-    assert influence.nnz == tissue.obsp["near_connectivities"].nnz
-    model.save(tmp_path / "saved", save_anndata=False)
-    model.save_pretrained(tmp_path / "shared")
-    assert "messages are weighed by the graph" in (tmp_path / "shared" / "README.md").read_text()
-    for again in (FIMP.load(tmp_path / "saved", adata=tissue), FIMP.from_pretrained(tmp_path / "shared", adata=tissue)):
-        assert again.use_weights
-        np.testing.assert_allclose(again.get_latent_representation(), z, atol=2e-5)
-    other = weigh(other_section(), near)
-    there = FIMP.load_query_data(other, model).get_latent_representation()
-    same = weigh(other.copy(), lambda length: 5 * near(length))
-    np.testing.assert_allclose(model.get_latent_representation(same), there, atol=2e-5)
-
-
-@pytest.mark.filterwarnings("ignore:.*(have no neighbours|all alike):UserWarning")
-def test_neighbours_of_hardly_any_weight_are_as_good_as_none(tissue, make_model, train) -> None:
-    """Without self-loops, whose share depends on the number of neighbours."""
-    weigh(tissue, lambda length: np.where(length > np.median(length), 1e-20, 1.0))
-    graph = tissue.obsp["near_connectivities"]
-    kept = np.asarray((graph > 0.5).sum(1)).ravel()
-    model = train(make_model(tissue, WEIGHTED, use_weights=True, self_loops=False, n_layers=1), max_epochs=1)
-    z, cut = model.get_latent_representation(), tissue.copy()
-    cut.obsp["near_connectivities"] = sparse.csr_matrix(graph.multiply(graph > 0.5))
-    some = kept > 0
-    assert 20 < some.sum() < 120
-    found = model.get_latent_representation(cut)
-    np.testing.assert_allclose(found[some], z[some], atol=2e-5)
-
-
-def test_weights_that_are_all_alike_are_announced(tissue, make_model, train) -> None:
-    message = r"neighbours of a node are all alike in obsp\['spatial_connectivities'\]"
-    model = train(make_model(weigh(tissue, near), WEIGHTED, use_weights=True), max_epochs=1)
-    with pytest.warns(UserWarning, match=message):
-        train(make_model(tissue.copy(), use_weights=True), max_epochs=1)
-    other = other_section()
-    with pytest.warns(UserWarning, match=message):
-        fimp_sc.tl.embed(other, library_key="section", model=model, verbose=False)
-    with pytest.raises(ValueError, match="messages=False leaves none"):
-        make_model(tissue, use_weights=True, messages=False)
-
-
-def test_weights_reach_a_foundation_model(distinct, make) -> None:
-    plain = make(weigh(distinct, near), WEIGHTED).get_latent_representation()
-    modes = [{}, {"source": "static"}, {"aggregate": "final"}]
-    for mode in modes:
-        model = make(distinct, WEIGHTED, use_weights=True, **mode)
-        z = model.get_latent_representation()
-        assert (np.abs(z - plain).max(1) > 1e-4).all()
-        np.testing.assert_allclose(model.get_latent_representation(batch_size=7), z, atol=2e-5)

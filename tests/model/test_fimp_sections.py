@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import logging
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
+from section_toys import other_section, restrict
 
-import fimp_sc
 from fimp_sc.data._checks import check_values
 from fimp_sc.model import FIMP, _fields
-
-
-def other_section(n_obs=70, seed=5) -> ad.AnnData:
-    adata = fimp_sc.datasets.toy_tissue(n_obs=n_obs, random_state=seed)
-    adata = adata[:, adata.X.getnnz(axis=0) > 0].copy()
-    fimp_sc.pp.spatial_graph(adata, library_key="section", n_neighbors=4)
-    return adata
-
-
-def restrict(adata: ad.AnnData, genes) -> ad.AnnData:
-    return adata[:, list(genes)].copy()
 
 
 @pytest.mark.parametrize("layer", ["practical", "paper"])
