@@ -1,4 +1,4 @@
-"""Expression as FIMP sees it: log-normalised, mapped onto the genes of the model, centred per technical batch."""
+"""Expression as FIMP sees it: log-normalised, mapped onto the genes of the model, centered."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ class ExpressionSource:
     statistics
         Of the training cells; ``None`` while these are computed.
     batch
-        ``(n_obs,)`` int64 code of the technical batch. Values are centred by the mean of the batch, shrunk towards
-        the training mean.
+        ``(n_obs,)`` int64 code of the technical batch: values are centered by the mean of their batch, shrunk towards
+        the training mean. Without, by the training mean, so that what is read of a cell does not depend on which other
+        cells there are.
     hidden
         ``(n_obs, n_vars)`` boolean CSR or array, True where a value is to be treated as not seen. Size factors are
         computed from all entries.
@@ -117,6 +118,7 @@ class ExpressionSource:
                     f"hidden must have the shape of the expression, {self._rows.shape}: found {self._hidden.shape}"
                 )
             self._hidden = self._in_genes(self._hidden.astype(bool))
+        self._own_means = batch is not None
         self.batch = np.zeros(n_obs, dtype=np.int64) if batch is None else batch
         self.factor = np.ones(n_obs, dtype=np.float32)
         if statistics is None:
@@ -250,11 +252,15 @@ class ExpressionSource:
         total = np.zeros((n_batches, self.n_genes))
         seen = np.zeros((n_batches, self.n_genes))
         seen_total = np.zeros(len(self.batch))
+        if self._as_is and self._scale != "log" and not self._own_means:
+            return statistics.mean[None]
         for nodes, raw in self._stream():
             if not self._as_is:
                 self.factor[nodes] = _factor(_cell_sums(self._linear(raw)), self.target_sum * known)
             elif self._scale == "log":
                 seen_total[nodes] = _cell_sums(self._linear(self._visible(raw, nodes)))
+            if not self._own_means:
+                continue
             values = self._visible(self._normalised(raw, nodes), nodes)
             hidden = None if self._hidden is None else self._hidden[nodes]
             for code in np.unique(self.batch[nodes]):
@@ -268,6 +274,8 @@ class ExpressionSource:
         if (seen_total > 0).any():
             shown = 1.0 if self._hidden is None else 1.0 - self._hidden.nnz / np.prod(self._hidden.shape)
             _check_total(float(np.median(seen_total[seen_total > 0])), self.target_sum * known * shown)
+        if not self._own_means:
+            return statistics.mean[None]
         mean = (total + _PRIOR_CELLS * statistics.mean) / (seen + _PRIOR_CELLS)
         return mean.astype(np.float32)
 

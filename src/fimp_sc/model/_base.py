@@ -166,8 +166,9 @@ class GraphModel(RegisteringModel):
             state = manager.registry["field_registries"][X_KEY]["state_registry"]
             scale = state[ExpressionField.SCALE]
             columns = match_columns(self.genes, table.adata)
+            batch = codes[BATCH_KEY] if setup["center"] == "batch" else None
             data.source = ExpressionSource(
-                matrix, columns, scale, self._statistics(), codes[BATCH_KEY], hidden, table.absent,
+                matrix, columns, scale, self._statistics(), batch, hidden, table.absent,
                 state.get(ExpressionField.TRAINED_SCALE, scale),
             )  # fmt: skip
             data.tokens = self._token_source()

@@ -35,6 +35,11 @@ _GAIN = 1.5
 _LARGEST_IN_MEMORY = 1 << 28
 
 
+def read_embedding(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
+    """Return the embeddings of the destinations."""
+    return outputs["embedding"]
+
+
 class BlockRunner:
     """Compute one block: what is read off the embeddings of its destinations.
 

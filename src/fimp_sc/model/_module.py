@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from fimp_sc.data import Batch, SequenceBatch, SequenceShape
 
 
+# Training cells whose embeddings are kept.
+N_REFERENCE = 512
+
+
 class FIMPModule(LabellingModule, StartingModule):
     """FIMP network with heads for masked values and, where there are labels, a label head.
 
@@ -86,6 +90,10 @@ class FIMPModule(LabellingModule, StartingModule):
         self.register_buffer("smoothed_share", torch.zeros(()))
         self.register_buffer("embedding_mean", torch.zeros(width))
         self.register_buffer("embedding_std", torch.ones(width))
+        # Embeddings of training cells, and how far from them is usual.
+        self.register_buffer("reference", torch.zeros(N_REFERENCE, width))
+        self.register_buffer("n_reference", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("reference_distance", torch.zeros(()))
         order = np.random.default_rng(random_state).permutation(n_features)
         self.register_buffer("gene_rank", torch.from_numpy(order))
         self.register_buffer("gene_mean", torch.zeros(n_features))

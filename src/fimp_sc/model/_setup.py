@@ -34,6 +34,7 @@ class RegisteringModel(BaseModelClass):
         connectivities_key: str = _GRAPH,
         spatial_key: str = "spatial",
         input_scale: Literal["auto", "counts", "normalized", "log", "real"] = "auto",
+        center: Literal["training", "batch"] = "training",
         **kwargs: Any,
     ) -> None:
         """Register where FIMP finds its data. Validates; writes nothing but scvi-tools' own identifier in ``uns``.
@@ -52,7 +53,8 @@ class RegisteringModel(BaseModelClass):
         unlabeled_category
             Label of cells whose class is not known.
         batch_key
-            Column of ``obs`` with technical batches: expression is centred per batch. Defaults to ``library_key``.
+            Column of ``obs`` with technical batches, whose means ``center="batch"`` subtracts. Defaults to
+            ``library_key``.
         library_key
             Column of ``obs`` with samples. No edge may join two of them. Defaults to what the object itself names.
         connectivities_key
@@ -66,6 +68,12 @@ class RegisteringModel(BaseModelClass):
             scaled to a common total and ``log1p`` transformed inside; ``"log"`` (log-normalised already, used as
             they are); ``"real"`` (any numbers, used as they are). ``"auto"`` decides from the values of expression,
             and takes features as real.
+        center
+            What is subtracted from the expression of each gene: ``"training"``, its mean over all training cells, so
+            that results of a cell do not depend on which other cells the object holds; or ``"batch"``, its mean over
+            the cells of the same batch (shrunk towards the training mean). The latter takes out what differs between
+            batches where each holds about the same mixture of cells, and with it what sets a batch apart that holds
+            another: a section of one class is then taken for a mixture of all.
 
         Raises
         ------
@@ -90,6 +98,7 @@ class RegisteringModel(BaseModelClass):
         connectivities_key: str = _GRAPH,
         spatial_key: str = "spatial",
         input_scale: Literal["auto", "counts", "normalized", "log", "real"] = "auto",
+        center: Literal["training", "batch"] = "training",
         **kwargs: Any,
     ) -> None:
         """Register one or several modalities: expression, signals of regions, images, or any features.
@@ -104,7 +113,8 @@ class RegisteringModel(BaseModelClass):
             Name of a modality. Of several, the tokens of a node are those of all of them; a node may lack some. Nodes
             then are those of ``mdata``, whose ``obs``, ``obsm`` and ``obsp`` are looked at before those of the
             modalities (a graph must have all nodes).
-        layer, labels_key, unlabeled_category, batch_key, library_key, connectivities_key, spatial_key, input_scale
+        layer, labels_key, unlabeled_category, batch_key, library_key, connectivities_key, spatial_key, input_scale, \
+        center
             As in :meth:`setup_anndata`, of the modality. Graph and samples default to what it names itself.
 
         Raises
@@ -120,6 +130,8 @@ class RegisteringModel(BaseModelClass):
     @classmethod
     def _register(cls, data: AnnData | MuData, method_args: dict[str, Any], kwargs: dict[str, Any]) -> None:
         setup = method_args["setup_args"]
+        if setup["center"] not in ("training", "batch"):
+            raise ValueError(f"center must be one of 'training', 'batch', found {setup['center']!r}")
         modality = setup.get("modality")
         if modality is not None:
             setup["modality"] = as_modalities(modality)

@@ -9,15 +9,12 @@ from lightning.fabric.utilities import move_data_to_device
 
 from fimp_sc.data import BlockDataset, BlockSampler
 from fimp_sc.model._base import GraphModel
-from fimp_sc.model._inference import infer
+from fimp_sc.model._inference import infer, read_embedding
 from fimp_sc.model._schedule import FEW_CELLS
 from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fimp_sc.data import Batch, ExpressionSource, GraphData
-    from fimp_sc.model._module import FIMPModule
+    from fimp_sc.data import ExpressionSource, GraphData
 
 _MOST_CELLS_TO_START = 4096
 _MOST_CELLS_FOR_COMPONENTS = 50_000
@@ -57,7 +54,7 @@ class StartingModel(GraphModel):
         if foundation:
             few = np.sort(np.random.default_rng(self.random_state).permutation(train_idx)[:_CELLS_TO_STANDARDISE])
             module.start_from_embeddings(
-                infer(module, data, few, _embedding, n_layers=self.n_layers, n_tokens=self.n_tokens)
+                infer(module, data, few, read_embedding, n_layers=self.n_layers, n_tokens=self.n_tokens)
             )
         if data.sequences:
             self._start_from_sequences(data, train_idx, mask_ratio)
@@ -107,7 +104,3 @@ class StartingModel(GraphModel):
         blocks = list(BlockSampler(data, train_idx, batch_size=_NODES_PER_BLOCK, random_state=self.random_state))
         chosen = rng.permutation(len(blocks))[:_BLOCKS]
         module.fit_heads((move_data_to_device(dataset[blocks[i]], module.device) for i in chosen), _RIDGE)
-
-
-def _embedding(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
-    return outputs["embedding"]

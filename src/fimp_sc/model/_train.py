@@ -21,6 +21,7 @@ from fimp_sc.model._history import continued
 from fimp_sc.model._mixture import MixingModel
 from fimp_sc.model._plan import FIMPTrainingPlan
 from fimp_sc.model._reconstruct import hidden_tokens
+from fimp_sc.model._reference import remember
 from fimp_sc.model._schedule import Schedule
 from fimp_sc.model._start import StartingModel
 from fimp_sc.nn import FoundationNetwork
@@ -239,6 +240,7 @@ class TrainableModel(MixingModel, StartingModel):
         known = val_idx[data.label[val_idx] >= 0]
         if module.label_head is not None and self.messages and len(known):
             self._fit_shares(known, data.label[known], **unseen)
+        remember(self, data, train_idx, val_idx)
 
     def _start_anew(self) -> None:
         """Return to the weights of an untrained model, from which a training that failed may have moved."""
