@@ -34,13 +34,13 @@ def trained():
 
 
 def crop(model):
-    """One class and all that its cells' results depend on: two layers, and one more for smoothed labels."""
+    """One class and all that its cells' results depend on: two layers, and two rounds of smoothing."""
     adata = model.adata
     inside = np.flatnonzero(adata.obs["class"] == "core")
     graph = adata.obsp["spatial_connectivities"]
     wanted = np.zeros(adata.n_obs, bool)
     wanted[inside] = True
-    for _ in range(3):
+    for _ in range(4):
         wanted |= np.asarray(graph[wanted].sum(0)).ravel() > 0
     assert wanted.sum() < adata.n_obs - 50
     return inside, np.flatnonzero(wanted)

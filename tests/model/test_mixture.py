@@ -10,6 +10,7 @@ from scipy import sparse
 
 from fimp_sc.data import BlockDataset, Destinations, without_neighbours
 from fimp_sc.model import FIMP
+from fimp_sc.model._mixture import _shifts
 
 LABELS = {"labels_key": "label", "library_key": "section"}
 
@@ -17,7 +18,30 @@ LABELS = {"labels_key": "label", "library_key": "section"}
 def both_views(model, adata, indices) -> tuple[np.ndarray, np.ndarray]:
     """What the model predicts with neighbours, and without."""
     with_neighbours = model._with_neighbours(adata, indices, {}, model._graph_data(adata))
-    return with_neighbours, model._alone(adata, indices, {})
+    return with_neighbours, model._alone(adata, indices, {}, model._graph_data(adata, messages=False))
+
+
+def smooth(graph: np.ndarray, probability: np.ndarray, share: float) -> np.ndarray:
+    """Geometric means over cells and their neighbours, twice: one cell after the other."""
+    logs = np.log(np.maximum(probability.astype(float), 1e-6))
+    for _ in range(2):
+        before = logs.copy()
+        for i in range(len(graph)):
+            near = [i, *np.flatnonzero(graph[i])]
+            logs[i] = share * before[near].mean(0) + (1 - share) * before[i]
+    out = np.exp(logs)
+    return out / out.sum(1, keepdims=True)
+
+
+def grid(graph, first, second, rows, label) -> np.ndarray:
+    """Log loss of every mixture."""
+    shares = np.linspace(0, 1, 21)
+    found = np.zeros((21, 21))
+    for i, share in enumerate(shares):
+        mixed = share * first.astype(float) + (1 - share) * second
+        for j, weight in enumerate(shares):
+            found[i, j] = -np.log(smooth(graph, mixed, weight)[rows, label]).sum()
+    return found
 
 
 @pytest.mark.parametrize("options", [{}, {"self_loops": False}, {"layer": "paper"}])
@@ -82,8 +106,7 @@ def test_predictions_are_smoothed_over_cells_and_their_neighbours(
     model.module.smoothed_share.fill_(share)
     assert model.smoothed_share == pytest.approx(share)
     found = model.predict(soft=True).to_numpy()
-    joined = ((graph != 0) | np.eye(len(graph), dtype=bool)).astype(float)
-    expected = share * (joined / joined.sum(1, keepdims=True)) @ own + (1 - share) * own
+    expected = smooth(graph, own, share)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(found[5], own[5], atol=1e-6, err_msg="a cell without neighbours is its own mean")
     assert np.abs(found - own).max() > 0.05
@@ -93,56 +116,84 @@ def test_predictions_are_smoothed_over_cells_and_their_neighbours(
     np.testing.assert_array_equal(model.predict(), np.array(model.classes)[found.argmax(1)])
 
 
-def test_share_follows_from_the_validation_cells(tissue, make_model, train) -> None:
-    model = train(make_model(tissue, LABELS), max_epochs=1)
-    known = np.flatnonzero(tissue.obs["label"].isin(model.classes))
-    first, second = both_views(model, tissue, known)
-    for view, expected in ((first, 1.0), (second, 0.0)):
-        # Classes for which this view gives more than the other, everywhere.
-        label = (view - (first + second - view)).argmax(1)
-        model._fit_shares(known, label)
-        assert model.neighbour_share == expected
-
-
-def test_smoothing_follows_from_the_validation_cells(tissue, make_model, train) -> None:
-    model = train(make_model(tissue, LABELS), max_epochs=1)
-    joined = tissue.obsp["spatial_connectivities"].toarray() != 0
-    np.fill_diagonal(joined, True)
-    mean = joined / joined.sum(1, keepdims=True)
-    known = np.flatnonzero(tissue.obs["label"].isin(model.classes))
-    first, second = both_views(model, tissue, None)
-    found = []
-    for sign in (1, -1):
-        # Classes that are more, or less, probable around a cell than in itself.
-        label = (sign * (mean @ first - first)).argmax(1)[known]
-        model._fit_shares(known, label)
-        own = model.neighbour_share * first + (1 - model.neighbour_share) * second
-        pair = [part[known, label] for part in (mean @ own, own)]
-        losses = [-np.log(share * pair[0] + (1 - share) * pair[1]).sum() for share in np.linspace(0, 1, 21)]
-        assert model.smoothed_share == pytest.approx(np.argmin(losses) / 20)
-        found.append(model.smoothed_share)
-    assert found[0] > 0.5 > found[1]
-
-
-def test_share_of_a_training_is_the_best_of_its_validation_cells(tissue, make_model, train) -> None:
+def test_mixture_is_the_best_of_the_validation_cells(tissue, make_model, train) -> None:
     held = np.arange(40)
     model = train(make_model(tissue, LABELS), validation_indices=held)
-    smoothed = model.smoothed_share
+    shares = (model.neighbour_share, model.smoothed_share)
     known = held[tissue.obs["label"].isin(model.classes).to_numpy()[held]]
     code = np.array([model.classes.index(name) for name in tissue.obs["label"].iloc[known]])
-    pair = [part[np.arange(len(known)), code].astype(float) for part in both_views(model, tissue, known)]
-    losses = [-np.log(share * pair[0] + (1 - share) * pair[1]).sum() for share in np.linspace(0, 1, 21)]
-    assert model.neighbour_share == pytest.approx(np.argmin(losses) / 20)
-    model._fit_shares(known, code)
-    assert model.smoothed_share == smoothed, "training fits it to the same cells"
+    graph = tissue.obsp["spatial_connectivities"].toarray() != 0
+    loss = grid(graph, *both_views(model, tissue, None), known, code)
+    best = np.array(np.unravel_index(loss.argmin(), loss.shape)) / 20
+    assert shares == pytest.approx(tuple(best))
     unvalidated = train(make_model(tissue, LABELS), validation_size=0)
     assert (unvalidated.neighbour_share, unvalidated.smoothed_share) == (0.5, 0.0)
 
 
+@pytest.mark.parametrize(("view", "expected"), [(0, 1.0), (1, 0.0)])
+def test_the_better_view_is_chosen(tissue, make_model, train, view: int, expected: float) -> None:
+    model = train(make_model(tissue, LABELS), max_epochs=1)
+    for head in (model.module.label_head, model.module.label_head_alone):
+        torch.nn.init.normal_(head.score.weight)
+    known = np.flatnonzero(tissue.obs["label"].isin(model.classes))
+    views = both_views(model, tissue, known)
+    # Classes for which this view gives more than the other, everywhere.
+    model._fit_shares(np.arange(120), known, (views[view] - views[1 - view]).argmax(1))
+    assert model.neighbour_share == expected
+
+
+def test_the_mixture_for_other_sections_stands_shifts(tissue, make_model, train, monkeypatch) -> None:
+    """It is the best under the very shifts, which have the covariance of cells."""
+    model = train(make_model(tissue, LABELS), max_epochs=2)
+    for head in (model.module.label_head, model.module.label_head_alone):
+        torch.nn.init.normal_(head.score.weight)
+    data = model._graph_data(tissue)
+    everything = np.arange(120)
+    rows = data.source.rows(everything).astype(float)
+    monkeypatch.setattr("fimp_sc.model._mixture._N_SHIFTS", 4000)
+    drawn = np.stack(list(_shifts(data.source, everything, 0)))
+    covariance = np.cov(rows.T, ddof=0)
+    strong = np.argsort(np.diag(covariance))[-10:]
+    expected = 0.25 * covariance[np.ix_(strong, strong)]
+    np.testing.assert_allclose(np.cov(drawn[:, strong].T), expected, atol=0.12 * expected.max())
+    monkeypatch.setattr("fimp_sc.model._mixture._N_SHIFTS", 3)
+    known = np.flatnonzero(tissue.obs["label"].isin(model.classes))
+    code = np.array([model.classes.index(name) for name in tissue.obs["label"].iloc[known]])
+    model._fit_shares(everything, known, code)
+    graph = tissue.obsp["spatial_connectivities"].toarray() != 0
+    loss = 0.0
+    for shift in _shifts(data.source, everything, model.random_state):
+        sources = [model._graph_data(tissue), model._graph_data(tissue, messages=False)]
+        for part in sources:
+            part.source.center = part.source.center + shift
+        first = model._with_neighbours(tissue, None, {}, sources[0])
+        loss = loss + grid(graph, first, model._alone(tissue, None, {}, sources[1]), known, code)
+    best = np.array(np.unravel_index(loss.argmin(), loss.shape)) / 20
+    np.testing.assert_allclose(model.module.mixtures[1].numpy(), best, atol=1e-6)
+    np.testing.assert_allclose(model.module.mixtures[0].numpy(), (model.neighbour_share, model.smoothed_share))
+
+
+def test_other_sections_have_the_other_mixture(tissue, make_model, train) -> None:
+    model = train(make_model(tissue, LABELS), max_epochs=1)
+    model.module.mixtures.copy_(torch.tensor([[0.7, 0.45], [0.2, 0.9]]))
+    same = FIMP.load_query_data(tissue.copy(), model)
+    assert (same.neighbour_share, same.smoothed_share) == pytest.approx((0.7, 0.45))
+    other = tissue.copy()
+    other.obs_names = [f"other_{name}" for name in other.obs_names]
+    other = FIMP.load_query_data(other, model)
+    assert (other.neighbour_share, other.smoothed_share) == pytest.approx((0.2, 0.9))
+    barcodes = tissue.copy()
+    barcodes.X = barcodes.X[np.random.default_rng(0).permutation(120)]
+    barcodes = FIMP.load_query_data(barcodes, model)
+    assert barcodes.neighbour_share == pytest.approx(0.2), "the same names of other cells"
+    again = FIMP.load_query_data(tissue.copy(), other)
+    assert again.neighbour_share == pytest.approx(0.7), "a model remembers its training"
+
+
 def test_shares_are_saved(tissue, make_model, train, tmp_path) -> None:
     model = train(make_model(tissue, LABELS), max_epochs=1)
-    model.module.neighbour_share.fill_(0.7)
-    model.module.smoothed_share.fill_(0.45)
+    model.module.mixtures.copy_(torch.tensor([[0.7, 0.45], [0.2, 0.9]]))
+    model._use_mixture(elsewhere=False)
     model.save_pretrained(tmp_path / "pretrained")
     model.save(str(tmp_path / "model"))
     again = (

@@ -53,7 +53,12 @@ class FIMPModule(LabellingModule, StartingModule):
     neighbour_share
         ``()``, share of the prediction with neighbours in predicted labels; the rest is the prediction without.
     smoothed_share
-        ``()``, share of the mean over a node and its neighbours of what is so predicted; the rest is the node's own.
+        ``()``, how much of what is so predicted is smoothed over neighbors.
+    mixtures
+        ``(2, 2)``, both shares for the cells of training, and for those of other sections.
+    reference, reference_name, n_reference, reference_distance
+        Embeddings of some training cells ``(512, n_latent)``, hashes of their names ``(512,)`` int64, their number,
+        and the distance that is usual.
     """
 
     def __init__(
@@ -88,10 +93,13 @@ class FIMPModule(LabellingModule, StartingModule):
         self.label_head_alone = LabelHead(width, n_labels, dropout) if n_labels and alone else None
         self.register_buffer("neighbour_share", torch.tensor(1.0 if self.label_head_alone is None else 0.5))
         self.register_buffer("smoothed_share", torch.zeros(()))
+        # Of cells of training, and of other sections.
+        self.register_buffer("mixtures", torch.stack([self.neighbour_share, self.smoothed_share]).repeat(2, 1))
         self.register_buffer("embedding_mean", torch.zeros(width))
         self.register_buffer("embedding_std", torch.ones(width))
         # Embeddings of training cells, and how far from them is usual.
         self.register_buffer("reference", torch.zeros(N_REFERENCE, width))
+        self.register_buffer("reference_name", torch.zeros(N_REFERENCE, dtype=torch.int64))
         self.register_buffer("n_reference", torch.zeros((), dtype=torch.int64))
         self.register_buffer("reference_distance", torch.zeros(()))
         order = np.random.default_rng(random_state).permutation(n_features)

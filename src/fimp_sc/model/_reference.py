@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.neighbors import NearestNeighbors
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 _LEAST_STD = 1e-3
 # Cells looked at in another object.
-_N_QUERY = 256
+_N_QUERY, _N_SAME = 256, 64
+# Differences of the same cell, in standard deviations of embeddings.
+_ROUNDING = 1e-2
 # Of validation cells, the distance to the nearest training cell that this fraction stays within.
 _USUAL = 0.99
 # Fraction of cells beyond it above which an object is reported. Crops of one class and sections with distorted counts
@@ -37,29 +40,41 @@ def remember(model: GraphModel, data: GraphData, train_idx: NDArray[np.int64], v
     reference = _embed(model, data, kept)
     module.reference.zero_()
     module.reference[: len(kept)].copy_(torch.from_numpy(reference))
+    module.reference_name.zero_()
+    module.reference_name[: len(kept)].copy_(torch.from_numpy(_hashes(model)[kept]))
     module.n_reference.fill_(len(kept))
     distance = _distances(reference, _embed(model, data, seen))
     module.reference_distance.fill_(float(np.quantile(distance, _USUAL)))
 
 
-def warn_if_far(model: GraphModel) -> None:
-    """Warn where most cells of the object of a model are unlike all cells it was trained on.
+def compare(model: GraphModel) -> None:
+    """Compare the cells of a model that was bound to an object with those of its training.
 
-    Each cell is compared with its nearest training cell, so that a crop of one class is near although its mean is not.
+    Where they are the same, labels are predicted as after training, and else as suits another section.
 
     Warns
     -----
     UserWarning
-        More than half of the cells are further from the nearest training cell than 99 % of validation cells were.
+        More than half of the cells are further from the nearest training cell than 99 % of validation cells were. Each
+        is compared with its nearest one, so that a crop of one class is near although its mean is not.
     """
     module, n_reference = model.module, int(model.module.n_reference)
     if not n_reference:
         return
     data = model._graph_data(model.adata)
-    n_obs = len(data.label)
-    nodes = np.sort(np.random.default_rng(model.random_state).permutation(n_obs)[:_N_QUERY])
-    distance = _distances(module.reference[:n_reference].cpu().numpy(), _embed(model, data, nodes))
-    far = float((distance > float(module.reference_distance)).mean())
+    names = _hashes(model)
+    reference = module.reference[:n_reference].cpu().numpy()
+    rows = pd.Series(np.arange(n_reference), index=module.reference_name[:n_reference].cpu().numpy())
+    there = rows[~rows.index.duplicated()].reindex(names, fill_value=-1).to_numpy()
+    rng = np.random.default_rng(model.random_state)
+    named = np.sort(rng.permutation(np.flatnonzero(there >= 0))[:_N_SAME])
+    # A cell of the same name may be one of another section, or have lost neighbors in a crop.
+    same = len(named) and np.median(_apart(reference, _embed(model, data, named), there[named])) < _ROUNDING
+    model._use_mixture(elsewhere=not same)
+    if same:
+        return
+    nodes = np.sort(rng.permutation(len(names))[:_N_QUERY])
+    far = float((_distances(reference, _embed(model, data, nodes)) > float(module.reference_distance)).mean())
     if far > _FAR:
         warnings.warn(
             f"{far:.0%} of the cells are unlike all cells that the model was trained on: expect wrong labels and "
@@ -69,14 +84,27 @@ def warn_if_far(model: GraphModel) -> None:
         )
 
 
+def _hashes(model: GraphModel) -> NDArray[np.int64]:
+    names = model._nodes(model.adata).obs_names
+    return pd.util.hash_array(names.astype(str).to_numpy(dtype=object)).view(np.int64)
+
+
 def _embed(model: GraphModel, data: GraphData, nodes: NDArray[np.int64]) -> NDArray[np.float32]:
     return infer(model.module, data, nodes, read_embedding, n_layers=model.n_layers, n_tokens=model.n_tokens)
 
 
 def _distances(reference: NDArray[np.float32], cells: NDArray[np.float32]) -> NDArray[np.floating]:
     """Return the distance of each cell to the nearest of the reference, in standard deviations of the reference."""
-    mean, std = reference.mean(0), reference.std(0)
+    scale = _scale(reference)
+    return NearestNeighbors(n_neighbors=1).fit(reference / scale).kneighbors(cells / scale)[0][:, 0]
+
+
+def _apart(reference: NDArray[np.float32], cells: NDArray[np.float32], row: NDArray[np.int64]) -> NDArray[np.floating]:
+    """Return the largest difference of each cell from one of the reference, in standard deviations."""
+    return np.abs((cells - reference[row]) / _scale(reference)).max(1)
+
+
+def _scale(reference: NDArray[np.float32]) -> NDArray[np.floating]:
+    std = reference.std(0)
     # Columns that hardly vary tell nothing.
-    std = np.maximum(std, _LEAST_STD * max(float(std.max()), 1e-12))
-    nearest = NearestNeighbors(n_neighbors=1).fit((reference - mean) / std)
-    return nearest.kneighbors((cells - mean) / std)[0][:, 0]
+    return np.maximum(std, _LEAST_STD * max(float(std.max()), 1e-12))

@@ -11,7 +11,7 @@ from scvi.model._utils import parse_device_args
 from fimp_sc.data._modality import quiet_mudata
 from fimp_sc.model._base import GraphModel
 from fimp_sc.model._pretrained import check_saved, is_pretrained, read_pretrained, write_pretrained
-from fimp_sc.model._reference import warn_if_far
+from fimp_sc.model._reference import compare
 
 if TYPE_CHECKING:
     from mudata import MuData
@@ -58,7 +58,7 @@ class SavedModel(GraphModel):
         model._adata = adata
         model._adata_manager = cls._get_most_recent_anndata_manager(adata, required=True)
         model._register_manager_for_instance(model._adata_manager)
-        warn_if_far(model)
+        compare(model)
         return model
 
     def save(self, *args: Any, **kwargs: Any) -> None:

@@ -239,7 +239,7 @@ class TrainableModel(MixingModel, StartingModel):
         self._untrained = None
         known = val_idx[data.label[val_idx] >= 0]
         if module.label_head is not None and self.messages and len(known):
-            self._fit_shares(known, data.label[known], **unseen)
+            self._fit_shares(train_idx, known, data.label[known], **unseen)
         remember(self, data, train_idx, val_idx)
 
     def _start_anew(self) -> None:
