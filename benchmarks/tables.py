@@ -14,6 +14,7 @@ TITLES = {
     "annotate_blocks": "Cell types of held-out blocks",
     "annotate_blocks_inductive": "Cell types of held-out blocks that are not there in training",
     "annotate_blocks_random": "Cell types of cells held out at random, which is too easy",
+    "crops": "Parts of a section that hold only some of the classes",
     "masked_expression": "Hidden expression in held-out blocks",
     "noise_ceiling": "What could be predicted of hidden expression",
     "embedding": "Features without labels: cell types and domains",
@@ -28,7 +29,7 @@ TITLES = {
     "torch_compile": "torch.compile",
 }
 COMMANDS = {f"annotate_blocks_{how}": f"annotate_blocks.py --{how}" for how in ("inductive", "random")}
-SCORES = ["accuracy", "macro_f1", "accuracy_smoothed", "macro_f1_smoothed", "r2", "r2_gene", "mse"]
+SCORES = ["accuracy", "within_whole", "macro_f1", "accuracy_smoothed", "macro_f1_smoothed", "r2", "r2_gene", "mse"]
 SCORES += ["ari", "ari_smoothed", "nmi", "nmi_smoothed"]
 COSTS = ["forward_s", "both_s", "step_ms", "first_s", "graph_s", "read_s", "embed_s", "us_per_cell", "ms_per_cell"]
 COSTS += ["epoch_s", "epochs", "total_s", "cpu_s", "peak_mb", "before_gb", "peak_gb", "result_gb"]
