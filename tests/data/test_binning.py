@@ -148,10 +148,12 @@ def test_options_that_make_no_sense(options: dict, message: str) -> None:
 def test_content_key_tells_sets_of_entries_apart() -> None:
     rng = np.random.default_rng(0)
     cells = sparse.csr_matrix((rng.random((60, 9)) < 0.4) * rng.random((60, 9)))
-    keys = content_key(cells)
+    gene = rng.integers(2**64, size=9, dtype=np.uint64)
+    keys = content_key(cells, gene)
     sets = [tuple(row.indices) for row in cells]
     assert len(set(keys.tolist())) == len(set(sets)) > 20
     assert all(keys[i] == keys[j] for i in range(60) for j in range(60) if sets[i] == sets[j])
-    np.testing.assert_array_equal(content_key(cells * 3.0), keys)
-    np.testing.assert_array_equal(content_key(cells[::-1]), keys[::-1])
-    assert content_key(sparse.csr_matrix((2, 9))).tolist() == [0, 0]
+    np.testing.assert_array_equal(content_key(cells * 3.0, gene), keys)
+    np.testing.assert_array_equal(content_key(cells[::-1], gene), keys[::-1])
+    np.testing.assert_array_equal(content_key(cells[:, ::-1].tocsr(), gene[::-1]), keys)
+    assert content_key(sparse.csr_matrix((2, 9)), gene).tolist() == [0, 0]

@@ -293,3 +293,38 @@ def test_order_finds_the_line_behind_a_shuffled_path(index_dtype: type) -> None:
     rank = NodeGraph(matrix, self_loops=True).order()
     np.testing.assert_array_equal(np.sort(rank), np.arange(n))
     assert (np.abs(rank[row] - rank[col]) == 1).all()
+
+
+def test_names_decide_where_the_graph_leaves_the_order_open() -> None:
+    """Rings, all alike: which comes first, where it begins and in which direction it runs."""
+    ring = sparse.csr_matrix(np.roll(np.eye(8), 1, axis=1))
+    matrix = sparse.block_diag([ring + ring.T] * 5, format="csr")
+    names = np.array([f"node_{i}" for i in range(40)])
+    rank = NodeGraph(matrix, self_loops=True).order(names)
+    differs = False
+    for seed in range(5):
+        moved = np.random.default_rng(seed).permutation(40)
+        graph = NodeGraph(matrix[moved][:, moved], self_loops=True)
+        np.testing.assert_array_equal(graph.order(names[moved]), rank[moved])
+        differs |= bool((graph.order() != rank[moved]).any())
+    assert differs
+
+
+def test_hops_are_in_the_order_of_ranks() -> None:
+    rng = np.random.default_rng(0)
+    graph = NodeGraph(sparse.random(40, 40, 0.08, random_state=0), self_loops=True)
+    rank, destinations = rng.permutation(40), [7, 3, 21]
+    plain, block = graph.block(destinations, 2), graph.block(destinations, 2, rank)
+    assert block.n_nodes == plain.n_nodes
+    assert block.nodes[:3].tolist() == destinations
+    for start, stop in zip(block.n_nodes[::-1][:-1], block.n_nodes[::-1][1:], strict=True):
+        hop = block.nodes[start:stop]
+        assert hop.tolist() == sorted(plain.nodes[start:stop], key=lambda node: rank[node])
+        assert (np.diff(rank[hop]) > 0).all()
+    assert len(block.nodes) > 10
+    dense = graph.csr.toarray()
+    for indptr, indices, n in zip(block.indptr, block.indices, block.n_nodes[1:], strict=True):
+        assert len(indptr) == n + 1
+        for i, node in enumerate(block.nodes[:n]):
+            read = block.nodes[indices[indptr[i] : indptr[i + 1]]]
+            assert sorted(read) == np.flatnonzero(dense[node]).tolist(), "edges are those of the graph"

@@ -110,7 +110,7 @@ def test_contents_of_a_batch(graph_data) -> None:
 
 def test_halo_is_that_of_the_graph(graph_data) -> None:
     for batch in make_loader(graph_data, n_layers=3):
-        block = graph_data.graph.block(destinations(batch), 3)
+        block = graph_data.graph.block(destinations(batch), 3, graph_data.rank)
         np.testing.assert_array_equal(batch["nodes"], block.nodes)
         assert batch["n_nodes"] == block.n_nodes
         assert len(batch["indptr"]) == len(batch["indices"]) == 3

@@ -121,6 +121,21 @@ def test_nodes_at_one_place_keep_their_order(n_dims: int) -> None:
     np.testing.assert_array_equal(curve_rank(np.full((20, n_dims), 3.5)), np.arange(20))
 
 
+@pytest.mark.parametrize("n_dims", [1, 2, 3])
+def test_names_order_nodes_at_one_place(n_dims: int) -> None:
+    rng = np.random.default_rng(0)
+    points = rng.integers(0, 3, (200, n_dims)).astype(float)
+    names = np.array([f"cell_{i}" for i in range(200)])
+    rank = curve_rank(points, names)
+    np.testing.assert_array_equal(np.sort(rank), np.arange(200))
+    moved = rng.permutation(200)
+    np.testing.assert_array_equal(curve_rank(points[moved], names[moved]), rank[moved])
+    assert (curve_rank(points[moved]) != rank[moved]).any()
+    # Each place still is one stretch of the curve, in the order that places have without names.
+    path, plain = points[np.argsort(rank)], points[np.argsort(curve_rank(points))]
+    np.testing.assert_array_equal(path, plain)
+
+
 @pytest.mark.parametrize("n_dims", [2, 3])
 def test_near_in_space_is_near_on_the_curve(n_dims: int) -> None:
     points = np.random.default_rng(0).random((3000, n_dims)) * [10.0, 1.0, 0.1][:n_dims]

@@ -38,6 +38,19 @@ def test_other_seeds_hold_out_other_cells() -> None:
     assert set(a) != set(b)
 
 
+def test_on_a_grid_the_same_cells_are_held_out_in_any_order() -> None:
+    """Many cells of a grid lie level, and which of them go to a block must not depend on which comes first."""
+    grid = np.stack(np.meshgrid(np.arange(15.0), np.arange(20.0)), axis=-1).reshape(-1, 2)
+    library, rank = np.repeat([0, 1], 150), np.random.default_rng(0).permutation(300)
+    held = np.zeros(300, dtype=bool)
+    held[split_by_blocks(grid, library, 0.3, 0, rank)[1]] = True
+    for seed in range(5):
+        moved = np.random.default_rng(seed).permutation(300)
+        again = split_by_blocks(grid[moved], library[moved], 0.3, 0, rank[moved])
+        np.testing.assert_array_equal(again[1], np.flatnonzero(held[moved]))
+        assert (np.diff(again[0]) > 0).all()
+
+
 def test_validation_cells_lie_together() -> None:
     coordinates = np.random.default_rng(0).random((2000, 2))
     validation = np.zeros(2000, dtype=bool)

@@ -83,12 +83,13 @@ def test_tokens_are_known_visible_expressed_genes_and_bins_of_these(n_tokens: in
 
 
 def test_equal_values_have_the_bins_that_cell_and_gene_draw() -> None:
-    source, values = make_source(random_state=5), expression(ties=True)
+    gene = np.random.default_rng(7).integers(2**64, size=G, dtype=np.uint64)
+    source, values = make_source(random_state=5, gene_key=gene), expression(ties=True)
     found = run(source, values)
     for cell, tokens in enumerate(found):
         shown = np.flatnonzero(source.known.numpy() & (values[cell] > 0))
-        key = content_key(sparse.csr_matrix(np.where(source.known.numpy(), values[cell], 0.0)[None]))
-        bins = bin_values(values[cell, shown], [0, len(shown)], BINS, cell=key, gene=shown, random_state=5)
+        key = content_key(sparse.csr_matrix(np.where(source.known.numpy(), values[cell], 0.0)[None]), gene)
+        bins = bin_values(values[cell, shown], [0, len(shown)], BINS, cell=key, gene=gene[shown], random_state=5)
         assert tokens == dict(zip(shown.tolist(), bins.tolist(), strict=True))
     assert found != run(dataclasses.replace(source, random_state=6), values)
     assert found[::-1] == run(source, values[::-1].copy()), "the place in the object does not matter"
@@ -134,8 +135,7 @@ def test_edges_are_quantiles_of_what_is_shown() -> None:
 
 def ask(source: BinnedTokens, values: np.ndarray, seed=0) -> tuple[Tensor, Tensor, Tensor]:
     visible, pattern = masks()
-    generator = torch.Generator().manual_seed(seed)
-    return source.queries(sparse.csr_matrix(values), visible, pattern, ~visible[pattern], generator)
+    return source.queries(sparse.csr_matrix(values), visible, pattern, ~visible[pattern], seed)
 
 
 @pytest.mark.parametrize("n_queries", [1, 4, 50])

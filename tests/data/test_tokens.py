@@ -149,7 +149,7 @@ def test_changing_what_is_not_observed_changes_nothing() -> None:
 
 
 def hide(measured: Tensor, n_nodes=100, ratio=(0.0, 0.4), seed=0, **kwargs) -> tuple[Tensor, Tensor]:
-    return hide_genes(measured, n_nodes, ratio, generator=torch.Generator().manual_seed(seed), **kwargs)
+    return hide_genes(measured, n_nodes, ratio, seed=seed, **kwargs)
 
 
 def panel(n_genes: int) -> Tensor:
@@ -176,15 +176,23 @@ def test_only_what_is_measured_stays_visible(seed: int, n_nodes: int, gene_ratio
     assert cell_share > 0 or (visible[pattern] == measured).all(), "no cell and no block is masked"
 
 
-def test_the_generator_alone_decides() -> None:
+def test_the_seed_alone_decides() -> None:
     kwargs = {"gene_ratio": 0.5, "cell_share": 0.7}
     first, again, other = (hide(panel(50), seed=seed, **kwargs) for seed in (0, 0, 1))
     for a, b, c in zip(first, again, other, strict=True):
         assert (a == b).all()
         assert (a != c).any()
-    generator = torch.Generator().manual_seed(0)
-    a, b = (hide_genes(panel(50), 9, (0.2, 0.4), generator=generator)[0] for _ in range(2))
-    assert (a != b).any(), "a generator moves on"
+
+
+def test_genes_with_keys_are_hidden_alike_in_any_order_and_company() -> None:
+    key = np.random.default_rng(0).integers(2**64, size=50, dtype=np.uint64)
+    kwargs = {"gene_ratio": 0.5, "cell_share": 0.7, "seed": 3}
+    visible, pattern = hide(panel(50), **kwargs, gene_key=key)
+    order = np.random.default_rng(1).permutation(50)[:35]
+    other, other_pattern = hide(panel(35), **kwargs, gene_key=key[order])
+    assert (other == visible[:, order]).all()
+    assert (other_pattern == pattern).all()
+    assert (hide(panel(50), **kwargs, gene_key=key[::-1].copy())[0] != visible).any()
 
 
 def test_without_a_share_nothing_is_hidden_and_with_all_of_it_everything() -> None:

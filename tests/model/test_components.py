@@ -71,3 +71,13 @@ def test_a_seed_gives_the_same_directions_again() -> None:
     values, near, _ = on_a_line()
     first, second = (shared_components(*compressed(values, near), 1.0, 4, 7) for _ in range(2))
     np.testing.assert_array_equal(first.directions, second.directions)
+
+
+def test_the_order_of_cells_and_genes_does_not_matter_to_components() -> None:
+    values, near, _ = on_a_line()
+    cell, gene = (np.random.default_rng(0).permutation(n) for n in values.shape)
+    first = shared_components(*compressed(values, near), 1.0, 4, 7)
+    other = shared_components(*compressed(values[cell][:, gene], near[cell][:, cell]), 1.0, 4, 7)
+    np.testing.assert_allclose(other.directions, first.directions[:, gene], atol=1e-4)
+    a, b = (principal_components(sparse.csr_matrix(x), 4, 7) for x in (values, values[cell][:, gene]))
+    np.testing.assert_allclose(b.directions, a.directions[:, gene], atol=1e-4)

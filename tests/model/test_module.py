@@ -285,6 +285,10 @@ def test_order_of_equal_values_is_a_seeded_permutation() -> None:
     assert sorted(a.tolist()) == list(range(GENES))
     assert (a == b).all()
     assert (a != c).any()
+    key = np.random.default_rng(0).integers(2**64, size=GENES, dtype=np.uint64)
+    rank = make_module(gene_key=key).gene_rank
+    order = np.random.default_rng(1).permutation(GENES)
+    assert (make_module(gene_key=key[order]).gene_rank == rank[order]).all()
 
 
 def test_sampling_is_refused() -> None:

@@ -183,3 +183,31 @@ def test_vectors_of_equal_direction_and_of_one_gene_are_finite() -> None:
 def test_embedding_without_room_for_vectors_refuses_them() -> None:
     with pytest.raises(ValueError, match="pass vector_width"):
         FeatureEmbedding(10, 6).start_from_vectors(some_vectors(), KNOWN)
+
+
+def test_rows_of_features_with_keys_are_the_same_in_any_order_and_company() -> None:
+    key = np.random.default_rng(0).integers(2**64, size=30, dtype=np.uint64)
+    order = np.random.default_rng(1).permutation(30)[:20]
+    made = []
+    for keys in (key, key[order]):
+        torch.manual_seed(4)
+        made.append((FeatureEmbedding(len(keys), 6, gene_key=keys), torch.rand(3)))
+    (whole, after), (part, after_part) = made
+    assert torch.equal(after, after_part), "what is drawn later does not depend on the number of features"
+    assert torch.equal(part.identity, whole.identity[order])
+    torch.testing.assert_close(part.loading * 20**0.5, whole.loading[order] * 30**0.5)
+    assert not torch.equal(whole.identity, whole.loading)
+    for parameter in (whole.identity, whole.loading):
+        assert len(parameter.detach().unique()) == 180
+
+
+def test_vectors_start_alike_in_any_order() -> None:
+    vectors = some_vectors()
+    order = np.random.default_rng(0).permutation(len(vectors))
+    made = []
+    for rows in (np.arange(len(vectors)), order):
+        torch.manual_seed(0)
+        embedding = FeatureEmbedding(10, 6, vector_width=4)
+        embedding.start_from_vectors(vectors[rows], KNOWN[rows])
+        made.append(embedding.project(embedding.vectors).detach())
+    torch.testing.assert_close(made[1], made[0][order], rtol=1e-4, atol=1e-5)

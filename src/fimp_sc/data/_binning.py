@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from fimp_sc._draws import combined
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -75,7 +77,7 @@ def bin_values(
     value, indptr, n_bins
         See :func:`bin_edges`.
     gene, cell
-        ``(n_values,)`` and ``(n_cells,)`` integer identities, needed with ``ties="spread"``.
+        ``(n_values,)`` and ``(n_cells,)`` integer keys, needed with ``ties="spread"``.
     ties
         ``"spread"`` draws :math:`u` from ``[0, 1)``, so that equal values fill their bins evenly, as scGPT was trained.
         It depends on nothing but the seed, the cell and the gene, hence not on what else is in a batch. ``"middle"``
@@ -92,7 +94,7 @@ def bin_values(
     Raises
     ------
     ValueError
-        ``ties`` is unknown, identities are missing, or ``n_bins`` is less than 3.
+        ``ties`` is unknown, keys are missing, or ``n_bins`` is less than 3.
 
     Notes
     -----
@@ -107,25 +109,25 @@ def bin_values(
     if edges is None:
         edges = bin_edges(values, starts, n_bins)
     bins = np.empty(len(values), dtype=np.float32)
-    u: NDArray[np.float64] | float = 0.5
+    u: NDArray[Any] | float = 0.5
     for cells in _parts(starts):
         entries = slice(starts[cells.start], starts[cells.stop])
         length = np.diff(starts[cells.start : cells.stop + 1])
         row = np.repeat(np.arange(len(length)), length)
         low, high = _ranks(values[entries].astype(np.float64), row, edges[cells])
         if ties == "spread":
-            u = _draws(random_state, np.asarray(cell)[cells], row, np.asarray(gene)[entries])
+            key = combined(combined(random_state, np.asarray(cell)[cells])[row], np.asarray(gene)[entries])
+            u = (key >> np.uint64(11)) * 2.0**-53
         bins[entries] = np.ceil(u * (low - high) + high) * (values[entries] != 0)
     return bins
 
 
-def content_key(cells: sparse.csr_matrix) -> NDArray[np.uint64]:
-    """Return a number for each cell that depends only on which entries it has: an identity for :func:`bin_values`."""
+def content_key(cells: sparse.csr_matrix, gene_key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return a key for each cell that depends only on which genes, by their ``(n_genes,)`` keys, have entries."""
     key = np.zeros(cells.shape[0], dtype=np.uint64)
     filled = np.flatnonzero(np.diff(cells.indptr))
     if len(filled):
-        entries = _mix(cells.indices.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-        key[filled] = np.add.reduceat(entries, cells.indptr[filled])
+        key[filled] = np.add.reduceat(combined(0, gene_key)[cells.indices], cells.indptr[filled])
     return key
 
 
@@ -200,20 +202,3 @@ def _ranks(
             at += step * passed(flat.take(at + step), value)
         counts.append(at - base)
     return counts[0], counts[1]
-
-
-def _draws(
-    random_state: int, cell: NDArray[np.integer], row: NDArray[np.int64], gene: NDArray[np.integer]
-) -> NDArray[np.float64]:
-    """Return numbers in ``[0, 1)`` that depend on seed, cell and gene only: SplitMix64 of each in turn."""
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    seed = _mix(np.array([int(random_state) % 2**64], dtype=np.uint64) + golden)
-    cells = _mix(seed + golden * cell.astype(np.uint64))
-    mixed = _mix(cells[row] + golden * (gene.astype(np.uint64) + np.uint64(1)))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

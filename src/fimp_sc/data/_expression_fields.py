@@ -46,7 +46,8 @@ def expression_fields(
         Of the masks.
     """
     rows = source.sparse_rows(nodes)
-    visible, pattern, hidden = _masks(source, nodes, n_dst, mask_ratio, gene_mask_ratio, mask_cells, seed)
+    masks = mask_ratio, gene_mask_ratio, mask_cells, seed, tokens.gene_key
+    visible, pattern, hidden = _masks(source, nodes, n_dst, *masks)
     values = rows.toarray()
     code = source.batch[nodes]
     for batch in np.unique(code):
@@ -68,8 +69,7 @@ def expression_fields(
         "target_mask": hidden,
     }
     if mask_ratio is not None and isinstance(tokens, BinnedTokens) and tokens.n_queries:
-        generator = torch.Generator().manual_seed(seed)
-        queries = tokens.queries(rows[:n_dst], visible, pattern[:n_dst], hidden, generator)
+        queries = tokens.queries(rows[:n_dst], visible, pattern[:n_dst], hidden, seed)
         made["query_id"], made["query_bin"], made["query_padding"] = queries
     return made
 
@@ -82,6 +82,7 @@ def _masks(
     gene_ratio: float,
     cell_share: float,
     seed: int,
+    gene_key: NDArray[np.uint64] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return visible genes of each pattern, the pattern of each node, and what is hidden of the destinations."""
     # Copies: with Dask's workers the arrays of a source cannot be written to, which tensors must be.
@@ -94,7 +95,8 @@ def _masks(
             ratio,
             gene_ratio=gene_ratio,
             cell_share=cell_share,
-            generator=torch.Generator().manual_seed(seed),
+            seed=seed,
+            gene_key=gene_key,
         )
         if len(observed) > 1:
             visible, drawn = observed[pattern] & visible[drawn], torch.arange(len(nodes))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy import sparse
 
+from fimp_sc._draws import name_key
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
@@ -71,14 +73,22 @@ class NodeGraph:
         graph.sort_indices()
         self.csr = graph
 
-    def block(self, destinations: ArrayLike, n_layers: int) -> Block:
-        """Return the destinations with their ``n_layers``-hop halo; each layer only updates what later ones read."""
+    def block(self, destinations: ArrayLike, n_layers: int, rank: NDArray[np.int64] | None = None) -> Block:
+        """Return the destinations with their ``n_layers``-hop halo; each layer only updates what later ones read.
+
+        The nodes of a hop are in the order of their ``rank``, ``(n_nodes,)`` different numbers, or of their ids.
+        """
         nodes = np.asarray(destinations, dtype=np.int64)
         counts = [len(nodes)]
         indptr, indices, weight = [], [], []
         for _ in range(n_layers):
             rows = self.csr[nodes]
-            sources, inverse = np.unique(rows.indices.astype(np.int64), return_inverse=True)
+            read = rows.indices.astype(np.int64)
+            if rank is None:
+                sources, inverse = np.unique(read, return_inverse=True)
+            else:
+                _, first, inverse = np.unique(rank[read], return_index=True, return_inverse=True)
+                sources = read[first]
             # Looked up among the nodes of the block: an array over all nodes would cost the more the larger the
             # graph.
             order = np.argsort(nodes)
@@ -145,9 +155,14 @@ class NodeGraph:
         """Return the sum of each row."""
         return np.asarray(rows.sum(1, dtype=np.float64)).ravel()
 
-    def order(self) -> NDArray[np.int64]:
-        """Return the rank of each node in reverse Cuthill-McKee order: near in the graph is near in rank."""
-        permutation = sparse.csgraph.reverse_cuthill_mckee(self.csr, symmetric_mode=False)
+    def order(self, names: ArrayLike | None = None) -> NDArray[np.int64]:
+        """Return the rank of each node in reverse Cuthill-McKee order: near in the graph is near in rank.
+
+        Where the graph leaves a choice ``names``, ``(n_nodes,)``, decide; by default the order of the nodes does.
+        """
+        first = np.arange(len(self.degree)) if names is None else np.argsort(name_key(names), kind="stable")
+        graph = self.csr[first][:, first].sorted_indices()
+        permutation = first[sparse.csgraph.reverse_cuthill_mckee(graph, symmetric_mode=False)]
         rank = np.empty(len(permutation), dtype=np.int64)
         rank[permutation] = np.arange(len(permutation))
         return rank

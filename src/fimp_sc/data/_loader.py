@@ -45,6 +45,8 @@ class GraphData:
         Which genes of a cell become tokens, with which values.
     sequences
         By modality: nodes that are sequences of numbers.
+    names
+        ``(n_obs,)`` names of the nodes, which order those at one place.
     """
 
     source: ExpressionSource | None
@@ -54,11 +56,16 @@ class GraphData:
     label: NDArray[np.int64]
     tokens: TokenSource | None = None
     sequences: dict[str, SequenceSource] = field(default_factory=dict)
+    names: NDArray[Any] | None = None
 
     @cached_property
     def rank(self) -> NDArray[np.int64]:
         """Place of each node along a space-filling curve."""
-        return curve_rank(self.coordinates)
+        return curve_rank(self.coordinates, self.names)
+
+    def ordered(self, nodes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return ``nodes`` along the curve. What is drawn for them in turn does not depend on their order in files."""
+        return nodes[np.argsort(self.rank[nodes])]
 
 
 class Destinations(NamedTuple):
@@ -99,7 +106,7 @@ class BlockSampler(Sampler[Destinations]):
         random_state: int = 0,
     ) -> None:
         self.data = data
-        self.indices = np.asarray(indices, dtype=np.int64)
+        self.indices = data.ordered(np.asarray(indices, dtype=np.int64))
         self.block_size = max(batch_size // parts, 1)
         self.parts = parts
         self.shuffle = shuffle
@@ -127,7 +134,7 @@ class BlockSampler(Sampler[Destinations]):
         block = spatial_blocks(data.coordinates[nodes], self.block_size, library=data.library[nodes], random_state=rng)
         # Along the curve within a block: consecutive destinations share neighbours, whose keys and values then stay
         # in the cache.
-        order = np.lexsort((data.rank[nodes], block))
+        order = np.argsort(block, kind="stable")
         return np.split(nodes[order], np.flatnonzero(np.diff(block[order])) + 1)
 
 
@@ -176,7 +183,7 @@ class BlockDataset(Dataset["Batch"]):
 
     def __getitem__(self, item: Destinations) -> Batch:
         data, (destinations, seed) = self.data, item
-        block = data.graph.block(destinations, self.n_layers)
+        block = data.graph.block(destinations, self.n_layers, data.rank)
         nodes, n_dst = block.nodes, len(destinations)
         made: Batch = {
             "nodes": torch.from_numpy(nodes),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fimp_sc._draws import name_key
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -25,7 +27,8 @@ def spatial_blocks(
     Parameters
     ----------
     coordinates
-        ``(n_nodes, n_dims)`` positions; any number of dimensions from 1, any unit.
+        ``(n_nodes, n_dims)`` positions; any number of dimensions from 1, any unit. Of nodes with one coordinate in
+        common those that come first are cut off first.
     block_size
         Largest number of nodes in a block. Each library gets ``ceil(nodes / block_size)`` blocks.
     library
@@ -77,13 +80,15 @@ def _bisect(points: NDArray[np.float64], nodes: NDArray[np.int64], n_parts: int)
     return _bisect(points, ordered[:cut], n_left) + _bisect(points, ordered[cut:], n_parts - n_left)
 
 
-def curve_rank(coordinates: ArrayLike) -> NDArray[np.int64]:
+def curve_rank(coordinates: ArrayLike, names: ArrayLike | None = None) -> NDArray[np.int64]:
     """Return the place of each node along a Z-order curve through space: near on the curve is near in space.
 
     Parameters
     ----------
     coordinates
         ``(n_nodes, n_dims)`` positions, 1 to 3 dimensions.
+    names
+        ``(n_nodes,)`` names, which decide about nodes at one place; by default their order does.
 
     Returns
     -------
@@ -92,15 +97,16 @@ def curve_rank(coordinates: ArrayLike) -> NDArray[np.int64]:
     points = np.asarray(coordinates, dtype=np.float64)
     n_dims = points.shape[1]
     low, span = points.min(0), np.ptp(points, axis=0)
-    if n_dims == 1:
-        order = np.argsort(points[:, 0], kind="stable")
-    else:
+    code: NDArray[Any] = points[:, 0]
+    if n_dims > 1:
         cells = ((points - low) / np.where(span > 0, span, 1.0) * (2**_CURVE_BITS - 1)).astype(np.int64)
         code = np.zeros(len(points), dtype=np.int64)
         for bit in range(_CURVE_BITS):
             for axis in range(n_dims):
                 code |= ((cells[:, axis] >> bit) & 1) << (bit * n_dims + axis)
-        order = np.argsort(code, kind="stable")
+    order = np.argsort(code, kind="stable")
+    if names is not None and not np.diff(code[order]).all():
+        order = np.lexsort((name_key(names), code))
     rank = np.empty(len(points), dtype=np.int64)
     rank[order] = np.arange(len(points))
     return rank

@@ -23,7 +23,11 @@ _MIN_SPLIT_BLOCKS = 20
 
 
 def split_by_blocks(
-    coordinates: NDArray[np.floating], library: NDArray[np.int64], validation_size: float, random_state: int
+    coordinates: NDArray[np.floating],
+    library: NDArray[np.int64],
+    validation_size: float,
+    random_state: int,
+    rank: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Put whole spatial blocks into validation until they hold ``validation_size`` of the nodes.
 
@@ -37,6 +41,8 @@ def split_by_blocks(
         Share of nodes, from 0 to below 1.
     random_state
         Seed.
+    rank
+        ``(n_obs,)``, order in which nodes are looked at, which decides where they lie level; by default as they come.
 
     Returns
     -------
@@ -52,7 +58,9 @@ def split_by_blocks(
     n_obs = len(library)
     rng = np.random.default_rng(random_state)
     size = max(min(_CELLS_PER_SPLIT_BLOCK, n_obs // _MIN_SPLIT_BLOCKS), 1)
-    block = spatial_blocks(coordinates, size, library=library, random_state=rng)
+    nodes = np.arange(n_obs) if rank is None else np.argsort(rank)
+    block = np.empty(n_obs, dtype=np.int64)
+    block[nodes] = spatial_blocks(coordinates[nodes], size, library=library[nodes], random_state=rng)
     order = rng.permutation(block.max() + 1)
     held = np.cumsum(np.bincount(block)[order]) <= round(validation_size * n_obs)
     validation = np.isin(block, order[held])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from fimp_sc._draws import uniform
 from fimp_sc.data._binning import bin_edges, bin_values, content_key
 from fimp_sc.data._tokens import choose_tokens
 
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
 
 
 class TokenSource(Protocol):
-    """Makes the tokens of cells from their expression."""
+    """Makes the tokens of cells from their expression.
+
+    Attributes
+    ----------
+    gene_key
+        ``(g,)`` keys of the genes, on which what is drawn for them depends; ``None`` for their places.
+    """
+
+    gene_key: NDArray[np.uint64] | None
 
     def __call__(
         self,
@@ -57,9 +66,12 @@ class CentredTokens:
     ----------
     gene_rank
         ``(g,)`` int64 permutation that orders equal values.
+    gene_key
+        See :class:`TokenSource`.
     """
 
     gene_rank: Tensor
+    gene_key: NDArray[np.uint64] | None = None
 
     def __call__(
         self,
@@ -95,6 +107,8 @@ class BinnedTokens:
         Seed of the bins among which equal values are spread.
     n_queries
         Hidden genes per cell that a decoder learns to predict.
+    gene_key
+        See :class:`TokenSource`.
     """
 
     gene_rank: Tensor
@@ -102,6 +116,7 @@ class BinnedTokens:
     n_bins: int
     random_state: int
     n_queries: int = 0
+    gene_key: NDArray[np.uint64] | None = None
 
     def __call__(
         self,
@@ -115,9 +130,10 @@ class BinnedTokens:
         shown = visible & self.known
         expressed = self._expressed(rows, shown, pattern)
         feature_id, padding = choose_tokens(expressed, shown, pattern, n_tokens, self.gene_rank, zeros=False)
+        keys = self._keys
         expressed.data = bin_values(
-            expressed.data, expressed.indptr, self.n_bins, cell=content_key(expressed), gene=expressed.indices,
-            random_state=self.random_state,
+            expressed.data, expressed.indptr, self.n_bins, cell=content_key(expressed, keys),
+            gene=keys[expressed.indices], random_state=self.random_state,
         )  # fmt: skip
         bins = torch.from_numpy(expressed.toarray())
         return feature_id, bins.gather(1, feature_id).masked_fill_(padding, 0.0), padding
@@ -133,7 +149,7 @@ class BinnedTokens:
         visible: Tensor,
         pattern: Tensor,
         hidden: Tensor,
-        generator: torch.Generator,
+        seed: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose hidden genes for a decoder to predict, whatever their value.
 
@@ -143,24 +159,32 @@ class BinnedTokens:
             As above, of the cells to predict in.
         hidden
             ``(n, g)`` bool, where the truth is known but was hidden.
-        generator
-            Source of randomness.
+        seed
+            Whole number from 0.
 
         Returns
         -------
         Genes, bins among the *visible* values of the cell, and padding where a cell has fewer hidden genes,
         ``(n, n_queries)`` int64, float32 and bool.
         """
-        score = torch.rand(hidden.shape, generator=generator).masked_fill_(~(hidden & self.known), -1.0)
+        keys = self._keys
+        # Other numbers than those of the masks.
+        score = torch.from_numpy(uniform(seed + 2, np.arange(len(hidden)), keys)).masked_fill_(
+            ~(hidden & self.known), -1.0
+        )
         best, genes = score.topk(min(self.n_queries, score.shape[1]), dim=1)
         values = rows.toarray()[np.arange(rows.shape[0])[:, None], genes.numpy()]
         indptr = np.arange(rows.shape[0] + 1) * genes.shape[1]
         expressed = self._expressed(rows, visible & self.known, pattern)
         bins = bin_values(
-            values.ravel(), indptr, self.n_bins, cell=content_key(expressed), gene=genes.numpy().ravel(),
+            values.ravel(), indptr, self.n_bins, cell=content_key(expressed, keys), gene=keys[genes.numpy().ravel()],
             random_state=self.random_state, edges=bin_edges(expressed.data, expressed.indptr, self.n_bins),
         )  # fmt: skip
         return genes, torch.from_numpy(bins).view(genes.shape), best < 0
+
+    @property
+    def _keys(self) -> NDArray[np.uint64]:
+        return np.arange(len(self.known), dtype=np.uint64) if self.gene_key is None else self.gene_key
 
     @staticmethod
     def _expressed(rows: sparse.csr_matrix, shown: Tensor, pattern: Tensor) -> sparse.csr_matrix:

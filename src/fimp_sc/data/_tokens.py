@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fimp_sc._draws import uniform
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from scipy import sparse
@@ -103,7 +105,8 @@ def hide_genes(
     *,
     gene_ratio: float = 0.0,
     cell_share: float = 1.0,
-    generator: torch.Generator,
+    seed: int,
+    gene_key: NDArray[np.uint64] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Hide genes for masked prediction, independently of their value.
 
@@ -122,8 +125,10 @@ def hide_genes(
         Largest share of genes hidden in *all* cells at once, as in a section with another panel.
     cell_share
         Probability that a cell has a mask at all, and that genes are hidden in all cells.
-    generator
-        Source of randomness.
+    seed
+        Whole number from 0.
+    gene_key
+        ``(n_genes,)`` keys of the genes, by default their places. What is drawn for a gene depends on its key alone.
 
     Returns
     -------
@@ -132,14 +137,16 @@ def hide_genes(
     pattern
         ``(n_nodes,)`` int64, the pattern of each cell.
     """
-    n_genes, (low, high) = len(measured), ratio
+    (low, high), generator = ratio, torch.Generator().manual_seed(seed)
+    keys = np.arange(len(measured)) if gene_key is None else gene_key
+    # The last row is for all cells.
+    drawn = torch.from_numpy(uniform(seed, np.arange(_N_PATTERNS + 1), keys))
     share = low + (high - low) * torch.rand(_N_PATTERNS, 1, generator=generator)
-    visible = torch.ones(_N_PATTERNS + 1, n_genes, dtype=torch.bool)
-    visible[1:] = torch.rand(_N_PATTERNS, n_genes, generator=generator) >= share
-    visible &= measured
+    visible = measured.repeat(_N_PATTERNS + 1, 1)
+    visible[1:] &= drawn[:-1] >= share
     pattern = torch.randint(1, _N_PATTERNS + 1, (n_nodes,), generator=generator)
     pattern *= torch.rand(n_nodes, generator=generator) < cell_share
     if float(torch.rand(1, generator=generator)) < cell_share:
         share = gene_ratio * torch.rand(1, generator=generator)
-        visible &= torch.rand(n_genes, generator=generator) >= share
+        visible &= drawn[-1] >= share
     return visible, pattern

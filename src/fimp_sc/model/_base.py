@@ -152,12 +152,13 @@ class GraphModel(RegisteringModel):
                 stacklevel=2,
             )
         located = check_coordinates(nodes, setup["spatial_key"]) if setup["spatial_key"] in nodes.obsm else None
-        coordinates = graph.order()[:, None].astype(np.float64) if located is None else located
+        names = np.asarray(nodes.obs_names)
+        coordinates = graph.order(names)[:, None].astype(np.float64) if located is None else located
         label = np.full(nodes.n_obs, -1, dtype=np.int64)
         if self.classes and setup["labels_key"] in nodes.obs:
             labels = get_obs(nodes, [setup["labels_key"]])[setup["labels_key"]]
             label = pd.Index(self.classes).get_indexer(pd.Index(label_text(labels))).astype(np.int64)
-        data = GraphData(None, graph, coordinates, codes[LIBRARY_KEY], label)
+        data = GraphData(None, graph, coordinates, codes[LIBRARY_KEY], label, names=names)
         table = self._table(adata)
         if table is not None:
             matrix = get_matrix(table.adata, setup["layer"])
@@ -206,11 +207,12 @@ class GraphModel(RegisteringModel):
         gene_rank: Tensor = self.module.gene_rank.cpu()  # type: ignore[operator, union-attr]
         network = self.module.network
         if not isinstance(network, FoundationNetwork):
-            return CentredTokens(gene_rank)
+            return CentredTokens(gene_rank, self.module.gene_key)
         n_queries = 0 if network.frozen or network.decoder is None else _QUERIES
         return BinnedTokens(
-            gene_rank, network.embedding.known.cpu(), int(network.n_bins or 0), self.random_state, n_queries
-        )
+            gene_rank, network.embedding.known.cpu(), int(network.n_bins or 0), self.random_state, n_queries,
+            self.module.gene_key,
+        )  # fmt: skip
 
     def _statistics(self) -> GeneStatistics | None:
         module = self.module

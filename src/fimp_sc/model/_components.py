@@ -70,4 +70,7 @@ def shared_components(
     operator = LinearOperator((n_features, n_features), matvec=covariance, dtype=cells.dtype)
     values, vectors = eigsh(operator, k, which="LA", v0=start)
     directions = np.ascontiguousarray(vectors[:, np.argsort(values)[::-1]].T)
+    # Of either sign, else.
+    largest = np.abs(directions).argmax(1)[:, None]
+    directions *= np.sign(np.take_along_axis(directions, largest, axis=1))
     return Components(directions, np.var(scores(directions.T), axis=0, ddof=1))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from anndata import AnnData
 
+from fimp_sc._draws import name_key
 from fimp_sc.data._access import missing_key
 from fimp_sc.model._attention import AttentiveModel
 from fimp_sc.model._build import foundation_network, gene_vectors, sequence_network, sequence_shapes
@@ -227,6 +228,7 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
                 sequences=shapes,
                 network=network,
                 alone=messages and foundation is None,
+                gene_key=name_key(self.genes),
             )
             if vectors is not None and known is not None:
                 self.module.start_from_vectors(vectors, known)

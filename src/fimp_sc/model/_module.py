@@ -9,6 +9,7 @@ import torch
 from scvi.module.base import LossOutput, auto_move_data
 from torch import Tensor, nn
 
+from fimp_sc._draws import combined
 from fimp_sc.data import without_neighbours
 from fimp_sc.model._module_labels import LabellingModule
 from fimp_sc.model._module_start import StartingModule
@@ -16,6 +17,8 @@ from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from numpy.typing import NDArray
 
     from fimp_sc.data import Batch, SequenceBatch, SequenceShape
 
@@ -47,6 +50,8 @@ class FIMPModule(LabellingModule, StartingModule):
         A foundation model instead of FIMP-base, which makes the parameters of the network above meaningless.
     alone
         Whether labels are also predicted from each node without its neighbours, by a head of its own.
+    gene_key
+        ``(n_features,)`` keys of the features, by default their places: what is drawn for a feature depends on its key.
 
     Attributes
     ----------
@@ -78,17 +83,18 @@ class FIMPModule(LabellingModule, StartingModule):
         sequences: Mapping[str, SequenceShape] | None = None,
         network: FoundationNetwork | None = None,
         alone: bool = False,
+        gene_key: NDArray[np.uint64] | None = None,
     ) -> None:
         super().__init__()
         self.label_weight = label_weight
         self.sequences = dict(sequences or {})
         self.network: FIMPNetwork | FoundationNetwork = network or FIMPNetwork(
             n_features, n_latent, n_layers, n_heads, layer=layer, reduce=reduce, dropout=dropout,
-            vector_width=vector_width, sequences=self.sequences,
+            vector_width=vector_width, sequences=self.sequences, gene_key=gene_key,
         )  # fmt: skip
         self.n_bins = 0 if network is None else int(network.n_bins or 0)
         width = self.network.width
-        self.value_head = ValueHead(n_features, width) if n_features else None
+        self.value_head = ValueHead(n_features, width, gene_key) if n_features else None
         self.label_head = LabelHead(width, n_labels, dropout) if n_labels else None
         self.label_head_alone = LabelHead(width, n_labels, dropout) if n_labels and alone else None
         self.register_buffer("neighbour_share", torch.tensor(1.0 if self.label_head_alone is None else 0.5))
@@ -102,8 +108,9 @@ class FIMPModule(LabellingModule, StartingModule):
         self.register_buffer("reference_name", torch.zeros(N_REFERENCE, dtype=torch.int64))
         self.register_buffer("n_reference", torch.zeros((), dtype=torch.int64))
         self.register_buffer("reference_distance", torch.zeros(()))
-        order = np.random.default_rng(random_state).permutation(n_features)
-        self.register_buffer("gene_rank", torch.from_numpy(order))
+        self.gene_key = np.arange(n_features, dtype=np.uint64) if gene_key is None else gene_key
+        order = np.argsort(combined(random_state, self.gene_key))
+        self.register_buffer("gene_rank", torch.from_numpy(np.argsort(order)))
         self.register_buffer("gene_mean", torch.zeros(n_features))
         self.register_buffer("gene_fraction", torch.zeros(n_features))
         self.register_buffer("target_sum", torch.zeros((), dtype=torch.float64))

@@ -53,6 +53,7 @@ class StartingModule(BaseModuleClass):
     gene_fraction: Tensor
     target_sum: Tensor
     value_variance: Tensor
+    gene_key: np.ndarray
     class_weight: Tensor
 
     @torch.no_grad()
@@ -214,7 +215,7 @@ class StartingModule(BaseModuleClass):
         gene_scale = np.sqrt(np.maximum(deviation, 1e-3 * float(deviation.max())))
         scaled = sparse.csr_matrix(train @ sparse.diags(1.0 / gene_scale))
         shared = min(n_components, n_neighbourhood)
-        how = (gene_scale, validation, around, mean, shared, random_state)
+        how = (gene_scale, validation, around, mean, shared, random_state, self.gene_key)
         loadings, fit = fit_components(principal_components(scaled, n_components, random_state), *how)
         if fit.signal < _MOSTLY_SIGNAL and near.nnz and n_components < train.shape[1]:
             components = shared_components(scaled, near, neighbour_weight, n_components, random_state)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from fimp_sc._draws import name_key
 from fimp_sc.model._decode import decoded_expression
 from fimp_sc.model._fields import X_KEY, ExpressionField, check_known
 from fimp_sc.model._mixture import MixingModel
@@ -265,7 +266,8 @@ class PredictiveModel(MixingModel):
             tokens = self._collect(adata, nodes, read, how, data, reconstruct=True)
             return np.where(now[nodes, :, None], tokens, np.float32(np.nan))
 
-        tokens = predict_all(n_obs, kind.tokens(size, token_size)[0], given, self.random_state, predict)
+        key = name_key(self._nodes(adata).obs_names)
+        tokens = predict_all(n_obs, kind.tokens(size, token_size)[0], given, self.random_state, predict, key)
         return kind.restore(tokens, size, token_size)
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fimp_sc._draws import uniform
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -66,6 +68,7 @@ def predict_all(
     hidden: NDArray[np.bool_] | None,
     random_state: int,
     predict: Callable[[NDArray[np.bool_]], NDArray[np.float32]],
+    node_key: NDArray[np.uint64] | None = None,
 ) -> NDArray[np.float32]:
     """Predict every token while it is hidden: those of ``hidden`` at once, the others a fifth at a time.
 
@@ -80,9 +83,12 @@ def predict_all(
     predict
         From hidden tokens to what is predicted of all tokens of the wanted nodes, ``(n, n_tokens, p)``, NaN where
         nothing was hidden.
+    node_key
+        ``(n_obs,)`` keys of the nodes, by default their places, on which their fifths depend.
     """
     always = np.zeros((n_obs, n_tokens), dtype=bool) if hidden is None else hidden
-    turn = np.random.default_rng(random_state).permuted(np.tile(np.arange(n_tokens) % _PASSES, (n_obs, 1)), axis=1)
+    keys = np.arange(n_obs) if node_key is None else node_key
+    turn = uniform(random_state, keys, np.arange(n_tokens)).argsort(axis=1, kind="stable") % _PASSES
     # Without tokens that are hidden in any case the five passes are enough.
     passes = [always] if always.any() else []
     passes += [now | always for now in ((turn == i) & ~always for i in range(_PASSES)) if now.any()]

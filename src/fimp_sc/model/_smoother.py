@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from sklearn.isotonic import isotonic_regression
 
+from fimp_sc._draws import uniform
+
 if TYPE_CHECKING:
     from scipy import sparse
 
@@ -60,6 +62,7 @@ def fit_components(
     mean: np.ndarray,
     n_neighbourhood: int,
     random_state: int,
+    gene_key: np.ndarray | None = None,
 ) -> tuple[Loadings, Smoother]:
     """Scale components, and fit what their scores tell about hidden entries.
 
@@ -67,7 +70,7 @@ def fit_components(
     ----------
     components
         Of genes divided by ``gene_scale``, ``(n_features,)``.
-    cells, around, mean, n_neighbourhood, random_state
+    cells, around, mean, n_neighbourhood, random_state, gene_key
         See :func:`linear_smoother`.
     """
     spread = np.sqrt(np.maximum(components.variance, 1e-12))
@@ -76,7 +79,7 @@ def fit_components(
     scale *= np.mean(spread / scale)
     encode = components.directions.T / (gene_scale[:, None] * scale)
     decode = components.directions.T * (gene_scale[:, None] * scale)
-    fit = linear_smoother(cells, around, mean, encode, decode, n_neighbourhood, random_state)
+    fit = linear_smoother(cells, around, mean, encode, decode, n_neighbourhood, random_state, gene_key)
     return Loadings(encode, decode, spread / scale), fit
 
 
@@ -88,6 +91,7 @@ def linear_smoother(
     decode: np.ndarray,
     n_neighbourhood: int,
     random_state: int,
+    gene_key: np.ndarray | None = None,
 ) -> Smoother:
     """Fit hidden entries by each component of the cell's visible entries and of its neighbours' mean.
 
@@ -103,6 +107,8 @@ def linear_smoother(
         Number of leading components of which the neighbours' mean is used.
     random_state
         Seed of the hidden entries.
+    gene_key
+        ``(n_features,)`` keys of the features, by default their places, on which it depends where they are hidden.
 
     Returns
     -------
@@ -110,12 +116,12 @@ def linear_smoother(
     """
     if not cells.shape[0]:
         return Smoother(np.ones(encode.shape[1]), np.zeros(n_neighbourhood), 1.0, encode.shape[1])
-    rng = np.random.default_rng(random_state)
+    columns = np.arange(cells.shape[1]) if gene_key is None else gene_key
     square = np.zeros((encode.shape[1], 2, 2))
     product = np.zeros((encode.shape[1], 2))
     for i in range(0, cells.shape[0], 512):
         centred = cells[i : i + 512].toarray() - mean
-        hidden = rng.random(centred.shape) < _HIDDEN
+        hidden = uniform(random_state, np.arange(i, i + len(centred)), columns) < _HIDDEN
         own = np.where(hidden, 0.0, centred) @ encode / (1.0 - _HIDDEN)
         scores = np.stack([own, (around[i : i + 512].toarray() - mean) @ encode], axis=2)
         weight = hidden.astype(np.float32) @ decode**2

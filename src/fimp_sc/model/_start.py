@@ -48,11 +48,11 @@ class StartingModel(GraphModel):
             measured = data.source.present(train_idx)
             if not len(measured):
                 raise ValueError("No training node has values of the table: check train_indices.")
-            self._start_from_expression(data.source, measured, val_idx, hidden)
+            self._start_from_expression(data, measured, val_idx, hidden)
         data = self._graph_data(self.adata, **hidden)
         module.eval()
         if foundation:
-            few = np.sort(np.random.default_rng(self.random_state).permutation(train_idx)[:_CELLS_TO_STANDARDISE])
+            few = self._some(data, train_idx, _CELLS_TO_STANDARDISE)
             module.start_from_embeddings(
                 infer(module, data, few, read_embedding, n_layers=self.n_layers, n_tokens=self.n_tokens)
             )
@@ -61,12 +61,10 @@ class StartingModel(GraphModel):
         return data
 
     def _start_from_expression(
-        self, source: ExpressionSource, train_idx: np.ndarray, val_idx: np.ndarray, hidden: dict[str, Any]
+        self, data: GraphData, train_idx: np.ndarray, val_idx: np.ndarray, hidden: dict[str, Any]
     ) -> None:
-        module, rng = self.module, np.random.default_rng(self.random_state)
-        some = train_idx
-        if len(train_idx) > _MOST_CELLS_FOR_COMPONENTS:
-            some = np.sort(rng.choice(train_idx, _MOST_CELLS_FOR_COMPONENTS, replace=False))
+        module, source = self.module, cast("ExpressionSource", data.source)
+        some = self._some(data, train_idx, _MOST_CELLS_FOR_COMPONENTS)
         statistics = source.gene_statistics(train_idx)
         rows = source.complete_rows(some, statistics.mean)
         module.set_statistics(statistics, rows)
@@ -74,7 +72,9 @@ class StartingModel(GraphModel):
             return
         data = self._graph_data(self.adata, **hidden)
         source = cast("ExpressionSource", data.source)
-        seen = source.present(val_idx[data.graph.degree[val_idx] > 0])[:_MOST_CELLS_TO_START]
+        seen = source.present(val_idx[data.graph.degree[val_idx] > 0])
+        # Values are hidden in turn.
+        seen = data.ordered(self._some(data, seen, _MOST_CELLS_TO_START))
         mean_of = data.graph.averaging(seen, self.n_layers)
         sources = np.unique(mean_of.indices)
         around = mean_of[:, sources] @ source.complete_rows(sources, statistics.mean)
@@ -97,10 +97,16 @@ class StartingModel(GraphModel):
         if not isinstance(module.network, FoundationNetwork):
             for name, source in data.sequences.items():
                 there = train_idx[~source.absent[train_idx]]
-                few = np.sort(rng.permutation(there)[:_NODES_FOR_COMPONENTS])
+                few = self._some(data, there, _NODES_FOR_COMPONENTS)
                 fields = source.fields(few, len(few))
                 module.start_from_components(name, fields["target"][~fields["masked"]])
         dataset = BlockDataset(data, n_layers=self.n_layers, n_tokens=self.n_tokens, mask_ratio=mask_ratio)
         blocks = list(BlockSampler(data, train_idx, batch_size=_NODES_PER_BLOCK, random_state=self.random_state))
         chosen = rng.permutation(len(blocks))[:_BLOCKS]
         module.fit_heads((move_data_to_device(dataset[blocks[i]], module.device) for i in chosen), _RIDGE)
+
+    def _some(self, data: GraphData, nodes: np.ndarray, n: int) -> np.ndarray:
+        """Return at most ``n`` of ``nodes``, ascending: a sample that their order does not decide."""
+        if len(nodes) <= n:
+            return np.sort(nodes)
+        return np.sort(np.random.default_rng(self.random_state).choice(data.ordered(nodes), n, replace=False))

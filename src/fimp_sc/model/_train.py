@@ -282,7 +282,9 @@ class TrainableModel(MixingModel, StartingModel):
         validation_indices: Sequence[int] | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         if train_indices is None and validation_indices is None:
-            train_idx, val_idx = split_by_blocks(data.coordinates, data.library, validation_size, self.random_state)
+            train_idx, val_idx = split_by_blocks(
+                data.coordinates, data.library, validation_size, self.random_state, data.rank
+            )
         else:
             nodes = self._nodes(self.adata)
             val_idx = np.unique(self._indices(nodes, [] if validation_indices is None else validation_indices))

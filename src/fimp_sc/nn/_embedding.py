@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fimp_sc._draws import normal
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -16,6 +18,15 @@ _IDENTITY = 0.3
 # Share of a column's loadings (squared) below which scores of what is seen are shrunk, and by how much. Masks of
 # training leave more, but in panels of a few dozen genes.
 _LEAST_SHARE, _SHRINKAGE = 0.25, 0.2
+
+
+def random_rows(n: int, width: int, key: NDArray[np.uint64] | None = None) -> Tensor:
+    """Return ``(n, width)`` normal numbers; a row depends on torch's generator and its ``(n,)`` key, or its place.
+
+    However many rows there are, what the generator draws afterwards is the same.
+    """
+    seed = int(torch.randint(2**62, ()))
+    return torch.from_numpy(normal(seed, np.arange(n) if key is None else key, np.arange(width)))
 
 
 class FeatureEmbedding(nn.Module):
@@ -35,15 +46,24 @@ class FeatureEmbedding(nn.Module):
     vector_width
         Width of pretrained vectors of the features, if there are any: ``identity[gene]`` then is ``own[gene] +
         project(vector[gene])``, and ``own`` starts at zero where a vector is known.
+    gene_key
+        ``(n_features,)`` keys of the features, see :func:`random_rows`.
     """
 
     vectors: Tensor
 
-    def __init__(self, n_features: int, d_model: int, vector_width: int | None = None) -> None:
+    def __init__(
+        self,
+        n_features: int,
+        d_model: int,
+        vector_width: int | None = None,
+        gene_key: NDArray[np.uint64] | None = None,
+    ) -> None:
         super().__init__()
-        self.loading = nn.Parameter(torch.randn(n_features, d_model) * n_features**-0.5)
-        self.identity = nn.Parameter(torch.randn(n_features, d_model) * _IDENTITY)
-        self.summary = nn.Parameter(torch.randn(d_model))
+        self.loading = nn.Parameter(random_rows(n_features, d_model, gene_key) * n_features**-0.5)
+        self.identity = nn.Parameter(random_rows(n_features, d_model, gene_key) * _IDENTITY)
+        # Of one size, so that every head of the first layer tells summaries by it.
+        self.summary = nn.Parameter(torch.randn(d_model).sign())
         last = nn.Linear(32, d_model)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -108,6 +128,8 @@ class FeatureEmbedding(nn.Module):
         values /= max(float(np.linalg.norm(values[known], axis=1).mean()), 1e-12)
         self.vectors.copy_(torch.from_numpy(values))
         components = torch.linalg.svd(self.vectors, full_matrices=False)[2][: len(self.summary)]
+        # Of either sign, else.
+        components *= components.gather(1, components.abs().argmax(1, keepdim=True)).sign()
         self.project.weight.zero_()
         self.project.weight[: len(components)] = components
         projected = self.project(self.vectors)[torch.from_numpy(known)]

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fimp_sc.nn._embedding import random_rows
+
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 # How much the first of two predictions may count.
@@ -23,13 +26,15 @@ class ValueHead(nn.Module):
         Number of features (genes).
     d_model
         Width of the embedding.
+    gene_key
+        ``(n_features,)`` keys of the features, see :func:`~fimp_sc.nn._embedding.random_rows`.
     """
 
-    def __init__(self, n_features: int, d_model: int) -> None:
+    def __init__(self, n_features: int, d_model: int, gene_key: NDArray[np.uint64] | None = None) -> None:
         super().__init__()
         self.project = nn.Linear(d_model, d_model, bias=False)
         nn.init.eye_(self.project.weight)
-        self.loading = nn.Parameter(torch.randn(n_features, d_model) * n_features**-0.5)
+        self.loading = nn.Parameter(random_rows(n_features, d_model, gene_key) * n_features**-0.5)
         self.bias = nn.Parameter(torch.zeros(n_features))
 
     def forward(self, embedding: Tensor, features: Tensor | None = None) -> Tensor:

@@ -15,6 +15,9 @@ from fimp_sc.nn._transformer import PaperLayer, TransformerLayer, run_layers
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from fimp_sc.data._batch import Batch
     from fimp_sc.data._sequences import SequenceShape
 
@@ -50,6 +53,8 @@ class FIMPNetwork(nn.Module):
         Width of pretrained vectors of the features, see :class:`FeatureEmbedding`.
     sequences
         By modality: the tokens of signals and images.
+    gene_key
+        ``(n_features,)`` keys of the features, see :class:`FeatureEmbedding`.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class FIMPNetwork(nn.Module):
         dropout: float = 0.1,
         vector_width: int | None = None,
         sequences: Mapping[str, SequenceShape] | None = None,
+        gene_key: NDArray[np.uint64] | None = None,
     ) -> None:
         super().__init__()
         self.width, self.n_hops = d_model, n_layers
@@ -73,7 +79,7 @@ class FIMPNetwork(nn.Module):
         neighbourhood = slice(self.n_own, self.n_own + self.n_neighbourhood)
         self.embedding: FeatureEmbedding | None = None
         if n_features:
-            self.embedding = FeatureEmbedding(n_features, d_model, vector_width)
+            self.embedding = FeatureEmbedding(n_features, d_model, vector_width, gene_key)
             self.embedding.mark_summary_outside(slice(self.n_neighbourhood), neighbourhood)
         self.sequences: SequenceParts | None = None
         if sequences:
