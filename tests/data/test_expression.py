@@ -6,12 +6,14 @@ import anndata as ad
 import numpy as np
 import pytest
 import scanpy as sc
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
 from fimp_sc.data import ExpressionSource, GeneStatistics, _rows
 from fimp_sc.data import _expression as module
+from fimp_sc.data._expression import Panels
 
 FORMATS = {
     "csr": sparse.csr_matrix,
@@ -357,3 +359,147 @@ def test_statistics_do_not_depend_on_what_is_hidden(kind: str) -> None:
     complete = np.where(hidden, expected, values)
     for source in (a, b):
         np.testing.assert_allclose(source.complete_rows(EVERYTHING, found.mean).toarray(), complete, rtol=1e-5)
+
+
+# Totals of what is visible ------------------------------------------------------------------------------------------
+
+
+def normalised(matrix: np.ndarray, visible: np.ndarray, fraction: np.ndarray, target: float) -> np.ndarray:
+    """Dense reference: ``log1p`` of values scaled so that visible ones have their expected part of the target."""
+    total, share = np.where(visible, matrix, 0).sum(1, keepdims=True), (visible * fraction).sum(1, keepdims=True)
+    there = (total > 0) & (share > 0)
+    return np.log1p(matrix * np.where(there, target * share / np.where(there, total, 1), 1))
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
+@pytest.mark.parametrize("scale", ["counts", "log"])
+def test_cells_are_scaled_by_what_is_visible(kind: str, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = np.random.default_rng(1).random((N_OBS, N_GENES)) < 0.4
+    hidden[3] = True
+    columns = np.where(SAME == 4, -1, SAME)
+    statistics = ExpressionSource(counts(), SAME, "counts", None).gene_statistics(EVERYTHING)
+    stored = FORMATS[kind](counts() if scale == "counts" else np.log1p(counts() / 7))
+    expected = normalised(counts(), ~hidden & (SAME != 4), statistics.fraction, statistics.target_sum)
+    read_in_pieces(monkeypatch)
+    source = ExpressionSource(stored, columns, scale, statistics, hidden=hidden, trained_scale="counts")
+    visible = ~hidden & (SAME != 4)
+    np.testing.assert_allclose(source.rows(EVERYTHING)[visible], expected[visible], rtol=1e-4)
+    assert source.factor[3] == 1.0, "nothing to go by"
+
+
+@given(seed=st.integers(0, 10_000), share=st.floats(0.05, 0.9), kind=st.sampled_from(["csr", "csc", "dense"]))
+@settings(max_examples=40, deadline=None)
+def test_hidden_counts_change_nothing_anywhere(seed: int, share: float, kind: str) -> None:
+    """Neither totals, statistics, means nor what is seen; also where zeros are hidden, or become so."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.random((N_OBS, N_GENES)) < share
+    other = np.where(hidden, rng.poisson(rng.choice([0.3, 50.0], (N_OBS, N_GENES))), counts(seed))
+    batch = rng.integers(0, 2, N_OBS)
+    batch[:2] = 0, 1
+    found = []
+    for matrix in (counts(seed), other):
+        first = ExpressionSource(FORMATS[kind](matrix), SAME, "counts", None, hidden=hidden)
+        statistics = first.gene_statistics(EVERYTHING)
+        second = ExpressionSource(FORMATS[kind](matrix), SAME, "counts", statistics, batch, hidden)
+        visible = [np.where(hidden, 0, source.rows(EVERYTHING)) for source in (first, second)]
+        arrays = [statistics.mean, statistics.fraction, statistics.target_sum, first.factor, second.factor]
+        complete = second.complete_rows(EVERYTHING, statistics.mean).toarray()
+        found.append([*arrays, second.center, complete, *visible, *second.observed(EVERYTHING)])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_statistics_of_partly_hidden_cells_are_near_those_of_whole_ones() -> None:
+    many = np.tile(counts(), (50, 1))
+    nodes = np.arange(len(many))
+    hidden = np.random.default_rng(0).random(many.shape) < 0.3
+    whole = ExpressionSource(many, SAME, "counts", None).gene_statistics(nodes)
+    part = ExpressionSource(many, SAME, "counts", None, hidden=hidden).gene_statistics(nodes)
+    np.testing.assert_allclose(part.fraction, whole.fraction, rtol=0.15)
+    np.testing.assert_allclose(part.target_sum, whole.target_sum, rtol=0.15)
+    np.testing.assert_allclose(part.mean, whole.mean, rtol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["csr", "dense"])
+def test_rows_as_seen_under_masks_equal_a_dense_reference(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    visible, pattern = rng.random((5, N_GENES)) < 0.6, rng.integers(0, 5, N_OBS)
+    visible[4] = False
+    source = make_source(FORMATS[kind](counts()))
+    found = source.as_seen(source.sparse_rows(EVERYTHING), torch.from_numpy(visible), torch.from_numpy(pattern))
+    fraction = counts().sum(0) / counts().sum()
+    expected = normalised(counts(), visible[pattern], fraction, float(np.median(counts().sum(1))))
+    seen = visible[pattern]
+    np.testing.assert_allclose(found.toarray()[seen], expected[seen], rtol=1e-4, atol=1e-6)
+    logged = ExpressionSource(np.log1p(counts()), SAME, "log", None)
+    rows = logged.sparse_rows(EVERYTHING)
+    assert logged.as_seen(rows, torch.from_numpy(visible), torch.from_numpy(pattern)) is rows
+
+
+# Panels ---------------------------------------------------------------------------------------------------------------
+
+SAMPLE = (EVERYTHING >= 15).astype(np.int64)
+LACKING = np.stack([SAME < 3, SAME >= 9])
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
+@pytest.mark.parametrize("filled", [0.0, np.nan])
+@pytest.mark.parametrize("with_hidden", [False, True])
+def test_an_outer_join_equals_its_sections(kind: str, filled: float, with_hidden: bool) -> None:
+    """Each read with the genes that it has, by the same model; in another order, beside one that it does not know."""
+    statistics = ExpressionSource(counts(), SAME, "counts", None).gene_statistics(EVERYTHING)
+    hidden = (
+        np.random.default_rng(0).random((N_OBS, N_GENES)) < 0.3 if with_hidden else np.zeros((N_OBS, N_GENES), bool)
+    )
+    order = np.random.default_rng(1).permutation(N_GENES)
+
+    def moved(table: np.ndarray) -> np.ndarray:
+        return np.hstack([table[:, :1], table[:, order]])
+
+    joined = np.where(LACKING[SAMPLE], filled, counts())
+    source = ExpressionSource(
+        FORMATS[kind](moved(joined)), 1 + np.argsort(order), "counts", statistics, SAMPLE,
+        moved(hidden) if with_hidden else None, panels=Panels(SAMPLE, moved(LACKING)),
+    )  # fmt: skip
+    for code in (0, 1):
+        cells, genes = np.flatnonzero(code == SAMPLE), np.flatnonzero(~LACKING[code])
+        columns = np.full(N_GENES, -1)
+        columns[genes] = np.arange(len(genes))
+        own = ExpressionSource(
+            FORMATS[kind](counts()[np.ix_(cells, genes)]), columns, "counts", statistics,
+            hidden=hidden[np.ix_(cells, genes)] if with_hidden else None,
+        )  # fmt: skip
+        here = np.arange(len(cells))
+        seen = observed(own, here)
+        np.testing.assert_array_equal(observed(source, cells), seen)
+        np.testing.assert_allclose(source.rows(cells)[seen], own.rows(here)[seen], rtol=1e-5)
+        np.testing.assert_allclose(source.center[code], own.center[0], rtol=1e-5)
+        assert not source.rows(cells)[:, LACKING[code]].any()
+    both = np.array([20, 3, 16, 4])
+    assert observed(source, both).shape == (4, N_GENES)
+    if not with_hidden:
+        assert len(source.observed(both)[0]) == 2
+        assert len(source.observed(both[[0, 2]])[0]) == 1
+
+
+def test_statistics_of_panels_are_those_of_whole_cells_where_counts_are_depth_times_share() -> None:
+    share = counts().sum(0) / counts().sum()
+    depth = np.where(SAMPLE == 0, 40.0, 900.0)  # sections of very different depth
+    whole = depth[:, None] * share
+    joined = np.where(LACKING[SAMPLE], 0, whole)
+    first = ExpressionSource(joined, SAME, "normalized", None, panels=Panels(SAMPLE, LACKING))
+    found = first.gene_statistics(EVERYTHING)
+    expected = ExpressionSource(whole, SAME, "normalized", None).gene_statistics(EVERYTHING)
+    np.testing.assert_allclose(found.fraction, expected.fraction, rtol=1e-4)
+    np.testing.assert_allclose(found.target_sum, expected.target_sum, rtol=1e-4)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-4)
+    np.testing.assert_allclose(first.complete_rows(EVERYTHING, found.mean).toarray()[3], found.mean, rtol=1e-4)
+
+
+def test_numbers_that_a_sample_lacks_are_not_seen() -> None:
+    values = counts() - 4.0
+    joined = np.where(LACKING[SAMPLE], np.nan, values)
+    source = ExpressionSource(joined, SAME, "real", None, panels=Panels(SAMPLE, LACKING))
+    mean = source.gene_statistics(EVERYTHING).mean
+    np.testing.assert_allclose(mean, np.nanmean(joined, axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(observed(source, EVERYTHING), ~LACKING[SAMPLE])

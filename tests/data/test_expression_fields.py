@@ -86,3 +86,35 @@ def test_a_decoder_is_asked_nothing_of_absent_nodes(graph_data_factory) -> None:
     gone = ABSENT[nodes[:20]]
     assert made["query_padding"][gone].all()
     assert not made["query_padding"][~gone].all()
+
+
+@pytest.mark.parametrize("binned", [False, True])
+def test_masked_counts_change_nothing_that_is_seen(graph_data_factory, binned) -> None:
+    """Nor does the scale of a cell: what is masked would show in its total."""
+    counts = np.random.default_rng(0).poisson(3.0, (90, 25)).astype(np.float32)
+    genes, nodes = np.arange(25), np.arange(40)
+    statistics = ExpressionSource(counts, genes, "counts", None).gene_statistics(np.arange(90))
+    tokens = {"tokens": BinnedTokens(torch.arange(25), torch.ones(25, dtype=torch.bool), 7, 0)} if binned else {}
+
+    def made(matrix):
+        source = ExpressionSource(sparse.csr_matrix(matrix), genes, "counts", statistics)
+        data = dataclasses.replace(graph_data_factory(), source=source, **tokens)
+        return fields(data, nodes, 30, MASKS), source
+
+    first, source = made(counts)
+    visible = first["visible"][first["pattern"]].numpy()
+    other = counts.copy()
+    other[nodes] = np.where(visible, counts[nodes], 40.0 * counts[nodes][:, ::-1])
+    second, moved = made(other)
+    assert not visible.all()
+    for name in ("feature_id", "padding", "visible", "pattern", "target_mask"):
+        assert torch.equal(first[name], second[name]), name
+    if binned:
+        assert torch.equal(first["value"], second["value"])
+    a, b = (
+        fields["profile"].numpy() + visible * source.center[0] for fields, source in ((first, source), (second, moved))
+    )
+    np.testing.assert_allclose(a, b, atol=2e-5)
+    # What is to be learnt stays on the scale of whole cells.
+    whole = np.log1p(counts / counts.sum(1, keepdims=True) * np.median(counts.sum(1)))
+    np.testing.assert_allclose(first["target"].numpy() + source.center[0], whole[:30], atol=1e-5)

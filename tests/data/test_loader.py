@@ -221,7 +221,7 @@ def test_masks_come_on_top_of_hidden_entries(graph_data_factory, batch_size: int
 
 
 def test_genes_that_are_not_measured_are_neither_visible_nor_targets(graph_data) -> None:
-    graph_data.source.measured = np.arange(25) != 7
+    graph_data.source.measured = (np.arange(25) != 7)[None]
     for masks in ({}, {"mask_ratio": (0.2, 0.5), "gene_mask_ratio": 0.3}):
         for batch in make_loader(graph_data, **masks):
             assert not visible_in(batch)[:, 7].any()

@@ -14,6 +14,7 @@ from scipy import sparse
 
 from fimp_sc.data import _value_checks
 from fimp_sc.data._checks import check_values
+from fimp_sc.data._value_checks import Samples, inspect_values
 
 FORMATS = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "csr_array": sparse.csr_array, "dense": np.asarray}
 FORMATS["fortran"] = np.asfortranarray
@@ -50,7 +51,7 @@ def test_bad_values_are_counted_and_located(form, value, message):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    shape=st.tuples(st.integers(2, 9), st.integers(1, 9)),
     seed=st.integers(0, 10_000),
     chunk_values=st.integers(1, 12),
     form=st.sampled_from(sorted(FORMATS)),
@@ -113,7 +114,12 @@ def proportions(total: float) -> np.ndarray:
         (proportions(1e4), "normalized"),
         (proportions(1.0), "normalized"),  # small values, equal totals
         (counts() * 40.5, "normalized"),
-        (np.log1p(np.stack([np.roll([5, 0, 2, 1.5], i) for i in range(4)])), "log"),  # equal totals before and after
+        (np.sqrt(counts(300, 40)) ** 2 / 7, "normalized"),
+        (np.log1p(counts(300, 400) / counts(300, 400).sum(1, keepdims=True) * 50)[:, :40], "log"),  # of some genes
+        (np.log2(1 + proportions(50.0)), "log"),
+        (np.log10(1 + proportions(50.0)), "log"),
+        (counts(300, 40) / np.random.default_rng(0).uniform(1, 9, (300, 1)), "normalized"),  # volumes
+        (np.log1p(counts(300, 40)), "log"),
     ],
 )
 def test_auto_scale(form, matrix, scale):
@@ -207,3 +213,161 @@ def test_bad_real_numbers(value, message):
     matrix[1, 2] = value
     with pytest.raises(ValueError, match=message):
         check_values(matrix, where="adata.X", input_scale="real")
+
+
+# Guesses --------------------------------------------------------------------------------------------------------------
+
+
+def corrected() -> np.ndarray:
+    """Sparse counts less a part of each, as tools against ambient molecules leave them."""
+    rng = np.random.default_rng(0)
+    return rng.poisson(0.3, (300, 60)) * rng.uniform(0.7, 1.0, (300, 60))
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("matrix", "scale", "message"),
+    [
+        (corrected(), "normalized", "do not tell whether logarithms were taken: they are taken for corrected counts"),
+        (np.log1p(corrected() * 20), "log", "they are taken for logarithms"),
+        (np.sqrt(counts(300, 40)), "log", "look like square roots"),
+        (np.sqrt(counts(300, 40)) * 30, "log", "look like square roots"),
+        (np.random.default_rng(0).random((30, 40)), "normalized", "confirm with input_scale='normalized'"),
+        (np.random.default_rng(0).random((30, 40)) + 1, "log", "otherwise say 'normalized'"),
+        (np.log1p(np.stack([np.roll([5, 0, 2, 1.5], i) for i in range(4)])), "log", "taken for logarithms"),
+    ],
+)
+def test_a_guess_is_announced(form, matrix, scale, message):
+    with pytest.warns(UserWarning, match=message):
+        assert check_values(FORMATS[form](matrix), where="adata.X") == scale
+    assert check_values(FORMATS[form](matrix), where="adata.X", input_scale=scale) == scale
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("form", ["csr", "csc", "csr_array"])
+@pytest.mark.parametrize(
+    ("matrix", "scale"),
+    [(counts(40, 30), "counts"), (np.log1p(proportions(1e4)), "log"), (counts(40, 30) * 40.5, "normalized")],
+)
+def test_entries_that_are_stored_in_parts_are_judged_by_their_sum(form, matrix, scale):
+    whole = FORMATS[form](matrix)
+    parts = type(whole)(
+        (np.repeat(whole.data, 2) / 2, np.repeat(whole.indices, 2), 2 * whole.indptr), shape=whole.shape
+    )
+    assert not parts.has_canonical_format
+    assert check_values(parts, where="adata.X") == scale
+    assert parts.nnz == 2 * whole.nnz, "the matrix stays as it is"
+
+
+# Genes that some samples lack -----------------------------------------------------------------------------------------
+
+SAMPLES = Samples(np.arange(240) // 80, ["a", "b", "c"], "section")
+FEW = pytest.mark.filterwarnings("ignore:.*(genes are zero for every cell|cells are empty):UserWarning")
+
+
+def panels(rate=2.0, n_genes=60, seed=0) -> tuple[np.ndarray, np.ndarray]:
+    """Counts of three samples, the first of which lacks ten genes and the second five others; and what they lack."""
+    rng = np.random.default_rng(seed)
+    matrix = rng.poisson(rate * rng.gamma(2.0, 0.5, (240, 1)) * rng.uniform(0.5, 2, n_genes)).astype(np.float64)
+    lacking = np.zeros((3, n_genes), dtype=bool)
+    lacking[0, 3:13] = lacking[1, 20:25] = True
+    return matrix, lacking
+
+
+def shown(matrix: np.ndarray, scale: str) -> np.ndarray:
+    if scale == "counts":
+        return matrix
+    scaled = matrix / np.maximum(matrix.sum(1, keepdims=True), 1) * 1e4
+    return scaled if scale == "normalized" else np.log1p(scaled)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("scale", ["counts", "normalized", "log"])
+@pytest.mark.parametrize("filled", [0.0, np.nan])
+def test_genes_that_a_sample_never_shows_are_not_measured_in_it(form, scale, filled):
+    matrix, lacking = panels()
+    gone = lacking[SAMPLES.code]
+    stored = np.where(gone, filled, shown(np.where(gone, 0, matrix), scale))
+    expected = "zero or NaN in adata.X throughout a sample of obs\\['section'\\].* 10 in 'a', 5 in 'b'\\. They count as"
+    with pytest.warns(UserWarning, match=expected):
+        found = inspect_values(FORMATS[form](stored), where="adata.X", samples=SAMPLES)
+    assert found.scale == scale
+    np.testing.assert_array_equal(found.lacking, lacking)
+
+
+@pytest.mark.parametrize(
+    "silent",
+    [
+        pytest.param({"genes": slice(0, 10), "rate": 0.002}, id="rare genes, seen nowhere by chance"),
+        pytest.param({"genes": slice(0, 1), "n_genes": 150, "rate": 2.0}, id="one gene of many"),
+    ],
+)
+@FEW
+def test_genes_that_are_silent_for_other_reasons_are_measured(silent):
+    matrix, _ = panels(silent["rate"], silent.get("n_genes", 60))
+    matrix[:80, silent["genes"]] = 0
+    matrix[:, -1] = 3  # no cell is empty
+    assert inspect_values(matrix, where="adata.X", samples=SAMPLES).lacking is None
+    assert inspect_values(matrix - 0.5, where="adata.X", samples=SAMPLES, input_scale="real").lacking is None
+
+
+def test_samples_of_one_class_each_lack_nothing():
+    """Ten genes of each class are ten times as high there, as in crops of one layer each."""
+    rng = np.random.default_rng(0)
+    rate = np.full((3, 90), 0.2)
+    for i in range(3):
+        rate[i, 10 * i : 10 * i + 10] = 2.0
+    assert inspect_values(rng.poisson(rate[SAMPLES.code]), where="adata.X", samples=SAMPLES).lacking is None
+
+
+@pytest.mark.parametrize("key", ["section", "cell_type", "bregma"])
+@pytest.mark.parametrize(
+    "name", ["dlpfc_visium_151673", "dlpfc_visium_151674", "merfish_hypothalamus_animal1", "her2st_patients_A-F"]
+)
+@FEW
+def test_no_gene_of_a_real_panel_is_said_to_be_lacking(shared_data, name, key):
+    """Crops of one class each, and thirty small sections of six patients."""
+    adata = ad.read_h5ad(shared_data / f"{name}.h5ad")
+    if key not in adata.obs:
+        pytest.skip("no such column")
+    column = pd.Categorical(adata.obs[key])
+    samples = Samples(column.codes.astype(np.int64), list(column.categories), key)
+    assert inspect_values(adata.X, where="adata.X", samples=samples).lacking is None
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("form", FORMATS)
+def test_nan_that_do_not_fill_a_sample_are_an_error(form):
+    matrix, _ = panels()
+    matrix[:80, 3:13] = np.nan
+    matrix[100, 50] = np.nan
+    stored = FORMATS[form](matrix)
+    with pytest.raises(
+        ValueError, match=r"1 value that is NaN, first at cell 100, gene 50 .*by 'section'.*join='inner'"
+    ):
+        inspect_values(stored, where="adata.X", samples=SAMPLES)
+    with pytest.raises(ValueError, match=r"801 values that are NaN, first at cell 0, gene 3 .*library_key="):
+        inspect_values(stored, where="adata.X")
+
+
+def test_genes_that_are_nan_throughout_are_not_measured_at_all():
+    matrix = counts()
+    matrix[:, 2] = np.nan
+    with pytest.warns(UserWarning, match="1 of 7 genes are NaN in adata.X throughout: they count as not measured"):
+        found = inspect_values(matrix, where="adata.X")
+    np.testing.assert_array_equal(found.lacking, [np.arange(7) == 2])
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("form", FORMATS)
+def test_cells_that_do_not_matter_are_of_no_sample(form):
+    matrix, lacking = panels()
+    matrix[lacking[SAMPLES.code]] = 0
+    code = np.where(np.arange(240) % 7 == 0, -1, SAMPLES.code)
+    matrix[code < 0, 3] = np.nan
+    matrix[code < 0, 4] = 99
+    with pytest.warns(UserWarning, match="10 in 'a', 5 in 'b'"):
+        found = inspect_values(FORMATS[form](matrix), where="adata.X", samples=SAMPLES._replace(code=code))
+    np.testing.assert_array_equal(found.lacking, lacking)

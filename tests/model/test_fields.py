@@ -141,13 +141,24 @@ def test_the_scale_is_registered_and_values_are_looked_at_once(tissue, make_mode
     from fimp_sc.model import _fields
 
     calls = []
-    check = _fields.check_values
-    monkeypatch.setattr(_fields, "check_values", lambda *a, **k: calls.append(k["input_scale"]) or check(*a, **k))
+    check = _fields.inspect_values
+    monkeypatch.setattr(_fields, "inspect_values", lambda *a, **k: calls.append(k["input_scale"]) or check(*a, **k))
     model = make_model(tissue, {"input_scale": "auto"})
     assert model.registry["field_registries"]["X"]["state_registry"]["input_scale"] == "counts"
     assert calls == ["auto"]
     other = tissue.copy()
     other.X = other.X * 0.37
     manager = model.adata_manager.transfer_fields(other)
-    assert manager.registry["field_registries"]["X"]["state_registry"]["input_scale"] == "log"
+    assert manager.registry["field_registries"]["X"]["state_registry"]["input_scale"] == "normalized"
     assert calls == ["auto", "auto"]
+    other.X = other.X.log1p()
+    with pytest.warns(UserWarning, match="taken for log-normalized values, and the model was trained on counts"):
+        manager = model.adata_manager.transfer_fields(other)
+    assert manager.registry["field_registries"]["X"]["state_registry"]["input_scale"] == "log"
+    assert manager.registry["field_registries"]["X"]["state_registry"]["trained_scale"] == "counts"
+
+
+def test_the_resolved_scale_is_logged(tissue, make_model, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fimp_sc"):
+        make_model(tissue)
+    assert "The values of adata.X are taken for counts (input_scale='counts')." in caplog.text

@@ -12,6 +12,7 @@ from fimp_sc.data._tokens import hide_genes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from scipy import sparse
     from torch import Tensor
 
     from fimp_sc.data._expression import ExpressionSource
@@ -48,13 +49,8 @@ def expression_fields(
     rows = source.sparse_rows(nodes)
     masks = mask_ratio, gene_mask_ratio, mask_cells, seed, tokens.gene_key
     visible, pattern, hidden = _masks(source, nodes, n_dst, *masks)
-    values = rows.toarray()
-    code = source.batch[nodes]
-    for batch in np.unique(code):
-        mine = code == batch
-        values[slice(None) if mine.all() else mine] -= source.center[batch]
-    profile = torch.from_numpy(values)
-    target = profile[:n_dst].clone()
+    profile = _centered(rows if mask_ratio is None else source.as_seen(rows, visible, pattern), source, nodes)
+    target = profile[:n_dst].clone() if mask_ratio is None else _centered(rows[:n_dst], source, nodes[:n_dst])
     if mask_ratio is not None or not visible.all():
         profile.mul_(visible.float().index_select(0, pattern))
     feature_id, value, padding = tokens(rows, profile, visible, pattern, n_tokens)
@@ -72,6 +68,14 @@ def expression_fields(
         queries = tokens.queries(rows[:n_dst], visible, pattern[:n_dst], hidden, seed)
         made["query_id"], made["query_bin"], made["query_padding"] = queries
     return made
+
+
+def _centered(rows: sparse.csr_matrix, source: ExpressionSource, nodes: NDArray[np.int64]) -> Tensor:
+    values, code = rows.toarray(), source.batch[nodes]
+    for batch in np.unique(code):
+        mine = code == batch
+        values[slice(None) if mine.all() else mine] -= source.center[batch]
+    return torch.from_numpy(values)
 
 
 def _masks(

@@ -12,6 +12,7 @@ from scipy import sparse
 
 from fimp_sc.data import BinnedTokens, CentredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs, label_text
+from fimp_sc.data._expression import Panels
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import Part, expand_rows, nodes_of, parts_of
 from fimp_sc.data._sequence_sources import sequence_source, token_shape
@@ -171,6 +172,7 @@ class GraphModel(RegisteringModel):
             data.source = ExpressionSource(
                 matrix, columns, scale, self._statistics(), batch, hidden, table.absent,
                 state.get(ExpressionField.TRAINED_SCALE, scale),
+                _panels(state, codes[LIBRARY_KEY if setup["library_key"] else BATCH_KEY]),
             )  # fmt: skip
             data.tokens = self._token_source()
         data.sequences = self._sequence_sources(adata, located, hidden_tokens or {})
@@ -245,3 +247,9 @@ class GraphModel(RegisteringModel):
             reconstruct=reconstruct, **how,
         )  # fmt: skip
         return out if indices is None else out[inverse]
+
+
+def _panels(state: Mapping[str, Any], sample: NDArray[np.int64]) -> Panels | None:
+    """Return which genes each cell's sample measured, where that is not all, from what was registered."""
+    lacking = state.get(ExpressionField.LACKING)
+    return None if lacking is None else Panels(sample, lacking)

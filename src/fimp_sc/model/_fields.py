@@ -10,6 +10,7 @@ import pandas as pd
 from scvi.data.fields import BaseAnnDataField
 
 from fimp_sc._errors import MissingKeyError
+from fimp_sc._logging import warn
 from fimp_sc.data._checks import (
     check_anndata,
     check_coordinates,
@@ -17,13 +18,13 @@ from fimp_sc.data._checks import (
     check_labels,
     check_object,
     check_obs_key,
-    check_values,
     get_matrix,
     get_obs,
     label_text,
 )
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import Part, check_whole, nodes_of, parts_of
+from fimp_sc.data._value_checks import Samples, inspect_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -99,18 +100,24 @@ class _Field(BaseAnnDataField):
 class ExpressionField(_Field):
     """Expression, or features, in ``X`` or a layer of a modality. Another object may have others, if some are shared.
 
-    The names that are registered are those of the object of training, and its scale beside that of the object.
+    The names that are registered are those of the object of training, and its scale beside that of the object. Genes
+    that were not measured in every sample are registered by sample.
 
     Without any such modality (of signals or images only) the field is empty.
     """
 
     NAMES = "column_names"
     SCALE, TRAINED_SCALE = "input_scale", "trained_scale"
+    SAMPLES, LACKING = "samples", "lacking"
 
-    def __init__(self, layer: str | None, input_scale: str, modality: Any = None) -> None:
+    def __init__(
+        self, layer: str | None, input_scale: str, modality: Any = None, sample: tuple[str, str] | None = None
+    ) -> None:
         super().__init__(X_KEY, layer, modality)
         self._attr = "X" if layer is None else "layers"
         self._input_scale = input_scale
+        # Key and what it is for.
+        self._sample = sample
 
     def part(self, data: AnnData | MuData) -> Part | None:
         """Return the modality with expression or features, if there is one."""
@@ -134,14 +141,33 @@ class ExpressionField(_Field):
         if part.adata is not adata:
             where = where.replace("adata", f"mdata[{part.name!r}]")
         scale = "real" if part.kind == "feature" and self._input_scale == "auto" else self._input_scale
-        found = check_values(get_matrix(part.adata, self.attr_key), where=where, input_scale=scale)
-        return {
+        samples = self._samples(adata, part)
+        found = inspect_values(get_matrix(part.adata, self.attr_key), where=where, input_scale=scale, samples=samples)
+        if self._input_scale == "auto" and part.kind != "feature":
+            logger.info(
+                "The values of %s are taken for %s (input_scale=%r).", where, _MEANING[found.scale], found.scale
+            )
+        state = {
             "n_obs": self.nodes(adata).n_obs,
             "n_vars": part.adata.n_vars,
             self.NAMES: np.asarray(part.adata.var_names.astype(str)),
-            self.SCALE: found,
-            self.TRAINED_SCALE: found,
+            self.SCALE: found.scale,
+            self.TRAINED_SCALE: found.scale,
         }
+        if found.lacking is not None:
+            state |= {self.SAMPLES: [] if samples is None else list(samples.names), self.LACKING: found.lacking}
+        return state
+
+    def _samples(self, adata: AnnData | MuData, part: Part) -> Samples | None:
+        """Return the sample of each row of a modality, where samples are named."""
+        if self._sample is None:
+            return None
+        column = check_obs_key(self.nodes(adata), *self._sample)
+        code = column.codes.astype(np.int64)
+        if part.rows is not None:
+            of_nodes, code = code, np.full(part.adata.n_obs, -1, dtype=np.int64)
+            code[part.rows[part.rows >= 0]] = of_nodes[part.rows >= 0]
+        return Samples(code, [str(name) for name in column.categories], self._sample[0])
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
         self.validate_field(adata_target)
@@ -158,10 +184,28 @@ class ExpressionField(_Field):
         # Weights belong to the genes of training, whatever this object has.
         trained = state_registry.get(self.TRAINED_SCALE, state_registry.get(self.SCALE))
         known = {"n_vars": n_model, self.NAMES: state_registry[self.NAMES], self.TRAINED_SCALE: trained}
-        return self.register_field(adata_target) | known
+        state = self.register_field(adata_target)
+        found = state[self.SCALE]
+        if self._input_scale == "auto" and trained is not None and _ALIKE.get(found) != _ALIKE.get(trained):
+            where = f"layers[{self.attr_key!r}]" if self.attr_key else "X"
+            warn(
+                f"The values of {where} are taken for {_MEANING[found]}, and the model was trained on "
+                f"{_MEANING[trained]}. Pass values as in training, or confirm with input_scale={found!r}."
+            )
+        return state | known
 
     def get_summary_stats(self, state_registry: dict) -> dict:
         return {"n_cells": state_registry["n_obs"], "n_vars": state_registry["n_vars"]}
+
+
+# Of counts and of values in proportion to them the same becomes.
+_ALIKE = {"counts": "linear", "normalized": "linear", "log": "log", "real": "real"}
+_MEANING = {
+    "counts": "counts",
+    "normalized": "normalized values without a logarithm",
+    "log": "log-normalized values",
+    "real": "real numbers",
+}
 
 
 def _report_shared(genes: NDArray[Any], adata: AnnData) -> None:
@@ -325,8 +369,9 @@ def registered_fields(setup: Mapping[str, Any], sequences: Sequence[str] = ()) -
         Names of the modalities that hold signals or images.
     """
     modality = setup.get("modality")
+    keys = [(setup[f"{role}_key"], role) for role in ("library", "batch") if setup[f"{role}_key"]]
     return [
-        ExpressionField(setup["layer"], setup["input_scale"], modality),
+        ExpressionField(setup["layer"], setup["input_scale"], modality, keys[0] if keys else None),
         *(SequenceField(name, setup["spatial_key"], modality) for name in sequences),
         GraphField(setup["connectivities_key"], setup["library_key"], modality),
         LabelField(setup["labels_key"], setup["unlabeled_category"], modality),
