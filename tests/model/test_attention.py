@@ -80,7 +80,7 @@ def test_gene_attention_is_the_mean_over_edges(trained, chosen) -> None:
 
 def test_a_gene_is_present_where_it_is_expressed_and_a_token(trained, chosen) -> None:
     data = trained._attention_data(None)
-    present = trained._gene_tokens(data, chosen).present()
+    present = trained._token_genes(data, chosen)
     batch = batch_of_all(trained, 0)
     X = trained.adata[:, chosen].X.toarray()
     expected = np.zeros(X.shape, dtype=bool)
@@ -90,6 +90,17 @@ def test_a_gene_is_present_where_it_is_expressed_and_a_token(trained, chosen) ->
     np.testing.assert_array_equal(present, expected)
     assert ((X > 0) & ~present).any()
     assert present.any()
+
+
+def test_groups_are_matched_by_the_names_of_nodes(trained, chosen) -> None:
+    groups = trained.adata.obs["niche"]
+    shuffled = groups.sample(frac=1, random_state=0)
+    assert (shuffled.to_numpy() != groups.to_numpy()).any()
+    one, other = (trained.get_gene_attention(of, genes=chosen) for of in (groups, shuffled))
+    np.testing.assert_array_equal(one[0], other[0])
+    np.testing.assert_array_equal(one[1], other[1])
+    unnamed = trained.get_gene_attention(groups.to_numpy(), genes=chosen)
+    np.testing.assert_array_equal(one[1], unnamed[1])
 
 
 def test_edges_are_counted_by_groups(trained, chosen) -> None:
@@ -192,6 +203,10 @@ def test_unusable_input(tissue, trained, make, make_model) -> None:
         trained.get_gene_attention(trained.adata.obs["niche"], genes=["nothing"])
     with pytest.raises(ValueError, match="one entry per node, 120: found 3"):
         trained.get_gene_attention(["a", "b", "a"], genes=list(trained.genes[:2]))
+    with pytest.raises(ValueError, match="gene more than once"):
+        trained.get_gene_attention(trained.adata.obs["niche"], genes=[trained.genes[0]] * 2)
+    with pytest.raises(TypeError, match="groups holds numbers"):
+        trained.get_gene_attention(np.linspace(0, 1, 120), genes=list(trained.genes[:2]))
 
 
 @pytest.mark.filterwarnings("ignore:.*are left out. Choose another token_size")

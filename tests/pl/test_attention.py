@@ -53,6 +53,19 @@ def test_stricter_rates_leave_fewer_pairs_of_genes() -> None:
     assert ax.images[0].get_clim()[0] == 0
 
 
+def test_the_unlabeled_category_is_not_shown() -> None:
+    adata = heard()
+    adata.uns["fimp_attention"]["params"]["unlabeled_category"] = "A"
+    ax = pl.attention(adata, show=False)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["B"]
+    assert numbers(ax) == {(0, 0): "1.5"}
+    pairs = pl.gene_pairs(adata, show=False)
+    assert [label.get_text() for label in pairs.get_yticklabels()] == ["L (B) → R (B)"]
+    assert len(adata.uns["fimp_attention"]["pairs"]) == 4, "the object stays as it is"
+    arrows = pl.attention_arrows(adata, "c0", show=False)
+    assert [text.get_text() for text in arrows.get_legend().get_texts()] == ["B", "missing"]
+
+
 def test_axes_show_and_save(monkeypatch, tmp_path) -> None:
     _, own = plt.subplots()
     adata = heard()

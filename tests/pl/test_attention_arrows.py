@@ -109,3 +109,11 @@ def test_nothing_leaves_the_figure(names: list[str]) -> None:
     assert ax.get_window_extent().x1 < legend.x0
     assert legend.x1 <= figure.bbox.x1
     assert figure.axes[-1].get_tightbbox().x0 >= 0
+
+
+def test_neighbours_in_the_place_of_the_cell_are_drawn() -> None:
+    adata = heard()
+    adata.obsm["spatial"][:] = 0
+    ax = pl.attention_arrows(adata, "c0", show=False)
+    assert ax.get_xlim() == (-1, 1)
+    ax.figure.canvas.draw()

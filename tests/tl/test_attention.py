@@ -189,7 +189,7 @@ def test_pairs_to_test(read, model, caplog) -> None:
 def test_pairs_with_too_little_support_are_not_tested(read, model) -> None:
     fimp_sc.tl.attention(read, "cell_type", key_added="k", model=model, min_support=40, **QUICK)
     genes = list(read.uns["k"]["genes"])
-    present = model._gene_tokens(model._attention_data(None), genes).present()
+    present = model._token_genes(model._attention_data(None), genes)
     share = pd.DataFrame(present, columns=genes).groupby(read.obs["cell_type"].to_numpy()).mean()
     n_edges = read.uns["k"]["groups"].set_index(KEY[:2])["n_edges"]
     expected = {
@@ -208,6 +208,93 @@ def test_cells_without_group_are_left_out(read, model) -> None:
     kept = read.obs["part"].notna().to_numpy()
     edges = read.obsp["spatial_connectivities"][kept][:, kept].nnz
     assert read.uns["k"]["groups"]["n_edges"].sum() == edges
+
+
+@pytest.mark.parametrize(("name", "how"), [("Unknown", {}), ("to do", {"unlabeled_category": "to do"})])
+def test_the_unlabeled_category_is_no_group(read, model, name, how) -> None:
+    kept = np.arange(read.n_obs) % 3 > 0
+    read.obs["missing"] = read.obs["cell_type"].astype(object).where(kept)
+    read.obs["named"] = pd.Categorical(read.obs["missing"].fillna(name))
+    for column in ("missing", "named"):
+        fimp_sc.tl.attention(read, column, key_added=column, model=model, **how, **QUICK)
+    assert read.uns["named"]["params"]["unlabeled_category"] == name
+    for table in ("groups", "pairs"):
+        one, other = (read.uns[key][table] for key in ("missing", "named"))
+        pd.testing.assert_frame_equal(one, other)
+        assert not (other[KEY[:2]].astype(str) == name).any(axis=None)
+
+
+@pytest.mark.parametrize("dtype", [bool, int, float, "Int64", "boolean", object])
+def test_groups_may_be_flags_and_whole_numbers(read, model, dtype) -> None:
+    kind = read.obs["cell_type"] == "Dendritic"
+    read.obs["kind"] = kind.astype(bool).astype(dtype)
+    if dtype in (float, "Int64", "boolean", object):
+        read.obs.loc[read.obs_names[:9], "kind"] = None
+    fimp_sc.tl.attention(read, "kind", key_added="k", model=model, **QUICK)
+    names = ["False", "True"] if dtype in (bool, "boolean", object) else ["0", "1"]
+    assert list(read.uns["k"]["groups"]["source_group"].cat.categories) == names
+    fimp_sc.tl.attention(read, "cell_type", key_added="types", model=model, **QUICK)
+    if dtype is bool:
+        both = [
+            read.uns[key]["groups"].astype(dict.fromkeys(KEY[:2], str)).set_index(KEY[:2]) for key in ("k", "types")
+        ]
+        assert both[0].loc[("True", "True"), "n_edges"] == both[1].loc[("Dendritic", "Dendritic"), "n_edges"]
+
+
+def test_where_permutations_do_not_vary_pvalues_are_one(fresh, caplog) -> None:
+    """Every sample is one group: groups that are dealt out within samples stay as they are."""
+    how = {**SMALL, "min_support": 1, "n_permutations": 10}
+    fimp_sc.tl.attention(fresh, "section", null="labels", **how)
+    for table in ("groups", "pairs"):
+        found = fresh.uns["fimp_attention"][table]
+        assert len(found)
+        assert (found["pvalue"] == 1).all()
+        assert (found["fdr"] == 1).all()
+        assert (found["z"] == 0).all()
+    assert "No permutation differs from what was found" in caplog.text
+    caplog.clear()
+    # A gene that is constant within groups, and a group of one cell.
+    kind = np.asarray(fresh.obs["cell_type"].cat.codes)
+    values = np.log1p(fresh.X.toarray())
+    values[:, 0] = np.array([1.3, 0.7, 2.9])[kind]
+    fresh.layers["log"] = values
+    fresh.obs["kind"] = np.where(np.arange(fresh.n_obs) == 50, "one cell", fresh.obs["cell_type"].astype(str))
+    how |= {"layer": "log", "input_scale": "log", "min_edges": 1}
+    fimp_sc.tl.attention(fresh, "kind", key_added="k", **how)
+    table = pairs(fresh, "k")
+    still = (table[KEY[2:]] == fresh.var_names[0]).any(axis=1) | (table[KEY[:2]] == "one cell").any(axis=1)
+    assert 20 < still.sum() < len(table)
+    assert (table.loc[still, ["pvalue", "fdr"]] == 1).all(axis=None)
+    assert table["pvalue"].between(0, 1, inclusive="right").all()
+    assert table.loc[~still, "pvalue"].min() < 0.1
+    assert "No permutation differs" not in caplog.text
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_permutations_are_counted_for_the_user(read, model, capfd, verbose) -> None:
+    fimp_sc.tl.attention(read, "cell_type", key_added="k", model=model, **{**QUICK, "verbose": verbose})
+    shown = "".join(capfd.readouterr())
+    assert ("Permutations, pairs of genes: 100%" in shown) is verbose
+    assert ("Permutations, influence: 100%" in shown) is verbose
+    assert verbose or not shown
+
+
+def test_what_is_tested_nowhere_is_said(read, model, caplog) -> None:
+    asked = pd.DataFrame({"source": ["CD74", read.uns["communication"]["ligand"]], "target": ["CD74", "CD52"]})
+    genes = pd.unique(asked.to_numpy().ravel())
+    present = model._token_genes(model._attention_data(None), genes)
+    share = pd.DataFrame(present, columns=genes).groupby(read.obs["cell_type"].to_numpy()).mean()
+    n_edges = read.uns["fimp_attention"]["groups"].set_index(KEY[:2])["n_edges"]
+    support = [
+        max(n * share.loc[source, of] * share.loc[destination, to] for (source, destination), n in n_edges.items())
+        for of, to in asked.itertuples(index=False)
+    ]
+    how = {"min_support": np.mean(support), "pairs": asked, "key_added": "k", "model": model}
+    fimp_sc.tl.attention(read, "cell_type", **how, **QUICK)
+    said, tested = asked.iloc[np.argsort(support)].to_numpy().tolist()
+    assert "1 of 2 pairs of genes are tested between no groups" in caplog.text
+    assert f"have both as tokens: {said[0]} → {said[1]}." in caplog.text
+    assert (pairs(read, "k")[KEY[2:]] == tested).all(axis=None)
 
 
 def test_results_survive_a_file(read, tmp_path) -> None:
@@ -254,28 +341,64 @@ def test_foundation_stack(fresh, scgpt_checkpoint, unchanged) -> None:
 BAD = [
     ({"model_kwargs": {"messages": False}}, ValueError, "without messages there is no attention"),
     ({"groupby": "type"}, KeyError, r"'type' is not in adata\.obs"),
-    ({"groupby": "one"}, ValueError, "has one group only"),
-    ({"genes": ["CD74", "nothing"]}, KeyError, "'nothing' is not in the genes of the model"),
+    ({"groupby": "one"}, ValueError, "has one group only, 'same', and 0 of "),
+    ({"groupby": "half"}, ValueError, "has one group only, 'A', and 50 of "),
+    ({"groupby": "none"}, ValueError, "has no group, and "),
+    ({"groupby": "size"}, TypeError, r"holds numbers .dtype float64, .* not groups.* pandas\.cut"),
+    ({"groupby": "number"}, TypeError, "holds numbers .dtype int64, 300 different ones., not groups"),
+    ({"groupby": "barcode", "min_edges": 1}, ValueError, "300 groups of 300 cells: far too many"),
+    ({"genes": ["CD74", "nothing"]}, KeyError, "'nothing' is not in adata.var_names"),
+    ({"genes": []}, ValueError, "no genes to look at"),
+    ({"genes": ["NEVER"]}, ValueError, "Nothing to test: no pair of groups has min_edges=30 edges, 10 of which"),
     ({"pairs": pd.DataFrame({"from": ["a"], "to": ["b"]})}, KeyError, "Name the columns 'source' and 'target'"),
     ({"pairs": pd.DataFrame({"source": ["a"], "target": ["b"]})}, ValueError, "None of the 1 pairs"),
     ({"pairs": pd.DataFrame({"source": [], "target": []})}, ValueError, "no rows"),
+    ({"pairs": pd.DataFrame([["a"] * 3], columns=["source", "target", "target"])}, ValueError, "more than one column"),
     ({"pairs": [("a", "b")]}, TypeError, "must be a data frame"),
     ({"null": "nothing"}, ValueError, "null"),
     ({"statistic": "nothing"}, ValueError, "statistic"),
-    ({"n_permutations": 3}, ValueError, "at least 10, found 3"),
+    ({"n_permutations": 3}, ValueError, "at least 10"),
     ({"inference_kwargs": {"strategy": "layers"}}, ValueError, "batch_size.* alone, found .strategy."),
-    ({"n_genes": 0}, ValueError, "n_genes must be at least 1"),
+    ({"n_genes": 0}, ValueError, "n_genes must be"),
     ({"influence_layer": 9}, ValueError, "layer must be from 0 to 1, found 9"),
-    ({"min_edges": 10**6}, ValueError, "Nothing to test"),
+    ({"min_edges": 10**6}, ValueError, "Nothing to test: no pair of 3 groups has min_edges=1000000 edges, of "),
+    ({"min_support": 10**6}, ValueError, "Nothing to test: no pair of groups has min_edges=30 edges, 1000000 of which"),
 ]
 
 
+@pytest.fixture(scope="session")
+def odd() -> ad.AnnData:
+    """Tissue with columns that are no groups, and a gene that is expressed nowhere; not to be changed."""
+    adata = tissue(5, 301)[:300].copy()
+    adata.var_names = [*adata.var_names[:-1], "NEVER"]
+    adata.X = adata.X.multiply(np.arange(20) < 19).tocsr()
+    adata.X.eliminate_zeros()
+    rng = np.random.default_rng(0)
+    adata.obs["one"] = "same"
+    adata.obs["half"] = np.where(np.arange(300) < 50, "Unknown", "A")
+    adata.obs["none"] = np.nan
+    adata.obs["size"], adata.obs["number"] = rng.random(300), np.arange(300)
+    adata.obs["barcode"] = adata.obs_names
+    return adata
+
+
+@pytest.mark.filterwarnings("ignore:1 of 20 genes are zero")
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD)
-def test_unusable_input(read, model, unchanged, arguments, error, message) -> None:
-    read.obs["one"] = "same"
+def test_unusable_input_is_told_before_training(odd, unchanged, trainings, arguments, error, message) -> None:
     arguments = {"groupby": "cell_type", **arguments}
-    with unchanged(read), pytest.raises(error, match=message):
-        fimp_sc.tl.attention(read, key_added="k", model=model, **arguments, **QUICK)
+    with unchanged(odd), pytest.raises(error, match=message):
+        fimp_sc.tl.attention(odd, key_added="k", **SMALL | arguments)
+    assert not trainings
+
+
+def test_a_model_that_is_passed_is_checked_before_permutations(read, model, unchanged, monkeypatch) -> None:
+    monkeypatch.setattr(_attention, "group_tests", None)
+    other = read[:, read.var_names[:-1]].copy()
+    other.var_names = [*other.var_names[:-1], "NEW"]
+    with unchanged(other), pytest.raises(KeyError, match="'NEW' is not in the genes of the model that are measured"):
+        fimp_sc.tl.attention(other, "cell_type", genes=["CD74", "NEW"], key_added="k", model=model, **QUICK)
+    with pytest.raises(ValueError, match="Nothing to test"):
+        fimp_sc.tl.attention(other, "cell_type", min_edges=10**6, key_added="k", model=model, **QUICK)
 
 
 def test_images_have_no_genes(pictures) -> None:
@@ -297,3 +420,19 @@ def test_several_modalities(joint, only_changed) -> None:
     table = pairs(joint, "k")
     assert {*table["source_gene"], *table["destination_gene"]} <= set(joint["rna"].var_names)
     assert table["attention"].max() > 0
+
+
+def test_cells_without_expression_are_left_out_of_pairs_of_genes(joint) -> None:
+    """All of them would be alike in every gene, and be neighbours."""
+    how = {"max_epochs": 1, "accelerator": "cpu", "verbose": False, "n_permutations": 10, "min_edges": 3}
+    size = {"n_latent": 16, "n_heads": 2, "token_size": {"bold": 3}}
+    fimp_sc.tl.attention(
+        joint, "kind", modality=["rna", "bold"], key_added="k", min_support=1, model_kwargs=size, **how
+    )
+    measured = joint.obs_names.isin(joint["rna"].obs_names)
+    kind, coo = joint.obs["kind"].to_numpy(), joint.obsp["spatial_connectivities"].tocoo()
+    edges = pd.DataFrame({"s": kind[coo.col], "d": kind[coo.row]})[measured[coo.row] & measured[coo.col]].value_counts()
+    counts = pairs(joint, "k").astype(dict.fromkeys(KEY[:2], str)).groupby(KEY[:2])["n_edges"].agg(["min", "max"])
+    for groups, count in counts.iterrows():
+        assert count.tolist() == [edges[groups]] * 2
+    assert edges.sum() < joint.uns["k"]["groups"]["n_edges"].sum()

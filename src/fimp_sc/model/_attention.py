@@ -11,9 +11,9 @@ from lightning.fabric.utilities import move_data_to_device
 from scipy import sparse
 
 from fimp_sc.data import BlockDataset, BlockSampler, NodeGraph
-from fimp_sc.data._access import shorten
+from fimp_sc.data._access import label_text, shorten
 from fimp_sc.model._base import GraphModel
-from fimp_sc.model._gene_pairs import GeneTokens, gene_tokens, pair_sums
+from fimp_sc.model._gene_pairs import GeneTokens, gene_tokens, pair_sums, token_genes
 from fimp_sc.nn._edge_attention import message_layers, recorded_influence
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from fimp_sc.data import GraphData
 
 _BLOCK = 256
+# So many groups are never too many; of more, each should have about so many cells.
+_GROUPS, _CELLS_PER_GROUP = 100, 10
 
 
 class AttentiveModel(GraphModel):
@@ -62,9 +64,7 @@ class AttentiveModel(GraphModel):
             model (``aggregate="final"``).
         """
         network = self.module.network
-        layers = message_layers(network)
-        if layer is not None and not 0 <= layer < len(layers):
-            raise ValueError(f"layer must be from 0 to {len(layers) - 1}, found {layer}.")
+        self._check_layer(layer)
         data = self._attention_data(adata)
         csr = data.graph.csr
         row = np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
@@ -100,11 +100,12 @@ class AttentiveModel(GraphModel):
         Parameters
         ----------
         groups
-            ``(n_obs,)`` group of each node, missing for nodes to leave out.
+            ``(n_obs,)`` group of each node, missing for nodes to leave out. A series whose index has the names of the
+            nodes in another order is brought into theirs. Nodes without expression are left out, too.
         adata
             As in :meth:`get_latent_representation`.
         genes
-            Genes that the model knows.
+            Genes that the model knows, once each.
         batch_size
             Edges at once. Changes speed and memory, not the result.
 
@@ -122,26 +123,41 @@ class AttentiveModel(GraphModel):
         ------
         KeyError
             When the model does not know a gene.
+        TypeError
+            When ``groups`` are real numbers.
         ValueError
-            When the model reads no genes or passes no messages, or ``groups`` has another length.
+            When the model reads no genes or passes no messages, or ``groups`` has another length or far too many
+            groups, or a gene is there twice.
         """
         data = self._attention_data(adata)
-        category = pd.Categorical(groups).remove_unused_categories()
-        if len(category) != data.graph.csr.shape[0]:
-            raise ValueError(f"groups must have one entry per node, {data.graph.csr.shape[0]}: found {len(category)}.")
+        names = self._nodes(self._validate_anndata(adata)).obs_names
+        column = groups if isinstance(groups, pd.Series) else pd.Series(list(groups))
+        if len(column) != len(names):
+            raise ValueError(f"groups must have one entry per node, {len(names)}: found {len(column)}.")
+        if not column.index.equals(names) and column.index.is_unique and names.isin(column.index).all():
+            column = column.loc[names]
+        if len(set(map(str, genes))) < len(genes):
+            raise ValueError(f"genes has a gene more than once: {shorten(sorted(map(str, genes)))}.")
+        category = cell_groups(column, "groups")
         tokens = self._gene_tokens(data, genes)
         n_groups = len(category.categories)
-        to, of, pair = edge_pairs(data.graph, np.asarray(category.codes, dtype=np.int64), n_groups)
+        to, of, pair = edge_pairs(data.graph, measured_codes(data, category), n_groups)
         n_edges = np.bincount(pair, minlength=n_groups**2)
-        sums = pair_sums(tokens, None, to, of, pair, n_groups**2, batch_size=batch_size)
-        mean = sums.first / np.where(n_edges, n_edges, np.nan)[:, None, None]
+        divisor = np.where(n_edges, n_edges, np.nan)[:, None, None]
+        mean = np.empty((n_groups**2, len(genes), len(genes)), dtype=np.float32)
+        for pairs, sums in pair_sums(tokens, None, to, of, pair, n_groups**2, batch_size=batch_size):
+            here = slice(pairs.start, pairs.stop)
+            mean[here] = (sums.first / divisor[here]).transpose(0, 2, 1)
         shape = (n_groups, n_groups, len(genes), len(genes))
-        mean = mean.transpose(0, 2, 1).reshape(shape).astype(np.float32)
-        counts = n_edges.reshape(n_groups, n_groups).astype(np.int64)
-        return np.asarray(mean, dtype=np.float32), counts, [str(name) for name in category.categories]
+        return mean.reshape(shape), n_edges.reshape(n_groups, n_groups), [str(name) for name in category.categories]
 
-    def _attention_data(self, adata: AnnData | MuData | None) -> GraphData:
-        if self.foundation is None:  # type: ignore[attr-defined]
+    def _check_layer(self, layer: int | None) -> None:
+        n_layers = len(message_layers(self.module.network))
+        if layer is not None and not 0 <= layer < n_layers:
+            raise ValueError(f"layer must be from 0 to {n_layers - 1}, found {layer}.")
+
+    def _attention_data(self, adata: AnnData | MuData | None, *, untrained: bool = False) -> GraphData:
+        if self.foundation is None and not untrained:  # type: ignore[attr-defined]
             self._check_if_trained(warn=False)
         message_layers(self.module.network)
         if not self.messages:
@@ -153,11 +169,64 @@ class AttentiveModel(GraphModel):
         return data
 
     def _gene_tokens(self, data: GraphData, genes: Sequence[str]) -> GeneTokens:
+        return gene_tokens(self.module, data, self.n_tokens, self._gene_columns(genes))
+
+    def _token_genes(self, data: GraphData, genes: Sequence[str]) -> NDArray[np.bool_]:
+        return token_genes(data, self.n_tokens, self._gene_columns(genes))
+
+    def _gene_columns(self, genes: Sequence[str]) -> NDArray[np.int64]:
         columns = pd.Index(self.genes.astype(str)).get_indexer(pd.Index([str(gene) for gene in genes]))
         if (columns < 0).any():
             unknown = [repr(str(gene)) for gene, column in zip(genes, columns, strict=True) if column < 0]
             raise KeyError(f"Not among the {len(self.genes)} genes of the model: {shorten(unknown)}.")
-        return gene_tokens(self.module, data, self.n_tokens, columns.astype(np.int64))
+        return columns.astype(np.int64)
+
+
+def cell_groups(column: pd.Series, where: str, unlabeled_category: str | None = None) -> pd.Categorical:
+    """Return groups of cells as text, in the order of their categories; missing where a cell has none.
+
+    Parameters
+    ----------
+    column
+        One entry per cell.
+    where
+        Where it was found, for messages.
+    unlabeled_category
+        What cells without group are called, besides missing ones.
+
+    Raises
+    ------
+    TypeError
+        They are real numbers, or so many whole ones that they measure something.
+    ValueError
+        There are far too many for pairs of groups to have edges.
+    """
+    text, names = label_text(column), label_text(pd.Series(pd.Categorical(column).categories)).unique()
+    if unlabeled_category is not None:
+        names = names[names != str(unlabeled_category)]
+    groups = pd.Categorical(text.to_numpy(), categories=names).remove_unused_categories()
+    n_groups, n_cells = len(groups.categories), int((groups.codes >= 0).sum())
+    many = n_groups > max(_GROUPS, n_cells // _CELLS_PER_GROUP)
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        numbers = column.dropna().to_numpy(dtype=np.float64)
+        if n_groups > _GROUPS or (numbers != np.round(numbers)).any():
+            raise TypeError(
+                f"{where} holds numbers (dtype {column.dtype}, {n_groups:,} different ones), not groups: name a column "
+                "of groups, divide the numbers with pandas.cut, or say that they are names with .astype('category')."
+            )
+    if many:
+        raise ValueError(
+            f"{where} has {n_groups:,} groups of {n_cells:,} cells: far too many for pairs of groups to be compared. "
+            "Name a column with fewer, for instance types of cells."
+        )
+    return groups
+
+
+def measured_codes(data: GraphData, groups: pd.Categorical) -> NDArray[np.int64]:
+    """Return ``(n,)`` int64 group of each node, -1 for those without, and for nodes that have no expression."""
+    codes = np.asarray(groups.codes, dtype=np.int64)
+    absent = None if data.source is None else data.source.absent
+    return codes if absent is None else np.where(absent, -1, codes)
 
 
 def edge_pairs(

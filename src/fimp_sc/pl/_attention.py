@@ -82,10 +82,10 @@ def attention(
     if value not in _LABELS:
         raise ValueError(f"value must be one of {', '.join(map(repr, _LABELS))}, found {value!r}.")
     result = attention_result(adata, key)
-    table = pd.DataFrame(result["groups"])
+    table = result["groups"]
     names = _names(table)
     if value == "n_significant":
-        drawn = _count(pd.DataFrame(result["pairs"]), names, fdr)
+        drawn = _count(result["pairs"], names, fdr)
     else:
         drawn = _square(table, value, names)
     marked = _square(table, "fdr", names) <= fdr if value in {"influence", "z"} else np.zeros(drawn.shape, dtype=bool)
@@ -115,7 +115,7 @@ def attention(
 
 
 def attention_result(adata: AnnData, key: str) -> dict[str, Any]:
-    """Return what :func:`fimp_sc.tl.attention` wrote to ``uns[key]``.
+    """Return what :func:`fimp_sc.tl.attention` wrote to ``uns[key]``, without cells that have no group.
 
     Raises
     ------
@@ -130,6 +130,11 @@ def attention_result(adata: AnnData, key: str) -> dict[str, Any]:
     for table in ("groups", "pairs"):
         if table not in found:
             raise missing_key(table, f"adata.uns[{key!r}]", found, f"These are no results of attention. {advice}")
+    unlabeled = dict(found.get("params", {})).get("unlabeled_category")
+    for table in ("groups", "pairs"):
+        rows = pd.DataFrame(found[table])
+        # Results of an earlier version may have them as a group.
+        found[table] = rows[(rows[["source_group", "destination_group"]].astype(str) != str(unlabeled)).all(axis=1)]
     return found
 
 

@@ -48,7 +48,7 @@ def attention_arrows(
         Where the results are in `.obsp` and `.uns`.
     groupby
         Column of `.obs` to colour cells by, in `.uns[f"{groupby}_colors"]` if that fits; by default the one of which
-        attention was read.
+        attention was read. Cells without group, as these results have it, are grey.
     library_key
         Column of `.obs` that tells the samples apart: cells of others are not drawn. By default the one of the results.
     spatial_key
@@ -93,7 +93,8 @@ def attention_arrows(
     order = np.argsort(row.data, kind="stable")
     neighbours, influence = row.col[order], np.asarray(row.data[order], dtype=np.float64)
 
-    half = 1.35 * np.abs(xy[neighbours] - xy[centre]).max()
+    # Neighbours may all be in the very place of the cell.
+    half = 1.35 * np.abs(xy[neighbours] - xy[centre]).max() or 1.0
     seen = (np.abs(xy - xy[centre]) <= 1.05 * half).all(1)
     if library_key is not None:
         library = get_obs(adata, [library_key])[library_key].to_numpy()
@@ -108,7 +109,7 @@ def attention_arrows(
     ax.set_aspect("equal")
     ax.set_xlim(xy[centre, 0] - half, xy[centre, 0] + half)
     ax.set_ylim(xy[centre, 1] - half, xy[centre, 1] + half)
-    _draw_cells(ax, adata, groupby, xy, rows, np.append(neighbours, centre), size)
+    _draw_cells(ax, adata, groupby, params.get("unlabeled_category"), xy, rows, np.append(neighbours, centre), size)
     _draw_arrows(ax, xy[neighbours], xy[centre], influence, size, cmap)
     ax.set_xticks([])
     ax.set_yticks([])
@@ -122,6 +123,7 @@ def _draw_cells(
     ax: Axes,
     adata: AnnData,
     groupby: str | None,
+    unlabeled: str | None,
     xy: NDArray[np.float64],
     rows: NDArray[np.int64],
     joined: NDArray[np.int64],
@@ -136,6 +138,7 @@ def _draw_cells(
     else:
         category = pd.Categorical(get_obs(adata, [groupby])[groupby])
         codes, palette = np.asarray(category.codes), _palette(adata, groupby, category)
+        codes = np.where(category.astype(object) == unlabeled, -1, codes)
         names = [(str(name), palette[i]) for i, name in enumerate(category.categories) if (codes[rows] == i).any()]
         if (codes[rows] < 0).any():
             names.append(("missing", _MISSING_COLOUR))

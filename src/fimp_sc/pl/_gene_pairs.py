@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import pandas as pd
 
 from fimp_sc.data._access import missing_key
 from fimp_sc.pl._attention import attention_result
@@ -14,6 +13,7 @@ from fimp_sc.pl._common import finish
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import pandas as pd
     from anndata import AnnData
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
@@ -78,7 +78,7 @@ def gene_pairs(
         raise ValueError(f"x must be one of {', '.join(map(repr, _LABELS))}, found {x!r}.")
     if n_top < 1:
         raise ValueError(f"n_top must be at least 1, found {n_top}.")
-    table = pd.DataFrame(attention_result(adata, key)["pairs"])
+    table = attention_result(adata, key)["pairs"]
     chosen = table["fdr"].notna().to_numpy()
     for side, name in (("source_group", source_group), ("destination_group", destination_group)):
         groups = table[side].astype(str)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from functools import partial
+import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,12 +11,13 @@ from fimp_sc._logging import user_messages
 from fimp_sc.data._access import get_obs, missing_key
 from fimp_sc.data._checks import check_key_added
 from fimp_sc.data._parts import nodes_of, parts_of
+from fimp_sc.model._attention import cell_groups, edge_pairs, measured_codes
 from fimp_sc.model._predict import check_choice
-from fimp_sc.tl._attention_genes import check_pairs, choose_genes
+from fimp_sc.tl._attention_genes import check_genes, check_pairs, choose_genes, say_untested
 from fimp_sc.tl._inputs import choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
 from fimp_sc.tl._results import finite_or_raise, record
-from fimp_sc.tl._significance import gene_tests, group_tests
+from fimp_sc.tl._significance import gene_tests, group_tests, plan_tests
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fimp_sc.model import FIMP
-    from fimp_sc.tl._significance import GeneTests, Significance
+    from fimp_sc.tl._significance import GeneTests, GroupTests, Plan
+
+logger = logging.getLogger(__name__)
 
 _LEAST_PERMUTATIONS = 10
 
@@ -36,6 +39,7 @@ def attention(
     adata: AnnData | MuData,
     groupby: str,
     *,
+    unlabeled_category: str = "Unknown",
     genes: Sequence[str] | None = None,
     n_genes: int = 50,
     pairs: pd.DataFrame | None = None,
@@ -77,7 +81,10 @@ def attention(
     adata
         Cells with expression and coordinates; see :func:`embed`.
     groupby
-        Column of ``obs`` with groups of cells, for instance their types. Cells without group are left out.
+        Column of ``obs`` with groups of cells, for instance their types. Cells without group are left out: those that
+        are missing (NaN) or ``unlabeled_category``.
+    unlabeled_category
+        What cells without group are called.
     genes
         Genes to look at; by default those of ``pairs``, else the ``n_genes`` that vary most. Genes whose value never
         is among the highest of a cell (its tokens, see ``n_tokens`` of :class:`fimp_sc.model.FIMP`) have no attention.
@@ -85,7 +92,8 @@ def attention(
         How many genes to choose.
     pairs
         Pairs of genes to test instead of all, such as ligands and receptors: columns ``"source"`` and ``"target"``, or
-        ``"ligand"`` and ``"receptor"``. Genes that the model does not know are left out, with a warning.
+        ``"ligand"`` and ``"receptor"``. Pairs with genes that are not measured, or that the model does not know, are
+        left out, with a warning.
     null
         What attention is compared with. ``"neighbours"``: cells swap places with cells of the same group and sample.
         Groups, edges and the expression in each group stay as they are; what is lost is who is next to whom. It
@@ -96,12 +104,13 @@ def attention(
         the model attends to; attention then tells how much of it the model uses. ``"content"``: covariance weighted by
         attention. ``"attention"``: mean attention alone. See below; the first finds most.
     n_permutations
-        Number of permutations, at least 10. Time grows with permutations x edges.
+        Number of permutations, at least 10. Time grows with permutations x edges, and memory with permutations x tests
+        (4 bytes each).
     min_edges
         Pairs of groups with fewer edges are not tested.
     min_support
         Pairs of genes are tested where so many edges are expected to join expressed tokens of both, from the shares
-        of cells in the two groups that have them.
+        of cells in the two groups that have them. Pairs that are tested nowhere are counted and said.
     influence_layer
         Message-passing layer, from 0, of which influence is read; the mean over layers by default.
     modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
@@ -128,19 +137,25 @@ def attention(
       message to the summary token of the destination; see :meth:`fimp_sc.model.FIMP.get_edge_influence`.
     - ``uns[key_added]["groups"]``: data frame, a row for each pair of groups that has edges: ``source_group``,
       ``destination_group``, ``influence`` (mean over edges), ``n_edges``, and ``expected``, ``z``, ``pvalue``, ``fdr``
-      with groups dealt out anew, whatever ``null``; NaN where there are fewer than ``min_edges``.
+      with groups dealt out anew, whatever ``null``; NaN where there are fewer than ``min_edges``, or no edge at all in
+      some permutation.
     - ``uns[key_added]["pairs"]``: data frame, a row for each test, most significant first: ``source_group``,
       ``destination_group``, ``source_gene``, ``destination_gene``, ``attention``, ``score``, ``expected`` (mean score
-      of permutations), ``z``, ``pvalue``, ``fdr`` (Benjamini-Hochberg over all rows), ``n_edges``.
+      of permutations), ``z``, ``pvalue``, ``fdr`` (Benjamini-Hochberg over all rows), ``n_edges`` (between cells with
+      expression).
     - ``uns[key_added]``: ``n_tests``, ``genes``, parameters, seed, versions; and the graph if it was built.
 
     Raises
     ------
     KeyError
         When a key or a gene is missing.
+    TypeError
+        When ``groupby`` holds numbers that measure something, or ``pairs`` is no data frame.
     ValueError
-        When there is one group only, nothing can be tested, the model reads no genes or passes no messages, or
-        ``key_added`` has a slash.
+        When there is one group only or far too many, nothing can be tested, the model reads no genes or passes no
+        messages, or ``key_added`` has a slash.
+
+    All of these come before a model is trained.
 
     Notes
     -----
@@ -154,9 +169,11 @@ def attention(
     neighbours that messages are, divided by its own size so that few edges cannot decide alone. ``"content"`` has
     :math:`t_{ij} = a_{ij} x_i x_j / k_{ij}`.
 
-    p-values are one-sided and pool standardised permutations of all tests. With ``null="neighbours"`` and
-    ``"covariance"`` the permutations are exact: the model has no part in them. With attention they are nearly so, as a
-    model has seen in training who is next to whom.
+    p-values are one-sided and pool standardised permutations of all tests: (1 + b) / (1 + n), where b of n are at least
+    as large. Where permutations do not vary (a gene that is constant within groups, groups of one cell), nothing can be
+    told: ``z`` is 0, ``pvalue`` and ``fdr`` are 1. With ``null="neighbours"`` and ``"covariance"`` the permutations are
+    exact: the model has no part in them. With attention they are nearly so, as a model has seen in training who is next
+    to whom.
 
     On simulated tissues (:func:`fimp_sc.datasets.toy_communication`) attention between genes by itself often misses
     the planted pair, weighting by it costs power, and covariance alone ranks it first: attention starts out as
@@ -175,46 +192,59 @@ def attention(
     adata = copied(adata) if copy else adata
     target, inputs = choose(
         adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
-        connectivities_key=connectivities_key, input_scale=input_scale,
+        connectivities_key=connectivities_key, input_scale=input_scale, unlabeled_category=unlabeled_category,
     )  # fmt: skip
     if all(part.is_sequence for part in parts_of(target, inputs.modality)):
         raise ValueError("attention reads genes, and there are signals or images only: pass a modality of expression.")
     table = None if pairs is None else check_pairs(pairs)
-    _groups(nodes_of(target, inputs.modality), groupby)
+    expression = next(part for part in parts_of(target, inputs.modality) if not part.is_sequence)
+    check_genes(expression.adata.var_names.astype(str), "adata.var_names", genes, table)
+    nodes = nodes_of(target, inputs.modality)
+    category = _groups(nodes, groupby, unlabeled_category)
     batch_size = (inference_kwargs or {}).get("batch_size")
     with user_messages(verbose=verbose):
         work = working_copy(target, inputs)
+        there = nodes_of(work, inputs.modality).obs_names
+        if not nodes.obs_names.equals(there):
+            category = _at_least_two(category[nodes.obs_names.get_indexer(there)], groupby)
+        least: dict[str, Any] = {"min_edges": min_edges, "min_support": min_support}
+        plans: list[tuple[list[str], Plan]] = []
+
+        def check(model: FIMP) -> None:
+            model._check_layer(influence_layer)
+            plans.append(_planned(model, category, genes, n_genes, table, **least))
+
         fitted = fitted_model(
             target, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, same_seed=False, verbose=verbose, model_kwargs=model_kwargs,
             train_kwargs=train_kwargs, gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
+            check=check,
         )  # fmt: skip
-        nodes = nodes_of(target, inputs.modality)
-        nodes = nodes if nodes.obs_names.equals(work.obs_names) else nodes[work.obs_names]
-        category = _groups(nodes, groupby)
-        codes, names = np.asarray(category.codes, dtype=np.int64), np.asarray(category.categories.astype(str))
-        data = fitted._attention_data(None)
-        chosen, wanted = choose_genes(fitted, data, genes, n_genes, table)
+        if not plans:
+            check(fitted)
+        chosen, plan = plans[0]
+        n_groups, names = len(category.categories), np.asarray(category.categories)
         influence = fitted.get_edge_influence(layer=influence_layer, batch_size=batch_size)
         finite_or_raise(influence.data, "influence of edges")
-        how: dict[str, Any] = {
-            "n_permutations": n_permutations, "min_edges": min_edges, "random_state": random_state,
-        }  # fmt: skip
-        by_group = group_tests(partial(_means, influence, n_groups=len(names)), codes, data.library, **how)
-        by_gene = gene_tests(
-            fitted._gene_tokens(data, chosen), data.graph, codes, data.library, len(names), wanted, null=null,
-            statistic=statistic, min_support=min_support, batch_size=None, **how,
+        data = fitted._attention_data(None)
+        how: dict[str, Any] = {"n_permutations": n_permutations, "random_state": random_state}
+        by_group = group_tests(
+            influence, np.asarray(category.codes, dtype=np.int64), data.library, n_groups, min_edges=min_edges,
+            verbose=verbose, **how,
         )  # fmt: skip
-        if not len(by_gene.pair):
-            raise ValueError(
-                f"Nothing to test: no pair of groups has min_edges={min_edges} edges, {min_support} of which would "
-                f"join two of the {len(chosen)} genes as tokens. Name others, merge groups, or raise n_tokens with "
-                "model_kwargs={'n_tokens': 64}."
+        by_gene = gene_tests(
+            fitted._gene_tokens(data, chosen), data.graph, measured_codes(data, category), data.library, n_groups,
+            plan, null=null, statistic=statistic, batch_size=None, verbose=verbose, **how,
+        )  # fmt: skip
+        if not by_gene.result.z.any():
+            logger.warning(
+                "No permutation differs from what was found, so that nothing can be told (all p-values are 1): "
+                "cells of one group and sample are all alike, or there is one of each."
             )
-        result = record(fitted, inputs, groupby=groupby, null=null, statistic=statistic, min_support=min_support, **how)
+        result = record(fitted, inputs, groupby=groupby, null=null, statistic=statistic, **least, **how)
         result |= {
-            "groups": _group_table(names, *by_group), "pairs": _pair_table(names, np.asarray(chosen), by_gene),
-            "genes": np.asarray(chosen, dtype=object), "n_tests": len(by_gene.pair),
+            "groups": _group_table(names, by_group), "pairs": _pair_table(names, np.asarray(chosen), plan, by_gene),
+            "genes": np.asarray(chosen, dtype=object), "n_tests": len(by_gene.score),
         }  # fmt: skip
         with write_back(target, work, inputs, fitted):
             target.obsp[key_added] = _placed_edges(influence, work.obs_names, target.obs_names)
@@ -222,48 +252,81 @@ def attention(
     return adata if copy else None
 
 
-def _groups(nodes: AnnData, groupby: str) -> pd.Categorical:
+def _groups(nodes: AnnData, groupby: str, unlabeled_category: str) -> pd.Categorical:
     if groupby not in nodes.obs:
         raise missing_key(groupby, "adata.obs", nodes.obs, "Name the groups of cells, for instance their types.")
-    category = pd.Categorical(get_obs(nodes, [groupby])[groupby]).remove_unused_categories()
+    column = get_obs(nodes, [groupby])[groupby]
+    return _at_least_two(cell_groups(column, f"adata.obs[{groupby!r}]", unlabeled_category), groupby)
+
+
+def _at_least_two(category: pd.Categorical, groupby: str) -> pd.Categorical:
+    category = category.remove_unused_categories()
     if len(category.categories) < 2:
+        found = f"one group only, {category.categories[0]!r}" if len(category.categories) else "no group"
+        n_missing = int((category.codes < 0).sum())
         raise ValueError(
-            f"adata.obs[{groupby!r}] has one group only, {list(category.categories)}: attention is read for pairs of "
-            "groups, which takes two."
+            f"adata.obs[{groupby!r}] has {found}, and {n_missing:,} of {len(category):,} cells without one: attention "
+            "is read for pairs of groups, which takes two."
         )
     return category
 
 
-def _means(
-    influence: sparse.csr_matrix, codes: NDArray[np.int64], n_groups: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return mean influence and number of edges of each pair of groups: source group x ``n_groups`` + destination."""
-    source, destination = codes[influence.indices], np.repeat(codes, np.diff(influence.indptr))
-    kept = (source >= 0) & (destination >= 0)
-    pair = source[kept] * n_groups + destination[kept]
-    n_edges = np.bincount(pair, minlength=n_groups**2)
-    total = np.bincount(pair, influence.data[kept], minlength=n_groups**2)
-    return total / np.where(n_edges, n_edges, np.nan), n_edges
+def _planned(
+    model: FIMP,
+    category: pd.Categorical,
+    genes: Sequence[str] | None,
+    n_genes: int,
+    pairs: pd.DataFrame | None,
+    *,
+    min_edges: int,
+    min_support: float,
+) -> tuple[list[str], Plan]:
+    """Return genes to look at and what to test of them, by a model that need not be trained.
+
+    Which genes are tokens of a cell depends on the order of its values alone.
+    """
+    data = model._attention_data(None, untrained=True)
+    chosen, wanted = choose_genes(model, data, genes, n_genes, pairs)
+    codes = measured_codes(data, category)
+    plan = plan_tests(
+        data.graph, codes, len(category.categories), model._token_genes(data, chosen), wanted, min_edges=min_edges,
+        min_support=min_support,
+    )  # fmt: skip
+    if not len(plan.pairs):
+        n_edges = len(edge_pairs(data.graph, codes, 1)[0])
+        raise ValueError(
+            f"Nothing to test: no pair of {len(category.categories)} groups has min_edges={min_edges} edges, of "
+            f"{n_edges:,} that join cells with a group. Merge groups, lower min_edges, or look at the graph."
+        )
+    if not len(plan.tests.pair):
+        raise ValueError(
+            f"Nothing to test: no pair of groups has min_edges={min_edges} edges, {min_support} of which would "
+            f"join two of the {len(chosen)} genes as tokens. Name others, merge groups, or raise n_tokens with "
+            "model_kwargs={'n_tokens': 64}."
+        )
+    n_missing = int((codes < 0).sum())
+    if n_missing:
+        logger.info("%s of %s cells have no group, or no genes, and are left out.", f"{n_missing:,}", f"{len(codes):,}")
+    say_untested(chosen, wanted, plan.tests, asked=genes is not None or pairs is not None)
+    return chosen, plan
 
 
-def _group_table(
-    names: NDArray[Any], mean: NDArray[np.float64], n_edges: NDArray[np.int64], result: Significance
-) -> pd.DataFrame:
-    rows = np.flatnonzero(n_edges)
-    columns = {"influence": mean, "n_edges": n_edges, **result._asdict()}
-    return pd.DataFrame(_named(names, rows) | {name: value[rows] for name, value in columns.items()})
+def _group_table(names: NDArray[Any], tests: GroupTests) -> pd.DataFrame:
+    columns = {"influence": tests.influence, "n_edges": tests.n_edges, **tests.result._asdict()}
+    return pd.DataFrame(_named(names, tests.pair) | columns)
 
 
-def _pair_table(names: NDArray[Any], genes: NDArray[Any], tests: GeneTests) -> pd.DataFrame:
+def _pair_table(names: NDArray[Any], genes: NDArray[Any], plan: Plan, tests: GeneTests) -> pd.DataFrame:
     columns = {"attention": tests.attention.astype(np.float32), "score": tests.score, **tests.result._asdict()}
+    of = plan.tests
     table = pd.DataFrame(
-        _named(names, tests.pair)
+        _named(names, plan.pairs[of.pair])
         | {
-            "source_gene": pd.Categorical.from_codes(tests.source_gene.tolist(), categories=list(genes)),
-            "destination_gene": pd.Categorical.from_codes(tests.destination_gene.tolist(), categories=list(genes)),
+            "source_gene": pd.Categorical.from_codes(of.source_gene.tolist(), categories=list(genes)),
+            "destination_gene": pd.Categorical.from_codes(of.destination_gene.tolist(), categories=list(genes)),
         }
         | columns
-        | {"n_edges": tests.n_edges}
+        | {"n_edges": plan.n_edges[of.pair]}
     )
     table = table.sort_values(["pvalue", "z"], ascending=[True, False], kind="stable", ignore_index=True)
     table.index = table.index.astype(str)

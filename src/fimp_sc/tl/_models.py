@@ -28,7 +28,7 @@ from fimp_sc.nn import FoundationNetwork
 from fimp_sc.tl._inputs import CONNECTIVITIES, Inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from mudata import MuData
 
@@ -70,12 +70,13 @@ def fitted_model(
     checkpoint: str | Path | None = None,
     zero_shot: bool = False,
     genes: Sequence[str] | None = None,
+    check: Callable[[FIMP], Any] | None = None,
 ) -> FIMP:
     """Return a model for the working copy: the given one, the remembered one, or one trained (or just built) now.
 
     The remembered one serves if ``reuse`` is set and it is what training would make: of the same data, with the same
     ``max_epochs`` and (``same_seed``) ``random_state`` where these are given, and blind to what is ``hidden``, by
-    modality. A model is trained only if it will know ``genes``.
+    modality. A model is trained only if it will know ``genes``, and if ``check`` of it raises nothing.
     """
     what = {"gene_embeddings": gene_embeddings, "foundation": foundation, "checkpoint": checkpoint}
     arguments = {name: value for name, value in what.items() if value is not None} | (model_kwargs or {})
@@ -141,6 +142,8 @@ def fitted_model(
     fresh = _forgettable(FIMP(work, **{"random_state": random_state or 0, **arguments}))
     if genes is not None:
         check_known(genes, fresh.genes)
+    if check is not None:
+        check(fresh)
     _report(fresh, work, inputs, accelerator, zero_shot)
     if zero_shot:
         fresh.to_device(_device(accelerator))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+from scipy import sparse
 from scipy.stats import false_discovery_control
 
 from fimp_sc.model._attention import edge_pairs
-from fimp_sc.model._gene_pairs import pair_products, pair_sums
+from fimp_sc.model._gene_pairs import PairSums, Tests, pair_sums, tested_products, tested_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
     from fimp_sc.data import NodeGraph
-    from fimp_sc.model._gene_pairs import GeneTokens, PairSums
+    from fimp_sc.model._gene_pairs import GeneTokens
 
 Null = Literal["neighbours", "labels"]
 Edges: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]"
@@ -24,6 +26,8 @@ Statistic = Literal["covariance", "content", "attention"]
 
 # Below this a standard deviation is rounding.
 _LEAST = 1e-12
+# Statistics that are standardised at once.
+_TESTS = 4096
 
 
 class Significance(NamedTuple):
@@ -41,50 +45,104 @@ def significance(true: NDArray[np.floating], permuted: NDArray[np.floating]) -> 
 
     Each statistic is standardised by mean and standard deviation of its own permutations. Its p-value is the share of
     standardised permutations *of all tests* that are at least as large, where each permutation is standardised by the
-    others of its test. 100 permutations of 1,000 tests thus tell p-values down to 1e-5 apart, which a test by
-    itself could not. That is right on average over tests, and for each of them as far as their standardised
-    statistics are distributed alike.
+    others of its test, and the statistic itself counts as one more: (1 + b) / (1 + n), never 0. 100 permutations of
+    1,000 tests thus tell p-values down to 1e-5 apart, which a test by itself could not. That is right on average over
+    tests, and for each of them as far as their standardised statistics are distributed alike.
+
+    Permutations that do not vary tell nothing, for instance those of a gene that is constant within groups: z is 0
+    and the p-value 1.
 
     Parameters
     ----------
     true
-        ``(n_tests,)``. Tests whose permutations do not vary get NaN.
+        ``(n_tests,)``.
     permuted
         ``(n_tests, n_permutations)``, at least 3.
     """
     n = permuted.shape[1]
     expected = permuted.mean(1, dtype=np.float64)
-    z = np.full(len(true), np.nan)
-    pvalue, fdr = z.copy(), z.copy()
-    scale = np.abs(permuted).max(1, initial=_LEAST)
-    deviation = (permuted - expected[:, None]).astype(np.float64)
-    total = np.square(deviation).sum(1)
-    usable = np.sqrt(total / (n - 1)) > 1e-6 * scale
-    if not usable.any():
-        return Significance(expected, z, pvalue, fdr)
-    deviation, total = deviation[usable], total[usable]
-    z[usable] = (true[usable] - expected[usable]) / np.sqrt(total / (n - 1))
-    # Mean and variance of the others follow from those of all.
-    others = (total[:, None] - np.square(deviation) * n / (n - 1)) / (n - 2)
-    # One permutation may be all that varies: it tells nothing of how unusual it is.
-    varied = others > 1e-12 * total[:, None]
-    pooled = np.sort((deviation * n / (n - 1))[varied] / np.sqrt(others[varied]))
-    larger = len(pooled) - np.searchsorted(pooled, z[usable], side="left")
-    pvalue[usable] = (1 + larger) / (1 + len(pooled))
-    fdr[usable] = false_discovery_control(pvalue[usable])
-    return Significance(expected, z, pvalue, fdr)
+    z, pvalue = np.zeros(len(true)), np.ones(len(true))
+    deviation = np.empty(len(true))
+    for i in _starts(len(true)):
+        deviation[i : i + _TESTS] = permuted[i : i + _TESTS].std(1, ddof=1, dtype=np.float64)
+    scale = np.maximum(np.maximum(permuted.max(1), -permuted.min(1)), _LEAST)
+    usable = np.flatnonzero(deviation > 1e-6 * scale)
+    z[usable] = (true[usable] - expected[usable]) / deviation[usable]
+    ordered = np.sort(z[usable])
+    # Of permutations that are at least as large as the first i of these and no more.
+    reached, n_pooled = np.zeros(len(ordered) + 1, dtype=np.int64), 0
+    for i in _starts(len(usable)):
+        rows = usable[i : i + _TESTS]
+        apart = permuted[rows] - expected[rows, None]
+        total = np.square(deviation[rows, None]) * (n - 1)
+        # Mean and variance of the others follow from those of all.
+        others = (total - np.square(apart) * n / (n - 1)) / (n - 2)
+        # One permutation may be all that varies: it tells nothing of how unusual it is.
+        varied = others > 1e-12 * total
+        pooled = (apart * n / (n - 1))[varied] / np.sqrt(others[varied])
+        reached += np.bincount(np.searchsorted(ordered, pooled, side="right"), minlength=len(reached))
+        n_pooled += len(pooled)
+    larger = n_pooled - np.cumsum(reached)[np.searchsorted(ordered, z[usable], side="left")]
+    pvalue[usable] = (1 + larger) / (1 + n_pooled)
+    return Significance(expected, z, pvalue, false_discovery_control(pvalue) if len(true) else pvalue)
+
+
+def _starts(n: int) -> range:
+    return range(0, n, _TESTS)
+
+
+class Plan(NamedTuple):
+    """What can be tested."""
+
+    pairs: NDArray[np.int64]
+    """``(n_pairs,)`` source group x number of groups + destination group of each pair of groups, in ascending order."""
+    n_edges: NDArray[np.int64]
+    """``(n_pairs,)``"""
+    tests: Tests
+
+
+def plan_tests(
+    graph: NodeGraph,
+    codes: NDArray[np.int64],
+    n_groups: int,
+    token: NDArray[np.bool_],
+    wanted: NDArray[np.bool_],
+    *,
+    min_edges: int,
+    min_support: float,
+) -> Plan:
+    """Find pairs of groups with edges enough, and pairs of genes with tokens enough in these.
+
+    Parameters
+    ----------
+    graph, codes, n_groups, min_edges, min_support
+        As in :func:`gene_tests` and :func:`fimp_sc.tl.attention`.
+    token
+        ``(n, g)`` where a gene is expressed and a token.
+    wanted
+        ``(g, g)`` bool, destination gene x source gene: which pairs to test.
+    """
+    pairs, n_edges = np.unique(edge_pairs(graph, codes, n_groups)[2], return_counts=True)
+    enough = n_edges >= min_edges
+    pairs, n_edges = pairs[enough], n_edges[enough]
+    grouped = np.flatnonzero(codes >= 0)
+    member = sparse.csr_matrix((np.ones(len(grouped)), (codes[grouped], grouped)), shape=(n_groups, len(codes)))
+    # Shares of groups instead of edges counted: what is tested must not depend on who is next to whom.
+    share = (member @ token) / np.maximum(np.asarray(member.sum(1)), 1)
+    found: list[tuple[NDArray[np.int64], ...]] = []
+    for i, (source, destination) in enumerate(zip(*np.divmod(pairs, n_groups), strict=True)):
+        support = share[destination][:, None] * share[source] * n_edges[i]
+        to, of = np.nonzero(wanted & (support >= min_support))
+        found.append((np.full(len(to), i), to, of))
+    empty = (np.zeros(0, dtype=np.int64),) * 3
+    return Plan(pairs, n_edges, Tests(*map(np.concatenate, zip(empty, *found, strict=True))))
 
 
 class GeneTests(NamedTuple):
-    """Tests of pairs of genes for pairs of groups."""
+    """Tests of pairs of genes for pairs of groups, in the order of :attr:`Plan.tests`."""
 
-    pair: NDArray[np.int64]
-    """``(n_tests,)`` source group x number of groups + destination group."""
-    source_gene: NDArray[np.int64]
-    destination_gene: NDArray[np.int64]
     attention: NDArray[np.float64]
     score: NDArray[np.float64]
-    n_edges: NDArray[np.int64]
     result: Significance
 
 
@@ -94,17 +152,18 @@ def gene_tests(
     codes: NDArray[np.int64],
     library: NDArray[np.int64],
     n_groups: int,
-    wanted: NDArray[np.bool_],
+    plan: Plan,
     *,
     null: Null,
     statistic: Statistic,
     n_permutations: int,
-    min_edges: int,
-    min_support: float,
     random_state: int,
     batch_size: int | None,
+    verbose: bool,
 ) -> GeneTests:
-    """Test every pair of genes of every pair of groups; parameters as in :func:`fimp_sc.tl.attention`.
+    """Test pairs of genes of pairs of groups; parameters as in :func:`fimp_sc.tl.attention`.
+
+    Memory grows with tests x permutations, and with what one pair of groups takes; not with all pairs of groups.
 
     Parameters
     ----------
@@ -114,49 +173,57 @@ def gene_tests(
         ``(n,)`` int64 group (-1: none) and sample of each node.
     n_groups
         Number of groups.
-    wanted
-        ``(g, g)`` bool, destination gene x source gene: which pairs to test.
-    null, statistic, n_permutations, min_edges, min_support, random_state, batch_size
+    plan
+        What to test.
+    null, statistic, n_permutations, random_state, batch_size, verbose
         See :func:`fimp_sc.tl.attention`.
     """
-    edges = edge_pairs(graph, codes, n_groups)
-    n_edges = np.bincount(edges[2], minlength=n_groups**2)
+    tests, n_pairs = plan.tests, len(plan.pairs)
     strata = library * n_groups + codes if null == "neighbours" else library
     strata = np.where(codes >= 0, strata, -1)
     value = centred(tokens.value, strata) if statistic != "attention" else None
 
-    def sums(edges: Edges, place: NDArray[np.int64] | None = None) -> PairSums:
-        to, of, pair = edges
-        share = _share(to, pair)
-        if place is not None:
-            to, of = place[to], place[of]
-        if value is not None and statistic == "covariance":
-            return pair_products(value, to, of, pair, n_groups**2, share)
-        weight = None if value is None else share
-        return pair_sums(tokens, value, to, of, pair, n_groups**2, weight=weight, batch_size=batch_size)
+    def mean(edges: Edges) -> NDArray[np.float64]:
+        sums = tested_sums(pair_sums(tokens, None, *edges, n_pairs, batch_size=batch_size), tests, n_pairs)
+        return sums.first / np.maximum(np.bincount(edges[2], minlength=n_pairs), 1)[tests.pair]
 
-    true = sums(edges)
-    present = np.stack([tokens.present()[codes == code].mean(0) for code in range(n_groups)])
-    # Shares of groups instead of edges counted: what is tested must not depend on who is next to whom.
-    support = present[None, :, :, None] * present[:, None, None, :] * n_edges.reshape(n_groups, n_groups, 1, 1)
-    tested = (support.reshape(true.first.shape) >= min_support) & (n_edges >= min_edges)[:, None, None]
-    tested &= wanted
-    score = _score(true, n_edges, tested, statistic)
-    rng = np.random.default_rng(random_state)
+    def scores(edges: Edges, weight: NDArray[np.float64]) -> NDArray[np.float64]:
+        if value is None:
+            return mean(edges)
+        if statistic == "covariance":
+            return _studentised(tested_products(value, *edges, weight, tests, n_pairs))
+        blocks = pair_sums(tokens, value, *edges, n_pairs, weight=weight, batch_size=batch_size)
+        return _studentised(tested_sums(blocks, tests, n_pairs))
+
+    edges = _of_pairs(edge_pairs(graph, codes, n_groups), plan.pairs)
+    weight = _share(edges[0], edges[2])
+    score, rng, rows = scores(edges, weight), np.random.default_rng(random_state), rows_of(strata)
     permuted = np.empty((len(score), n_permutations), dtype=np.float32)
-    for i in range(n_permutations):
-        place = shuffled(strata, rng)
+    for i in drawn(n_permutations, "Permutations, pairs of genes", verbose=verbose):
+        place = shuffled(rows, len(strata), rng)
         if null == "neighbours":
-            now, counts = sums(edges, place), n_edges
+            permuted[:, i] = scores((place[edges[0]], place[edges[1]], edges[2]), weight)
         else:
-            other = edge_pairs(graph, codes[place], n_groups)
-            now, counts = sums(other), np.bincount(other[2], minlength=n_groups**2)
-        permuted[:, i] = _score(now, counts, tested, statistic)
-    where, destination_gene, source_gene = np.nonzero(tested)
-    plain = true if statistic == "attention" else pair_sums(tokens, None, *edges, n_groups**2, batch_size=batch_size)
-    mean = plain.first[tested] / n_edges[where]
+            other = _of_pairs(edge_pairs(graph, codes[place], n_groups), plan.pairs)
+            permuted[:, i] = scores(other, _share(other[0], other[2]))
     result = significance(score, permuted)
-    return GeneTests(where, source_gene, destination_gene, mean, score, n_edges[where], result)
+    return GeneTests(score if statistic == "attention" else mean(edges), score, result)
+
+
+def drawn(n_permutations: int, what: str, *, verbose: bool) -> Iterable[int]:
+    """Count permutations, with a progress bar if ``verbose``."""
+    from scvi.utils import track
+
+    counted: Iterable[int] = track(range(n_permutations), description=what, disable=not verbose)
+    return counted
+
+
+def _of_pairs(edges: Edges, pairs: NDArray[np.int64]) -> Edges:
+    """Return the edges of some pairs of groups, which are numbered in their order."""
+    to, of, pair = edges
+    place = np.minimum(np.searchsorted(pairs, pair), len(pairs) - 1)
+    kept = pairs[place] == pair
+    return to[kept], of[kept], place[kept]
 
 
 def _share(destination: NDArray[np.int64], pair: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -167,47 +234,81 @@ def _share(destination: NDArray[np.int64], pair: NDArray[np.int64]) -> NDArray[n
     return 1.0 / counts[inverse]
 
 
-def _score(sums: PairSums, n_edges: NDArray[np.int64], tested: NDArray[np.bool_], statistic: str) -> NDArray:
-    if statistic == "attention":
-        return (sums.first / np.maximum(n_edges, 1)[:, None, None])[tested]
-    return sums.first[tested] / np.sqrt(np.maximum(sums.second[tested], _LEAST**2))
+def _studentised(sums: PairSums) -> NDArray[np.float64]:
+    return sums.first / np.sqrt(np.maximum(sums.second, _LEAST**2))
+
+
+class GroupTests(NamedTuple):
+    """Of each pair of groups that has edges."""
+
+    pair: NDArray[np.int64]
+    """Source group x number of groups + destination group, in ascending order."""
+    influence: NDArray[np.float64]
+    """Mean over edges."""
+    n_edges: NDArray[np.int64]
+    result: Significance
 
 
 def group_tests(
-    influence: Callable[[NDArray[np.int64]], tuple[NDArray[np.float64], NDArray[np.int64]]],
+    influence: sparse.csr_matrix,
     codes: NDArray[np.int64],
     library: NDArray[np.int64],
+    n_groups: int,
     *,
     n_permutations: int,
     min_edges: int,
     random_state: int,
-) -> tuple[NDArray[np.float64], NDArray[np.int64], Significance]:
+    verbose: bool,
+) -> GroupTests:
     """Test whether the influence of one group on another is larger than with labels dealt out at random.
 
     Parameters
     ----------
     influence
-        From ``(n,)`` groups to mean influence, NaN without edges, and number of edges of each pair of groups.
-    codes, library, n_permutations, min_edges, random_state
-        As in :func:`gene_tests`. Pairs with fewer edges get NaN.
+        ``(n, n)``, row = destination.
+    codes, library, n_groups, n_permutations, random_state, verbose
+        As in :func:`gene_tests`.
+    min_edges
+        Pairs with fewer edges are not tested and get NaN, as do those that have none in one of the permutations.
     """
-    mean, n_edges = influence(codes)
-    rng = np.random.default_rng(random_state)
-    strata = np.where(codes >= 0, library, -1)
-    permuted = np.stack([influence(codes[shuffled(strata, rng)])[0] for _ in range(n_permutations)], axis=1)
-    tested = (n_edges >= min_edges) & np.isfinite(permuted).all(1)
-    parts = significance(mean[tested], permuted[tested])
-    out = [np.full(len(mean), np.nan) for _ in parts]
-    for whole, part in zip(out, parts, strict=True):
-        whole[tested] = part
-    return mean, n_edges, Significance(*out)
+    source, destination = influence.indices, np.repeat(np.arange(len(codes)), np.diff(influence.indptr))
+
+    def joined(codes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        kept = (codes[source] >= 0) & (codes[destination] >= 0)
+        return codes[source[kept]] * n_groups + codes[destination[kept]], influence.data[kept]
+
+    edges, length = joined(codes)
+    pair, place, n_edges = np.unique(edges, return_inverse=True, return_counts=True)
+    mean = np.bincount(place, length, minlength=len(pair)) / n_edges
+    enough = np.flatnonzero(n_edges >= min_edges)
+    out = [np.full(len(pair), np.nan) for _ in Significance._fields]
+    if len(enough):
+        rng, rows = np.random.default_rng(random_state), rows_of(np.where(codes >= 0, library, -1))
+        permuted = np.empty((len(enough), n_permutations))
+        for i in drawn(n_permutations, "Permutations, influence", verbose=verbose):
+            edges, length = joined(codes[shuffled(rows, len(codes), rng)])
+            place = np.minimum(np.searchsorted(pair[enough], edges), len(enough) - 1)
+            same = pair[enough][place] == edges
+            counts = np.bincount(place[same], minlength=len(enough))
+            total = np.bincount(place[same], length[same], minlength=len(enough))
+            permuted[:, i] = total / np.where(counts, counts, np.nan)
+        tested = np.isfinite(permuted).all(1)
+        for whole, part in zip(out, significance(mean[enough[tested]], permuted[tested]), strict=True):
+            whole[enough[tested]] = part
+    return GroupTests(pair, mean, n_edges, Significance(*out))
 
 
-def shuffled(strata: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return which node takes the place of each, among the nodes of its stratum; those of -1 stay."""
-    place = np.arange(len(strata))
-    for stratum in np.unique(strata[strata >= 0]):
-        rows = np.flatnonzero(strata == stratum)
+def rows_of(strata: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Return the nodes of each stratum; those of -1 have none."""
+    order = np.argsort(strata, kind="stable")
+    bounds = np.searchsorted(strata[order], [*np.unique(strata[strata >= 0]), np.iinfo(np.int64).max])
+    return [order[start:stop] for start, stop in pairwise(bounds.tolist())]
+
+
+def shuffled(strata: list[NDArray[np.int64]], n_nodes: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return which node takes the place of each, among the nodes of its stratum; those of none stay."""
+    place = np.arange(n_nodes)
+    for rows in strata:
         place[rows] = rng.permutation(rows)
     return place
 
@@ -215,7 +316,7 @@ def shuffled(strata: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.
 def centred(value: NDArray[np.float32], strata: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return values minus the mean of their stratum; 0 for those of -1."""
     out = np.zeros_like(value)
-    for stratum in np.unique(strata[strata >= 0]):
-        rows = strata == stratum
-        out[rows] = value[rows] - value[rows].mean(0)
+    for rows in rows_of(strata):
+        # Of equal values the mean must be these very values, lest what rounding leaves is tested.
+        out[rows] = value[rows] - value[rows].mean(0, dtype=np.float64).astype(np.float32)
     return out
