@@ -116,6 +116,22 @@ def test_model_is_saved_to_a_new_folder_only(section, tmp_path, calls, capsys) -
     assert "exists already" in capsys.readouterr().err
 
 
+def test_a_training_is_kept_in_a_folder(section, tmp_path, calls) -> None:
+    arguments = ["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--train-checkpoint", "kept", "--quiet"]
+    assert cli.main(arguments) == 0
+    assert calls == [("embed", {"train_kwargs": {"checkpoint": "kept"}, "verbose": False})]
+
+
+def test_an_interrupt_ends_in_one_line(section, tmp_path, calls, monkeypatch, capsys) -> None:
+    def interrupted(adata, **arguments) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fimp_sc.tl, "embed", interrupted)
+    assert cli.main(["embed", str(section), "--output", str(tmp_path / "out.h5ad")]) == 130
+    assert capsys.readouterr().err == "fimp-sc embed: interrupted\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["section.h5ad"]
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -29,7 +29,7 @@ PAGES = {
     "guide/labels.md": 2,
     "guide/evaluation.md": 9,
     "guide/niches_attention.md": 5,
-    "guide/reproducibility.md": 2,
+    "guide/reproducibility.md": 3,
     "extend.md": 2,
 }
 

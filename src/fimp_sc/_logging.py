@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fimp_sc._threads import ONE_AT_A_TIME
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
@@ -25,8 +27,15 @@ _told: ContextVar[set[str] | None] = ContextVar("_told", default=None)
 def user_messages(*, verbose: bool) -> Iterator[None]:
     """Show this package's log lines (or nothing) and hide routine messages of Lightning and scvi-tools.
 
-    A log handler that the user has configured is left in charge. A warning that several steps give comes once.
+    A log handler that the user has configured is left in charge. A warning that several steps give comes once. One
+    thread at a time: levels are those of the process.
     """
+    with ONE_AT_A_TIME, _levels(verbose=verbose):
+        yield
+
+
+@contextmanager
+def _levels(*, verbose: bool) -> Iterator[None]:
     ours = logging.getLogger("fimp_sc")
     levels = {name: logging.getLogger(name).level for name in (*_CHATTER, ours.name)}
     handler = None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
 _USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError, ImportError)
+_INTERRUPTED = 130  # as shells say it
 _SLOTS = ("obs", "obsm", "obsp", "layers", "uns")
 
 
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns
     -------
-    Exit code: 0 on success; 2 if the input or an option is at fault, with one line on the standard error stream.
+    Exit code: 0 on success; 2 if the input or an option is at fault, with one line on the standard error stream; 130
+    where the user interrupts it.
     Nothing is written to `--output` unless all went well.
     """
     options = vars(_parser().parse_args(argv))
@@ -51,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"fimp-sc {command}: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"fimp-sc {command}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     return 0
 
 
@@ -89,6 +94,8 @@ def _run_tool(
 
     data = _read(source)
     before = _keys(data)
+    if "train_checkpoint" in arguments:
+        arguments["train_kwargs"] = {"checkpoint": arguments.pop("train_checkpoint")}
     if command != "niches":  # which trains nothing
         arguments["verbose"] = not quiet
     getattr(fimp_sc.tl, command)(data, **arguments)
@@ -234,6 +241,9 @@ def _add_common(tool: argparse.ArgumentParser) -> None:
     tool.add_argument("--model", metavar="DIR", help="saved model to apply instead of training one")
     tool.add_argument("--save-model", type=Path, metavar="DIR", help="new folder to save the model to")
     tool.add_argument("--max-epochs", type=_positive, metavar="N", help="upper limit of passes over the data")
+    tool.add_argument(
+        "--train-checkpoint", metavar="DIR", help="folder that keeps the training, to go on from if it is stopped"
+    )
     tool.add_argument("--accelerator", metavar="NAME", help="cpu, gpu, or auto")
     _add_keys(tool)
 

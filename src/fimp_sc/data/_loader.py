@@ -93,6 +93,8 @@ class BlockSampler(Sampler[Destinations]):
         Whether cuts, order and masks change every epoch. Without it they are the same in every pass.
     random_state
         Seed of cuts, order and masks.
+    epoch
+        Number of the first epoch.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class BlockSampler(Sampler[Destinations]):
         parts: int = 1,
         shuffle: bool = False,
         random_state: int = 0,
+        epoch: int = 0,
     ) -> None:
         self.data = data
         self.indices = data.ordered(np.asarray(indices, dtype=np.int64))
@@ -111,7 +114,7 @@ class BlockSampler(Sampler[Destinations]):
         self.parts = parts
         self.shuffle = shuffle
         self.random_state = random_state
-        self._epoch = 0
+        self._epoch = epoch
         counts = np.unique(data.library[self.indices], return_counts=True)[1]
         self._n_batches = -(-int((-(-counts // self.block_size)).sum()) // parts)
 

@@ -108,9 +108,18 @@ class BlockSplitter(pl.LightningDataModule):
         self._parts = parts
         self._how: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
         self._dataset_kwargs = dataset_kwargs
+        self._epoch = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.trainer.current_epoch if self.trainer is not None else 0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._epoch = state_dict["epoch"]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        sampler = BlockSampler(self.data, self.train_idx, parts=self._parts, shuffle=True, **self._cuts)
+        sampler = BlockSampler(
+            self.data, self.train_idx, parts=self._parts, shuffle=True, epoch=self._epoch, **self._cuts
+        )
         return block_loader(BlockDataset(self.data, vary=True, **self._dataset_kwargs), sampler, **self._how)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from anndata import AnnData
 
 from fimp_sc._draws import name_key
@@ -16,6 +15,7 @@ from fimp_sc.model._build import foundation_network, gene_vectors, sequence_netw
 from fimp_sc.model._module import FIMPModule
 from fimp_sc.model._predict import PredictiveModel, check_choice
 from fimp_sc.model._saved import SavedModel
+from fimp_sc.model._seeded import seeded
 from fimp_sc.model._train import TrainableModel
 
 if TYPE_CHECKING:
@@ -181,8 +181,7 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
             raise ValueError("use_weights=True weighs messages, and messages=False leaves none: choose one.")
         stored = architecture or {}
         network, vectors, known = None, None, None
-        with torch.random.fork_rng():
-            torch.manual_seed(random_state)
+        with seeded(random_state):
             if foundation not in ("vit", "brainlm"):
                 shapes, self.token_sizes = sequence_shapes(self.registry, token_size, warn=adata is not None)
                 if shapes and n_latent < _LEAST_WIDTH:

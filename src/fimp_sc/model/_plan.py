@@ -164,8 +164,30 @@ class FIMPTrainingPlan(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # A checkpoint may leave out what is here already.
+        state = self.state_dict()
+        for weights in stored_weights(checkpoint):
+            weights.update((name, state[name]) for name in frozen(self) - set(weights))
+
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip, gradient_clip_algorithm="norm")
+
+
+def frozen(module: torch.nn.Module) -> set[str]:
+    """Return the names of what training does not change: nearly all of a frozen foundation model."""
+    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+
+
+def trained_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of all weights and buffers that training may change."""
+    fixed = frozen(module)
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items() if name not in fixed}
+
+
+def stored_weights(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the weights in a checkpoint of Lightning, by name: averaged ones, and those in training."""
+    return [checkpoint[name] for name in ("state_dict", "current_model_state") if name in checkpoint]
 
 
 def _n_labeled(batch: Batch) -> torch.Tensor:

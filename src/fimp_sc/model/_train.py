@@ -7,27 +7,30 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
-from scvi.train import TrainRunner
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fimp_sc.data import BlockSplitter, split_by_blocks
-from fimp_sc.model._history import continued
+from fimp_sc.model._checkpoint import KeptTraining, training_marks
 from fimp_sc.model._mixture import MixingModel
-from fimp_sc.model._plan import FIMPTrainingPlan
+from fimp_sc.model._plan import FIMPTrainingPlan, trained_weights
 from fimp_sc.model._reconstruct import hidden_tokens
 from fimp_sc.model._reference import remember
+from fimp_sc.model._runner import FIMPTrainRunner, unchanged_if_it_fails
 from fimp_sc.model._schedule import Schedule
+from fimp_sc.model._seeded import seeded
 from fimp_sc.model._start import StartingModel
 from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from lightning.pytorch import LightningModule, Trainer
 
@@ -56,24 +59,25 @@ class _BestWeights(Callback):
         self._validated: dict[str, torch.Tensor] = {}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What never changes, which is nearly all of a frozen foundation model, need not be kept.
-        fixed = {name for name, parameter in pl_module.named_parameters() if not parameter.requires_grad}
-        weights = {name: value for name, value in pl_module.state_dict().items() if name not in fixed}
-        self._validated = {name: value.detach().cpu().clone() for name, value in weights.items()}
+        self._validated = trained_weights(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = float(trainer.callback_metrics["validation_loss"])
         if loss < self.loss:
             self.loss, self.weights = loss, self._validated
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": float(self.loss), "weights": self.weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loss, self.weights = state_dict["loss"], state_dict["weights"]
+
 
 class TrainableModel(MixingModel, StartingModel):
     """A graph model with :meth:`train`."""
 
     _training_plan_cls = FIMPTrainingPlan
-    _train_runner_cls = TrainRunner
-    # Weights before a training, until it has succeeded.
-    _untrained: dict[str, torch.Tensor] | None = None
+    _train_runner_cls = FIMPTrainRunner
 
     def train(
         self,
@@ -95,9 +99,13 @@ class TrainableModel(MixingModel, StartingModel):
         early_stopping_patience: int | None = None,
         early_stopping_min_delta: float = _LEAST_GAIN,
         plan_kwargs: dict[str, Any] | None = None,
+        checkpoint: str | Path | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         """Train on masked expression, and on labels where there are some.
+
+        A training that fails or is interrupted leaves the model as it was. Trainings of several threads run one after
+        the other, as they draw random numbers from generators that threads share.
 
         Parameters
         ----------
@@ -140,16 +148,24 @@ class TrainableModel(MixingModel, StartingModel):
         plan_kwargs
             Passed to the training plan (``lr``, ``weight_decay``, ...). By default ``lr`` grows with the number of
             steps, from 5e-4 to 8e-3 (4e-3 with labels), and so does ``lr_loadings``, from 2e-3.
+        checkpoint
+            Folder for ``training.ckpt``, a checkpoint of Lightning that is written after every epoch. Where the folder
+            holds one, that training is gone on with, to the result that it would have had without the stop: the same
+            call again loses no more than the epoch in which the first was killed or interrupted. The file stays when
+            the training is over. It is read as tensors and plain values, so no code in it is run; the state of
+            callbacks of your own must be of these.
         **trainer_kwargs
             Passed to :class:`scvi.train.Trainer` and so to Lightning.
 
         Raises
         ------
         ValueError
-            When indices overlap or leave nothing to train on, ``hidden`` has another shape or names no modality, or
-            another loss is to stop training.
+            When indices overlap or leave nothing to train on, ``hidden`` has another shape or names no modality,
+            another loss is to stop training, or ``checkpoint`` is of a training of other data or arguments, or damaged.
         IndexError
             When indices are out of range.
+        KeyboardInterrupt
+            When it is interrupted.
         """
         self._validate_anndata()
         unknown = {"early_stopping_monitor", "early_stopping_mode"} & set(trainer_kwargs)
@@ -164,93 +180,81 @@ class TrainableModel(MixingModel, StartingModel):
         unseen = self._unseen(hidden)
         data = self._graph_data(self.adata, **unseen)
         train_idx, val_idx = self._split(data, validation_size, train_indices, validation_indices)
+        asked = {
+            "max_epochs": max_epochs, "batch_size": batch_size, "mask_ratio": mask_ratio,
+            "gene_mask_ratio": gene_mask_ratio, "mask_cells": mask_cells, "class_balance": class_balance,
+            "early_stopping": early_stopping, "early_stopping_patience": early_stopping_patience,
+            "early_stopping_min_delta": early_stopping_min_delta, "plan_kwargs": plan_kwargs,
+        }  # fmt: skip
+        kept = []
+        if checkpoint is not None:
+            marks = training_marks(self, data, (train_idx, val_idx), unseen, asked, trainer_kwargs)
+            kept = [KeptTraining(checkpoint, marks)]
         pretrained = isinstance(module.network, FoundationNetwork)
         schedule = Schedule.of(data, train_idx, batch_size, pretrained=pretrained)
         mask_ratio = schedule.mask_ratio if mask_ratio is None else mask_ratio
-        if self.classes:
-            label = data.label[train_idx]
-            module.set_class_weight(np.bincount(label[label >= 0], minlength=len(self.classes)), class_balance)
-        if not self.is_trained:
-            self._start_anew()
-            data = self._start_from_data(data, train_idx, val_idx, mask_ratio, unseen)
-        splitter = BlockSplitter(
-            data,
-            train_idx,
-            val_idx,
-            batch_size=schedule.batch_size,
-            n_layers=self.n_layers,
-            n_tokens=self.n_tokens,
-            parts=schedule.parts,
-            mask_ratio=mask_ratio,
-            gene_mask_ratio=gene_mask_ratio,
-            mask_cells=schedule.mask_cells(bool(self.classes)) if mask_cells is None else mask_cells,
-            random_state=self.random_state,
-            num_workers=_workers(accelerator) if num_workers is None else num_workers,
-            pin_memory=on_gpu(accelerator),
-        )
-        if max_epochs is None:
-            max_epochs = schedule.epochs(len(splitter.train_dataloader()))
-        plan = self._training_plan_cls(self.module, **(schedule.plan | (plan_kwargs or {})))
-        validated = len(val_idx) > 0
-        earlier = dict(self.history or {}) if self.is_trained else {}
-        patience = schedule.patience if early_stopping_patience is None else early_stopping_patience
-        # Lightning's own callback: that of scvi-tools prints when it stops, asked to be quiet or not.
-        stopping = EarlyStopping("validation_loss", min_delta=early_stopping_min_delta, patience=patience)
-        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), warnings.catch_warnings():
-            # Blocks are made on the fly in the main process, and few of them are logged per epoch: by design.
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*number of training batches.*")
-            warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-            # scvi-tools disables its own early stopping there; ours asks all processes.
-            warnings.filterwarnings("ignore", message=".*automatically disabled due to the use of DDP.*")
-            # A frozen foundation model stays in evaluation.
-            warnings.filterwarnings("ignore", message=".*in eval mode.*")
-            # Lightning's own use of torch.
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*", category=FutureWarning)
-            best = _BestWeights()
-            torch.manual_seed(self.random_state)
-            self.module.train()
-            runner = self._train_runner_cls(
-                self,
-                training_plan=plan,
-                data_splitter=splitter,
-                max_epochs=max_epochs,
-                accelerator=accelerator,
-                devices=devices,
-                callbacks=[
-                    *trainer_kwargs.pop("callbacks", []),
-                    *([best] if validated else []),
-                    *([stopping] if early_stopping and validated else []),
-                    # This form of averaging leaves weights that do not change as they are, to the bit.
-                    WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGING)),
-                ],
-                **{
-                    "default_root_dir": folder,
-                    "check_val_every_n_epoch": schedule.validate_every(max_epochs) if validated else None,
-                    **trainer_kwargs,
-                },
+        with unchanged_if_it_fails(self):
+            if self.classes:
+                label = data.label[train_idx]
+                module.set_class_weight(np.bincount(label[label >= 0], minlength=len(self.classes)), class_balance)
+            if not self.is_trained:
+                data = self._start_from_data(data, train_idx, val_idx, mask_ratio, unseen)
+            splitter = BlockSplitter(
+                data,
+                train_idx,
+                val_idx,
+                batch_size=schedule.batch_size,
+                n_layers=self.n_layers,
+                n_tokens=self.n_tokens,
+                parts=schedule.parts,
+                mask_ratio=mask_ratio,
+                gene_mask_ratio=gene_mask_ratio,
+                mask_cells=schedule.mask_cells(bool(self.classes)) if mask_cells is None else mask_cells,
+                random_state=self.random_state,
+                num_workers=_workers(accelerator) if num_workers is None else num_workers,
+                pin_memory=on_gpu(accelerator),
             )
-            runner()
-            if earlier and isinstance(found := getattr(runner.trainer.logger, "history", None), dict):
-                self.history_ = continued(earlier, found)
-            if best.weights:
-                plan.load_state_dict(best.weights, strict=False)
-        self.module.eval()
-        self._untrained = None
-        known = val_idx[data.label[val_idx] >= 0]
-        if module.label_head is not None and self.messages and len(known):
-            self._fit_shares(train_idx, known, data.label[known], **unseen)
-        remember(self, data, train_idx, val_idx)
-
-    def _start_anew(self) -> None:
-        """Return to the weights of an untrained model, from which a training that failed may have moved."""
-        if self._untrained is None:
-            moving = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-            moving |= {name for name, _ in self.module.named_buffers()}
-            state = self.module.state_dict()
-            self._untrained = {name: value.cpu().clone() for name, value in state.items() if name in moving}
-        else:
-            self.module.load_state_dict(self._untrained, strict=False)
+            if max_epochs is None:
+                max_epochs = schedule.epochs(len(splitter.train_dataloader()))
+            validated = len(val_idx) > 0
+            patience = schedule.patience if early_stopping_patience is None else early_stopping_patience
+            # Lightning's own callback: that of scvi-tools prints when it stops, asked to be quiet or not.
+            stopping = EarlyStopping("validation_loss", min_delta=early_stopping_min_delta, patience=patience)
+            best = _BestWeights()
+            callbacks = [
+                *trainer_kwargs.pop("callbacks", []),
+                *([best] if validated else []),
+                *([stopping] if early_stopping and validated else []),
+                # This form of averaging leaves weights that do not change as they are, to the bit.
+                WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGING)),
+                *kept,  # last, to see what the others write
+            ]
+            with tempfile.TemporaryDirectory() as folder, seeded(self.random_state), _quiet():
+                module.train()
+                plan = self._training_plan_cls(module, **(schedule.plan | (plan_kwargs or {})))
+                runner = self._train_runner_cls(
+                    self,
+                    training_plan=plan,
+                    data_splitter=splitter,
+                    max_epochs=max_epochs,
+                    accelerator=accelerator,
+                    devices=devices,
+                    callbacks=callbacks,
+                    **{
+                        "default_root_dir": folder,
+                        "check_val_every_n_epoch": schedule.validate_every(max_epochs) if validated else None,
+                        **({"ckpt_path": kept[0].path} if kept and kept[0].found else {}),
+                        **trainer_kwargs,
+                    },
+                )
+                runner()
+                if best.weights:
+                    plan.load_state_dict(best.weights, strict=False)
+            module.eval()
+            known = val_idx[data.label[val_idx] >= 0]
+            if module.label_head is not None and self.messages and len(known):
+                self._fit_shares(train_idx, known, data.label[known], **unseen)
+            remember(self, data, train_idx, val_idx)
 
     def _unseen(self, hidden: Any) -> dict[str, Any]:
         """Return what is hidden, by modality or of the only one, as arguments of :meth:`_graph_data`."""
@@ -298,6 +302,23 @@ class TrainableModel(MixingModel, StartingModel):
         if self.classes and not (data.label[train_idx] >= 0).any():
             raise ValueError("No training cell has a label: check labels_key, unlabeled_category and the split.")
         return train_idx, val_idx
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out warnings of Lightning and scvi-tools about what is so by design."""
+    with warnings.catch_warnings():
+        # Blocks are made on the fly in the main process, and few of them are logged per epoch.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*number of training batches.*")
+        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        # scvi-tools disables its own early stopping there; ours asks all processes.
+        warnings.filterwarnings("ignore", message=".*automatically disabled due to the use of DDP.*")
+        # A frozen foundation model stays in evaluation.
+        warnings.filterwarnings("ignore", message=".*in eval mode.*")
+        # Lightning's own use of torch.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*", category=FutureWarning)
+        yield
 
 
 def on_gpu(accelerator: str) -> bool:

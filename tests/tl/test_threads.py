@@ -1,0 +1,73 @@
+"""Calls of several threads give what they give one after the other."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import numpy as np
+import pytest
+import torch
+
+import fimp_sc
+from fimp_sc.model import FIMP
+
+
+def side_by_side(*tasks):
+    """Do all tasks at once, each in a thread of its own."""
+    barrier = Barrier(len(tasks))
+
+    def start(task):
+        barrier.wait(60)
+        return task()
+
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        return [future.result(600) for future in [pool.submit(start, task) for task in tasks]]
+
+
+@pytest.fixture
+def process():
+    """The global state that results must neither depend on nor change."""
+
+    def state():
+        levels = {name: logging.getLogger(name).level for name in ("fimp_sc", "lightning.pytorch", "scvi")}
+        return torch.get_rng_state().tolist(), list(warnings.filters), levels, logging.getLogger("fimp_sc").handlers[:]
+
+    before = state()
+    yield
+    assert state() == before
+
+
+@pytest.mark.usefixtures("process")
+def test_calls_in_threads_give_what_they_give_one_after_the_other(tissue, quick) -> None:
+    def embed(seed: int, cells: slice):
+        adata = tissue[cells].copy()
+        fimp_sc.tl.embed(adata, **{**quick, "max_epochs": 3, "random_state": seed})
+        return adata.obsm["X_fimp"], fimp_sc.tl.get_model(adata).history["train_loss"].to_numpy(dtype=float)
+
+    cases = [(0, slice(0, 80)), (1, slice(20, 100)), (0, slice(0, 100))]
+    expected = [embed(*case) for case in cases]
+    found = side_by_side(*[lambda case=case: embed(*case) for case in cases])
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a[0], b[0])
+        np.testing.assert_array_equal(a[1], b[1])
+
+
+@pytest.mark.usefixtures("process")
+def test_models_of_threads_are_made_and_trained_as_alone(tissue) -> None:
+    fimp_sc.pp.spatial_graph(tissue, n_neighbors=4)
+
+    def made(seed: int) -> dict[str, np.ndarray]:
+        adata = tissue.copy()
+        FIMP.setup_anndata(adata, labels_key="label")
+        model = FIMP(adata, n_latent=16, n_heads=2, random_state=seed)
+        model.train(2, accelerator="cpu", batch_size=16, enable_progress_bar=False)
+        return {name: value.numpy() for name, value in model.module.state_dict().items()}
+
+    expected = [made(seed) for seed in (3, 4)]
+    found = side_by_side(lambda: made(3), lambda: made(4))
+    for a, b in zip(expected, found, strict=True):
+        for name, value in a.items():
+            np.testing.assert_array_equal(value, b[name], err_msg=name)
