@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
+import re
 from types import SimpleNamespace
 
 import anndata as ad
@@ -17,8 +19,10 @@ from fimp_sc.data._checks import (
     check_coordinates,
     check_labels,
     check_obs_key,
+    check_scaled,
     check_values,
     get_matrix,
+    warn_labels,
 )
 
 
@@ -56,6 +60,25 @@ def test_good_object_and_view_pass():
 def test_other_types(thing):
     with pytest.raises(TypeError, match=f"Expected an AnnData object, found {type(thing).__name__}"):
         check_anndata(thing)
+
+
+def test_other_objects_are_told_how_to_become_one(tmp_path):
+    from anndata.experimental import AnnCollection
+
+    for table in (pd.DataFrame(np.ones((3, 2))), np.ones((3, 2)), sparse.csr_matrix(np.ones((3, 2)))):
+        with pytest.raises(TypeError, match=r"adata = anndata\.AnnData\(values\).*obsm\[.spatial.\]"):
+            check_anndata(table)
+    with pytest.raises(TypeError, match=r"anndata\.read_h5ad\('a\.h5ad'\)"):
+        check_anndata("a.h5ad")
+    first, second = make_adata(label=["a"] * 12), make_adata(label=["b"] * 12)
+    second.obs_names = [f"other{i}" for i in range(12)]
+    collection = AnnCollection([first, second])
+    with pytest.raises(TypeError, match=r"found AnnCollection: .*collection\[:\]\.to_adata\(\)"):
+        check_anndata(collection)
+    check_anndata(collection[:].to_adata())
+    with pytest.raises(TypeError, match=r"found AnnCollectionView: .*collection\.to_adata\(\)"):
+        check_anndata(collection[:5])
+    check_anndata(collection[:5].to_adata())
 
 
 def test_mudata_is_told_to_pass_a_modality():
@@ -132,6 +155,58 @@ def test_coordinates():
         check_coordinates(adata, "X_spatial")
 
 
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        ("x", "y"), ("X", "Y"), ("x_centroid", "y_centroid"), ("CenterX_global_px", "CenterY_global_px"),
+        ("center_x", "center_y"), ("array_col", "array_row"), ("pxl_col_in_fullres", "pxl_row_in_fullres"),
+        ("imagecol", "imagerow"), ("array_column", "array_row"), ("Centroid X µm", "Centroid Y µm"),
+    ],
+)  # fmt: skip
+def test_coordinates_in_columns_are_brought_to_obsm_by_the_line_in_the_message(x, y):
+    adata = make_adata()
+    places = adata.obsm.pop("spatial")
+    adata.obs["total_counts"], adata.obs["cell_id"] = 1.0, np.arange(12)
+    adata.obs[y], adata.obs[x] = places[:, 1], places[:, 0]
+    with pytest.raises(MissingKeyError, match=r"adata\.obs has columns of coordinates: ") as caught:
+        check_coordinates(adata, "spatial")
+    exec(str(caught.value).split("coordinates: ")[1], {"adata": adata})
+    np.testing.assert_array_equal(check_coordinates(adata, "spatial"), places)
+
+
+def test_coordinates_of_the_slide_come_before_those_of_an_array_or_a_field():
+    adata = make_adata()
+    del adata.obsm["spatial"]
+    for name in ("array_row", "array_col", "CenterX_local_px", "CenterY_local_px", "umap_x", "umap_y"):
+        adata.obs[name] = 1.0
+    with pytest.raises(MissingKeyError, match=r"\['array_col', 'array_row'\]"):
+        check_coordinates(adata, "spatial")
+    adata.obs["CenterX_global_px"] = adata.obs["CenterY_global_px"] = 1.0
+    with pytest.raises(MissingKeyError, match=r"\['CenterX_global_px', 'CenterY_global_px'\]"):
+        check_coordinates(adata, "spatial")
+    adata.obs = adata.obs[["umap_x", "umap_y"]]
+    with pytest.raises(MissingKeyError, match=r"Name the cell coordinates with spatial_key="):
+        check_coordinates(adata, "spatial")
+
+
+def test_scaled_expression_beside_raw():
+    adata = make_adata()
+    check_scaled(adata, None, "auto")
+    adata.raw = adata.copy()
+    check_scaled(adata, None, "auto")
+    counts = adata.X.copy()
+    adata.X = adata.X.toarray() - 1.0
+    for input_scale in ("auto", "log"):
+        with pytest.raises(ValueError, match=r"adata\.raw holds 7 genes .*pass adata\.raw\.to_adata\(\)\.$"):
+            check_scaled(adata, None, input_scale)
+    check_scaled(adata, None, "real")
+    adata.layers["counts"] = counts
+    check_scaled(adata, "counts", "auto")
+    with pytest.raises(ValueError, match=r"or pass layer= \(layers found: 'counts'\)"):
+        check_scaled(adata, None, "auto")
+    check_scaled(adata.raw.to_adata(), None, "auto")
+
+
 def test_obs_key():
     adata = make_adata(batch=["a"] * 6 + ["b"] * 6, hole=["a"] * 5 + [np.nan] * 2 + ["b"] * 5)
     assert list(check_obs_key(adata, "batch", "batch")) == list(adata.obs["batch"])
@@ -185,7 +260,50 @@ def test_missing_labels_key():
 
 def test_class_with_one_cell_warns_and_names_it():
     with pytest.warns(UserWarning, match=r"single cell.*: 'rare'\. Merge them, or set them to 'Unknown'"):
-        check_labels(make_adata(label=["a"] * 6 + ["b"] * 5 + ["rare"]), "label", "Unknown")
+        warn_labels(make_adata(label=["a"] * 6 + ["b"] * 5 + ["rare"]), "label", "Unknown")
+
+
+NO_LABEL = [
+    *("nan", "", "NA", "N/A", "None", "null", "unknown", "Unlabelled", "Unlabeled", "Unassigned", "undefined", "-1"),
+    *("UNKNOWN", " Unknown ", "NaN", "<NA>", -1, "unlabelled\t"),
+]
+
+
+@pytest.mark.parametrize("word", NO_LABEL)
+@pytest.mark.parametrize("kind", ["object", "category"])
+def test_a_word_for_no_label_warns_with_the_argument_that_mends_it(word, kind):
+    adata = make_adata(label=["a"] * 4 + ["b"] * 3 + [word] * 3 + [np.nan] * 2)
+    adata.obs["label"] = adata.obs["label"].astype(kind)
+    with pytest.warns(UserWarning, match=r"each is learned as a class: .* for 3 of 12 cells") as record:
+        warn_labels(adata, "label")
+    assert len(record) == 1
+    advice = re.search(r"unlabeled_category=('.*')", str(record[0].message))
+    warn_labels(adata, "label", ast.literal_eval(advice[1]))  # silent
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["a"] * 4 + ["b"] * 3 + ["nan"] * 3 + ["NA"] * 2,
+        ["a"] * 4 + ["b"] * 3 + ["Unknown"] * 3 + ["NA"] * 2,
+        [0] * 4 + [1] * 3 + [-1] * 3 + ["Unknown"] * 2,
+    ],
+)
+@pytest.mark.parametrize("kind", ["object", "category"])
+def test_several_words_for_no_label_are_to_be_made_missing(labels, kind):
+    adata = make_adata(label=labels)
+    adata.obs["label"] = adata.obs["label"].astype(kind)
+    with pytest.warns(UserWarning, match=r"make their labels missing: adata\.obs\['label'\] = ") as record:
+        warn_labels(adata, "label")
+    exec(str(record[0].message).split("missing: ")[1].rstrip("."), {"adata": adata})
+    warn_labels(adata, "label")  # silent
+    assert adata.obs["label"].isna().sum() == sum(label in {"nan", "NA", -1} for label in labels)
+    check_labels(adata, "label")
+
+
+def test_classes_that_are_no_words_for_no_label_are_silent():
+    warn_labels(make_adata(label=["Nanog+"] * 4 + ["Unknown"] * 2 + ["NK"] * 3 + ["None-like"] * 3), "label")
+    warn_labels(make_adata(label=[0] * 6 + [1] * 6), "label")
 
 
 # Real data ------------------------------------------------------------------------------------------------------------
@@ -204,6 +322,7 @@ def test_real_data(shared_data, name, scale, empty):
     adata = ad.read_h5ad(shared_data / f"{name}.h5ad")
     check_anndata(adata)
     check_labels(adata, "cell_type", "Unlabelled")
+    warn_labels(adata, "cell_type", "Unlabelled")
     check_coordinates(adata, "spatial")
     assert check_values(get_matrix(adata, None), where="adata.X") == scale
     assert (np.asarray(adata.X.sum(axis=0)) == 0).sum() == empty

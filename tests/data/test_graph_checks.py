@@ -88,6 +88,23 @@ def test_isolated_nodes_give_one_warning_and_self_loops_do_not_help():
     assert sum("no neighbours" in str(warning.message) for warning in record) == 1
 
 
+@pytest.mark.parametrize(
+    ("key", "library", "call"),
+    [
+        ("spatial_connectivities", None, "spatial_graph(adata, overwrite=True)"),
+        ("spatial_connectivities", "section", "spatial_graph(adata, library_key='section', overwrite=True)"),
+        ("near_connectivities", None, "spatial_graph(adata, key_added='near', overwrite=True)"),
+    ],
+)
+def test_cells_without_neighbors_after_others_were_left_out_are_told_to_build_again(key, library, call):
+    adata = make_adata(section=["a"] * 12)
+    adata.obsp[key] = ring()
+    check_graph(adata, key, library)
+    with pytest.warns(UserWarning, match="left out after the graph was built, build it again") as record:
+        check_graph(adata[[0, 1, 5, 8]].copy(), key, library)
+    assert f"fimp_sc.pp.{call}" in str(record[0].message)
+
+
 @pytest.mark.parametrize("form", [np.asarray, sparse.csc_matrix, sparse.coo_array])
 def test_adjacency_of_any_form_is_returned_as_edges(form):
     dense = np.array([[2, 1, 0], [0, 0, 3], [0, 0, 0]])

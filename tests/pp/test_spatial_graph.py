@@ -221,7 +221,8 @@ def test_unused_library_categories_are_ignored():
 def test_duplicate_coordinates_and_duplicate_cell_names():
     coordinates = np.repeat(random_points(10), 2, axis=0)
     adata = make_adata(coordinates)
-    spatial_graph(adata, n_neighbors=3)
+    with pytest.warns(UserWarning, match=r"20 of 20 cells share their place in adata\.obsm\['spatial'\] with another"):
+        spatial_graph(adata, n_neighbors=3)
     graph = adata.obsp[CONNECTIVITIES]
     assert (np.diff(graph.indptr) == 3).all()
     assert graph.diagonal().sum() == 0
@@ -276,7 +277,8 @@ def test_real_sections_are_never_joined(shared_data):
     assert len(np.unique(bregma)) == 2
     assert (bregma[edges.row] == bregma[edges.col]).all()
     assert (np.bincount(edges.row, minlength=adata.n_obs) == 6).all()
-    spatial_graph(adata, key_added="joined")
+    with pytest.warns(UserWarning, match="53 % of the edges join different samples.*library_key='bregma'"):
+        spatial_graph(adata, key_added="joined")
     edges = adata.obsp["joined_connectivities"].tocoo()
     assert (bregma[edges.row] != bregma[edges.col]).any(), "the samples overlap, so the test above could have failed"
 

@@ -28,7 +28,8 @@ def random_points(n) -> np.ndarray:
 
 def test_existing_graph_joining_samples_is_refused(assert_unchanged):
     adata = make_adata(random_points(30), np.arange(30) % 2)
-    spatial_graph(adata)
+    with pytest.warns(UserWarning, match="library_key='section'"):
+        spatial_graph(adata)
     before = adata.copy()
     with pytest.raises(ValueError, match=r"join samples.*overwrite=True"):
         spatial_graph(adata, library_key="section")

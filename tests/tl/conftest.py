@@ -100,6 +100,7 @@ def quick() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def _tl_tissue() -> ad.AnnData:
     adata = fimp_sc.datasets.toy_tissue(n_obs=100, random_state=3)
+    adata.obsm["spatial"][adata.obs["section"] == "section_2", 0] += 1000
     genes = np.asarray(adata.X.sum(axis=0)).ravel().argsort()[::-1][:30]
     adata = adata[:, np.sort(genes)].copy()
     labels = adata.obs["cell_type"].astype(object)
@@ -112,7 +113,7 @@ def _tl_tissue() -> ad.AnnData:
 
 @pytest.fixture
 def tissue(_tl_tissue: ad.AnnData) -> ad.AnnData:
-    """100 cells x 30 genes in two sections without a graph; labels "B", "C", "T cell / naïve" and NaN."""
+    """100 cells x 30 genes in two sections side by side without a graph; labels "B", "C", "T cell / naïve" and NaN."""
     return _tl_tissue.copy()
 
 

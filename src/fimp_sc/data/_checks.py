@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +11,16 @@ from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
 from fimp_sc.data._access import get_graph, get_matrix, get_obs, in_memory, label_text, missing_key, shorten
+from fimp_sc.data._coordinate_hints import coordinates_hint
 from fimp_sc.data._graph_checks import check_connectivities
+from fimp_sc.data._label_checks import check_labels, warn_labels
+from fimp_sc.data._rows import open_rows
 from fimp_sc.data._value_checks import InputScale, check_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+_FEW_CELLS = 64
 
 __all__ = [
     "InputScale",
@@ -27,6 +32,7 @@ __all__ = [
     "check_labels",
     "check_object",
     "check_obs_key",
+    "check_scaled",
     "check_values",
     "get_graph",
     "get_matrix",
@@ -34,6 +40,7 @@ __all__ = [
     "in_memory",
     "label_text",
     "shorten",
+    "warn_labels",
 ]
 
 
@@ -50,15 +57,7 @@ def check_object(adata: Any) -> None:
     from anndata import AnnData
 
     if not isinstance(adata, AnnData):
-        hint = ""
-        if hasattr(adata, "mod"):
-            hint = ": pass one modality, for instance mdata['rna']"
-        elif hasattr(adata, "tables"):
-            names = list(adata.tables)
-            hint = (
-                f": pass one of its tables, {names}, for instance sdata[{names[0]!r}]" if names else " without tables"
-            )
-        raise TypeError(f"Expected an AnnData object, found {type(adata).__name__}{hint}.")
+        raise TypeError(f"Expected an AnnData object, found {type(adata).__name__}{_object_hint(adata)}.")
     if adata.isbacked and adata.is_view:
         raise ValueError(
             f"adata is a view of an object backed by {str(adata.filename)!r}, which can take no results: load it with "
@@ -66,6 +65,27 @@ def check_object(adata: Any) -> None:
         )
     if adata.n_obs == 0:
         raise ValueError("adata has no cells (n_obs = 0): check the filters applied before.")
+
+
+def _object_hint(found: Any) -> str:
+    """Return how an AnnData object is had from something else."""
+    name = type(found).__name__
+    if name.startswith("AnnCollection"):
+        call = "[:].to_adata()" if name == "AnnCollection" else ".to_adata()"
+        return f": bring its objects into one, for instance with collection{call}"
+    if isinstance(found, str | Path):
+        return f": read the file first, for instance with anndata.read_h5ad({str(found)!r})"
+    if isinstance(found, pd.DataFrame | np.ndarray) or sparse.issparse(found):
+        return (
+            ": make one of cells × genes with adata = anndata.AnnData(values), and give the cells coordinates with "
+            'adata.obsm["spatial"] = an array of shape (n_obs, 2)'
+        )
+    if hasattr(found, "mod"):
+        return ": pass one modality, for instance mdata['rna']"
+    if hasattr(found, "tables"):
+        names = list(found.tables)
+        return f": pass one of its tables, {names}, for instance sdata[{names[0]!r}]" if names else " without tables"
+    return ""
 
 
 def check_anndata(adata: Any) -> None:
@@ -103,7 +123,7 @@ def check_coordinates(adata: AnnData, spatial_key: str) -> np.ndarray:
     """
     where = f"adata.obsm[{spatial_key!r}]"
     if spatial_key not in adata.obsm:
-        raise missing_key(spatial_key, "adata.obsm", adata.obsm, "Name the cell coordinates with spatial_key=.")
+        raise missing_key(spatial_key, "adata.obsm", adata.obsm, coordinates_hint(adata, spatial_key))
     stored = adata.obsm[spatial_key]
     try:
         values = in_memory(stored, where)
@@ -162,51 +182,6 @@ def check_key_added(key: str) -> None:
         raise ValueError(f"key_added={key!r} has a slash, which files take for a folder: choose another name.")
 
 
-def check_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unknown") -> None:
-    """Check that ``adata.obs[labels_key]`` can be learned: NaN and ``unlabeled_category`` mean unlabeled.
-
-    Raises
-    ------
-    MissingKeyError
-        ``labels_key`` is absent.
-    TypeError
-        The column holds real numbers that are not categories.
-    ValueError
-        No cell is labeled, or all labeled cells have the same label.
-
-    Warns
-    -----
-    UserWarning
-        Labels that a single cell has.
-    """
-    where = f"adata.obs[{labels_key!r}]"
-    if labels_key not in adata.obs:
-        raise missing_key(labels_key, "adata.obs", adata.obs, "Name the column of labels with labels_key=.")
-    column = get_obs(adata, [labels_key])[labels_key]
-    labels = column[column.notna().to_numpy() & (label_text(column) != str(unlabeled_category)).to_numpy()]
-    if pd.api.types.is_float_dtype(labels.dtype) and (labels % 1 != 0).any():
-        raise TypeError(f"{where} holds real numbers (dtype {labels.dtype}), not classes: name a column of labels.")
-    if labels.empty:
-        raise ValueError(
-            f"{where} has no labeled cell: all {adata.n_obs:,} are NaN or {unlabeled_category!r}. Label some cells of "
-            "every class, or use a model trained on labeled data with model=."
-        )
-    counts = label_text(labels).value_counts()
-    if len(counts) == 1:
-        raise ValueError(
-            f"{where} has only one class, {counts.index[0]!r} ({counts.iloc[0]:,} cells): two or more are needed "
-            f"besides {unlabeled_category!r}."
-        )
-    single = sorted(counts.index[counts == 1])
-    if single:
-        warnings.warn(
-            f"{where} has labels with a single cell, which can hardly be learned or validated: "
-            f"{shorten([repr(s) for s in single])}. Merge them, or set them to {unlabeled_category!r}.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
 def check_graph(adata: AnnData, connectivities_key: str, library_key: str | None = None) -> None:
     """Check the graph ``adata.obsp[connectivities_key]``; see :func:`check_connectivities`.
 
@@ -224,4 +199,32 @@ def check_graph(adata: AnnData, connectivities_key: str, library_key: str | None
         )
     library = None if library_key is None else check_obs_key(adata, library_key, "library")
     where = f"adata.obsp[{connectivities_key!r}]"
-    check_connectivities(in_memory(adata.obsp[connectivities_key], where), adata.n_obs, where=where, library=library)
+    advice = "Where their neighbors were left out after the graph was built, build it again"
+    if connectivities_key.endswith("_connectivities"):
+        arguments = "" if library_key is None else f", library_key={library_key!r}"
+        if connectivities_key != "spatial_connectivities":
+            arguments += f", key_added={connectivities_key.removesuffix('_connectivities')!r}"
+        advice += f": fimp_sc.pp.spatial_graph(adata{arguments}, overwrite=True)"
+    graph = in_memory(adata.obsp[connectivities_key], where)
+    check_connectivities(graph, adata.n_obs, where=where, library=library, advice=f"{advice}.")
+
+
+def check_scaled(adata: AnnData, layer: str | None, input_scale: str) -> None:
+    """Refuse scaled expression in ``adata.X`` where ``adata.raw`` holds other values, by a look at a few cells.
+
+    Raises
+    ------
+    ValueError
+        The message says how to take the values in ``adata.raw``.
+    """
+    if layer is not None or input_scale == "real" or getattr(adata, "raw", None) is None or adata.X is None:
+        return
+    cells = np.unique(np.linspace(0, adata.n_obs - 1, min(adata.n_obs, _FEW_CELLS)).astype(int))
+    values = open_rows(adata.X, "adata.X").read(cells)
+    if values.min() < 0:
+        layers = [repr(key) for key in adata.layers if key is not None]
+        other = f", or pass layer= (layers found: {shorten(layers)})" if layers else ""
+        raise ValueError(
+            "adata.X contains values below zero, as scaled expression does, which cannot be used. adata.raw holds "
+            f"{adata.raw.n_vars:,} genes as they were before: pass adata.raw.to_adata(){other}."
+        )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
 
+from fimp_sc._logging import warn
 from fimp_sc.data._adjacency import check_adjacency
 
 if TYPE_CHECKING:
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def check_connectivities(
-    graph: Any, n_obs: int, *, where: str = "The graph", library: pd.Categorical | None = None
+    graph: Any,
+    n_obs: int,
+    *,
+    where: str = "The graph",
+    library: pd.Categorical | None = None,
+    advice: str = "",
 ) -> None:
     """Check a neighbourhood graph: a row holds the weights of the neighbours of its node.
 
@@ -29,6 +34,8 @@ def check_connectivities(
         Where it was found, for messages.
     library
         Sample of each node, length ``n_obs``, without missing values.
+    advice
+        What to do about nodes without neighbours.
 
     Raises
     ------
@@ -63,8 +70,7 @@ def check_connectivities(
             )
     isolated = int((np.diff(checked.indptr) == 0).sum())
     if isolated:
-        warnings.warn(
-            f"{where}: {isolated:,} of {n_obs:,} nodes have no neighbours and are described by their own tokens alone.",
-            UserWarning,
-            stacklevel=2,
+        warn(
+            f"{where}: {isolated:,} of {n_obs:,} nodes have no neighbours and are described by their own tokens alone. "
+            f"{advice}".rstrip()
         )

@@ -30,6 +30,7 @@ from fimp_sc.model._fields import (
 )
 from fimp_sc.model._inference import infer
 from fimp_sc.model._setup import RegisteringModel
+from fimp_sc.model._shared_genes import check_shared_genes
 from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
@@ -87,7 +88,17 @@ class GraphModel(RegisteringModel):
                 "This model is bound to no object: bind it to one with FIMP.load_query_data(adata, model), or "
                 "FIMP.from_pretrained(folder, adata)."
             )
+        if adata is not None and self._is_object(adata) and self.get_anndata_manager(adata) is None:
+            self._check_genes(adata)
         return super()._validate_anndata(adata, **kwargs)
+
+    def _check_genes(self, data: AnnData | MuData) -> None:
+        """Check that another object has enough genes of the model, see :func:`check_shared_genes`."""
+        parts = parts_of(data, self.registry["setup_args"].get("modality")) if len(self.genes) else []
+        for part in parts:
+            if not part.is_sequence:
+                weight = self.module.gene_fraction.cpu().numpy()
+                check_shared_genes(self.genes, weight * (part.kind == "expression"), part.adata)
 
     def _indices(self, adata: AnnData, indices: Sequence[int] | NDArray[np.int64] | None) -> NDArray[np.int64]:
         nodes = np.arange(adata.n_obs) if indices is None else np.asarray(indices)

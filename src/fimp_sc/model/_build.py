@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fimp_sc._logging import warn
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._sequence_sources import token_shape
 from fimp_sc.model._fields import SEQUENCE_KEY, X_KEY, SequenceField
+from fimp_sc.model._shared_genes import FEW_GENES
 from fimp_sc.nn import FoundationNetwork
 from fimp_sc.pretrained import GeneVectors, build_foundation, read_foundation, read_gene_vectors
 from fimp_sc.pretrained._files import checkpoint_folder
@@ -49,7 +51,12 @@ def vocabulary_rows(genes: NDArray[Any], vocabulary: Any, what: str, **how: Any)
     Raises
     ------
     ValueError
-        When no gene is found.
+        When next to no gene is found.
+
+    Warns
+    -----
+    UserWarning
+        When half of the genes or less are found.
     """
     known = read_vocabulary(vocabulary)
     table = match_names([str(gene) for gene in genes], known, **how)
@@ -58,12 +65,13 @@ def vocabulary_rows(genes: NDArray[Any], vocabulary: Any, what: str, **how: Any)
     hint = ""
     if found <= _FEW * len(genes):
         hint = f" {advice(table, known, how.get('species', 'human'))} {_MATCH}"
-    if not found:
-        raise ValueError(f"{what} knows none of the {len(genes):,} genes of the object.{hint}")
-    logger.log(
-        logging.WARNING if hint else logging.INFO, "%s knows %s of %s genes.%s", what, f"{found:,}", f"{len(genes):,}",
-        hint,
-    )  # fmt: skip
+    message = f"{what} knows {f'{found:,}' if found else 'none'} of the {len(genes):,} genes of the object."
+    if found <= FEW_GENES * len(genes):
+        raise ValueError(f"{message}{hint}")
+    if hint:
+        warn(f"{message}{hint}")
+    else:
+        logger.info("%s", message)
     return rows
 
 

@@ -18,9 +18,11 @@ from fimp_sc.data._checks import (
     check_labels,
     check_object,
     check_obs_key,
+    check_scaled,
     get_matrix,
     get_obs,
     label_text,
+    warn_labels,
 )
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import Part, check_whole, nodes_of, parts_of
@@ -141,6 +143,7 @@ class ExpressionField(_Field):
         if part.adata is not adata:
             where = where.replace("adata", f"mdata[{part.name!r}]")
         scale = "real" if part.kind == "feature" and self._input_scale == "auto" else self._input_scale
+        check_scaled(part.adata, self.attr_key, scale)
         samples = self._samples(adata, part)
         found = inspect_values(get_matrix(part.adata, self.attr_key), where=where, input_scale=scale, samples=samples)
         if self._input_scale == "auto" and part.kind != "feature":
@@ -348,6 +351,7 @@ class LabelField(_Field):
     def register_field(self, adata: AnnData | MuData) -> dict:
         nodes = self.nodes(adata)
         check_labels(nodes, str(self.attr_key), self._unlabeled)
+        warn_labels(nodes, str(self.attr_key), self._unlabeled)
         labels = label_text(get_obs(nodes, [str(self.attr_key)])[self.attr_key]).dropna()
         return {self.CLASSES: np.array(sorted(set(labels) - {str(self._unlabeled)}), dtype=object)}
 

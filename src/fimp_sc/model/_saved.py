@@ -34,6 +34,17 @@ class SavedModel(GraphModel):
         **setup_kwargs
             Arguments of :meth:`setup_anndata`, where data are found elsewhere in the new object than in that of
             training, or are on another scale: ``layer``, ``library_key``, ``batch_key``, ``input_scale``, ...
+
+        Raises
+        ------
+        ValueError
+            When the object has next to none of the genes of the model, or cannot be used.
+
+        Warns
+        -----
+        UserWarning
+            The genes that it has carry less than half of the counts of training; and what :meth:`setup_anndata` warns
+            of.
         """
         if not isinstance(reference_model, str | Path):
             reference: Self = reference_model
@@ -42,6 +53,8 @@ class SavedModel(GraphModel):
         else:
             reference = cls.load(str(reference_model), adata=False)
         registry = reference.registry
+        if cls._is_object(adata):
+            reference._check_genes(setup_kwargs.get("user_object", adata))
         # What a model learnt from a modality is also applied to an object that is this modality, and the reverse.
         setup = {name: value for name, value in registry["setup_args"].items() if name != "modality"} | setup_kwargs
         how = {"source_registry": registry, "sequences": list(reference.module.sequences)}
@@ -102,6 +115,8 @@ class SavedModel(GraphModel):
         """
         if backup_url is None:
             check_saved(dir_path, prefix)
+        if adata is not None and adata is not False and cls._is_object(adata):
+            super().load(str(dir_path), False, "cpu", "auto", prefix, backup_url, **kwargs)._check_genes(adata)
         return super().load(str(dir_path), adata, accelerator, device, prefix, backup_url, **kwargs)
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:

@@ -9,7 +9,8 @@ from scvi.data import AnnDataManager
 from scvi.data._manager import AnnDataManagerValidationCheck
 from scvi.model.base import BaseModelClass
 
-from fimp_sc.data._parts import Part, as_modalities, check_columns, parts_of, registered_keys
+from fimp_sc.data._input_warnings import warn_inputs
+from fimp_sc.data._parts import Part, as_modalities, check_columns, nodes_of, parts_of, registered_keys
 from fimp_sc.model._fields import SEQUENCE_KEY, registered_fields
 
 if TYPE_CHECKING:
@@ -81,6 +82,13 @@ class RegisteringModel(BaseModelClass):
             When a key is missing.
         ValueError
             When values, labels or graph cannot be used; the message says why.
+
+        Warns
+        -----
+        UserWarning
+            Without ``library_key``, the graph joins samples that lie over each other; control probes are among the
+            genes; labels read as if cells had none, or a single cell has them; cells without neighbors; cells or genes
+            that are zero throughout.
         """
         method_args = cls._get_setup_method_args(**{k: v for k, v in locals().items() if k != "kwargs"})
         cls._register(adata, method_args, kwargs)
@@ -123,6 +131,11 @@ class RegisteringModel(BaseModelClass):
             When a modality or key is missing.
         ValueError
             When values, signals, images, labels or graph cannot be used; the message says why.
+
+        Warns
+        -----
+        UserWarning
+            As :meth:`setup_anndata` does.
         """
         method_args = cls._get_setup_method_args(**{k: v for k, v in locals().items() if k != "kwargs"})
         cls._register(mdata, method_args, kwargs)
@@ -136,6 +149,8 @@ class RegisteringModel(BaseModelClass):
         if modality is not None:
             setup["modality"] = as_modalities(modality)
         sequences = kwargs.pop("sequences", None)
+        # The tools register a light copy of the user's object, and warnings concern all of its columns.
+        user_object = kwargs.pop("user_object", data)
         if sequences is None and kwargs.get("source_registry") is not None:
             # The names under which a model knows its tokens: an object that is the modality alone does not say its own.
             known = kwargs["source_registry"]["field_registries"]
@@ -158,6 +173,13 @@ class RegisteringModel(BaseModelClass):
             validation_checks=AnnDataManagerValidationCheck(check_fully_paired_mudata=False),
         )
         manager.register_fields(data, **kwargs)
+        warn_inputs(
+            user_object,
+            modality,
+            nodes_of(data, modality).obsp[setup["connectivities_key"]],
+            library_key=setup["library_key"],
+            spatial_key=setup["spatial_key"],
+        )
         cls.register_manager(manager)
 
     @staticmethod

@@ -204,7 +204,12 @@ def _check_places(coordinates: Any, n: int) -> NDArray[np.float64]:
     outside = np.flatnonzero((np.abs(places) > limits).any(axis=1))
     if outside.size:
         swapped = (np.abs(places[:, ::-1]) <= limits).all()
-        advice = "Latitude and longitude seem to be swapped: latitude comes first." if swapped else "Pass degrees."
+        advice = (
+            "Latitude and longitude seem to be swapped: latitude comes first."
+            if swapped
+            else "Pass degrees. Where images have places in a plane, such as pixels of a slide, pass a graph instead: "
+            "adjacency=sklearn.neighbors.kneighbors_graph(places, 6)."
+        )
         raise ValueError(
             f"coordinates of {outside.size:,} of {n:,} images are no latitude (-90 to 90) and longitude (-180 to 180), "
             f"first {tuple(places[outside[0]].tolist())}. {advice}"

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from fimp_sc._logging import warn
 from fimp_sc.data._access import get_matrix, missing_key
 from fimp_sc.data._checks import check_anndata
 from fimp_sc.data._rows import open_rows
@@ -139,11 +140,9 @@ def match_genes(
     if not known.any():
         raise ValueError(f"None of the {adata.n_vars:,} genes are in the vocabulary. {advice(table, ids, species)}")
     if (share if np.isfinite(share) else known.mean()) < _LOW_SHARE:
-        warnings.warn(
+        warn(
             f"Only {percent(share)} of the counts, and {match.n_used:,} of {adata.n_vars:,} genes, are in the "
-            f"vocabulary: the model will not see the rest. {advice(table, ids, species)}",
-            UserWarning,
-            stacklevel=2,
+            f"vocabulary: the model will not see the rest. {advice(table, ids, species)}"
         )
     parameters = {
         "species": species,

@@ -19,8 +19,10 @@ from fimp_sc.data._checks import (
     check_key_added,
     check_object,
     check_obs_key,
+    get_graph,
     shorten,
 )
+from fimp_sc.data._samples import warn_joined_samples
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -103,22 +105,51 @@ def spatial_graph(
     TypeError
         ``adata`` is no AnnData object, or a parameter has the wrong type.
     ValueError
-        No cells, unusable coordinates, cells without a sample, a sample too small for the graph asked for, parameters
-        that do not belong together, a slash in ``key_added``, a graph without any edge, or an existing graph that is
-        unusable. ``adata`` is unchanged whenever an exception is raised.
+        No cells, unusable coordinates (also one place for all cells of a sample), cells without a sample, a sample too
+        small for the graph asked for, parameters that do not belong together, a slash in ``key_added``, a graph without
+        any edge, or an existing graph that is unusable. ``adata`` is unchanged whenever an exception is raised.
 
     Warns
     -----
     UserWarning
-        Some cells have no neighbours.
+        Some cells have no neighbours; or, without ``library_key``, edges join samples that lie over each other, as told
+        by a column of ``adata.obs`` named like fov, sample, section, slide, donor or batch, by ``adata.uns["spatial"]``
+        or by the names of cells.
 
     Examples
     --------
     >>> import fimp_sc as fimp
     >>> adata = fimp.datasets.toy_tissue(n_obs=300)
-    >>> fimp.pp.spatial_graph(adata, n_neighbors=8)
+    >>> fimp.pp.spatial_graph(adata, n_neighbors=8, library_key="section")
     >>> adata.obsp["spatial_connectivities"].nnz
     2400
+    """
+    add_graph(
+        adata, method=method, n_neighbors=n_neighbors, radius=radius, n_rings=n_rings, library_key=library_key,
+        spatial_key=spatial_key, key_added=key_added, overwrite=overwrite, columns=adata,
+    )  # fmt: skip
+
+
+def add_graph(
+    adata: AnnData,
+    *,
+    method: Method = "knn",
+    n_neighbors: int = DEFAULT_NEIGHBORS,
+    radius: float | tuple[float, float] | None = None,
+    n_rings: int = 1,
+    library_key: str | None = None,
+    spatial_key: str = "spatial",
+    key_added: str = "spatial",
+    overwrite: bool = False,
+    columns: AnnData | None = None,
+) -> None:
+    """Do what :func:`spatial_graph` does, to an object that may be a light copy of the user's.
+
+    Parameters
+    ----------
+    columns
+        Object with the columns by which samples are told that a graph without ``library_key`` joins; without it nothing
+        is said of these.
     """
     check_object(adata)
     check_key_added(key_added)
@@ -128,6 +159,8 @@ def spatial_graph(
 
     if keys["connectivities_key"] in adata.obsp and not overwrite:
         check_graph(adata, keys["connectivities_key"], library_key)
+        if library is None and columns is not None:
+            warn_joined_samples(columns, get_graph(adata, keys["connectivities_key"]), spatial_key)
         asked = (method, n_neighbors, radius, n_rings) != ("knn", DEFAULT_NEIGHBORS, None, 1)
         logger.log(
             # Another graph than the default was asked for, and this one may not be it.
@@ -139,6 +172,7 @@ def spatial_graph(
 
     coordinates = check_coordinates(adata, spatial_key)
     groups = {"": np.arange(adata.n_obs)} if library is None else _groups(library)
+    _check_places(coordinates, groups, f"adata.obsm[{spatial_key!r}]", library_key)
     _check_library_sizes(method, n_neighbors, coordinates, groups, library_key)
 
     built = build_graph(method, arguments, coordinates, library)
@@ -149,6 +183,8 @@ def spatial_graph(
     if connectivities.nnz == 0:
         raise ValueError(_no_edges_message(method, radius, coordinates))
     check_connectivities(connectivities, adata.n_obs, where=f"The {method} graph", library=library)
+    if library is None and columns is not None:
+        warn_joined_samples(columns, connectivities, spatial_key)
     params = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in built.uns["spatial_neighbors"]["params"].items()
@@ -210,6 +246,16 @@ def _check_radius(radius: Any, method: str) -> float | tuple[float, float]:
 
 def _groups(library: pd.Categorical) -> dict[str, np.ndarray]:
     return {str(name): np.flatnonzero(library.codes == code) for code, name in enumerate(library.categories)}
+
+
+def _check_places(coordinates: np.ndarray, groups: dict[str, np.ndarray], where: str, library_key: str | None) -> None:
+    same = [name for name, cells in groups.items() if len(cells) > 1 and not np.ptp(coordinates[cells], axis=0).any()]
+    if same:
+        cells = "all cells" if library_key is None else f"all cells of {shorten([repr(name) for name in same])}"
+        raise ValueError(
+            f"{where} holds the same place for {cells}, so there are no neighbors to tell: put the coordinates of each "
+            "cell there, or name others with spatial_key=."
+        )
 
 
 def _check_library_sizes(

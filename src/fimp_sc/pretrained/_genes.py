@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc.data._access import shorten
+from fimp_sc.data._gene_names import naming_hint
 from fimp_sc.pretrained._orthologs import NoOrthologsError, Orthologs, OrthologSource, index_orthologs, read_orthologs
 from fimp_sc.pretrained._vocabulary import (
     AliasSource,
@@ -155,7 +156,10 @@ def advice(table: pd.DataFrame, vocabulary: Iterable[str], species: str) -> str:
     elif mostly_ensembl(genes) and not mostly_ensembl(names):
         hints.append("The vocabulary holds Ensembl ids: pass gene_key= with a column of Ensembl ids.")
     else:
-        hints.append(f"Check that these are {species} genes, and gene_key=; aliases= translates outdated symbols.")
+        hints.append(
+            naming_hint(genes, names)
+            or f"Check that these are {species} genes, and gene_key=; aliases= translates outdated symbols."
+        )
     return " ".join(hints)
 
 

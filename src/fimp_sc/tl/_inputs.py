@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from anndata import AnnData
 
-from fimp_sc import pp
 from fimp_sc.data._checks import (
     check_anndata,
     check_coordinates,
@@ -16,6 +15,7 @@ from fimp_sc.data._checks import (
     check_labels,
     check_object,
     check_obs_key,
+    check_scaled,
     get_matrix,
     get_obs,
     in_memory,
@@ -24,6 +24,7 @@ from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._modality import MODALITY_KEY, get_modality, quiet_mudata
 from fimp_sc.data._parts import as_modalities, check_whole, is_mudata, nodes_of, parts_of, registered_keys
 from fimp_sc.model._setup import check_layer
+from fimp_sc.pp._spatial_graph import add_graph
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,7 +108,7 @@ def working_copy(adata: AnnData | MuData, inputs: Inputs, *, labels_required: bo
     elif inputs.connectivities_key.endswith(CONNECTIVITIES) and MODALITY_KEY not in nodes.uns:
         if inputs.spatial_key not in nodes.obsm:
             check_coordinates(nodes, inputs.spatial_key)  # absent: names the keys of the user's object
-        pp.spatial_graph(
+        add_graph(
             work,
             library_key=inputs.library_key,
             spatial_key=inputs.spatial_key,
@@ -130,6 +131,8 @@ def _light(adata: AnnData, inputs: Inputs) -> AnnData:
         obsm += list(held.get("obsm", ()))
     else:
         check_anndata(adata)
+        if part.kind == "expression":
+            check_scaled(adata, inputs.layer, inputs.input_scale)
         matrix = get_matrix(adata, inputs.layer)
     columns = [key for key in keys if key is not None and key in adata.obs]
     work = AnnData(

@@ -107,7 +107,7 @@ def fitted_model(
         if unused:
             raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
         _check_modalities(given, work, inputs)
-        bound = _forgettable(FIMP.load_query_data(work, given, **_given_keys(inputs)))
+        bound = _forgettable(FIMP.load_query_data(work, given, user_object=adata, **_given_keys(inputs)))
         if given in _trainings:
             _trainings[bound] = _trainings[given]
         return bound
@@ -136,9 +136,9 @@ def fitted_model(
     if isinstance(work, AnnData):
         if ids is not None and ids in adata.var:
             work.var[ids] = np.asarray(adata.var[ids])
-        FIMP.setup_anndata(work, **setup)
+        FIMP.setup_anndata(work, user_object=adata, **setup)
     else:
-        FIMP.setup_mudata(work, modality=list(names), **setup)
+        FIMP.setup_mudata(work, modality=list(names), user_object=adata, **setup)
     fresh = _forgettable(FIMP(work, **{"random_state": random_state or 0, **arguments}))
     if genes is not None:
         check_known(genes, fresh.genes)
