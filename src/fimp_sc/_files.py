@@ -41,11 +41,15 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     part = where / f".{name}.{uuid.uuid4().hex}{_PART}"
     part.mkdir(parents=True)
     try:
-        for name, content in files.items():
-            with (part / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+        try:
+            for name, content in files.items():
+                with (part / name).open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            what = f"{error.strerror}; nothing was written to the folder"
+            raise OSError(error.errno, what, str(folder)) from error
         _sync(part)
         if fresh:
             part.rename(folder)

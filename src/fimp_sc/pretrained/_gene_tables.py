@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import math
 import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +22,12 @@ from fimp_sc.pretrained._files import (
     read_weights,
 )
 from fimp_sc.pretrained._pickles import read_pickle
+from fimp_sc.pretrained._text_tables import check_unpacked, open_text_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _SCGPT_TABLES = ("encoder.embedding.weight", "gene_encoder.embedding.weight", "embedding.weight")
-_MOST_DENSE = 100  # of compression
-_WIDEST = 1 << 15  # columns of a text table; vectors of genes have hundreds or thousands of numbers
 _PADDING = 64  # tables may be filled up to a multiple of this
 
 
@@ -94,7 +90,7 @@ def _read_npz(path: Path) -> tuple[list[str], NDArray[Any]]:
             pairs = [(n, t) for n in names for t in tables if n[1][0] == t[1][0]]
             if len(pairs) == 1:
                 chosen = [entry[0] for entry in pairs[0]]
-                _check_size(path, sum(info.file_size for info in chosen))
+                check_unpacked(path, sum(info.file_size for info in chosen))
                 name, table = (_read_npy(archive, *entry) for entry in pairs[0])
     except CheckpointError:
         raise
@@ -139,16 +135,6 @@ def _read_npy(
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def _check_size(path: Path, n_bytes: int) -> None:
-    """Refuse what is far larger than its file, which no table of vectors is."""
-    most = _MOST_DENSE * path.stat().st_size + (1 << 20)
-    if n_bytes > most:
-        raise CheckpointError(
-            f"{str(path)!r} would be more than {most >> 20:,} MB when unpacked, far more than a table of vectors in a "
-            "file of its size: it is damaged or made to do harm."
-        )
-
-
 def _text(names: NDArray[Any]) -> list[str]:
     return [name.decode() for name in names.tolist()] if names.dtype.kind == "S" else names.tolist()
 
@@ -185,14 +171,7 @@ def _safetensors_names(path: Path, metadata: dict[str, str]) -> list[Any]:
 
 
 def _read_text(path: Path, separator: str) -> pd.DataFrame:
-    content = _unpacked(path)
-    # Each column costs far more than its bytes, and there are as many as in the first rows.
-    widest = max(content.readline().count(separator.encode()) for _ in range(2))
-    if widest > _WIDEST:
-        raise CheckpointError(
-            f"{str(path)!r} has {widest:,} columns of numbers, expected at most {_WIDEST:,}: one row per gene, names "
-            "in the first column. Transpose it if its columns are genes."
-        )
+    content = open_text_table(path, separator)
     options: dict[str, Any] = {"sep": separator, "header": None, "encoding": "utf-8-sig", "low_memory": False}
 
     def read(**how: Any) -> pd.DataFrame:
@@ -214,19 +193,6 @@ def _read_text(path: Path, separator: str) -> pd.DataFrame:
     # Without a name for the column of genes, as R writes tables, the header is one shorter.
     titles = head[len(head) - table.shape[1] :] if has_header and len(head) >= table.shape[1] else None
     return table.set_axis(names, axis=0).set_axis(titles or range(2, table.shape[1] + 2), axis=1)
-
-
-def _unpacked(path: Path) -> io.BytesIO:
-    if path.suffix.lower() != ".gz":
-        return io.BytesIO(path.read_bytes())
-    most = _MOST_DENSE * path.stat().st_size + (1 << 20)
-    try:
-        with gzip.open(path) as file:
-            content = file.read(most + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read as a table ({type(error).__name__}: {error}).") from None
-    _check_size(path, len(content))
-    return io.BytesIO(content)
 
 
 def _is_header(cells: list[str]) -> bool:
