@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from fimp_sc._errors import MissingKeyError
 from fimp_sc.data import read_pixels
@@ -127,7 +129,7 @@ def test_files_that_have_changed_are_named(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     assert inspect_files([path], None)[1] == (64, 64, 3), "a header that is fine"
-    with pytest.raises(ValueError, match=r"photo\.jpg' cannot be decoded"):
+    with pytest.raises(ValueError, match=r"photo\.jpg' cannot be read"):
         read_pixels(adata, [0])
     Image.fromarray(random_pixels(32, 64, 3)).save(path)
     with pytest.raises(ValueError, match=r"photo\.jpg' is 32 × 64 pixels .* 64 × 64 were expected"):
@@ -136,3 +138,57 @@ def test_files_that_have_changed_are_named(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=r"photo\.jpg' is no longer there"):
         read_pixels(adata, [0])
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
+def test_formats_that_are_read(tmp_path, ending):
+    path = tmp_path / f"photo.{ending}"
+    Image.fromarray(random_pixels(8, 9, 3)).save(path)
+    assert inspect_files([path], None)[1] == (8, 9, 3)
+    assert read_pixels(of_files([path], (8, 9, 3)), [0]).shape == (1, 8, 9, 3)
+
+
+@pytest.mark.parametrize("name", ["drawing.eps", "drawing.png"])
+@pytest.mark.parametrize("kind", ["eps", "ps"])
+def test_nothing_is_drawn_by_another_program(tmp_path, monkeypatch, name, kind):
+    called = []
+
+    def ghostscript(*args, **_):
+        called.append(args)
+        raise OSError
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    path = tmp_path / name
+    if kind == "eps":
+        Image.fromarray(random_pixels(8, 9, 3)).save(path, format="EPS")
+        with Image.open(path) as image, contextlib.suppress(OSError):
+            image.load()
+        assert called, "Pillow itself asks for Ghostscript"
+        called.clear()
+    else:
+        path.write_text("%!PS-Adobe-3.0\n%%BoundingBox: 0 0 9 8\n(x) run\n")
+    with pytest.raises(ValueError, match=r"drawing\..*PNG, JPEG, TIFF and WEBP are read"):
+        inspect_files([path], None)
+    with pytest.raises(ValueError, match=r"drawing\..*PNG, JPEG, TIFF and WEBP are read"):
+        read_pixels(of_files([path], (8, 9, 3), resize=True), [0])
+    assert called == []
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "PPM", "ICO", "TGA"])
+def test_other_formats_are_not_read(tmp_path, kind):
+    path = tmp_path / "photo.png"
+    Image.fromarray(random_pixels(16, 16, 3)).save(path, format=kind)
+    with pytest.raises(ValueError, match="are read"):
+        inspect_files([path], None)
+
+
+def test_images_that_unpack_without_end_are_refused(tmp_path):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (20_000, 20_000)).save(path)
+    assert path.stat().st_size < 100_000
+    for call in (
+        lambda: inspect_files([path], (8, 8)),
+        lambda: read_pixels(of_files([path], (8, 8, 1), resize=True), [0]),
+    ):
+        with pytest.raises(ValueError, match=r"bomb\.png.*400000000 pixels.*MAX_IMAGE_PIXELS"):
+            call()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from anndata import AnnData
+from saved_models import forge, read_config
 
 from fimp_sc.model import FIMP
 from fimp_sc.pretrained import CheckpointError
@@ -61,14 +61,6 @@ def results(model: FIMP) -> list[np.ndarray]:
     return found + ([model.get_expression()] if len(model.genes) else [])
 
 
-def config_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
-def write_config(folder: Path, config: dict) -> None:
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
 @pytest.mark.parametrize("name", SETUPS)
 def test_nothing_is_lost(models, name: str, copied_mudata) -> None:
     model, folder = models[name]
@@ -95,12 +87,12 @@ def test_saved_again_it_is_the_same(models, name: str, tmp_path) -> None:
 @pytest.mark.parametrize("name", SETUPS)
 def test_what_is_read_is_written_down(models, name: str) -> None:
     model, folder = models[name]
-    config = config_of(folder)
+    config = read_config(folder)
     assert config["sequences"] == STATES[name]
     genes = len(model.genes)
     assert config["n_genes"] == genes == (14 if name == "joint" else 0)
     assert (config["input_scale"] is None) == (not genes)
-    assert (folder / "genes.txt").read_text(encoding="utf-8") == "".join(f"{gene}\n" for gene in model.genes)
+    assert config["genes"] == list(model.genes)
     wanted = {"fmri": None, "image": ["image"], "joint": ["rna", "image", "bold"]}[name]
     assert config["setup_args"]["modality"] == wanted
 
@@ -137,13 +129,12 @@ WRONG = [
     {"kind": "signal", "size": [], "n_coordinates": 3},
     {"kind": "signal", "size": [0], "n_coordinates": 3},
     {"kind": "signal", "size": [47.0], "n_coordinates": 3},
-    {"kind": "signal", "size": [True], "n_coordinates": 3},
+    {"kind": "signal", "size": [10**12], "n_coordinates": 3},
     {"kind": "signal", "size": [47], "n_coordinates": 1},
     {"kind": "signal", "size": [47], "n_coordinates": None},
-    {"kind": "signal", "size": [47], "n_coordinates": 3, "extra": 1},
+    {"kind": "signal", "size": [47], "n_coordinates": 10**12},
     {"kind": "patch", "size": [47], "n_coordinates": 3},
     {"kind": ["signal"], "size": [47], "n_coordinates": 3},
-    {"kind": "signal", "size": [47, 2], "n_coordinates": 3},
     {"kind": "signal", "size": [3], "n_coordinates": 3},  # shorter than a token
     {"kind": "signal", "size": [23], "n_coordinates": 3},  # not as many tokens as there are positions
     {"kind": "signal", "size": [47], "n_coordinates": 2},  # the weights say 3
@@ -153,21 +144,16 @@ WRONG = [
 @pytest.mark.parametrize("state", WRONG)
 def test_wrong_entries_are_refused(models, state, tmp_path) -> None:
     folder = Path(shutil.copytree(models["fmri"][1], tmp_path / "copy"))
-    config = config_of(folder)
-    config["sequences"]["fmri"] = state
-    write_config(folder, config)
+    forge(folder, lambda config: config["sequences"].update(fmri=state))
     adata = AnnData(np.ones((3, 2), dtype=np.float32))
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=r"model\.safetensors|the kind 'sound'"):
         FIMP.from_pretrained(folder, adata, accelerator="cpu")
-    assert repr(str(folder / "config.json")) in str(caught.value) or "model.safetensors" in str(caught.value)
     assert dict(adata.uns) == {}
 
 
 def test_a_kind_that_is_not_known_here_is_named(models, tmp_path) -> None:
     folder = Path(shutil.copytree(models["fmri"][1], tmp_path / "copy"))
-    config = config_of(folder)
-    config["sequences"]["fmri"]["kind"] = "sound"
-    write_config(folder, config)
+    forge(folder, lambda config: config["sequences"]["fmri"].update(kind="sound"))
     with pytest.raises(CheckpointError, match=r"the kind 'sound'.*register_kind"):
         FIMP.from_pretrained(folder, accelerator="cpu")
 
@@ -175,7 +161,7 @@ def test_a_kind_that_is_not_known_here_is_named(models, tmp_path) -> None:
 @pytest.mark.parametrize("sequences", [[], None, {}, "fmri"])
 def test_without_what_is_read_nothing_can_be_built(models, sequences, tmp_path) -> None:
     folder = Path(shutil.copytree(models["image"][1], tmp_path / "copy"))
-    write_config(folder, config_of(folder) | {"sequences": sequences})
+    forge(folder, lambda config: config.update(sequences=sequences))
     with pytest.raises(CheckpointError):
         FIMP.from_pretrained(folder, accelerator="cpu")
 
@@ -183,19 +169,6 @@ def test_without_what_is_read_nothing_can_be_built(models, sequences, tmp_path) 
 def test_size_of_tokens_must_fit(models, tmp_path) -> None:
     folder = Path(shutil.copytree(models["joint"][1], tmp_path / "copy"))
     for wrong in ({"image": 3, "bold": 99}, {"image": 0, "bold": 4}, {"image": "3", "bold": 4}, [3, 4], 2.5):
-        config = config_of(folder)
-        config["init_params"]["token_size"] = wrong
-        write_config(folder, config)
-        with pytest.raises(CheckpointError, match="init_params"):
+        forge(folder, lambda config, wrong=wrong: config["init_params"].update(token_size=wrong))
+        with pytest.raises(CheckpointError, match="No model can be built"):
             FIMP.from_pretrained(folder, accelerator="cpu")
-
-
-def test_the_first_version_of_the_format_is_read(saved, tmp_path) -> None:
-    """It knew nothing of sequences."""
-    folder = Path(shutil.copytree(saved, tmp_path / "copy"))
-    config = config_of(folder)
-    assert config.pop("sequences") == {}
-    write_config(folder, config)
-    loaded = FIMP.from_pretrained(folder, accelerator="cpu")
-    assert loaded.module.sequences == {}
-    assert len(loaded.genes) == config["n_genes"]

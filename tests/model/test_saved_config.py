@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
 import anndata as ad
@@ -11,26 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from saved_models import FILES, forge, read_config, set_entry, to_first_version, write_config
 
 import fimp_sc
 from fimp_sc.model import FIMP
 from fimp_sc.pretrained import CheckpointError
-
-FILES = ["README.md", "config.json", "genes.txt", "model.safetensors"]
-
-
-def read_config(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
-def write_config(folder: Path, config: dict) -> None:
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-def agree(folder: Path) -> None:
-    """Let the digests fit the files, so that only other checks can refuse them."""
-    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES[2:]}
-    write_config(folder, read_config(folder) | {"sha256": digests})
 
 
 def refusal(folder: Path) -> str:
@@ -42,146 +25,220 @@ def refusal(folder: Path) -> str:
     return str(caught.value)
 
 
+def check_same(found: FIMP, wanted: FIMP) -> None:
+    np.testing.assert_array_equal(found.get_latent_representation(), wanted.get_latent_representation())
+    np.testing.assert_array_equal(found.get_expression(), wanted.get_expression())
+    assert found.predict(soft=True).equals(wanted.predict(soft=True))
+
+
 @pytest.mark.parametrize("file", FILES[1:])
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "binary"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "binary", "folder"])
 def test_damaged_files_are_refused(copied, file: str, damage: str) -> None:
     path, content = copied / file, (copied / file).read_bytes()
-    if damage == "missing":
-        path.unlink()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
     else:
         path.write_bytes({"empty": b"", "cut": content[:-20], "binary": b"\xff\xfe\x80\x04" * 10}[damage])
-    assert repr(str(path)) in refusal(copied)
+    assert file in refusal(copied)
+
+
+def test_every_bit_of_the_weights_counts(copied) -> None:
+    path = copied / "model.safetensors"
+    content = path.read_bytes()
+    for position in np.random.default_rng(0).integers(8, len(content), 60).tolist():
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        assert repr(str(path)) in refusal(copied)
+
+
+def test_weights_alone_are_the_model(copied, trained) -> None:
+    for name in ("config.json", "README.md"):
+        (copied / name).unlink()
+    check_same(FIMP.load(copied, trained.adata.copy(), accelerator="cpu"), trained)
+    (copied / "model.safetensors").unlink()
+    assert "no model.safetensors" in refusal(copied)
 
 
 def test_line_ends_of_another_system_are_fine(copied, trained) -> None:
-    path = copied / "genes.txt"
+    path = copied / "config.json"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert list(FIMP.from_pretrained(copied, accelerator="cpu").genes) == list(trained.genes)
 
 
-@pytest.mark.parametrize("change", ["more", "twice", "order", "name"])
-def test_other_genes_are_refused(copied, change: str) -> None:
-    genes = (copied / "genes.txt").read_text().split()
-    changed, text = {
-        "more": ([*genes, "ONE"], "41 lines"),
-        "twice": ([*genes[:-1], genes[0]], f"{genes[0]!r} twice"),
-        "order": (genes[::-1], "'sha256'"),
-        "name": (["OTHER", *genes[1:]], "'sha256'"),
-    }[change]
-    (copied / "genes.txt").write_text("\n".join(changed) + "\n")
-    if change in ("more", "twice"):
-        agree(copied)
-    message = refusal(copied)
-    assert repr(str(copied / "genes.txt")) in message
-    assert text in message
+def test_any_change_of_the_configuration_is_refused(copied) -> None:
+    config = read_config(copied)
+    assert len(config["classes"]) == 4
+    assert config["init_params"]["n_heads"] == 2
+    changes = {
+        "classes": config["classes"][::-1], "init_params.n_heads": 4, "init_params.n_layers": 10**12,
+        "init_params.self_loops": False, "input_scale": "log", "genes": config["genes"][::-1],
+        "setup_args.layer": "other", "history": {}, "is_trained": False, "sequences": {"a": {}}, "class": "SCVI",
+        "versions": {}, "n_cells": 1, "n_genes": 12, "sha256": {}, "extra": 1, "format": "other", "format_version": 1,
+    }  # fmt: skip
+    assert {path.split(".")[0] for path in changes} >= set(config) - {"init_params"}
+    for path, value in changes.items():
+        changed = read_config(copied)
+        set_entry(changed, path, value)
+        write_config(copied, changed)
+        message = refusal(copied)
+        assert repr(str(copied / "config.json")) in message, path
+        assert "'sha256'" in message
+        write_config(copied, config)
+    for name in config:
+        write_config(copied, {other: value for other, value in config.items() if other != name})
+        assert "'sha256'" in refusal(copied), name
 
 
-CHANGES = {
-    "missing": (lambda t: t.pop("gene_mean"), "no 'gene_mean'"),
-    "unknown": (lambda t: t.update(extra=torch.zeros(2)), "unknown 'extra'"),
-    "shape": (lambda t: t.update(gene_mean=torch.zeros(39)), "'gene_mean'", "(39,)", "(40,)"),
-    "type": (lambda t: t.update(target_sum=t["target_sum"].float()), "'target_sum'", "float32", "float64"),
-    "nan": (lambda t: t["value_head.bias"].fill_(np.nan), "'value_head.bias'", "NaN"),
-    "integers": (lambda t: t.update(gene_rank=t["gene_rank"].int()), "'gene_rank'", "int32", "int64"),
+def test_configuration_of_another_save_does_not_count(copied, trained, tmp_path) -> None:
+    """As a save leaves it that is killed between its two files."""
+    forge(Path(tmp_path / "copied"), lambda config: config.update(classes=config["classes"][::-1]))
+    other = (copied / "config.json").read_bytes()
+    trained.save(copied, overwrite=True)
+    (copied / "config.json").write_bytes(other)
+    with pytest.warns(UserWarning, match="is not of the model beside it"):
+        loaded = FIMP.load(copied, accelerator="cpu")
+    assert loaded.classes == trained.classes
+
+
+TENSORS = {
+    "missing": (lambda t: t.pop("gene_mean"), "gene_mean"),
+    "unknown": (lambda t: t.update(extra=torch.zeros(2)), "extra"),
+    "shape": (lambda t: t.update(gene_mean=torch.zeros(39)), "gene_mean"),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", TENSORS)
 def test_other_tensors_are_refused(copied, change: str) -> None:
-    edit, *parts = CHANGES[change]
+    edit, name = TENSORS[change]
     tensors = load_file(copied / "model.safetensors")
     edit(tensors)
     save_file(tensors, copied / "model.safetensors")
-    agree(copied)
+    assert "'sha256'" in refusal(copied)
+    forge(copied, change_tensors=lambda t: None)
     message = refusal(copied)
-    assert [part for part in (repr(str(copied / "model.safetensors")), *parts) if part not in message] == []
-
-
-def test_other_weights_of_the_same_shape_are_refused(copied) -> None:
-    path = copied / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-2] ^= 1
-    path.write_bytes(content)
-    message = refusal(copied)
-    assert repr(str(path)) in message
-    assert "'sha256'" in message
+    assert repr(str(copied / "model.safetensors")) in message
+    assert name in message
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "text"),
+    ("path", "value"),
     [
-        ("format", "other", "'format'"),
-        ("format_version", 2, "newer version"),
-        ("format_version", True, "'format_version'"),
-        ("class", "SCVI", "'SCVI'"),
-        ("extra", 1, "'extra'"),
-        ("is_trained", "yes", "'is_trained'"),
-        ("n_cells", 0, "'n_cells'"),
-        ("n_genes", 12, "'n_genes'"),
-        ("input_scale", "auto", "'input_scale'"),
-        ("classes", None, "'classes'"),
-        ("classes", ["a", "a", "b", "c"], "'classes'"),
-        ("classes", ["a", 1, "b", "c"], "'classes'"),
-        ("setup_args.extra", "x", "'setup_args.extra'"),
-        ("setup_args.library_key", 3, "'setup_args.library_key'"),
-        ("init_params.extra", 1, "'init_params.extra'"),
-        ("init_params.adata", None, "'init_params.adata'"),
-        ("init_params.n_latent", "16", "'init_params.n_latent'"),
-        ("init_params.n_latent", -4, "'init_params'"),
-        ("init_params.self_loops", 1, "'init_params.self_loops'"),
-        ("init_params.layer", "other", "'init_params'"),
-        ("init_params.architecture", [1], "'init_params.architecture'"),
-        ("init_params.foundation", "scgpt", "'init_params'"),
-        ("history.train_loss", [1.0], "'history.train_loss'"),
-        ("sha256", [], "'sha256'"),
+        ("format", "other"),
+        ("format_version", 3),
+        ("class", "SCVI"),
+        ("genes", ["A", "B"]),
+        ("classes", 7),
+        ("sequences", {"a": {}}),
+        ("setup_args", None),
+        ("init_params", []),
+        ("init_params.extra", 1),
+        ("init_params.adata", None),
+        ("init_params.registry", {}),
+        ("init_params.n_latent", "16"),
+        ("init_params.n_latent", -4),
+        ("init_params.n_latent", 8),
+        ("init_params.n_latent", 10**5),
+        ("init_params.n_latent", 10**12),
+        ("init_params.n_layers", 3),
+        ("init_params.n_layers", 10**12),
+        ("init_params.n_heads", 10**12),
+        ("init_params.layer", "other"),
+        ("init_params.architecture", [1]),
+        ("init_params.architecture", {"vector_width": 10**12}),
+        ("init_params.foundation", "scgpt"),
+        ("history.train_loss", [1.0]),
     ],
 )
-def test_other_configurations_are_refused(copied, path: str, value: object, text: str) -> None:
-    config = read_config(copied)
-    *outer, last = path.split(".")
-    (config[outer[0]] if outer else config)[last] = value
-    write_config(copied, config)
-    message = refusal(copied)
-    assert repr(str(copied / ("genes.txt" if path == "n_genes" else "config.json"))) in message
-    assert text in message
+def test_forged_configurations_are_refused_at_once(copied, path: str, value: object) -> None:
+    """Their checksums fit, and nothing of the sizes that they state may be made."""
+    forge(copied, lambda config: set_entry(config, path, value))
+    assert repr(str(copied / "model.safetensors")) in refusal(copied)
 
 
-def test_every_entry_of_the_configuration_is_needed(copied) -> None:
-    config = read_config(copied)
-    assert config.pop("sequences") == {}, "what the first version of the format did not have"
-    for key in config:
-        write_config(copied, {name: value for name, value in config.items() if name != key})
-        message = refusal(copied)
-        assert repr(str(copied / "config.json")) in message
-        assert repr(key) in message
+def test_sizes_of_a_foundation_model_are_those_of_its_weights(copied, shared_data, make_model, tissue) -> None:
+    checkpoint = shared_data / "scgpt_tiny_checkpoint"
+    model = make_model(tissue, foundation="scgpt", checkpoint=checkpoint, n_tokens=8, train_foundation="lora:2")
+    for path, value in (
+        ("init_params.train_foundation", "lora:1000000000"),
+        ("init_params.architecture.foundation.nlayers", 10**12),
+        ("init_params.architecture.foundation.embsize", 10**6),
+        ("init_params.architecture.foundation.d_hid", 10**9),
+    ):
+        model.save(copied, overwrite=True)
+        FIMP.load(copied, accelerator="cpu")
+        forge(copied, lambda config, path=path, value=value: set_entry(config, path, value))
+        assert repr(str(copied / "model.safetensors")) in refusal(copied)
 
 
 def test_arguments_that_the_writer_did_not_know_take_their_defaults(copied, trained) -> None:
-    config = read_config(copied)
-    del config["init_params"]["source"], config["setup_args"]["batch_key"]
-    write_config(copied, config)
+    def forget(config: dict) -> None:
+        del config["init_params"]["source"], config["setup_args"]["batch_key"]
+
+    forge(copied, forget)
     loaded = FIMP.from_pretrained(copied, trained.adata.copy(), accelerator="cpu")
     assert loaded.init_params_["non_kwargs"]["source"] == "evolving"
-    np.testing.assert_array_equal(loaded.get_latent_representation(), trained.get_latent_representation())
-    np.testing.assert_array_equal(loaded.get_expression(), trained.get_expression())
-    np.testing.assert_array_equal(loaded.predict(soft=True), trained.predict(soft=True))
+    check_same(loaded, trained)
 
 
-def test_size_and_configuration_that_differ_are_refused(copied) -> None:
-    config = read_config(copied)
-    config["init_params"]["n_latent"] = 8
-    write_config(copied, config)
-    message = refusal(copied)
-    assert repr(str(copied / "model.safetensors")) in message
-    assert "(16," in message
-    assert "(8," in message
+def test_a_newer_version_is_named(copied) -> None:
+    forge(copied, lambda config: config.update(format_version=3))
+    assert "upgrade" in refusal(copied)
+
+
+# The first version of the format --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("sequences", [True, False])
+def test_the_first_version_is_read_with_a_warning(copied, trained, ends: str, sequences: bool) -> None:
+    """It knew nothing of checksums of the configuration, and at first nothing of sequences."""
+    to_first_version(copied)
+    if not sequences:
+        config = read_config(copied)
+        assert config.pop("sequences") == {}
+        write_config(copied, config)
+    (copied / "genes.txt").write_text((copied / "genes.txt").read_text(), newline=ends)
+    with pytest.warns(UserWarning, match="checksum"):
+        loaded = FIMP.load(copied, trained.adata.copy(), accelerator="cpu")
+    check_same(loaded, trained)
+    loaded.save(copied, overwrite=True)
+    assert sorted(path.name for path in copied.iterdir()) == FILES
+    check_same(FIMP.load(copied, trained.adata.copy(), accelerator="cpu"), trained)
+
+
+@pytest.mark.parametrize("change", ["order", "name", "fewer", "binary", "missing", "weights", "version"])
+def test_changed_files_of_the_first_version_are_refused(copied, change: str) -> None:
+    to_first_version(copied)
+    genes, weights = (copied / "genes.txt").read_text().split(), bytearray((copied / "model.safetensors").read_bytes())
+    weights[-2] ^= 1
+    if change == "version":
+        write_config(copied, read_config(copied) | {"format_version": 2})
+    elif change == "weights":
+        (copied / "model.safetensors").write_bytes(weights)
+    elif change == "binary":
+        (copied / "genes.txt").write_bytes(b"\xff\xfe\x80\x04" * 10)
+    elif change == "missing":
+        (copied / "genes.txt").unlink()
+    else:
+        changed = {"order": genes[::-1], "name": ["OTHER", *genes[1:]], "fewer": genes[1:]}[change]
+        (copied / "genes.txt").write_text("\n".join(changed) + "\n")
+    refusal(copied)
+
+
+@pytest.mark.filterwarnings("ignore:.*checksum")
+def test_sizes_in_the_first_version_are_those_of_the_weights(copied) -> None:
+    to_first_version(copied)
+    for path, value in (("init_params.n_layers", 10**12), ("init_params.n_latent", 10**9), ("init_params.n_heads", 3)):
+        config = read_config(copied)
+        set_entry(config, path, value)
+        write_config(copied, config)
+        refusal(copied)
 
 
 def test_folders_of_other_programs_are_refused(trained, tmp_path) -> None:
-    trained.save(str(tmp_path / "scvi"))
-    with pytest.raises(CheckpointError, match=r"FIMP\.load"):
-        FIMP.from_pretrained(tmp_path / "scvi")
     with pytest.raises(CheckpointError, match="no folder"):
         FIMP.from_pretrained(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="save_pretrained"):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors.*model\.save"):
         fimp_sc.tl.embed(trained.adata.copy(), model=tmp_path)

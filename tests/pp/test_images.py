@@ -195,11 +195,11 @@ def test_sizes_must_agree_or_be_changed(files):
 def test_missing_and_broken_files_are_named_before_anything_is_decoded(files):
     paths, _ = files
     paths[3].write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"image03\.png' is no image"):
+    with pytest.raises(ValueError, match=r"image03\.png' cannot be read"):
         images(paths, coordinates=toy_places())
     content = paths[4].read_bytes()
     paths[3].write_bytes(content[:-30])  # a header that is fine, and pixels that are not
-    with pytest.raises(ValueError, match=r"image03\.png' is no image"):
+    with pytest.raises(ValueError, match=r"image03\.png' cannot be read"):
         images(paths, coordinates=toy_places())
     paths[3].unlink()
     with pytest.raises(ValueError, match=r"1 of 20 image files do not exist: .*image03\.png'"):

@@ -14,7 +14,7 @@ import pytest
 from fimp_sc.pretrained._files import CheckpointError
 from fimp_sc.pretrained._pickles import read_pickle
 
-PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
+PROTOCOLS = range(2, pickle.HIGHEST_PROTOCOL + 1)
 
 
 def write(path: Path, content: Any, protocol: int = 4) -> Path:
@@ -34,7 +34,7 @@ class Calls:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_containers_text_and_numbers_come_back(tmp_path: Path, protocol: int) -> None:
-    content = {"A": [1.5, -2, True, None], "B": (1, "ü", b"\x00\xff"), "C": {"D": {}}, 3: 2**70}
+    content = {"A": [1.5, -2, True, None], "B": (1, "ü", b"\x00\xff"), "C": {"D": {}}, 3: 2**70, "E": [0.5] * 3000}
     assert read_pickle(write(tmp_path / "x.pickle", content, protocol)) == content
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _ORIENTATION_TAG, _WIDTH_TAG, _HEIGHT_TAG = 0x0112, 0x0100, 0x0101
 _TURNED = {5, 6, 7, 8}  # orientations that swap height and width
 _MORE_THAN_8_BIT = ("I", "F")
+# Others that Pillow knows are drawn by other programs (PostScript by Ghostscript), or are rare and little tested.
+_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")
 
 
 def decode_files(paths: Sequence[str], shape: Shape, *, resize: bool) -> NDArray[np.uint8]:
@@ -42,12 +44,13 @@ def _decode(path: str, shape: Shape, resize: bool) -> NDArray[np.uint8]:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as file:
-            image = _as_channels(ImageOps.exif_transpose(file), shape[2], path)
+        with Image.open(path, formats=_FORMATS) as file:
+            image = ImageOps.exif_transpose(file)
     except FileNotFoundError:
         raise ValueError(f"The image {path!r} is no longer there: restore it, or correct obs['path'].") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"The image {path!r} cannot be decoded ({error}): replace it or leave it out.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+    image = _as_channels(image, shape[2], path)
     size = (shape[1], shape[0])
     if image.size != size:
         if not resize:
@@ -57,6 +60,15 @@ def _decode(path: str, shape: Shape, resize: bool) -> NDArray[np.uint8]:
             )
         image = image.resize(size, Image.Resampling.BILINEAR)
     return np.asarray(image, dtype=np.uint8).reshape(shape)
+
+
+def _unreadable(path: str, error: Exception) -> ValueError:
+    from PIL import Image
+
+    advice = f"Replace it or leave it out; {', '.join(_FORMATS[:-1])} and {_FORMATS[-1]} are read"
+    if isinstance(error, Image.DecompressionBombError):
+        advice = "Shrink it or leave it out; if it is what it says, raise PIL.Image.MAX_IMAGE_PIXELS"
+    return ValueError(f"The image {path!r} cannot be read ({error}). {advice}.")
 
 
 def _as_channels(image: Image, channels: int, path: str) -> Image:
@@ -91,15 +103,13 @@ def inspect_files(paths: Sequence[Any], image_size: tuple[int, int] | None) -> t
     sizes, grey = [], True
     for path in files:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 sizes.append(_upright_size(image))
                 grey &= image.mode in {"1", "L", "LA"}
                 mode = image.mode
                 image.verify()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{str(path)!r} is no image that can be read ({error}): replace it or leave it out."
-            ) from error
+            raise _unreadable(str(path), error) from error
         if mode.startswith(_MORE_THAN_8_BIT):
             raise ValueError(
                 f"The image {str(path)!r} has more than 8 bits per value (mode {mode}), which would be cut off: pass "

@@ -30,15 +30,13 @@ _CITATION = """FIMP: Foundation Model-Informed Message Passing for Graph Neural 
 [arXiv:2210.09475](https://arxiv.org/abs/2210.09475)."""
 
 
-def model_card(config: Mapping[str, Any], genes: Sequence[str], n_parameters: int) -> str:
+def model_card(config: Mapping[str, Any], n_parameters: int) -> str:
     """Return the text of a model card, with the front matter of the Hugging Face hub.
 
     Parameters
     ----------
     config
         What ``config.json`` holds.
-    genes
-        Names of the genes.
     n_parameters
         Of network and heads.
     """
@@ -49,7 +47,7 @@ def model_card(config: Mapping[str, Any], genes: Sequence[str], n_parameters: in
         **_introduction(config),
         "How to load": _LOADING,
         "Architecture": _list(_architecture(params, n_parameters)),
-        **_contents(config, genes),
+        **_contents(config),
         "Classes": f"{len(classes):,}: {shorten([_code(label) for label in classes], _MOST_SHOWN)}."
         if classes
         else "None: the model was set up without labels.",
@@ -77,10 +75,10 @@ def _introduction(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _contents(config: Mapping[str, Any], genes: Sequence[str]) -> dict[str, str]:
-    out = {}
+def _contents(config: Mapping[str, Any]) -> dict[str, str]:
+    out, genes = {}, config["genes"]
     if genes:
-        out["Genes"] = f"{len(genes):,}, in `genes.txt`: {shorten([_code(gene) for gene in genes], 10)}."
+        out["Genes"] = f"{len(genes):,}, in `config.json`: {shorten([_code(gene) for gene in genes], 10)}."
     if config.get("sequences"):
         lines = [
             f"{_code(name)}: {_code(state['kind'])}, "

@@ -55,8 +55,8 @@ def images(
     ----------
     images
         ``(n, H, W)`` or ``(n, H, W, C)`` array, uint8, or real numbers between 0 and 1 (stored with 8 bits); or a list
-        of image files, which are read with Pillow. Files become grey (one channel) if all are grey, RGB otherwise,
-        without transparency; turned as the camera noted.
+        of PNG, JPEG, TIFF or WebP files, which are read with Pillow. Files become grey (one channel) if all are grey,
+        RGB otherwise, without transparency; turned as the camera noted.
     coordinates
         ``(n, 2)`` latitude and longitude in degrees, in this order.
     adjacency

@@ -27,6 +27,7 @@ __all__ = [
     "check_file",
     "checkpoint_folder",
     "find_weights",
+    "parse_json",
     "read_json",
     "read_safetensors",
     "read_weights",
@@ -35,6 +36,8 @@ __all__ = [
 _PICKLED = {".pt", ".pth", ".bin", ".ckpt"}
 _CONTAINERS = ("state_dict", "model_state_dict", "model")
 _WRAPPERS = ("module.", "_orig_mod.")  # of data-parallel and of compiled modules
+_LONGEST_JSON = 1 << 27  # ten times a vocabulary of all known genes
+_ATTEMPTS = 20
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors", *(f"*{suffix}" for suffix in sorted(_PICKLED))]
 # Left where a download or a clone went wrong.
@@ -54,8 +57,25 @@ def read_json(path: Path) -> dict[str, Any]:
         The file is missing, is not JSON, or holds something else than an object.
     """
     check_file(path)
+    if path.stat().st_size > _LONGEST_JSON:
+        raise CheckpointError(f"{str(path)!r} has more than {_LONGEST_JSON >> 20} MB, too much for such a file.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise CheckpointError(f"{str(path)!r} is not valid JSON ({error}): download it again.") from None
+    return parse_json(text, path)
+
+
+def parse_json(text: str, path: Path) -> dict[str, Any]:
+    """Parse the JSON object that was found in a file.
+
+    Raises
+    ------
+    CheckpointError
+        It is not JSON, or holds something else than an object.
+    """
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(path)!r} is not valid JSON ({error}): download it again.") from None
     if not isinstance(content, dict):
@@ -107,12 +127,27 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import safe_open
 
     check_file(path)
+    for attempt in range(_ATTEMPTS):
+        before = _identity(path)
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+                metadata = dict(file.metadata() or {})
+        except Exception as error:
+            if _identity(path) == before or attempt == _ATTEMPTS - 1:
+                raise _damaged(path, error) from None
+        # The file is opened more than once: replaced meanwhile, its header and its numbers would be of two files.
+        if _identity(path) == before:
+            return tensors, metadata
+    raise CheckpointError(f"{str(path)!r} is being written all the time: read it when that is done.")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
-            return tensors, dict(file.metadata() or {})
-    except Exception as error:
-        raise _damaged(path, error) from None
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def find_weights(folder: Path, names: Sequence[str]) -> Path:
@@ -221,9 +256,12 @@ def _load(path: Path) -> Any:
 def _is_program(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(Path(name).name == "constants.pkl" for name in archive.namelist())
+            members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError):
         return False  # torch says what is wrong with it
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise CheckpointError(f"{str(path)!r} states more content than it has: it is damaged, or made to do harm.")
+    return any(Path(member.filename).name == "constants.pkl" for member in members)
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -233,6 +271,13 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         inner = next((seen[name] for name in _CONTAINERS if isinstance(seen.get(name), Mapping)), None)
         if inner is None:
             tensors = {key: value for key, value in seen.items() if isinstance(key, str) and isinstance(value, Tensor)}
+            for key, value in tensors.items():
+                # One number may be stated as a tensor of any size.
+                if value.layout == torch.strided and value.nbytes > value.untyped_storage().nbytes():
+                    raise CheckpointError(
+                        f"{key!r} in {str(path)!r} is {tuple(value.shape)}, more than its stored numbers: the file is "
+                        "damaged, or the tensor was saved without contiguous()."
+                    )
             if tensors:
                 return tensors
             break

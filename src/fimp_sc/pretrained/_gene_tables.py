@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from fimp_sc.pretrained._files import (
     read_weights,
 )
 from fimp_sc.pretrained._pickles import read_pickle
+from fimp_sc.pretrained._text_tables import check_unpacked, open_text_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,27 +82,57 @@ def _kind(path: Path) -> str:
 
 def _read_npz(path: Path) -> tuple[list[str], NDArray[Any]]:
     try:
-        # Opened here: numpy leaves a file open that it cannot read.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
+        with zipfile.ZipFile(path) as archive:
+            members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+            found = [(info, *_npy_header(archive, info)) for info in members]
+            names = [entry for entry in found if len(entry[1]) == 1 and entry[2].kind in "US"]
+            tables = [entry for entry in found if len(entry[1]) == 2 and entry[2].kind == "f"]
+            pairs = [(n, t) for n in names for t in tables if n[1][0] == t[1][0]]
+            if len(pairs) == 1:
+                chosen = [entry[0] for entry in pairs[0]]
+                check_unpacked(path, sum(info.file_size for info in chosen))
+                name, table = (_read_npy(archive, *entry) for entry in pairs[0])
+    except CheckpointError:
+        raise
     except Exception as error:
-        advice = "download it again"
-        if "allow_pickle" in str(error):
-            advice = "names stored as Python objects can run code, so save them as text with names.astype(str)"
-        raise CheckpointError(f"{str(path)!r} cannot be read as .npz ({type(error).__name__}): {advice}.") from None
-    names = [key for key, array in arrays.items() if array.ndim == 1 and array.dtype.kind in "US"]
-    tables = [key for key, array in arrays.items() if array.ndim == 2 and array.dtype.kind == "f"]
-    pairs = [(n, t) for n in names for t in tables if len(arrays[n]) == len(arrays[t])]
-    if len(pairs) != 1:
-        found = shorten([f"{key!r} {array.dtype} {array.shape}" for key, array in arrays.items()], 10) or "nothing"
         raise CheckpointError(
-            f"{str(path)!r} must hold one array of names (n,) and one of real numbers (n, width); found {found}."
+            f"{str(path)!r} cannot be read as .npz ({type(error).__name__}): download it again."
+        ) from None
+    if len(pairs) != 1:
+        objects = [info.filename for info, _, dtype in found if dtype.hasobject]
+        if objects and not names:
+            raise CheckpointError(
+                f"{objects[0]!r} in {str(path)!r} holds Python objects, which can run code: save names as text with "
+                "names.astype(str)."
+            )
+        shown = [f"{info.filename.removesuffix('.npy')!r} {dtype} {shape}" for info, shape, dtype in found]
+        raise CheckpointError(
+            f"{str(path)!r} must hold one array of names (n,) and one of real numbers (n, width); found "
+            f"{shorten(shown, 10) or 'nothing'}."
         )
-    name, table = pairs[0]
     try:
-        return _text(arrays[name]), arrays[table]
+        return _text(name), table
     except UnicodeDecodeError:
-        raise CheckpointError(f"{name!r} in {str(path)!r} is not UTF-8 text.") from None
+        raise CheckpointError(f"The names in {str(path)!r} are not UTF-8 text.") from None
+
+
+def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and type of an array whose values are not read."""
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        read: Any = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _read_npy(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    """Return an array after a look at whether its bytes are there: numpy makes room for it first."""
+    if math.prod(shape) * dtype.itemsize > info.file_size:
+        raise EOFError
+    with archive.open(info) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _text(names: NDArray[Any]) -> list[str]:
@@ -138,17 +171,23 @@ def _safetensors_names(path: Path, metadata: dict[str, str]) -> list[Any]:
 
 
 def _read_text(path: Path, separator: str) -> pd.DataFrame:
+    content = open_text_table(path, separator)
     options: dict[str, Any] = {"sep": separator, "header": None, "encoding": "utf-8-sig", "low_memory": False}
+
+    def read(**how: Any) -> pd.DataFrame:
+        content.seek(0)
+        return pd.read_csv(content, **how, **options)
+
     try:
         # Names as they are: 'NA' and 'nan' would otherwise be missing.
         as_text: dict[str, Any] = {"dtype": str, "keep_default_na": False}
-        head = pd.read_csv(path, nrows=1, **as_text, **options).iloc[0].tolist()
+        head = read(nrows=1, **as_text).iloc[0].tolist()
         options["skiprows"] = int(has_header := _is_header(head[1:]))
-        names = pd.read_csv(path, usecols=[0], **as_text, **options)[0]
-        table = pd.read_csv(path, **options).drop(columns=0)
+        names = read(usecols=[0], **as_text)[0]
+        table = read().drop(columns=0)
     except pd.errors.EmptyDataError:
         raise CheckpointError(f"{str(path)!r} has no genes.") from None
-    except Exception as error:  # of pandas, of the decompression, or of the encoding
+    except Exception as error:  # of pandas, or of the encoding
         reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(f"{str(path)!r} cannot be read as a table ({type(error).__name__}: {reason}).") from None
     # Without a name for the column of genes, as R writes tables, the header is one shorter.

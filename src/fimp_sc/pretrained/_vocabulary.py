@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import pandas as pd
 
 from fimp_sc.pretrained._files import CheckpointError, read_json
+from fimp_sc.pretrained._text_tables import open_text_table
 
 # Ids by symbol, symbols in the order of their ids, a `vocab.json`, or a folder with one.
 VocabularySource: TypeAlias = "Mapping[str, int] | Sequence[str] | str | Path"
@@ -123,7 +124,7 @@ def read_aliases(aliases: AliasSource) -> dict[str, tuple[str, ...]]:
         raise FileNotFoundError(f"There is no table of aliases at {str(path)!r}.")
     separator = "," if ".csv" in path.suffixes else "\t"
     # Names such as NA or NAN are genes.
-    table = pd.read_csv(path, sep=separator, header=None, dtype=str, keep_default_na=False)
+    table = pd.read_csv(open_text_table(path, separator), sep=separator, header=None, dtype=str, keep_default_na=False)
     if table.shape[1] != 2:
         raise ValueError(f"{str(path)!r} must have two columns, alias and symbol, found {table.shape[1]}.")
     found: dict[str, list[str]] = {}

@@ -22,7 +22,6 @@ from fimp_sc.data._parts import as_modalities, is_mudata, nodes_of, parts_of
 from fimp_sc.data._stored import identity, storage
 from fimp_sc.model import FIMP
 from fimp_sc.model._fields import check_known
-from fimp_sc.model._pretrained import is_pretrained
 from fimp_sc.model._train import on_gpu
 from fimp_sc.nn import FoundationNetwork
 from fimp_sc.tl._inputs import CONNECTIVITIES, Inputs
@@ -87,18 +86,7 @@ def fitted_model(
             f"max_epochs={max_epochs} and train_kwargs={{'max_epochs': {twice}}} are the same argument: leave one out."
         )
     max_epochs = twice if max_epochs is None else max_epochs
-    if isinstance(model, str | Path):
-        given: FIMP | None
-        if is_pretrained(model):
-            given = FIMP.from_pretrained(model, accelerator=accelerator)
-        elif Path(model, "model.pt").is_file():
-            given = FIMP.load(str(model), adata=False, accelerator=accelerator)
-        else:
-            raise FileNotFoundError(
-                f"No saved model in {str(model)!r}: model.save_pretrained(folder) or model.save(folder) writes one."
-            )
-    else:
-        given = model
+    given = FIMP.load(model, accelerator=accelerator) if isinstance(model, str | Path) else model
     if given is not None:
         if not given.is_trained and given.foundation is None:
             raise ValueError("The model is not trained: call model.train() first, or leave model out.")
