@@ -46,7 +46,7 @@ def blobs() -> ad.AnnData:
 def test_planted_niches_are_found(planted) -> None:
     tl.niches(planted, 4, library_key="section")
     # 0.89, without smoothing 0.82; components of single cells give 0.22.
-    assert adjusted_rand_score(planted.obs["niche"], planted.obs["fimp_niche"]) > 0.8
+    assert adjusted_rand_score(planted.obs["region"], planted.obs["fimp_niche"]) > 0.8
 
 
 def test_the_number_of_clear_groups_is_found(blobs) -> None:
