@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
+from fimp_sc._logging import warn
 from fimp_sc.data._access import get_graph, get_matrix, get_obs, in_memory, label_text, missing_key, shorten
 from fimp_sc.data._graph_checks import check_connectivities
 from fimp_sc.data._value_checks import InputScale, check_values
@@ -199,11 +199,9 @@ def check_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unk
         )
     single = sorted(counts.index[counts == 1])
     if single:
-        warnings.warn(
+        warn(
             f"{where} has labels with a single cell, which can hardly be learned or validated: "
             f"{shorten([repr(s) for s in single])}. Merge them, or set them to {unlabeled_category!r}.",
-            UserWarning,
-            stacklevel=2,
         )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
 
+from fimp_sc._logging import warn
 from fimp_sc.data._rows import open_rows
 
 if TYPE_CHECKING:
@@ -278,11 +278,9 @@ def _factor(total: NDArray[np.float64], target_sum: float) -> NDArray[np.float32
 
 def _check_total(found: float, expected: float) -> None:
     if not expected / _OTHER_TOTAL <= found <= expected * _OTHER_TOTAL:
-        warnings.warn(
+        warn(
             f"These log-normalised values have a median total of {found:,.4g} over the genes of the model, and those "
             f"it was trained on {expected:,.4g}: normalise both to the same total, or pass counts.",
-            UserWarning,
-            stacklevel=2,
         )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
 
+from fimp_sc._logging import warn
 from fimp_sc.data._adjacency import check_adjacency
 
 if TYPE_CHECKING:
@@ -63,8 +63,6 @@ def check_connectivities(
             )
     isolated = int((np.diff(checked.indptr) == 0).sum())
     if isolated:
-        warnings.warn(
+        warn(
             f"{where}: {isolated:,} of {n_obs:,} nodes have no neighbours and are described by their own tokens alone.",
-            UserWarning,
-            stacklevel=2,
         )

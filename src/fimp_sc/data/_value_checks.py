@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from scipy import sparse
 
+from fimp_sc._logging import warn
 from fimp_sc.data._rows import PIECE_VALUES, MatrixRows, open_rows
 
 InputScale = Literal["counts", "normalized", "log", "real"]
@@ -168,20 +168,16 @@ def _place(piece: Any, index: int) -> tuple[int, int]:
 def _warn_empty(found: _Findings, where: str) -> None:
     cells, genes = int((~found.expressed_in).sum()), int((~found.expressed).sum())
     if cells:
-        warnings.warn(
+        warn(
             f"{cells:,} of {found.expressed_in.size:,} cells are empty (zero for every gene in {where}), first at "
             f"position {int(found.expressed_in.argmin())}. They are described by their neighbours alone; "
             "scanpy.pp.filter_cells(adata, min_counts=1) removes them.",
-            UserWarning,
-            stacklevel=3,
         )
     if genes:
-        warnings.warn(
+        warn(
             f"{genes:,} of {found.expressed.size:,} genes are zero for every cell in {where}, first at position "
             f"{int(found.expressed.argmin())}. Nothing can be learned about them; "
             "scanpy.pp.filter_genes(adata, min_cells=1) removes them.",
-            UserWarning,
-            stacklevel=3,
         )
 
 
