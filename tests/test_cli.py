@@ -93,7 +93,7 @@ def test_niches_train_nothing(section, tmp_path, calls, capsys) -> None:
     arguments += ["--smooth", "0", "--labels-key", "cell_type", "--library-key", "section", "--random-state", "3"]
     assert cli.main(["niches", str(section), *arguments]) == 0
     expected = {"n_niches": 5, "use_rep": "X_pca", "method": "leiden", "smooth": 0, "labels_key": "cell_type"}
-    assert calls == [("niches", {**expected, "library_key": "section", "random_state": 3})]
+    assert calls == [("niches", {**expected, "library_key": "section", "random_state": 3, "verbose": True})]
     assert "Wrote" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["niches", str(section), "--output", str(tmp_path / "out.h5ad"), "--max-epochs", "3"])

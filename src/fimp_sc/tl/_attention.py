@@ -9,11 +9,10 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc.data._access import get_obs, missing_key
-from fimp_sc.data._checks import check_key_added
 from fimp_sc.data._parts import nodes_of, parts_of
 from fimp_sc.model._predict import check_choice
 from fimp_sc.tl._attention_genes import check_pairs, choose_genes
-from fimp_sc.tl._inputs import choose, copied, working_copy
+from fimp_sc.tl._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
 from fimp_sc.tl._results import finite_or_raise, record
 from fimp_sc.tl._significance import gene_tests, group_tests
@@ -49,9 +48,9 @@ def attention(
     layer: str | None = None,
     library_key: str | None = None,
     batch_key: str | None = None,
-    spatial_key: str = "spatial",
-    connectivities_key: str = "spatial_connectivities",
-    input_scale: str = "auto",
+    spatial_key: str | None = None,
+    connectivities_key: str | None = None,
+    input_scale: str | None = None,
     key_added: str = "fimp_attention",
     gene_embeddings: Any = None,
     foundation: Literal["scgpt"] | None = None,
@@ -61,6 +60,7 @@ def attention(
     accelerator: str = "auto",
     random_state: int = 0,
     verbose: bool = True,
+    overwrite: bool = False,
     copy: bool = False,
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
@@ -114,7 +114,7 @@ def attention(
         As in :func:`embed`, of a model that is trained now. One that was trained with another before is not used.
     random_state
         Seed of permutations, and of a model that is trained now.
-    accelerator, verbose, copy, model_kwargs, train_kwargs
+    accelerator, verbose, overwrite, copy, model_kwargs, train_kwargs
         As in :func:`embed`.
     inference_kwargs
         ``batch_size``, the number of cells of a block; nothing else.
@@ -140,7 +140,7 @@ def attention(
         When a key or a gene is missing.
     ValueError
         When there is one group only, nothing can be tested, the model reads no genes or passes no messages, or
-        ``key_added`` has a slash.
+        ``key_added`` has a slash or is the name of something that would be lost.
 
     Notes
     -----
@@ -162,7 +162,6 @@ def attention(
     the planted pair, weighting by it costs power, and covariance alone ranks it first: attention starts out as
     likeness of tokens, and little of what masked expression teaches reaches it.
     """
-    check_key_added(key_added)
     check_choice("null", null, ("neighbours", "labels"))
     check_choice("statistic", statistic, ("covariance", "content", "attention"))
     if n_permutations < _LEAST_PERMUTATIONS:
@@ -174,9 +173,10 @@ def attention(
         raise ValueError("model_kwargs has messages=False: without messages there is no attention between cells.")
     adata = copied(adata) if copy else adata
     target, inputs = choose(
-        adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
-        connectivities_key=connectivities_key, input_scale=input_scale,
+        adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
+        spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
     )  # fmt: skip
+    check_results(key_added, "tl.attention", target, inputs, overwrite=overwrite)
     if all(part.is_sequence for part in parts_of(target, inputs.modality)):
         raise ValueError("attention reads genes, and there are signals or images only: pass a modality of expression.")
     table = None if pairs is None else check_pairs(pairs)
@@ -211,7 +211,10 @@ def attention(
                 f"join two of the {len(chosen)} genes as tokens. Name others, merge groups, or raise n_tokens with "
                 "model_kwargs={'n_tokens': 64}."
             )
-        result = record(fitted, inputs, groupby=groupby, null=null, statistic=statistic, min_support=min_support, **how)
+        result = record(
+            fitted, inputs, target, "tl.attention", groupby=groupby, null=null, statistic=statistic,
+            min_support=min_support, **how,
+        )  # fmt: skip
         result |= {
             "groups": _group_table(names, *by_group), "pairs": _pair_table(names, np.asarray(chosen), by_gene),
             "genes": np.asarray(chosen, dtype=object), "n_tests": len(by_gene.pair),
