@@ -24,7 +24,7 @@ RING = np.roll(np.eye(12), 1, axis=1) + np.roll(np.eye(12), -1, axis=1)
 PAGES = {
     "index.md": 1,
     "quick_start.md": 5,
-    "guide/choices.md": 5,
+    "guide/choices.md": 6,
     "guide/cost.md": 1,
     "guide/labels.md": 2,
     "guide/evaluation.md": 9,
