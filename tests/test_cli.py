@@ -57,13 +57,13 @@ def test_options_that_are_not_given_are_not_passed_on(section, tmp_path, calls, 
 
 
 def test_options_carry_the_names_of_the_parameters(section, tmp_path, calls, capsys) -> None:
-    arguments = ["--output", str(tmp_path / "out.h5ad"), "--labels-key", "niche", "--unlabeled-category", "none"]
+    arguments = ["--output", str(tmp_path / "out.h5ad"), "--labels-key", "region", "--unlabeled-category", "none"]
     arguments += ["--layer", "counts", "--library-key", "section", "--batch-key", "donor", "--spatial-key", "xy"]
     arguments += ["--connectivities-key", "graph", "--input-scale", "counts", "--key-added", "new", "--model", "folder"]
     arguments += ["--max-epochs", "3", "--accelerator", "cpu", "--random-state", "7", "--quiet"]
     assert cli.main(["annotate", str(section), *arguments]) == 0
     expected = {
-        "labels_key": "niche",
+        "labels_key": "region",
         "unlabeled_category": "none",
         "layer": "counts",
         "library_key": "section",
@@ -93,7 +93,7 @@ def test_niches_train_nothing(section, tmp_path, calls, capsys) -> None:
     arguments += ["--smooth", "0", "--labels-key", "cell_type", "--library-key", "section", "--random-state", "3"]
     assert cli.main(["niches", str(section), *arguments]) == 0
     expected = {"n_niches": 5, "use_rep": "X_pca", "method": "leiden", "smooth": 0, "labels_key": "cell_type"}
-    assert calls == [("niches", {**expected, "library_key": "section", "random_state": 3})]
+    assert calls == [("niches", {**expected, "library_key": "section", "random_state": 3, "verbose": True})]
     assert "Wrote" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["niches", str(section), "--output", str(tmp_path / "out.h5ad"), "--max-epochs", "3"])
@@ -248,18 +248,18 @@ def test_annotate_for_real(small_toy, tmp_path, capsys) -> None:
     """Train on one section, save the model, apply it to the other section with other genes."""
     one = small_toy[small_toy.obs["section"] == "section_1", :50].copy()
     two = small_toy[small_toy.obs["section"] == "section_2", 10:].copy()
-    two.obs["niche"] = np.nan
-    two.obs["niche"] = two.obs["niche"].astype("category")
+    two.obs["region"] = np.nan
+    two.obs["region"] = two.obs["region"].astype("category")
     one.write_h5ad(tmp_path / "one.h5ad")
     two.write_h5ad(tmp_path / "two.h5ad")
-    common = ["--labels-key", "niche", "--accelerator", "cpu", "--quiet"]
+    common = ["--labels-key", "region", "--accelerator", "cpu", "--quiet"]
     train = ["annotate", str(tmp_path / "one.h5ad"), "--output", str(tmp_path / "one_out.h5ad"), *common]
     assert cli.main([*train, "--max-epochs", "1", "--save-model", str(tmp_path / "model")]) == 0
     apply = ["annotate", str(tmp_path / "two.h5ad"), "--output", str(tmp_path / "two_out.h5ad"), *common]
     assert cli.main([*apply, "--model", str(tmp_path / "model")]) == 0
     done = ad.read_h5ad(tmp_path / "two_out.h5ad")
-    assert done.obs["fimp_niche"].notna().all()
-    assert done.obsm["fimp_niche_probabilities"].shape == (two.n_obs, one.obs["niche"].nunique())
+    assert done.obs["fimp_region"].notna().all()
+    assert done.obsm["fimp_region_probabilities"].shape == (two.n_obs, one.obs["region"].nunique())
     assert capsys.readouterr().err == ""
 
 
@@ -268,7 +268,7 @@ def test_niches_and_attention_for_real(section, tmp_path, capsys) -> None:
     steps = (
         ("embed", ["--max-epochs", "1"]),
         ("niches", ["--n-niches", "3"]),
-        ("attention", ["--groupby", "niche", "--n-genes", "5", "--n-permutations", "10", "--max-epochs", "1"]),
+        ("attention", ["--groupby", "region", "--n-genes", "5", "--n-permutations", "10", "--max-epochs", "1"]),
     )
     source = section
     for command, options in steps:
@@ -311,10 +311,10 @@ def test_demo_for_real(tmp_path, capsys) -> None:
     folder = tmp_path / "demo"
     assert cli.main(["demo", "--output-dir", str(folder), "--max-epochs", "1"]) == 0
     report = capsys.readouterr().out
-    for piece in ("X_fimp", "fimp_niche", "layers", "accuracy", "R2", "toy_tissue.png", "toy_tissue.h5ad"):
+    for piece in ("X_fimp", "fimp_region", "layers", "accuracy", "R2", "toy_tissue.png", "toy_tissue.h5ad"):
         assert piece in report
     done = ad.read_h5ad(folder / "toy_tissue.h5ad")
-    assert {"niche", "niche_truth", "fimp_niche", "fimp_niche_confidence"} <= set(done.obs)
+    assert {"region", "region_truth", "fimp_region", "fimp_region_confidence"} <= set(done.obs)
     assert done.layers["fimp"].shape == done.shape
     assert (folder / "toy_tissue.png").stat().st_size > 10_000
 

@@ -24,7 +24,7 @@ RING = np.roll(np.eye(12), 1, axis=1) + np.roll(np.eye(12), -1, axis=1)
 PAGES = {
     "index.md": 1,
     "quick_start.md": 5,
-    "guide/choices.md": 5,
+    "guide/choices.md": 6,
     "guide/cost.md": 1,
     "guide/labels.md": 2,
     "guide/evaluation.md": 9,
@@ -69,7 +69,7 @@ def toy_objects(folder: Path) -> dict:
     for file in files:
         Image.fromarray(rng.integers(0, 256, (30, 40, 3)).astype(np.uint8)).save(file)
     adata = small_tissue(n_obs=60)
-    adata.obs["layer"] = adata.obs["niche"]
+    adata.obs["layer"] = adata.obs["region"]
     herd = ad.AnnData(
         obs={"weight": rng.random(12)}, obsm={"track": rng.normal(size=(12, 50)).cumsum(1)},
         obsp={"spatial_connectivities": sparse.csr_matrix(RING)},

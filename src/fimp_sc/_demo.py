@@ -21,7 +21,7 @@ _HIDDEN_BLOCKS = 1 / 3
 _N_NEIGHBORS = 10
 _N_COMPONENTS = 50
 _N_REBUILD = 20
-_COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#d3d3d3")  # four niches, and not known
+_COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#d3d3d3")  # four regions, and not known
 
 
 def run_demo(
@@ -29,7 +29,7 @@ def run_demo(
 ) -> dict[str, float]:
     """Embed, annotate and impute the toy tissue, print a report, and write a figure and an object.
 
-    Half of each cell's molecules are hidden to score the imputation, and the niche of every cell in a third of the
+    Half of each cell's molecules are hidden to score the imputation, and the region of every cell in a third of the
     spatial blocks is hidden to score the annotation. The baselines see exactly what the model sees.
 
     Parameters
@@ -43,15 +43,15 @@ def run_demo(
 
     Returns
     -------
-    Score by name: accuracies on cells whose niche was hidden, and R² of hidden molecules.
+    Score by name: accuracies on cells whose region was hidden, and R² of hidden molecules.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     adata, truth, unseen = _make_task(random_state)
-    hidden = (adata.obs["niche"] == _UNLABELED).to_numpy()
+    hidden = (adata.obs["region"] == _UNLABELED).to_numpy()
     _say(
         f"Toy tissue: {adata.n_obs} cells x {adata.n_vars} genes in {adata.obs['section'].nunique()} sections.\n"
-        f"Hidden to keep score: the niche of {hidden.sum()} cells, in whole spatial blocks (for annotate), "
+        f"Hidden to keep score: the region of {hidden.sum()} cells, in whole spatial blocks (for annotate), "
         "and half of each cell's molecules (for impute)."
     )
 
@@ -60,7 +60,7 @@ def run_demo(
     # The last one uses the model of the one before.
     calls: dict[str, dict[str, Any]] = {
         "embed": training,
-        "annotate": {"labels_key": "niche", **training},
+        "annotate": {"labels_key": "region", **training},
         "impute": {},
     }
     for name, options in calls.items():
@@ -83,7 +83,7 @@ def run_demo(
             "regression, both": np.hstack([own_parts, averaged_parts]),
             "regression, X_fimp (tl.embed)": adata.obsm["X_fimp"],
         },
-        predictions={"fimp_niche (tl.annotate)": adata.obs["fimp_niche"].to_numpy(dtype=str)},
+        predictions={"fimp_region (tl.annotate)": adata.obs["fimp_region"].to_numpy(dtype=str)},
     )
     mean = seen.mean(axis=0)
     molecules = pd.DataFrame.from_dict(
@@ -97,7 +97,7 @@ def run_demo(
         columns=["R2"],
     )
 
-    adata.obs["niche_truth"] = truth
+    adata.obs["region_truth"] = truth
     h5ad, figure = folder / "toy_tissue.h5ad", folder / "toy_tissue.png"
     adata.write_h5ad(h5ad)
     _draw(adata, figure)
@@ -110,16 +110,16 @@ def _report(adata: AnnData, labels: pd.DataFrame, molecules: pd.DataFrame) -> st
     written = {
         "tl.embed": [f'.obsm["X_fimp"] {adata.obsm["X_fimp"].shape}', '.obsp["spatial_connectivities"]'],
         "tl.annotate": [
-            '.obs["fimp_niche"]',
-            '.obs["fimp_niche_confidence"]',
-            f'.obsm["fimp_niche_probabilities"] {adata.obsm["fimp_niche_probabilities"].shape}',
+            '.obs["fimp_region"]',
+            '.obs["fimp_region_confidence"]',
+            f'.obsm["fimp_region_probabilities"] {adata.obsm["fimp_region_probabilities"].shape}',
         ],
         "tl.impute": [f'.layers["fimp"] {adata.layers["fimp"].shape}'],
     }
     width = max(map(len, [*labels.index, *molecules.index])) + 2
     lines = ["", "What was written"]
     lines += [f"  {tool:<12} {', '.join(keys)}" for tool, keys in written.items()]
-    lines += ["", "Niche of the cells whose niche was hidden", f"  {'':<{width}}accuracy  macro-F1"]
+    lines += ["", "Region of the cells whose region was hidden", f"  {'':<{width}}accuracy  macro-F1"]
     lines += [f"  {name:<{width}}{row['accuracy']:8.3f}  {row['macro-F1']:8.3f}" for name, row in labels.iterrows()]
     lines += ["", "Expression of the hidden molecules, log scale", f"  {'':<{width}}{'R2':>8}"]
     lines += [f"  {name:<{width}}{row['R2']:8.3f}" for name, row in molecules.iterrows()]
@@ -127,7 +127,7 @@ def _report(adata: AnnData, labels: pd.DataFrame, molecules: pd.DataFrame) -> st
 
 
 def _make_task(random_state: int) -> tuple[AnnData, pd.Categorical, NDArray[np.float32]]:
-    """Return the object the model may see, all niches, and the molecules it may not see."""
+    """Return the object the model may see, all regions, and the molecules it may not see."""
     adata = fimp_sc.datasets.toy_tissue(random_state=random_state)
     rng = np.random.default_rng(random_state)
     seen = adata.X.copy()
@@ -143,10 +143,10 @@ def _make_task(random_state: int) -> tuple[AnnData, pd.Categorical, NDArray[np.f
     )
     names = rng.permutation(np.unique(blocks))
     hidden = np.isin(blocks, names[: round(_HIDDEN_BLOCKS * len(names))])
-    truth = adata.obs["niche"].array
+    truth = adata.obs["region"].array
     known = np.where(hidden, _UNLABELED, truth.astype(str))
-    adata.obs["niche"] = pd.Categorical(known, categories=[*truth.categories, _UNLABELED])
-    for key in ("niche", "niche_truth", "fimp_niche"):
+    adata.obs["region"] = pd.Categorical(known, categories=[*truth.categories, _UNLABELED])
+    for key in ("region", "region_truth", "fimp_region"):
         adata.uns[f"{key}_colors"] = list(_COLORS)
     return adata, truth, unseen
 
@@ -219,7 +219,7 @@ def _draw(adata: AnnData, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     with plt.ioff():
-        colors = ["niche_truth", "niche", "fimp_niche", "fimp_niche_confidence"]
+        colors = ["region_truth", "region", "fimp_region", "fimp_region_confidence"]
         fimp_sc.pl.spatial(adata, colors, library_key="section", show=False)
         plt.gcf().savefig(path, dpi=120)
         plt.close()

@@ -96,8 +96,7 @@ def _run_tool(
     before = _keys(data)
     if "train_checkpoint" in arguments:
         arguments["train_kwargs"] = {"checkpoint": arguments.pop("train_checkpoint")}
-    if command != "niches":  # which trains nothing
-        arguments["verbose"] = not quiet
+    arguments["verbose"] = not quiet
     getattr(fimp_sc.tl, command)(data, **arguments)
     if save_model is not None:
         fimp_sc.tl.get_model(data, arguments.get("modality")).save(str(save_model))
@@ -254,6 +253,7 @@ def _add_keys(tool: argparse.ArgumentParser) -> None:
         "--connectivities-key", metavar="KEY", help="key of .obsp with the graph; built if missing, but for niches"
     )
     tool.add_argument("--key-added", metavar="KEY", help="name of what is written")
+    tool.add_argument("--overwrite", action="store_true", help="replace what is under this name in the input")
     tool.add_argument("--random-state", type=int, metavar="SEED", help="seed of everything random")
     tool.add_argument("--quiet", action="store_true", help="no progress and no report")
 

@@ -42,8 +42,8 @@ def test_contents(tissue: ad.AnnData) -> None:
     assert {"expression", "simulated", "random_state"} <= set(tissue.uns["provenance"])
 
 
-def test_every_niche_is_in_every_section(tissue: ad.AnnData) -> None:
-    cells = tissue.obs.groupby(["section", "niche"], observed=False).size()
+def test_every_region_is_in_every_section(tissue: ad.AnnData) -> None:
+    cells = tissue.obs.groupby(["section", "region"], observed=False).size()
     assert len(cells) == 8
     assert cells.min() >= 20
 
@@ -66,15 +66,15 @@ def test_counts_are_recovered_from_the_source() -> None:
     np.testing.assert_allclose(fraction, raw / raw.sum(axis=1, keepdims=True), atol=2e-3)
 
 
-def test_neighbours_inform_the_niche(tissue: ad.AnnData) -> None:
+def test_neighbours_inform_the_region(tissue: ad.AnnData) -> None:
     own = _log(tissue.X.toarray())
     half = (tissue.obsm["spatial"] // 60).astype(int).sum(axis=1) % 2 == 0
     score = {}
     for name, values in {"own": own, "neighbours": _neighbour_mean(tissue, own)}.items():
         parts = PCA(30, random_state=0).fit_transform(values)
         parts /= parts.std(axis=0)
-        probe = LogisticRegression(max_iter=1000, C=0.1).fit(parts[half], tissue.obs["niche"][half])
-        score[name] = probe.score(parts[~half], tissue.obs["niche"][~half])
+        probe = LogisticRegression(max_iter=1000, C=0.1).fit(parts[half], tissue.obs["region"][half])
+        score[name] = probe.score(parts[~half], tissue.obs["region"][~half])
     assert 0.5 < score["own"] < score["neighbours"] - 0.05
 
 
@@ -93,7 +93,7 @@ def test_survives_a_file(tmp_path) -> None:
     tissue = toy_tissue(n_obs=100)
     tissue.write_h5ad(tmp_path / "toy.h5ad")
     again = ad.read_h5ad(tmp_path / "toy.h5ad")
-    assert again.obs["niche"].tolist() == tissue.obs["niche"].tolist()
+    assert again.obs["region"].tolist() == tissue.obs["region"].tolist()
     assert again.uns["provenance"]["random_state"] == 0
 
 

@@ -55,12 +55,12 @@ def test_labels_may_be_numbers_and_categories() -> None:
 
 def test_unusable_input(toy) -> None:
     with pytest.raises(KeyError, match="Did you mean 'cell_type'"):
-        label_scores(toy, "cell_typ", "niche")
+        label_scores(toy, "cell_typ", "region")
     with pytest.raises(ValueError, match="nothing to compare"):
         label_scores(["Unknown"], ["a"])
     with pytest.raises(ValueError, match="3 true labels and 2 others"):
         label_scores(list("abc"), list("ab"))
     with pytest.raises(TypeError, match="two arrays"):
-        label_scores("cell_type", "niche")
+        label_scores("cell_type", "region")
     with pytest.raises(TypeError, match="got AnnData, str"):
         label_scores(toy, "cell_type")

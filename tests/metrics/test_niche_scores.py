@@ -40,22 +40,22 @@ def test_continuity_by_hand() -> None:
 
 def test_continuity_in_an_object_needs_no_reference(toy) -> None:
     pp.spatial_graph(toy, library_key="section")
-    smooth = niche_scores(toy, "niche", "niche", connectivities="spatial_connectivities")["continuity"]
+    smooth = niche_scores(toy, "region", "region", connectivities="spatial_connectivities")["continuity"]
     near = toy.obsp["spatial_connectivities"].toarray() > 0
-    codes = toy.obs["niche"].cat.codes.to_numpy()
+    codes = toy.obs["region"].cat.codes.to_numpy()
     same = codes[:, None] == codes
     assert smooth == pytest.approx(((near & same).sum(1) / near.sum(1)).mean())
-    toy.obs["partly"] = toy.obs["niche"].where(np.arange(toy.n_obs) < 5)
-    again = niche_scores(toy, "partly", "niche", connectivities="spatial_connectivities")
+    toy.obs["partly"] = toy.obs["region"].where(np.arange(toy.n_obs) < 5)
+    again = niche_scores(toy, "partly", "region", connectivities="spatial_connectivities")
     assert again["continuity"] == pytest.approx(smooth)
     assert again["n_obs"] == 5
 
 
 def test_unusable_input(toy) -> None:
     with pytest.raises(KeyError, match=r"adata\.obsp.*fimp_sc\.pp\.spatial_graph"):
-        niche_scores(toy, "niche", "niche", connectivities="spatial_connectivities")
+        niche_scores(toy, "region", "region", connectivities="spatial_connectivities")
     with pytest.raises(KeyError, match=r"'fimp_niche' is not in adata\.obs"):
-        niche_scores(toy, "niche", "fimp_niche")
+        niche_scores(toy, "region", "fimp_niche")
     with pytest.raises(ValueError, match="nothing to compare"):
         niche_scores(["Unknown", "a"], ["a", None])
     with pytest.raises(ValueError, match=r"shape \(2, 2\)"):

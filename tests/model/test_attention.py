@@ -104,7 +104,7 @@ def test_groups_are_matched_by_the_names_of_nodes(trained, chosen) -> None:
 
 
 def test_edges_are_counted_by_groups(trained, chosen) -> None:
-    groups = trained.adata.obs["niche"]
+    groups = trained.adata.obs["region"]
     _, n_edges, names = trained.get_gene_attention(groups, genes=chosen[:2])
     coo = trained.adata.obsp["spatial_connectivities"].tocoo()
     real = coo.row != coo.col
@@ -173,7 +173,7 @@ def test_self_loops_are_left_out(tissue, make_model, train) -> None:
 def test_blocks_do_not_matter(trained, chosen, batch_size) -> None:
     one, other = (trained.get_edge_influence(batch_size=size) for size in (None, batch_size))
     np.testing.assert_allclose(one.toarray(), other.toarray(), rtol=1e-4)
-    groups = trained.adata.obs["niche"]
+    groups = trained.adata.obs["region"]
     one, other = (trained.get_gene_attention(groups, genes=chosen, batch_size=size)[0] for size in (None, batch_size))
     np.testing.assert_allclose(one, other, atol=1e-6)
 
@@ -185,7 +185,7 @@ def test_foundation_stack_is_read_layer_by_layer(tissue, make) -> None:
     assert min(part.data.min() for part in found) > 0
     np.testing.assert_array_equal(found[0].indices, tissue.obsp["spatial_connectivities"].indices)
     known = [str(gene) for gene in model.genes[:5]]
-    mean, _, _ = model.get_gene_attention(tissue.obs["niche"], genes=known)
+    mean, _, _ = model.get_gene_attention(tissue.obs["region"], genes=known)
     assert np.nanmax(mean) > 0
     with pytest.raises(ValueError, match=r"layer must be from 0 to 1, found 2"):
         model.get_edge_influence(layer=2)
@@ -196,11 +196,11 @@ def test_unusable_input(tissue, trained, make, make_model) -> None:
     with pytest.raises(ValueError, match=r"use a model with aggregate='layer'"):
         final.get_edge_influence()
     with pytest.raises(ValueError, match="aggregate='final'"):
-        final.get_gene_attention(tissue.obs["niche"], genes=list(final.genes[:2]))
+        final.get_gene_attention(tissue.obs["region"], genes=list(final.genes[:2]))
     with pytest.raises(RuntimeError, match="train"):
         make_model(tissue).get_edge_influence()
     with pytest.raises(KeyError, match="'nothing'"):
-        trained.get_gene_attention(trained.adata.obs["niche"], genes=["nothing"])
+        trained.get_gene_attention(trained.adata.obs["region"], genes=["nothing"])
     with pytest.raises(ValueError, match="one entry per node, 120: found 3"):
         trained.get_gene_attention(["a", "b", "a"], genes=list(trained.genes[:2]))
     with pytest.raises(ValueError, match="gene more than once"):

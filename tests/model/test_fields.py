@@ -26,7 +26,7 @@ def snapshot(adata: ad.AnnData) -> dict:
     }
 
 
-@pytest.mark.parametrize("setup", [{}, {"labels_key": "label", "library_key": "section", "batch_key": "niche"}])
+@pytest.mark.parametrize("setup", [{}, {"labels_key": "label", "library_key": "section", "batch_key": "region"}])
 def test_setup_writes_nothing_but_identifiers(tissue, make_model, setup: dict) -> None:
     before = snapshot(tissue)
     make_model(tissue, setup)
@@ -73,7 +73,7 @@ def test_batches_are_the_libraries_unless_given(tissue, make_model) -> None:
     both = make_model(tissue, {"library_key": "section"})._graph_data(tissue)
     np.testing.assert_array_equal(both.source.batch, both.library)
     assert set(both.library) == {0, 1}
-    other = make_model(tissue, {"library_key": "section", "batch_key": "niche"})._graph_data(tissue)
+    other = make_model(tissue, {"library_key": "section", "batch_key": "region"})._graph_data(tissue)
     assert set(other.source.batch) == {0, 1, 2, 3}
     none = make_model(tissue)._graph_data(tissue)
     assert set(none.library) == set(none.source.batch) == {0}
@@ -87,7 +87,7 @@ def test_batches_are_the_libraries_unless_given(tissue, make_model) -> None:
         ({"library_key": "sample"}, KeyError, "library_key="),
         ({"batch_key": "sample"}, KeyError, "batch_key="),
         ({"connectivities_key": "knn"}, KeyError, "pp.spatial_graph"),
-        ({"library_key": "niche"}, ValueError, "edges that join samples"),
+        ({"library_key": "region"}, ValueError, "edges that join samples"),
         ({"input_scale": "raw"}, ValueError, "input_scale='raw'"),
     ],
 )

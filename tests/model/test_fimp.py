@@ -252,7 +252,7 @@ def test_results_leave_the_object_alone(tissue, make_model, train) -> None:
 def test_two_models_on_one_object(tissue, make_model, train) -> None:
     first = train(make_model(tissue, {"labels_key": "label"}), max_epochs=1)
     expected = first.predict(soft=True)
-    second = train(make_model(tissue, {"labels_key": "niche"}), max_epochs=1)
-    assert second.classes == list(tissue.obs["niche"].cat.categories)
+    second = train(make_model(tissue, {"labels_key": "region"}), max_epochs=1)
+    assert second.classes == list(tissue.obs["region"].cat.categories)
     pd.testing.assert_frame_equal(first.predict(soft=True), expected)
     assert list(second.predict(soft=True).columns) == second.classes

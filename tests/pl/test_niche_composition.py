@@ -12,7 +12,7 @@ from fimp_sc import pl
 @pytest.fixture
 def cells(toy):
     """Toy tissue with stored colours and a few cells without niche or type."""
-    toy.obs["fimp_niche"] = toy.obs["niche"].cat.rename_categories(["0", "1", "2", "3"])
+    toy.obs["fimp_niche"] = toy.obs["region"].cat.rename_categories(["0", "1", "2", "3"])
     toy.uns["fimp_niche_colors"] = ["#ff0000", "#00ff00", "#0000ff", "#ffff00"]
     toy.obs.loc[toy.obs_names[:10], "fimp_niche"] = np.nan
     toy.obs.loc[toy.obs_names[10:15], "cell_type"] = np.nan
@@ -76,9 +76,9 @@ def test_unusable_input(cells) -> None:
     with pytest.raises(KeyError, match=r"fimp_sc\.tl\.niches"):
         pl.niche_composition(cells, show=False)
     with pytest.raises(KeyError, match="'type' is not in"):
-        pl.niche_composition(cells, "niche", "type", show=False)
+        pl.niche_composition(cells, "region", "type", show=False)
     with pytest.raises(ValueError, match="kind must be"):
-        pl.niche_composition(cells, "niche", kind="pie", show=False)
+        pl.niche_composition(cells, "region", kind="pie", show=False)
     cells.obs["none"] = pd.Categorical([None] * cells.n_obs)
     with pytest.raises(ValueError, match="No cell has both"):
         pl.niche_composition(cells, "none", show=False)
@@ -86,7 +86,7 @@ def test_unusable_input(cells) -> None:
 
 def test_legend_of_many_kinds_lies_inside_the_figure(toy) -> None:
     toy.obs["cluster"] = pd.Categorical([f"Excitatory neurons {i % 46}" for i in range(toy.n_obs)])
-    ax = pl.niche_composition(toy, "niche", "cluster", kind="bars", show=False)
+    ax = pl.niche_composition(toy, "region", "cluster", kind="bars", show=False)
     legend, figure = ax.get_legend().get_window_extent(), ax.figure
     assert legend.y0 >= 0
     assert legend.y1 <= figure.bbox.y1

@@ -17,12 +17,12 @@ def _points(ax) -> int:
 
 def test_one_panel_per_sample_and_colour(toy) -> None:
     toy.obsm["X_fimp"] = np.random.default_rng(0).normal(size=(toy.n_obs, 3))
-    axes = pl.spatial(toy, ["niche", toy.var_names[0], ("X_fimp", 2)], library_key="section", show=False)
+    axes = pl.spatial(toy, ["region", toy.var_names[0], ("X_fimp", 2)], library_key="section", show=False)
     assert axes.shape == (3, 2)
     for row in axes:
         assert _points(row[0]) + _points(row[1]) == toy.n_obs
     assert all(ax.get_aspect() == 1 for ax in axes.flat)
-    assert axes[0, 0].get_title() == "niche, section_1"
+    assert axes[0, 0].get_title() == "region, section_1"
     assert axes[2, 1].get_title() == "X_fimp[2], section_2"
     axes[0, 0].figure.canvas.draw()
 
@@ -35,19 +35,19 @@ def test_one_panel_without_library(toy) -> None:
 
 def test_stored_palette_and_missing_labels(toy) -> None:
     colours = ["#ff0000", "#00ff00", "#0000ff", "#ffff00"]
-    toy.uns["niche_colors"] = colours
-    toy.obs.loc[toy.obs_names[0], "niche"] = np.nan
-    (ax,) = pl.spatial(toy, "niche", show=False)[0]
+    toy.uns["region_colors"] = colours
+    toy.obs.loc[toy.obs_names[0], "region"] = np.nan
+    (ax,) = pl.spatial(toy, "region", show=False)[0]
     drawn = ax.collections[0].get_facecolors()
-    codes = toy.obs["niche"].cat.codes.to_numpy()
+    codes = toy.obs["region"].cat.codes.to_numpy()
     np.testing.assert_allclose(drawn[5], to_rgba(colours[codes[5]]))
     np.testing.assert_allclose(drawn[0], to_rgba("#d3d3d3"))
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == [*toy.obs["niche"].cat.categories, "missing"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [*toy.obs["region"].cat.categories, "missing"]
 
 
 def test_palette_that_does_not_fit_is_ignored(toy) -> None:
-    toy.uns["niche_colors"] = ["#ff0000"]
-    (ax,) = pl.spatial(toy, "niche", show=False)[0]
+    toy.uns["region_colors"] = ["#ff0000"]
+    (ax,) = pl.spatial(toy, "region", show=False)[0]
     assert len(np.unique(ax.collections[0].get_facecolors(), axis=0)) == 4
 
 
@@ -76,14 +76,14 @@ def test_constant_value_has_one_colour(toy) -> None:
 
 def test_the_object_is_not_changed(toy) -> None:
     before = set(toy.uns)
-    pl.spatial(toy, ["niche", "cell_type"], show=False)
+    pl.spatial(toy, ["region", "cell_type"], show=False)
     assert set(toy.uns) == before
 
 
 def test_show_returns_nothing(toy, monkeypatch) -> None:
     shown = []
     monkeypatch.setattr(plt, "show", lambda: shown.append(True))
-    assert pl.spatial(toy, "niche") is None
+    assert pl.spatial(toy, "region") is None
     assert shown == [True]
 
 
@@ -93,8 +93,8 @@ def test_show_returns_nothing(toy, monkeypatch) -> None:
         ({"color": "nothing"}, "'nothing' is neither a column of adata.obs"),
         ({"color": ("X_fimp", 0)}, "adata.obsm has no 'X_fimp'"),
         ({"color": ("spatial", 7)}, "no column 7"),
-        ({"color": "niche", "library_key": "slide"}, "library_key='slide'"),
-        ({"color": "niche", "spatial_key": "xy"}, "adata.obsm has no 'xy'"),
+        ({"color": "region", "library_key": "slide"}, "library_key='slide'"),
+        ({"color": "region", "spatial_key": "xy"}, "adata.obsm has no 'xy'"),
         ({"color": "HES4", "layer": "raw"}, "'raw' is not in adata.layers"),
     ],
 )
@@ -108,7 +108,7 @@ def test_unusable_input(toy) -> None:
         pl.spatial(toy, [], show=False)
     toy.obsm["line"] = np.zeros((toy.n_obs, 1))
     with pytest.raises(ValueError, match="two columns"):
-        pl.spatial(toy, "niche", spatial_key="line", show=False)
+        pl.spatial(toy, "region", spatial_key="line", show=False)
 
 
 def test_cells_without_label_are_grey_and_shift_no_colour(toy) -> None:
@@ -145,9 +145,9 @@ def test_gene_without_expression(toy) -> None:
     ],
 )
 def test_stored_colours_of_any_form(toy, colours) -> None:
-    toy.uns["niche_colors"] = colours
-    (ax,) = pl.spatial(toy, "niche", show=False)[0]
-    expected = to_rgba_array(list(colours))[toy.obs["niche"].cat.codes]
+    toy.uns["region_colors"] = colours
+    (ax,) = pl.spatial(toy, "region", show=False)[0]
+    expected = to_rgba_array(list(colours))[toy.obs["region"].cat.codes]
     np.testing.assert_allclose(ax.collections[0].get_facecolors(), expected, atol=1 / 255)
 
 
@@ -156,9 +156,9 @@ def test_stored_colours_of_any_form(toy, colours) -> None:
     [["red", "green", "no colour", "blue"], dict.fromkeys("abcd", "red"), np.full((4, 3), 200), "blue", 4],
 )
 def test_colours_that_are_none_are_ignored(toy, colours) -> None:
-    (plain,) = pl.spatial(toy, "niche", show=False)[0]
-    toy.uns["niche_colors"] = colours
-    (ax,) = pl.spatial(toy, "niche", show=False)[0]
+    (plain,) = pl.spatial(toy, "region", show=False)[0]
+    toy.uns["region_colors"] = colours
+    (ax,) = pl.spatial(toy, "region", show=False)[0]
     np.testing.assert_array_equal(ax.collections[0].get_facecolors(), plain.collections[0].get_facecolors())
 
 
@@ -185,8 +185,8 @@ def test_legend_lies_inside_the_figure(toy, n, flat) -> None:
 def test_objects_that_stay_out_of_memory(toy, stored) -> None:
     toy.obsm["X_fimp"] = np.random.default_rng(0).normal(size=(toy.n_obs, 3))
     toy.obs["score"] = np.arange(toy.n_obs)
-    toy.uns["niche_colors"] = ["#ff0000", "#00ff00", "#0000ff", "#ffff00"]
-    colours = ["niche", "score", toy.var_names[5], ("X_fimp", 1)]
+    toy.uns["region_colors"] = ["#ff0000", "#00ff00", "#0000ff", "#ffff00"]
+    colours = ["region", "score", toy.var_names[5], ("X_fimp", 1)]
     expected = pl.spatial(toy, colours, library_key="section", show=False)
     axes = pl.spatial(stored(toy), colours, library_key="section", show=False)
     assert axes.shape == expected.shape

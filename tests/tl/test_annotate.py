@@ -154,6 +154,7 @@ def test_unusable_labels_leave_the_object_as_it_was(tissue, quick, unchanged, la
 
 def test_niches_are_not_replaced(tissue, quick, unchanged, trainings) -> None:
     tissue.obsm["X_fimp"] = np.random.default_rng(0).normal(size=(tissue.n_obs, 4))
+    tissue.obs["niche"] = tissue.obs["region"]
     fimp_sc.tl.niches(tissue, 3, smooth=0, n_seeds=2)
     for copy in (False, True):
         with unchanged(tissue), pytest.raises(ValueError, match=r"'fimp_niche'.*fimp_sc\.tl\.niches.*key_added="):

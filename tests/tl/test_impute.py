@@ -155,7 +155,7 @@ def test_stale_model_is_not_used(embedded, quick, trainings, change) -> None:
     np.testing.assert_array_equal(embedded.layers["fimp"], fresh.layers["fimp"])
 
 
-@pytest.mark.parametrize("option", [{"library_key": None}, {"batch_key": "niche"}, {"layer": "counts"}])
+@pytest.mark.parametrize("option", [{"batch_key": "region"}, {"layer": "counts"}])
 def test_other_inputs_need_another_model(embedded, quick, trainings, option) -> None:
     embedded.layers["counts"] = embedded.X.copy()
     fimp_sc.tl.impute(embedded, **{**AGAIN, "max_epochs": 1, **option})

@@ -36,8 +36,7 @@ def test_one_modality_of_several(joint, only_changed) -> None:
     for other in ("rna", NAMES):
         with pytest.raises(KeyError, match="No model is known"):
             fimp_sc.tl.get_model(joint, modality=other)
-    with pytest.raises(ValueError, match="3 modalities: choose one"):
-        fimp_sc.tl.get_model(joint)
+    assert fimp_sc.tl.get_model(joint) is fimp_sc.tl.get_model(joint, modality="image")
 
 
 def test_several_modalities(joint, only_changed, trainings) -> None:

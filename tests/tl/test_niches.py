@@ -46,7 +46,7 @@ def blobs() -> ad.AnnData:
 def test_planted_niches_are_found(planted) -> None:
     tl.niches(planted, 4, library_key="section")
     # 0.89, without smoothing 0.82; components of single cells give 0.22.
-    assert adjusted_rand_score(planted.obs["niche"], planted.obs["fimp_niche"]) > 0.8
+    assert adjusted_rand_score(planted.obs["region"], planted.obs["fimp_niche"]) > 0.8
 
 
 def test_the_number_of_clear_groups_is_found(blobs) -> None:
@@ -218,7 +218,7 @@ def test_leiden_without_igraph_names_the_package(blobs, unchanged, monkeypatch) 
         ({"smooth": 1.5}, ValueError, "smooth must be a whole number"),
         ({"n_seeds": 1}, ValueError, "n_seeds must be a whole number of at least 2"),
         ({"labels_key": "type"}, KeyError, "'type' is not in adata.obs"),
-        ({"labels_key": "group", "key_added": "group"}, ValueError, "would replace the labels"),
+        ({"labels_key": "group", "key_added": "group"}, ValueError, r"reads \(labels_key\)"),
         ({"library_key": "slide"}, KeyError, "'slide' is not in adata.obs"),
     ],
 )
@@ -231,7 +231,12 @@ def test_predictions_are_not_replaced(blobs, unchanged) -> None:
     tl.niches(blobs, 3, **FAST)
     tl.niches(blobs, 4, **FAST)  # its own results are
     assert blobs.uns["fimp_niche"]["n_niches"] == 4
-    blobs.uns["fimp_niche"] = {"classes": np.array(["a", "b"], dtype=object)}
+    # As version 0.1 wrote it.
+    blobs.uns["fimp_niche"] = {
+        "classes": np.array(["a", "b"], dtype=object),
+        "params": {},
+        "versions": {"fimp-sc": "0"},
+    }
     with unchanged(blobs), pytest.raises(ValueError, match=r"'fimp_niche'.*fimp_sc\.tl\.annotate.*key_added="):
         tl.niches(blobs, 4, **FAST)
     with unchanged(blobs, obs={"regions"}, uns={"regions", "regions_colors"}):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
 
+from fimp_sc._logging import warn
 from fimp_sc.data._rows import open_rows
 
 if TYPE_CHECKING:
@@ -419,11 +419,9 @@ def _shares(sums: NDArray[np.float64], seen: NDArray[np.float64]) -> NDArray[np.
 
 def _check_total(found: float, expected: float) -> None:
     if not expected / _OTHER_TOTAL <= found <= expected * _OTHER_TOTAL:
-        warnings.warn(
+        warn(
             f"These log-normalised values have a median total of {found:,.4g} over the genes of the model, and those "
             f"it was trained on {expected:,.4g}: normalise both to the same total, or pass counts.",
-            UserWarning,
-            stacklevel=2,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from fimp_sc._logging import warn
 from fimp_sc.data import BinnedTokens, CentredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs, label_text
 from fimp_sc.data._expression import Panels
@@ -156,12 +156,11 @@ class GraphModel(RegisteringModel):
         graph = NodeGraph(edges, self_loops=self_loops, weighted=self.use_weights)
         if self.use_weights and messages and np.allclose(graph.csr.data, 1.0):
             key = setup["connectivities_key"]
-            warnings.warn(
+            warn(
                 f"The model uses weights (use_weights=True), but those of the neighbours of a node are all alike in "
                 f"obsp[{key!r}]: store a graph with other weights, for instance ones that fall with distance, and name "
                 "it with connectivities_key=.",
-                UserWarning,
-                stacklevel=2,
+                about=self,
             )
         located = check_coordinates(nodes, setup["spatial_key"]) if setup["spatial_key"] in nodes.obsm else None
         names = np.asarray(nodes.obs_names)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fimp_sc._logging import warn
+from fimp_sc import _logging
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._sequence_sources import token_shape
 from fimp_sc.model._fields import SEQUENCE_KEY, X_KEY, SequenceField
@@ -69,7 +68,7 @@ def vocabulary_rows(genes: NDArray[Any], vocabulary: Any, what: str, **how: Any)
     if found <= FEW_GENES * len(genes):
         raise ValueError(f"{message}{hint}")
     if hint:
-        warn(f"{message}{hint}")
+        _logging.warn(f"{message}{hint}")
     else:
         logger.info("%s", message)
     return rows
@@ -138,7 +137,7 @@ def sequence_shapes(
         shapes[name] = token_shape(kind, size, sizes[name], state[SequenceField.N_COORDINATES])
         rest = sequence_kind(kind).left_over(size, sizes[name])
         if rest and warn:
-            warnings.warn(f"{name!r}: {rest}, are left out. Choose another token_size to use them.", stacklevel=4)
+            _logging.warn(f"{name!r}: {rest}, are left out. Choose another token_size to use them.")
     return shapes, sizes
 
 

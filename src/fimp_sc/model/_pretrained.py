@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import fimp_sc
 from fimp_sc._files import is_unfinished, write_files
+from fimp_sc._logging import warn
 from fimp_sc.data._access import shorten
 from fimp_sc.model._card import model_card
 from fimp_sc.model._saved_config import FORMAT, FORMAT_VERSION, describe, make_history, make_registry
@@ -208,11 +208,9 @@ def _check_copy(path: Path, config: Mapping[str, Any]) -> None:
         raise _changed(path)
     if copy["sha256"] == config["sha256"]:
         return
-    warnings.warn(
+    warn(
         f"{str(path)!r} is not of the model beside it, as after a save that was interrupted. The model is read from "
         f"{WEIGHTS} alone; save it again to bring both together.",
-        UserWarning,
-        stacklevel=4,
     )
 
 
@@ -235,11 +233,9 @@ def _read_first_version(folder: Path, cls: type[GraphModel]) -> dict[str, Any]:
     lines = hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
     if config.get("sha256") != {GENES: lines, WEIGHTS: weights}:
         raise _changed(path)
-    warnings.warn(
+    warn(
         f"{str(folder)!r} was written by a version of fimp-sc that did not protect {CONFIG} by a checksum: a change of "
         "it would not be seen. Save the model again.",
-        UserWarning,
-        stacklevel=4,
     )
     return {**config, "genes": names}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +9,7 @@ import pandas as pd
 import torch
 from sklearn.neighbors import NearestNeighbors
 
+from fimp_sc._logging import warn
 from fimp_sc.model._inference import infer, read_embedding
 from fimp_sc.model._module import N_REFERENCE
 
@@ -76,11 +76,9 @@ def compare(model: GraphModel) -> None:
     nodes = np.sort(rng.permutation(len(names))[:_N_QUERY])
     far = float((_distances(reference, _embed(model, data, nodes)) > float(module.reference_distance)).mean())
     if far > _FAR:
-        warnings.warn(
+        warn(
             f"{far:.0%} of the cells are unlike all cells that the model was trained on: expect wrong labels and "
             "expression. Check species, tissue, gene names and input_scale; or train a model on cells like these.",
-            UserWarning,
-            stacklevel=2,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, Literal
 
 from scvi.data import AnnDataManager
@@ -20,8 +21,34 @@ if TYPE_CHECKING:
 _GRAPH = "spatial_connectivities"
 
 
-class RegisteringModel(BaseModelClass):
+class _Absent:
+    """A method that scvi-tools lists for every model and leaves to those that have it: here, an unknown attribute."""
+
+    def __init__(self, advice: str) -> None:
+        self.advice = advice
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> None:
+        raise AttributeError(f"{owner.__name__!r} has no attribute {self.name!r}: {self.advice}")
+
+
+class _Listed(type(BaseModelClass)):  # type: ignore[misc]
+    """Lists what its classes have."""
+
+    def __dir__(cls) -> list[str]:
+        return [name for name in super().__dir__() if not isinstance(getattr_static(cls, name, None), _Absent)]
+
+
+class RegisteringModel(BaseModelClass, metaclass=_Listed):
     """A model class with :meth:`setup_anndata` and :meth:`setup_mudata`."""
+
+    get_normalized_expression = _Absent("get_expression() predicts expression.")
+    differential_abundance = _Absent("compare groups of cells in get_latent_representation().")
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if not isinstance(getattr_static(self, name, None), _Absent)]
 
     @classmethod
     def setup_anndata(

@@ -6,12 +6,12 @@ besides. What is compiled for the trial serves what follows.
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fimp_sc._logging import warn
 from fimp_sc.nn._chunks import without_autocast
 
 if TYPE_CHECKING:
@@ -56,11 +56,9 @@ def works(kind: Kind, attention: Callable[..., Tensor]) -> bool:
         reason = _failure(kind, attention)
         _tried[kind] = reason is None
         if reason is not None:
-            warnings.warn(
+            warn(
                 f"Compiled attention (backend={kind.backend!r}) is not used on {str(kind.device)!r}: {reason}. Batched "
                 "products (backend='chunked') are used instead: results are the same, but take more time and memory.",
-                UserWarning,
-                stacklevel=3,
             )
     return _tried[kind]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fimp_sc._logging import warn
 from fimp_sc.data._access import get_matrix, in_memory, missing_key
 from fimp_sc.data._expression import ExpressionSource, GeneStatistics, used_as_is
 from fimp_sc.data._value_checks import check_values
@@ -206,11 +207,9 @@ def _factor(adata: AnnData, matrix: Any, scale: Any, record: dict[str, Any]) -> 
     columns = adata.var_names.get_indexer(as_index(record["measured"])).astype(np.int64)
     gone = int((columns < 0).sum())
     if gone:
-        warnings.warn(
+        warn(
             f"{gone:,} of the {len(columns):,} genes that the model saw have left the object since: measured values "
             "are scaled by those left. Draw before genes are selected for values as the model saw them.",
-            UserWarning,
-            stacklevel=4,
         )
     share = np.asarray(in_memory(record["share"], "adata.uns"), dtype=np.float32)
     statistics = GeneStatistics(np.zeros(len(share), dtype=np.float32), share, float(record["total"]))

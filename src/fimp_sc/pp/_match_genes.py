@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from fimp_sc._keys import check_key, new_record
 from fimp_sc._logging import warn
 from fimp_sc.data._access import get_matrix, missing_key
 from fimp_sc.data._checks import check_anndata
@@ -44,6 +45,7 @@ def match_genes(
     orthologs: OrthologSource = None,
     aliases: AliasSource = None,
     key_added: str = "fimp_vocabulary_id",
+    overwrite: bool = False,
 ) -> GeneMatch:
     """Match genes with the vocabulary of a foundation model, offline.
 
@@ -77,6 +79,9 @@ def match_genes(
         Dict from alias to symbol or symbols, or path of a table with these two columns, tab-separated, without header.
     key_added
         Key of the results.
+    overwrite
+        Replace what is under this key already. Without, only earlier results of this function are replaced. The column
+        that names are read from never is.
 
     Returns
     -------
@@ -85,7 +90,7 @@ def match_genes(
     ``adata.var[key_added]``
         int64, id in the vocabulary, -1 for genes that have none.
     ``adata.uns[key_added]``
-        parameters, and numbers of genes.
+        parameters, numbers of genes, version.
 
     Raises
     ------
@@ -93,7 +98,8 @@ def match_genes(
         ``gene_key`` or ``layer`` is absent.
     ValueError
         No gene is in the vocabulary; a table of orthologs is needed and there is none; negative or missing expression;
-        unusable vocabulary or tables. ``adata`` is unchanged whenever an exception is raised.
+        unusable vocabulary or tables; or ``key_added`` has a slash, or is the name of something that would be lost.
+        ``adata`` is unchanged whenever an exception is raised.
     TypeError
         An argument of the wrong type.
     FileNotFoundError
@@ -124,6 +130,7 @@ def match_genes(
     ids = read_vocabulary(vocabulary)
     matrix = get_matrix(adata, layer)
     names, symbols, used = _names(adata, gene_key, ids)
+    check_key(key_added, "pp.match_genes", adata, {("var", used): "gene_key"}, overwrite=overwrite)
     counts = _gene_totals(matrix, "adata.X" if layer is None else f"adata.layers[{layer!r}]")
     table = match_names(
         names,
@@ -225,6 +232,7 @@ def _write(adata: AnnData, key: str, match: GeneMatch, parameters: dict[str, str
         adata.var[key] = match.table["id"].to_numpy()
         adata.uns[key] = {
             "params": parameters,
+            **new_record(adata, "pp.match_genes"),
             "n_vocabulary": match.n_vocabulary,
             "n_used": match.n_used,
             "n_matched": match.n_matched,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -85,7 +86,8 @@ def spatial_graph(
     overwrite
         Build again although ``adata.obsp[f"{key_added}_connectivities"]`` exists. By default an existing graph is kept
         as it is, after a check that it is usable and joins no two samples; where another method or size is asked for,
-        a warning is logged.
+        a warning is logged. Distances or parameters under these names that belong to no graph of this name are not
+        replaced without it either.
 
     Returns
     -------
@@ -107,7 +109,8 @@ def spatial_graph(
     ValueError
         No cells, unusable coordinates (also one place for all cells of a sample), cells without a sample, a sample too
         small for the graph asked for, parameters that do not belong together, a slash in ``key_added``, a graph without
-        any edge, or an existing graph that is unusable. ``adata`` is unchanged whenever an exception is raised.
+        any edge, an existing graph that is unusable, or something else under the
+        names of the results. ``adata`` is unchanged whenever an exception is raised.
 
     Warns
     -----
@@ -169,6 +172,8 @@ def add_graph(
             keys["connectivities_key"],
         )
         return
+    if not overwrite:
+        check_free(adata, key_added)
 
     coordinates = check_coordinates(adata, spatial_key)
     groups = {"": np.arange(adata.n_obs)} if library is None else _groups(library)
@@ -201,6 +206,27 @@ def add_graph(
         connectivities.nnz / adata.n_obs,
         keys["connectivities_key"],
     )
+
+
+def check_free(adata: AnnData, key_added: str) -> None:
+    """Refuse to build a graph where something that belongs to no graph of this name would be replaced.
+
+    Raises
+    ------
+    ValueError
+        There are distances or parameters under its names, and the parameters are not those of a graph of this name.
+    """
+    keys = {"obsp": f"{key_added}_distances", "uns": f"{key_added}_neighbors"}
+    found = adata.uns.get(keys["uns"])
+    if isinstance(found, Mapping) and found.get("connectivities_key") == f"{key_added}_connectivities":
+        return  # left behind when that graph was removed
+    for slot, key in keys.items():
+        if key in getattr(adata, slot):
+            raise ValueError(
+                f"adata.{slot}[{key!r}] exists, but no graph adata.obsp['{key_added}_connectivities'], and building "
+                f"one would replace it: remove it if it is not needed (del adata.{slot}[{key!r}]), or build the graph "
+                "under another name with fimp_sc.pp.spatial_graph(adata, key_added=...)."
+            )
 
 
 def _builder_arguments(method: str, n_neighbors: Any, radius: Any, n_rings: Any) -> dict[str, Any]:

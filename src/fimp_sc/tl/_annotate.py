@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._logging import user_messages
-from fimp_sc.data._checks import check_key_added
-from fimp_sc.tl._inputs import choose, copied, working_copy
+from fimp_sc.tl._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
-from fimp_sc.tl._results import finite_or_raise, placed, record, refuse_other
+from fimp_sc.tl._results import finite_or_raise, placed, record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,9 +29,9 @@ def annotate(
     layer: str | None = None,
     library_key: str | None = None,
     batch_key: str | None = None,
-    spatial_key: str = "spatial",
-    connectivities_key: str = "spatial_connectivities",
-    input_scale: str = "auto",
+    spatial_key: str | None = None,
+    connectivities_key: str | None = None,
+    input_scale: str | None = None,
     key_added: str | None = None,
     gene_embeddings: Any = None,
     foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
@@ -42,6 +41,7 @@ def annotate(
     accelerator: str = "auto",
     random_state: int = 0,
     verbose: bool = True,
+    overwrite: bool = False,
     copy: bool = False,
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
@@ -61,11 +61,10 @@ def annotate(
     modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
         As in :func:`embed`.
     key_added
-        Name of the results; ``fimp_{labels_key}`` by default, with "_" for "/". Results of :func:`niches` are not
-        replaced.
+        Name of the results; ``fimp_{labels_key}`` by default, with "_" for "/".
     gene_embeddings, foundation, checkpoint, model
         As in :func:`embed`.
-    max_epochs, accelerator, random_state, verbose, copy, model_kwargs, train_kwargs, inference_kwargs
+    max_epochs, accelerator, random_state, verbose, overwrite, copy, model_kwargs, train_kwargs, inference_kwargs
         As in :func:`embed`. A given model must have been trained with labels.
 
     Returns
@@ -83,18 +82,17 @@ def annotate(
     KeyError
         When a key is missing.
     ValueError
-        When labels, values or graph cannot be used, the given model knows no labels, or the key holds results of
-        :func:`niches`.
+        When labels, values or graph cannot be used, the given model knows no labels, or the key is the name of
+        something that would be lost.
     """
     key = key_added or f"fimp_{labels_key}".replace("/", "_")
-    check_key_added(key)
     adata = copied(adata) if copy else adata
     target, inputs = choose(
-        adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
-        connectivities_key=connectivities_key, input_scale=input_scale, labels_key=labels_key,
+        adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
+        spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale, labels_key=labels_key,
         unlabeled_category=unlabeled_category,
     )  # fmt: skip
-    refuse_other(target, key, "niches")
+    check_results(key, "tl.annotate", target, inputs, overwrite=overwrite)
     with user_messages(verbose=verbose):
         work = working_copy(target, inputs, labels_required=model is None)
         fitted = fitted_model(
@@ -115,7 +113,7 @@ def annotate(
             target.obs[key] = pd.Series(best, index=target.obs_names)
             target.obs[f"{key}_confidence"] = probabilities.max(1)
             target.obsm[f"{key}_probabilities"] = probabilities
-            target.uns[key] = record(fitted, inputs) | {
+            target.uns[key] = record(fitted, inputs, target, "tl.annotate") | {
                 "classes": classes,
                 "neighbour_share": fitted.neighbour_share,
                 "smoothed_share": fitted.smoothed_share,

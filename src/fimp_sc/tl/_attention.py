@@ -9,12 +9,11 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc.data._access import get_obs, missing_key
-from fimp_sc.data._checks import check_key_added
 from fimp_sc.data._parts import nodes_of, parts_of
 from fimp_sc.model._attention import cell_groups, edge_pairs, measured_codes
 from fimp_sc.model._predict import check_choice
 from fimp_sc.tl._attention_genes import check_genes, check_pairs, choose_genes, say_untested
-from fimp_sc.tl._inputs import choose, copied, working_copy
+from fimp_sc.tl._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
 from fimp_sc.tl._results import finite_or_raise, record
 from fimp_sc.tl._significance import gene_tests, group_tests, plan_tests
@@ -53,9 +52,9 @@ def attention(
     layer: str | None = None,
     library_key: str | None = None,
     batch_key: str | None = None,
-    spatial_key: str = "spatial",
-    connectivities_key: str = "spatial_connectivities",
-    input_scale: str = "auto",
+    spatial_key: str | None = None,
+    connectivities_key: str | None = None,
+    input_scale: str | None = None,
     key_added: str = "fimp_attention",
     gene_embeddings: Any = None,
     foundation: Literal["scgpt"] | None = None,
@@ -65,6 +64,7 @@ def attention(
     accelerator: str = "auto",
     random_state: int = 0,
     verbose: bool = True,
+    overwrite: bool = False,
     copy: bool = False,
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
@@ -123,7 +123,7 @@ def attention(
         As in :func:`embed`, of a model that is trained now. One that was trained with another before is not used.
     random_state
         Seed of permutations, and of a model that is trained now.
-    accelerator, verbose, copy, model_kwargs, train_kwargs
+    accelerator, verbose, overwrite, copy, model_kwargs, train_kwargs
         As in :func:`embed`.
     inference_kwargs
         ``batch_size``, the number of cells of a block; nothing else.
@@ -153,7 +153,7 @@ def attention(
         When ``groupby`` holds numbers that measure something, or ``pairs`` is no data frame.
     ValueError
         When there is one group only or far too many, nothing can be tested, the model reads no genes or passes no
-        messages, or ``key_added`` has a slash.
+        messages, or ``key_added`` has a slash or is the name of something that would be lost.
 
     All of these come before a model is trained.
 
@@ -179,7 +179,6 @@ def attention(
     the planted pair, weighting by it costs power, and covariance alone ranks it first: attention starts out as
     likeness of tokens, and little of what masked expression teaches reaches it.
     """
-    check_key_added(key_added)
     check_choice("null", null, ("neighbours", "labels"))
     check_choice("statistic", statistic, ("covariance", "content", "attention"))
     if n_permutations < _LEAST_PERMUTATIONS:
@@ -191,9 +190,11 @@ def attention(
         raise ValueError("model_kwargs has messages=False: without messages there is no attention between cells.")
     adata = copied(adata) if copy else adata
     target, inputs = choose(
-        adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
-        connectivities_key=connectivities_key, input_scale=input_scale, unlabeled_category=unlabeled_category,
+        adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
+        spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
+        unlabeled_category=unlabeled_category,
     )  # fmt: skip
+    check_results(key_added, "tl.attention", target, inputs, overwrite=overwrite)
     if all(part.is_sequence for part in parts_of(target, inputs.modality)):
         raise ValueError("attention reads genes, and there are signals or images only: pass a modality of expression.")
     table = None if pairs is None else check_pairs(pairs)
@@ -241,7 +242,9 @@ def attention(
                 "No permutation differs from what was found, so that nothing can be told (all p-values are 1): "
                 "cells of one group and sample are all alike, or there is one of each."
             )
-        result = record(fitted, inputs, groupby=groupby, null=null, statistic=statistic, **least, **how)
+        result = record(
+            fitted, inputs, target, "tl.attention", groupby=groupby, null=null, statistic=statistic, **least, **how,
+        )  # fmt: skip
         result |= {
             "groups": _group_table(names, by_group), "pairs": _pair_table(names, np.asarray(chosen), plan, by_gene),
             "genes": np.asarray(chosen, dtype=object), "n_tests": len(by_gene.score),

@@ -3,8 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from fimp_sc._logging import user_messages
-from fimp_sc.data._checks import check_key_added
-from fimp_sc.tl._inputs import choose, copied, working_copy
+from fimp_sc.tl._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
 from fimp_sc.tl._results import finite_or_raise, placed, record
 
@@ -25,9 +24,9 @@ def embed(
     layer: str | None = None,
     library_key: str | None = None,
     batch_key: str | None = None,
-    spatial_key: str = "spatial",
-    connectivities_key: str = "spatial_connectivities",
-    input_scale: str = "auto",
+    spatial_key: str | None = None,
+    connectivities_key: str | None = None,
+    input_scale: str | None = None,
     key_added: str = "X_fimp",
     gene_embeddings: Any = None,
     foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
@@ -38,6 +37,7 @@ def embed(
     accelerator: str = "auto",
     random_state: int = 0,
     verbose: bool = True,
+    overwrite: bool = False,
     copy: bool = False,
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
@@ -55,19 +55,27 @@ def embed(
         regions (:func:`fimp_sc.pp.fmri`), images (:func:`fimp_sc.pp.images`) or features.
     modality
         Name of the modality of a MuData object, to which results are written. Of several, the tokens of a node are
-        those of all, and results are written to the MuData object.
-    layer
-        Layer with expression; ``None`` for ``X``.
-    library_key
-        Column of ``obs`` with samples, which are never joined by an edge.
-    batch_key
-        Column of ``obs`` with technical batches; expression is centred per batch. Defaults to ``library_key``.
-    spatial_key
-        Coordinates in ``obsm``.
-    connectivities_key
-        Graph in ``obsp``. If absent it is built with :func:`fimp_sc.pp.spatial_graph`.
-    input_scale
-        ``"counts"``, ``"normalized"``, ``"log"`` or ``"auto"``; see :meth:`fimp_sc.model.FIMP.setup_anndata`.
+        those of all, and results are written to the MuData object. By default the one, or the several, that earlier
+        results are of.
+    layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
+        Where to find data and what they are. Those that are not given (``None``) are as in the latest call of
+        :mod:`fimp_sc.tl` whose results are in the object, also if it was written to a file since; a line of the log
+        says so. The scale is so only for the same layer.
+
+        ``layer``
+            layer with expression; ``"X"`` for ``X``, which is read without earlier results.
+        ``library_key``
+            column of ``obs`` with samples, which are never joined by an edge.
+        ``batch_key``
+            column of ``obs`` with technical batches; expression is centred per batch. Else ``library_key``.
+        ``spatial_key``
+            coordinates in ``obsm``, else ``"spatial"``.
+        ``connectivities_key``
+            graph in ``obsp``, else ``"spatial_connectivities"``. If absent it is built with
+            :func:`fimp_sc.pp.spatial_graph`.
+        ``input_scale``
+            ``"counts"``, ``"normalized"``, ``"log"`` or ``"auto"``, else ``"auto"``; see
+            :meth:`fimp_sc.model.FIMP.setup_anndata`.
     key_added
         Where to write in ``obsm`` and ``uns``.
     gene_embeddings
@@ -80,7 +88,8 @@ def embed(
         Use the foundation model as it is, without training. A foundation model that stays frozen embeds alike with and
         without training, which then only concerns labels and expression.
     model
-        A trained model, or the folder of a saved one, to apply without training; its genes are matched by name.
+        A trained model to apply without training: the model, its folder, or its name on the Hugging Face hub. Genes
+        are matched by name.
     max_epochs
         Upper limit of epochs; by default about 600 steps, and up to four times as many from 4,000 cells on, with early
         stopping.
@@ -90,6 +99,9 @@ def embed(
         Seed.
     verbose
         Show a progress bar and a line on what is being done.
+    overwrite
+        Replace what is under the names of the results already. Without, only earlier results of this function are
+        replaced. What the call itself reads never is.
     copy
         Return a copy with the results instead of writing to ``adata``.
     model_kwargs, train_kwargs
@@ -108,15 +120,15 @@ def embed(
     KeyError
         When a key is missing.
     ValueError
-        When values or graph cannot be used, or files of a foundation model or of gene vectors, or ``key_added`` has a
-        slash.
+        When values or graph cannot be used, or files of a foundation model or of gene vectors; or ``key_added`` has a
+        slash, or is the name of something that would be lost (see ``overwrite``).
     """
-    check_key_added(key_added)
     adata = copied(adata) if copy else adata
     target, inputs = choose(
-        adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
-        connectivities_key=connectivities_key, input_scale=input_scale,
+        adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
+        spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
     )  # fmt: skip
+    check_results(key_added, "tl.embed", target, inputs, overwrite=overwrite)
     if zero_shot and not (foundation or model or (model_kwargs or {}).get("foundation")):
         raise ValueError("zero_shot=True needs a foundation model: pass foundation='scgpt' and checkpoint=.")
     with user_messages(verbose=verbose):
@@ -130,5 +142,5 @@ def embed(
         finite_or_raise(embedding, "embedding")
         with write_back(target, work, inputs, fitted):
             target.obsm[key_added] = placed(embedding, work.obs_names, target.obs_names)
-            target.uns[key_added] = record(fitted, inputs)
+            target.uns[key_added] = record(fitted, inputs, target, "tl.embed")
     return adata if copy else None

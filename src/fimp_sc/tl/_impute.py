@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -9,10 +8,9 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc.data._access import missing_key
-from fimp_sc.data._checks import check_key_added
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import expand_rows, parts_of
-from fimp_sc.tl._inputs import choose, copied, working_copy
+from fimp_sc.tl._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
 from fimp_sc.tl._results import finite_or_raise, measured_scale, placed, record
 
@@ -41,9 +39,9 @@ def impute(
     layer: str | None = None,
     library_key: str | None = None,
     batch_key: str | None = None,
-    spatial_key: str = "spatial",
-    connectivities_key: str = "spatial_connectivities",
-    input_scale: str = "auto",
+    spatial_key: str | None = None,
+    connectivities_key: str | None = None,
+    input_scale: str | None = None,
     key_added: str = "fimp",
     gene_embeddings: Any = None,
     foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
@@ -53,6 +51,7 @@ def impute(
     accelerator: str = "auto",
     random_state: int | None = None,
     verbose: bool = True,
+    overwrite: bool = False,
     copy: bool = False,
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
@@ -61,7 +60,7 @@ def impute(
     """Predict expression (signals, images) of every node from its own tokens and those of its neighbours.
 
     Uses the model that :func:`embed` or :func:`annotate` trained on this object before, if nothing has changed, and
-    trains one otherwise; so it does where that model has seen what is ``hidden``.
+    trains one otherwise (a line of the log says why); so it does where that model has seen what is ``hidden``.
 
     Parameters
     ----------
@@ -88,7 +87,7 @@ def impute(
         As in :func:`embed`.
     max_epochs, random_state
         As in :func:`embed`, of a model that is trained now. One that was trained with others before is not used.
-    accelerator, verbose, copy, model_kwargs, train_kwargs, inference_kwargs
+    accelerator, verbose, overwrite, copy, model_kwargs, train_kwargs, inference_kwargs
         As in :func:`embed`.
 
     Returns
@@ -108,36 +107,41 @@ def impute(
     KeyError
         When a key is missing or a gene of ``genes`` is not known to the model.
     ValueError
-        When values or graph cannot be used, an argument is for other modalities, or ``key_added`` has a slash.
+        When values or graph cannot be used, an argument is for other modalities, or ``key_added`` has a slash or is
+        the name of something that would be lost.
     """
-    check_key_added(key_added)
     genes = [genes] if isinstance(genes, str) else genes if genes is None else list(genes)
     adata = copied(adata) if copy else adata
     target, inputs = choose(
-        adata, modality, layer=layer, library_key=library_key, batch_key=batch_key, spatial_key=spatial_key,
-        connectivities_key=connectivities_key, input_scale=input_scale,
+        adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
+        spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
     )  # fmt: skip
-    if all(part.is_sequence for part in parts_of(target, inputs.modality)) and (genes is not None or scale != "log"):
+    parts = parts_of(target, inputs.modality)
+    check_results(
+        key_added, "tl.impute", target, inputs, overwrite=overwrite, tables=[part.adata for part in parts],
+        also={(slot, hidden): "hidden" for slot in ("layers", "obsm") if isinstance(hidden, str)},
+    )  # fmt: skip
+    if all(part.is_sequence for part in parts) and (genes is not None or scale != "log"):
         raise ValueError(
             "genes= and scale= are for expression and features: signals and images are predicted as a whole, as they "
             "are. Leave them out."
         )
     with user_messages(verbose=verbose):
         work = working_copy(target, inputs)
-        masks = _masks(hidden, parts_of(target, inputs.modality), work.obs_names)
+        masks = _masks(hidden, parts, work.obs_names)
         fitted = fitted_model(
             target, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             hidden=masks, gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
             genes=genes,
         )  # fmt: skip
-        parts = [
+        predicted = [
             (part, _predicted(fitted, part, genes, scale, masks.get(part.name), inference_kwargs or {}))
-            for part in parts_of(target, inputs.modality)
+            for part in parts
         ]
         extra: dict[str, Any] = {}
         with write_back(target, work, inputs, fitted):
-            for part, values in parts:
+            for part, values in predicted:
                 table = part.adata
                 values = placed(values, work.obs_names, table.obs_names)
                 in_layer = sequence_kind(part.kind).results == "layers" if part.is_sequence else genes is None
@@ -148,20 +152,15 @@ def impute(
                 if part.is_sequence:
                     continue
                 other = table.obsm if in_layer else table.layers
-                if key_added in other and (_is_record(target, key_added) or _is_record(table, key_added)):
-                    del other[key_added]  # its record is about to be replaced
+                if key_added in other:
+                    del other[key_added]  # of an earlier call, whose record is about to be replaced
                 names = table.var_names if genes is None else genes
                 extra = {"genes": np.array(names, dtype=object)} | measured_scale(fitted, table)
                 if table is not target:
-                    table.uns[key_added] = record(fitted, inputs, scale=scale) | extra
-            target.uns[key_added] = record(fitted, inputs, scale=scale if extra else None) | extra
+                    table.uns[key_added] = record(fitted, inputs, table, "tl.impute", scale=scale) | extra
+            kept = scale if extra else None
+            target.uns[key_added] = record(fitted, inputs, target, "tl.impute", scale=kept) | extra
     return adata if copy else None
-
-
-def _is_record(data: AnnData | MuData, key: str) -> bool:
-    """Tell whether ``uns[key]`` is of an earlier call, rather than of something else under the same name."""
-    found = data.uns.get(key)
-    return isinstance(found, Mapping) and "genes" in found
 
 
 def _predicted(model: FIMP, part: Part, genes: list[str] | None, scale: Any, hidden: Any, how: Any) -> np.ndarray:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from fimp_sc._keys import check_key, last_record
+from fimp_sc._logging import user_messages
+from fimp_sc.data._access import missing_key
 from fimp_sc.data._checks import (
     check_anndata,
     check_coordinates,
@@ -24,12 +29,14 @@ from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._modality import MODALITY_KEY, get_modality, quiet_mudata
 from fimp_sc.data._parts import as_modalities, check_whole, is_mudata, nodes_of, parts_of, registered_keys
 from fimp_sc.model._setup import check_layer
-from fimp_sc.pp._spatial_graph import add_graph
+from fimp_sc.pp._spatial_graph import add_graph, check_free
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from mudata import MuData
+
+logger = logging.getLogger(__name__)
 
 CONNECTIVITIES = "_connectivities"
 
@@ -56,7 +63,7 @@ def copied(data: AnnData | MuData) -> AnnData | MuData:
 
 
 def choose(
-    data: AnnData | MuData, modality: str | Sequence[str] | None, **keys: Any
+    data: AnnData | MuData, modality: str | Sequence[str] | None, *, verbose: bool, **keys: Any
 ) -> tuple[AnnData | MuData, Inputs]:
     """Return the object that a call reads and writes, and where it finds its data there.
 
@@ -67,23 +74,141 @@ def choose(
     data
         What the user passed.
     modality
-        Names of modalities.
+        Names of modalities; ``None`` for those of earlier results, if these are of the same ones.
+    verbose
+        Say which keys are taken from an earlier call.
     **keys
-        Of :class:`Inputs`. Graph and samples default to what a modality names itself.
+        Of :class:`Inputs`; see :func:`inherit` for those that are ``None``.
     """
+    target, names = choose_target(data, modality)
+    also = {}
+    if modality is None and is_mudata(data) and len(data.mod) > 1:
+        also["modality"] = names or next(name for name, part in data.mod.items() if part is target)
+    keys = inherit(target, names, keys, verbose=verbose, also=also)
+    check_layer(keys["layer"], parts_of(target, names))
+    return target, Inputs(modality=None if names is None else tuple(names), **keys)
+
+
+def choose_target(
+    data: AnnData | MuData, modality: str | Sequence[str] | None
+) -> tuple[AnnData | MuData, list[str] | None]:
+    """Return the object that a call reads and writes, and the names of modalities if it reads several together."""
     names = as_modalities(modality)
     if not is_mudata(data):
         check_object(data)
         if names is not None:
             raise ValueError(f"modality={modality!r} is for MuData objects, found an AnnData object: leave it out.")
-    elif names is None or len(names) == 1:
-        data, names = get_modality(data, names[0] if names else None)[1], None
-    check_layer(keys["layer"], parts_of(data, names))
-    own = registered_keys(data, names)
-    keys["library_key"] = keys["library_key"] or own["library_key"]
-    if keys["connectivities_key"] == Inputs.connectivities_key:
-        keys["connectivities_key"] = own["connectivities_key"]
-    return data, Inputs(modality=None if names is None else tuple(names), **keys)
+        return data, None
+    if names is None:
+        together = last_record(data, several=True)
+        found = [] if together is None else [as_modalities(np.asarray(together[1]["params"]["modality"]).tolist())]
+        found += [[name] for name, part in data.mod.items() if last_record(part, several=False) is not None]
+        names = found[0] if len(found) == 1 else None
+    if names is None or len(names) == 1:
+        return get_modality(data, names[0] if names else None)[1], None
+    return data, names
+
+
+def inherit(
+    data: AnnData | MuData,
+    names: list[str] | None,
+    keys: dict[str, Any],
+    *,
+    verbose: bool,
+    also: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return keys without those that are ``None``: these are as in the latest of the calls whose results are there.
+
+    Where there is none, graph and samples are those that a modality names itself, all else the defaults of
+    :class:`Inputs`. The scale of values is as before only for the same layer.
+
+    Parameters
+    ----------
+    names
+        Of modalities that are read together.
+    keys
+        Some attributes of :class:`Inputs`. The layer ``"X"`` is ``X``, unless there is a layer of that name.
+    verbose
+        Say which keys are taken from an earlier call, if they are others than the defaults.
+    also
+        What else is taken from it.
+
+    Raises
+    ------
+    MissingKeyError
+        The object does not hold the layer or column of the earlier call any more.
+    """
+    whole = is_mudata(data) and names is None
+    default = asdict(Inputs()) | ({} if whole else registered_keys(data, names))
+    last = last_record(data, several=names is not None)
+    # What was None then is not in the record.
+    earlier = default if last is None else asdict(Inputs()) | dict(last[1]["params"])
+    given = {name: value for name, value in keys.items() if value is not None}
+    if given.get("layer") == "X" and all("X" not in part.adata.layers for part in parts_of(data, names)):
+        given["layer"] = None
+    if given.get("layer", earlier["layer"]) != earlier["layer"]:
+        earlier = earlier | {"input_scale": default["input_scale"]}
+    taken = {name: earlier[name] for name in keys if name not in given}
+    if last is None:
+        return given | taken
+    said = {name: value for name, value in taken.items() if value != default[name]}
+    slots = {"layer": "layers", "library_key": "obs", "batch_key": "obs"}
+    for name in said.keys() & slots.keys():
+        tables = [nodes_of(data, names)] if slots[name] == "obs" else [part.adata for part in parts_of(data, names)]
+        if all(said[name] not in getattr(table, slots[name]) for table in tables):
+            advice = f"It is the {name} of the call that wrote adata.uns[{last[0]!r}]: pass {name}= for another one."
+            raise missing_key(said[name], f"adata.{slots[name]}", getattr(tables[0], slots[name]), advice)
+    said = (also or {}) | said
+    if said:
+        with user_messages(verbose=verbose):
+            text = ", ".join(f"{name}={value!r}" for name, value in said.items())
+            logger.info("As in the call that wrote uns[%r]: %s.", last[0], text)
+    return given | taken
+
+
+def check_results(
+    key: str,
+    tool: str,
+    target: AnnData | MuData,
+    inputs: Inputs,
+    *,
+    overwrite: bool,
+    tables: Sequence[AnnData] = (),
+    also: Mapping[tuple[str, Any], str] | None = None,
+) -> None:
+    """Refuse a name of results that would replace what the call reads, or what is no earlier result of ``tool``.
+
+    Parameters
+    ----------
+    target, inputs
+        As :func:`choose` returns them.
+    tables
+        Objects that results are written to, if it is not ``target``.
+    also
+        Names of further arguments by the entries that they name: ``{("obs", "cell_type"): "groupby"}``.
+
+    Raises
+    ------
+    ValueError
+        The name cannot be used; the message says why.
+    """
+    prefix = inputs.connectivities_key.removesuffix(CONNECTIVITIES)
+    reads = {
+        ("layers", inputs.layer): "layer",
+        ("obs", inputs.library_key): "library_key",
+        ("obs", inputs.batch_key): "batch_key",
+        ("obs", inputs.labels_key): "labels_key",
+        ("obsm", inputs.spatial_key): "spatial_key",
+        ("obsp", inputs.connectivities_key): "connectivities_key",
+        ("obsp", f"{prefix}_distances"): "the graph",
+        ("uns", f"{prefix}_neighbors"): "the graph",
+        ("uns", MODALITY_KEY): "the kind of nodes",
+        **(also or {}),
+    }
+    for part in parts_of(target, inputs.modality):
+        held = sequence_kind(part.kind).parts(part.adata) if part.is_sequence else {}
+        reads |= {(slot, name): part.kind for slot, names in held.items() for name in names}
+    check_key(key, tool, target, reads, overwrite=overwrite, tables=tables)
 
 
 def working_copy(adata: AnnData | MuData, inputs: Inputs, *, labels_required: bool = False) -> AnnData | MuData:
@@ -108,6 +233,7 @@ def working_copy(adata: AnnData | MuData, inputs: Inputs, *, labels_required: bo
     elif inputs.connectivities_key.endswith(CONNECTIVITIES) and MODALITY_KEY not in nodes.uns:
         if inputs.spatial_key not in nodes.obsm:
             check_coordinates(nodes, inputs.spatial_key)  # absent: names the keys of the user's object
+        check_free(nodes, inputs.connectivities_key.removesuffix(CONNECTIVITIES))
         add_graph(
             work,
             library_key=inputs.library_key,

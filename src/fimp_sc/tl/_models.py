@@ -16,15 +16,16 @@ import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
 from scipy import sparse
 
+from fimp_sc._keys import last_record
+from fimp_sc.data._access import shorten
 from fimp_sc.data._kinds import sequence_kind
-from fimp_sc.data._modality import get_modality
-from fimp_sc.data._parts import as_modalities, is_mudata, nodes_of, parts_of
+from fimp_sc.data._parts import nodes_of, parts_of
 from fimp_sc.data._stored import identity, storage
 from fimp_sc.model import FIMP
 from fimp_sc.model._fields import check_known
 from fimp_sc.model._train import on_gpu
 from fimp_sc.nn import FoundationNetwork
-from fimp_sc.tl._inputs import CONNECTIVITIES, Inputs
+from fimp_sc.tl._inputs import CONNECTIVITIES, Inputs, choose_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,16 +34,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The last model used for an object, by identity: forgotten with the object, never written to it.
-_models: dict[int, tuple[weakref.ref[Any], tuple[Any, ...], FIMP]] = {}
+# By identity: forgotten with the object, never written to it.
+_models: dict[int, _Remembered] = {}
 # How models were trained here.
 _trainings: weakref.WeakKeyDictionary[FIMP, _Training] = weakref.WeakKeyDictionary()
 
 
-class _Training(NamedTuple):
-    """Arguments of a training, and checksums of its data and of what was hidden from it, by modality."""
+class _Remembered(NamedTuple):
+    """The last model used for an object, and what it read there."""
 
-    mark: tuple[Any, ...]
+    adata: weakref.ref[Any]
+    marks: dict[str, Any]
+    model: FIMP
+
+
+class _Training(NamedTuple):
+    """What a model was trained on, with which arguments, and checksums of what was hidden from it, by modality."""
+
+    marks: dict[str, Any]
     max_epochs: int | None
     model_kwargs: dict[str, Any]
     train_kwargs: dict[str, Any]
@@ -99,25 +108,42 @@ def fitted_model(
         if given in _trainings:
             _trainings[bound] = _trainings[given]
         return bound
-    mark = _fingerprint(work, inputs)
-    remembered = _models.get(id(adata))
-    known = remembered is not None and remembered[0]() is adata and remembered[1] == mark
-    usable = remembered is not None and known and remembered[2].is_trained
+    marks = _marks(work, inputs)
+    remembered = _remembered(adata)
     unseen = {name: _checksum(mask) for name, mask in (hidden or {}).items()}
-    if remembered is not None and usable and reuse and not arguments and not train_kwargs:
+    if reuse and remembered is not None:
         # A model that was given is one of other data, for all that is known of it here.
-        former, seed = _trainings.get(remembered[2], _Training((), None, {}, {}, {})), remembered[2].random_state
-        blind = former.mark != mark or unseen in ({}, former.unseen)
-        if blind and max_epochs in (None, former.max_epochs) and (not same_seed or random_state in (None, seed)):
-            logger.info("Using the model trained before on this object.")
-            return remembered[2]
+        former, seed = _trainings.get(remembered.model, _Training({}, None, {}, {}, {})), remembered.model.random_state
+        asked = {"max_epochs": (max_epochs, former.max_epochs), "random_state": (random_state, seed)}
+        if not same_seed:
+            del asked["random_state"]
+        others = [name for name, (now, then) in asked.items() if now not in (None, then)]
+        changed = [name for name in marks | remembered.marks if marks.get(name) != remembered.marks.get(name)]
+        named = [*arguments, *train_kwargs]
+        if changed:
+            why = f"{shorten(changed)} changed since"
+        elif not remembered.model.is_trained:
+            why = "that one was not trained"
+        elif named:
+            why = f"{shorten(named)} given now"
+        elif former.marks == marks and unseen not in ({}, former.unseen):
+            why = "that one saw what is hidden now"
+        elif others:
+            why = f"that one had another {' and '.join(others)}"
+        else:
+            logger.info("Using the model of the call before on this object.")
+            return remembered.model
+        like = not (changed or named) and remembered.model.is_trained
+        if like:
+            arguments, train_kwargs = former.model_kwargs, former.train_kwargs
+            max_epochs = former.max_epochs if max_epochs is None else max_epochs
+            random_state = seed if random_state is None else random_state
+        logger.info("Not using the model of the call before: %s. Training %s.", why, "one like it" if like else "one")
+    elif reuse and last_record(adata, several=inputs.modality is not None) is not None:
         logger.info(
-            "Training a model like the one before on this object, which %s.",
-            "had another max_epochs or random_state" if blind else "saw what is hidden now",
+            "The model of the earlier results is not in this session, or was of another object: training one. Pass "
+            "model= for a saved one."
         )
-        arguments, train_kwargs = former.model_kwargs, former.train_kwargs
-        max_epochs = former.max_epochs if max_epochs is None else max_epochs
-        random_state = seed if random_state is None else random_state
     ids = arguments.get("vocabulary_key")
     setup = asdict(inputs) | {"layer": None}
     names = setup.pop("modality")
@@ -138,7 +164,7 @@ def fitted_model(
         return fresh
     usual = {"max_epochs": max_epochs, "accelerator": accelerator, "enable_progress_bar": verbose}
     fresh.train(**usual | ({"hidden": hidden} if hidden else {}) | train_kwargs)
-    _trainings[fresh] = _Training(mark, max_epochs, arguments, train_kwargs, unseen)
+    _trainings[fresh] = _Training(marks, max_epochs, arguments, train_kwargs, unseen)
     return fresh
 
 
@@ -188,7 +214,7 @@ def write_back(adata: AnnData | MuData, work: AnnData | MuData, inputs: Inputs, 
         yield
     address = id(adata)
     reference = weakref.ref(adata, lambda _: _models.pop(address, None))
-    _models[address] = (reference, _fingerprint(work, inputs), model)
+    _models[address] = _Remembered(reference, _marks(work, inputs), model)
 
 
 def get_model(adata: AnnData | MuData, modality: str | Sequence[str] | None = None) -> FIMP:
@@ -206,34 +232,47 @@ def get_model(adata: AnnData | MuData, modality: str | Sequence[str] | None = No
     KeyError
         When there is none.
     """
-    names = as_modalities(modality)
-    if is_mudata(adata) and (names is None or len(names) == 1):
-        adata = get_modality(adata, names[0] if names else None)[1]
-    remembered = _models.get(id(adata))
-    if remembered is None or remembered[0]() is not adata:
+    remembered = _remembered(choose_target(adata, modality)[0])
+    if remembered is None:
         raise KeyError(
             "No model is known for this object in this session: call fimp_sc.tl.embed(adata) first, or "
             "FIMP.load(folder) for a saved one."
         )
-    return remembered[2]
+    return remembered.model
 
 
-def _fingerprint(work: AnnData | MuData, inputs: Inputs) -> tuple[Any, ...]:
+def _remembered(adata: AnnData | MuData) -> _Remembered | None:
+    found = _models.get(id(adata))
+    return found if found is not None and found.adata() is adata else None
+
+
+def _marks(work: AnnData | MuData, inputs: Inputs) -> dict[str, Any]:
+    """Return what a model reads of an object, as checksums and keys, by names for messages."""
     nodes = nodes_of(work, inputs.modality)
-    groups = [nodes.obs[key] for key in (inputs.library_key, inputs.batch_key) if key is not None]
-    marks: list[Any] = [_checksum(pd.util.hash_pandas_object(table).to_numpy()) for table in (nodes.obs_names, *groups)]
-    marks.append(_checksum(nodes.obsp[inputs.connectivities_key]))
+    marks: dict[str, Any] = {
+        name: getattr(inputs, name) for name in ("layer", "library_key", "batch_key", "input_scale", "modality")
+    }
+    marks["obs_names"] = _table_checksum(nodes.obs_names)
+    marks["the graph"] = _checksum(nodes.obsp[inputs.connectivities_key])
+    for key in (inputs.library_key, inputs.batch_key):
+        if key is not None:
+            marks[f"obs[{key!r}]"] = _table_checksum(nodes.obs[key])
     for part in parts_of(work, inputs.modality):
+        which = "" if inputs.modality is None else f" of {part.name!r}"
         if part.is_sequence:
             held = [value for place in sequence_kind(part.kind).parts(part.adata).values() for value in place.values()]
             # Names of files tell images apart; they are not opened.
-            marks += [_checksum(pd.util.hash_pandas_object(v).to_numpy() if hasattr(v, "iloc") else v) for v in held]
+            marks[f"values{which}"] = [_table_checksum(v) if hasattr(v, "iloc") else _checksum(v) for v in held]
             continue
         values = part.adata.X
-        marks.append(_checksum(pd.util.hash_pandas_object(part.adata.var_names).to_numpy()))
+        marks[f"var_names{which}"] = _table_checksum(part.adata.var_names)
         # Expression that is not in memory is known by where it is: reading all of it would take longer than most calls.
-        marks.append(_checksum(values) if storage(values) == "memory" else identity(values))
-    return (*marks, inputs.layer, inputs.library_key, inputs.batch_key, inputs.input_scale, inputs.modality)
+        marks[f"values{which}"] = _checksum(values) if storage(values) == "memory" else identity(values)
+    return marks
+
+
+def _table_checksum(table: pd.Index | pd.Series | pd.DataFrame) -> int:
+    return _checksum(pd.util.hash_pandas_object(table).to_numpy())
 
 
 def _checksum(matrix: Any) -> int:

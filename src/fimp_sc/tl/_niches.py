@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from importlib.metadata import version
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -10,14 +9,14 @@ import numpy as np
 import pandas as pd
 from anndata import ImplicitModificationWarning
 
-import fimp_sc
+from fimp_sc._keys import check_key, last_record, new_record
+from fimp_sc._logging import user_messages
 from fimp_sc._palette import palette
 from fimp_sc.data._access import get_obs, in_memory, label_text, missing_key
-from fimp_sc.data._checks import check_key_added, check_object
-from fimp_sc.data._parts import is_mudata, registered_keys
+from fimp_sc.data._checks import check_object
+from fimp_sc.data._parts import is_mudata
 from fimp_sc.tl._clusterings import Leiden, fit_mixture
-from fimp_sc.tl._inputs import copied
-from fimp_sc.tl._results import refuse_other
+from fimp_sc.tl._inputs import copied, inherit
 from fimp_sc.tl._smooth import smoothed
 from fimp_sc.tl._stability import mixtures_of_halves, most_stable, seeds_of_leiden, stability
 
@@ -45,9 +44,11 @@ def niches(
     n_seeds: int = 5,
     labels_key: str | None = None,
     library_key: str | None = None,
-    connectivities_key: str = "spatial_connectivities",
+    connectivities_key: str | None = None,
     key_added: str = "fimp_niche",
     random_state: int = 0,
+    verbose: bool = True,
+    overwrite: bool = False,
     copy: bool = False,
 ) -> AnnData | MuData | None:
     """Divide the tissue into niches: groups of cells whose embeddings, and whose surroundings, are alike.
@@ -87,11 +88,15 @@ def niches(
     library_key
         Column of ``obs`` with samples. No edge of the graph may join two.
     connectivities_key
-        Graph in ``obsp``.
+        Graph in ``obsp``. Graph and samples are by default those of the call that embedded the cells.
     key_added
-        Where to write in ``obs`` and ``uns``. Predictions of :func:`annotate` are not replaced.
+        Where to write in ``obs`` and ``uns``.
     random_state
         Seed. The order of cells does not matter.
+    verbose
+        Say how many niches were found, and in what.
+    overwrite
+        As in :func:`embed`.
     copy
         Return a copy with the results instead of writing to ``adata``.
 
@@ -108,19 +113,22 @@ def niches(
     KeyError
         When the representation, the graph or a column is missing.
     ValueError
-        When values, graph or arguments cannot be used, or ``key_added`` holds results of :func:`annotate`.
+        When values, graph or arguments cannot be used, or ``key_added`` is the name of something that would be lost.
     ImportError
         When ``method="leiden"`` and igraph is missing.
     """
-    check_key_added(key_added)
     target: Any = adata
-    if not is_mudata(target):
+    modalities = None
+    if is_mudata(target):
+        last = last_record(target, several=True)
+        modalities = None if last is None else np.asarray(last[1]["params"]["modality"]).tolist()
+    else:
         check_object(target)
-        own = registered_keys(target, None)
-        library_key = library_key or own["library_key"]
-        if connectivities_key == "spatial_connectivities":
-            connectivities_key = own["connectivities_key"]
-    refuse_other(target, key_added, "annotate")
+    keys = {"library_key": library_key, "connectivities_key": connectivities_key}
+    keys = inherit(target, modalities, keys, verbose=verbose)
+    library_key, connectivities_key = keys["library_key"], str(keys["connectivities_key"])
+    reads = {("obs", library_key): "library_key", ("obs", labels_key): "labels_key"}
+    check_key(key_added, "tl.niches", target, reads, overwrite=overwrite)
     if smooth is None:
         smooth = int(method == "mixture")
     _check_choices(method, smooth, covariance_type, n_seeds, random_state)
@@ -128,7 +136,7 @@ def niches(
         raise ValueError(f"n_components must be a whole number of at least 1, or None; found {n_components!r}.")
     raw = _representation(target, use_rep)
     numbers = _numbers(n_niches, n_range, len(raw) if n_niches is not None or method == "leiden" else len(raw) // 2)
-    labels = None if labels_key is None else _labels(target, labels_key, key_added)
+    labels = None if labels_key is None else _labels(target, labels_key)
     # In an order that values alone decide, so that random starts do not depend on the order of cells.
     order = np.lexsort(raw.T[::-1])
     values = smoothed(target, raw, order, smooth, connectivities_key, library_key)
@@ -137,28 +145,39 @@ def niches(
 
     found: dict[str, Any] = {}
     seeds = {"n_seeds": int(n_seeds), "random_state": int(random_state)}
-    leiden = Leiden(values, random_state) if method == "leiden" else None
-    if n_niches is None:
-        clusterings = (
-            mixtures_of_halves(values, covariance_type=covariance_type, **seeds)
-            if leiden is None
-            else seeds_of_leiden(leiden, **seeds)
+    with user_messages(verbose=verbose):
+        leiden = Leiden(values, random_state) if method == "leiden" else None
+        if n_niches is None:
+            clusterings = (
+                mixtures_of_halves(values, covariance_type=covariance_type, **seeds)
+                if leiden is None
+                else seeds_of_leiden(leiden, **seeds)
+            )
+            found["stability"] = stability(clusterings, numbers)
+            n_niches = most_stable(found["stability"])
+        if leiden is None:
+            model = fit_mixture(
+                values, n_niches, covariance_type=covariance_type, n_init=n_seeds, random_state=random_state
+            )
+            clusters = model.predict(values)
+        else:
+            clusters, found["resolution"] = leiden.with_number(n_niches, random_state)
+        codes = np.empty(len(raw), dtype=np.int64)
+        codes[order] = _by_size(clusters)
+        n_found = int(codes.max()) + 1
+        if n_found != n_niches:
+            logger.warning("Found %d niches instead of %d: the cells do not divide further.", n_found, n_niches)
+        logger.info(
+            "%d niches%s of %s cells: %s of obsm[%r] (%d columns%s), written to obs[%r].",
+            n_found,
+            f" (the largest stable number from {numbers[0]} to {numbers[-1]})" if "stability" in found else "",
+            f"{len(raw):,}",
+            "a mixture" if leiden is None else "Leiden clusters",
+            use_rep,
+            values.shape[1],
+            f", averaged over neighbors {smooth} x" if smooth else "",
+            key_added,
         )
-        found["stability"] = stability(clusterings, numbers)
-        n_niches = most_stable(found["stability"])
-        logger.info("%d niches: the largest stable number from %d to %d.", n_niches, numbers[0], numbers[-1])
-    if leiden is None:
-        model = fit_mixture(
-            values, n_niches, covariance_type=covariance_type, n_init=n_seeds, random_state=random_state
-        )
-        clusters = model.predict(values)
-    else:
-        clusters, found["resolution"] = leiden.with_number(n_niches, random_state)
-    codes = np.empty(len(raw), dtype=np.int64)
-    codes[order] = _by_size(clusters)
-    n_found = int(codes.max()) + 1
-    if n_found != n_niches:
-        logger.warning("Found %d niches instead of %d: the cells do not divide further.", n_found, n_niches)
     names = [str(i) for i in range(n_found)]
     column = pd.Series(pd.Categorical.from_codes(codes.tolist(), categories=names), index=target.obs_names)
     if labels is not None:
@@ -175,7 +194,7 @@ def niches(
         "params": {key: value for key, value in params.items() if value is not None},
         "random_state": int(random_state),
         "n_niches": n_found,
-        "versions": {"fimp-sc": fimp_sc.__version__, **{package: version(package) for package in used}},
+        **new_record(target, "tl.niches", *used),
         **found,
     }
     target = copied(target) if copy else target
@@ -252,11 +271,9 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral)
 
 
-def _labels(adata: Any, key: str, key_added: str) -> pd.Series:
+def _labels(adata: Any, key: str) -> pd.Series:
     if key not in adata.obs:
         raise missing_key(key, "adata.obs", adata.obs, "Name the column to count with labels_key=.")
-    if key == key_added:
-        raise ValueError(f"labels_key and key_added are both {key!r}, and niches would replace the labels.")
     return label_text(get_obs(adata, [key])[key])
 
 

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-import fimp_sc
+from fimp_sc._keys import new_record
 from fimp_sc.model._fields import X_KEY, ExpressionField
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
     from fimp_sc.model import FIMP
     from fimp_sc.tl._inputs import Inputs
-
-
-# What only the record of a tool holds.
-_MARKS = {"annotate": "classes", "niches": "n_niches"}
-
-
-def refuse_other(adata: Any, key: str, tool: str) -> None:
-    """Refuse to replace what another tool wrote, for instance niches by labels that are called "niche"."""
-    found = adata.uns.get(key)
-    if isinstance(found, Mapping) and _MARKS[tool] in found:
-        raise ValueError(
-            f"adata.obs[{key!r}] and adata.uns[{key!r}] hold results of fimp_sc.tl.{tool}, which would be replaced: "
-            "pass another name with key_added=. The object is unchanged."
-        )
 
 
 def placed(values: np.ndarray, nodes: pd.Index, wanted: pd.Index) -> np.ndarray:
@@ -44,15 +30,15 @@ def placed(values: np.ndarray, nodes: pd.Index, wanted: pd.Index) -> np.ndarray:
     return out
 
 
-def record(model: FIMP, inputs: Inputs, **extra: Any) -> dict[str, Any]:
-    """Return what goes to ``uns``: parameters, seed and versions, in types that h5ad can hold."""
+def record(model: FIMP, inputs: Inputs, data: AnnData | MuData, tool: str, **extra: Any) -> dict[str, Any]:
+    """Return what goes to ``uns`` of ``data``: parameters, seed and versions, in types that h5ad can hold."""
     history = model.history or {}
     return {
         "params": _storable(asdict(inputs) | extra),
         "model": _storable(model.init_params_["non_kwargs"]),
         "random_state": int(model.random_state),
         "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
-        "versions": {"fimp-sc": fimp_sc.__version__, **{p: version(p) for p in ("scvi-tools", "torch", "anndata")}},
+        **new_record(data, tool, "scvi-tools", "torch", "anndata"),
     }
 
 
