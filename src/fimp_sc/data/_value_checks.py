@@ -18,6 +18,8 @@ LOG_MAXIMUM = 20.0
 _SAMPLED_CELLS = 256
 _CONSTANT_TOTAL = 0.01
 _ROUNDING = 1e-6
+# Sums of squares of larger values overflow float32, those of smaller ones are zero there.
+_SMALLEST, _LARGEST = 1e-12, 1e15
 
 
 def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> InputScale:
@@ -50,7 +52,8 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
         The matrix is of another kind, or does not hold real numbers.
     ValueError
         A CSC matrix in a file; unknown ``input_scale``; NaN or infinite values; negative ones, unless
-        ``input_scale="real"``; values that are not whole numbers although ``input_scale="counts"``; zeros everywhere.
+        ``input_scale="real"``; values that are not whole numbers although ``input_scale="counts"``; zeros everywhere;
+        values too large or too small for float32.
 
     Warns
     -----
@@ -80,6 +83,12 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
         )
     if not found.expressed_in.any() and not found.negative:
         raise ValueError(f"{where} is zero everywhere: pass layer= with the measured expression.")
+    largest = max(found.maximum, -found.minimum)
+    if not _SMALLEST <= largest <= _LARGEST:
+        raise ValueError(
+            f"{where} has {largest:.4g} as its largest value, with which float32 cannot compute: check it, or bring "
+            f"the values into a unit in which the largest is between {_SMALLEST:g} and {_LARGEST:g}."
+        )
     if input_scale == "counts" and found.fractional:
         raise ValueError(
             f"{where} contains {found.count('fractional')} not whole numbers, first at {found.position('fractional')}, "

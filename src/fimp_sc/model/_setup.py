@@ -9,6 +9,7 @@ from scvi.data import AnnDataManager
 from scvi.data._manager import AnnDataManagerValidationCheck
 from scvi.model.base import BaseModelClass
 
+from fimp_sc._options import checked
 from fimp_sc.data._parts import Part, as_modalities, check_columns, parts_of, registered_keys
 from fimp_sc.model._fields import SEQUENCE_KEY, registered_fields
 
@@ -23,6 +24,7 @@ class RegisteringModel(BaseModelClass):
     """A model class with :meth:`setup_anndata` and :meth:`setup_mudata`."""
 
     @classmethod
+    @checked
     def setup_anndata(
         cls,
         adata: AnnData,
@@ -78,6 +80,7 @@ class RegisteringModel(BaseModelClass):
         cls._register(adata, method_args, kwargs)
 
     @classmethod
+    @checked
     def setup_mudata(
         cls,
         mdata: MuData,
@@ -131,6 +134,8 @@ class RegisteringModel(BaseModelClass):
         elif sequences is None:
             parts = parts_of(data, modality) if cls._is_object(data) else []
             sequences = [part.name for part in parts if part.is_sequence]
+        if kwargs and "source_registry" not in kwargs:  # with which scvi-tools passes some of its own
+            raise TypeError(f"{method_args['setup_method_name']}() got an unexpected keyword argument {min(kwargs)!r}.")
         if cls._is_object(data):
             check_layer(setup["layer"], parts_of(data, modality))
             own = registered_keys(data, modality)

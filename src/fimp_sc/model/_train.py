@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from scvi.train import TrainRunner
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fimp_sc._options import checked
 from fimp_sc.data import BlockSplitter, split_by_blocks
 from fimp_sc.model._history import continued
 from fimp_sc.model._mixture import MixingModel
@@ -74,6 +75,7 @@ class TrainableModel(MixingModel, StartingModel):
     # Weights before a training, until it has succeeded.
     _untrained: dict[str, torch.Tensor] | None = None
 
+    @checked
     def train(
         self,
         max_epochs: int | None = None,

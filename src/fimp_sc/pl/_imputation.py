@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fimp_sc._options import checked
 from fimp_sc.data._access import get_matrix, in_memory, missing_key
 from fimp_sc.data._expression import ExpressionSource, GeneStatistics, used_as_is
 from fimp_sc.data._value_checks import check_values
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+@checked
 def imputation(
     adata: AnnData,
     genes: str | Sequence[str],
@@ -210,7 +212,7 @@ def _factor(adata: AnnData, matrix: Any, scale: Any, record: dict[str, Any]) -> 
             f"{gone:,} of the {len(columns):,} genes that the model saw have left the object since: measured values "
             "are scaled by those left. Draw before genes are selected for values as the model saw them.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     share = np.asarray(in_memory(record["share"], "adata.uns"), dtype=np.float32)
     statistics = GeneStatistics(np.zeros(len(share), dtype=np.float32), share, float(record["total"]))

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from fimp_sc._options import checked
 from fimp_sc.data._access import get_matrix, missing_key
 from fimp_sc.data._checks import check_anndata
 from fimp_sc.data._rows import open_rows
@@ -33,6 +34,7 @@ _ENSEMBL_COLUMNS = ("gene_ids", "gene_id", "ensembl_ids", "ensembl_id", "ensembl
 _LOW_SHARE = 0.5
 
 
+@checked
 def match_genes(
     adata: AnnData,
     vocabulary: VocabularySource,

@@ -8,10 +8,10 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._logging import user_messages
+from fimp_sc._options import checked
 from fimp_sc.data._access import get_obs, missing_key
 from fimp_sc.data._checks import check_key_added
 from fimp_sc.data._parts import nodes_of, parts_of
-from fimp_sc.model._predict import check_choice
 from fimp_sc.tl._attention_genes import check_pairs, choose_genes
 from fimp_sc.tl._inputs import choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from fimp_sc.model import FIMP
     from fimp_sc.tl._significance import GeneTests, Significance
 
-_LEAST_PERMUTATIONS = 10
 
-
+@checked
 def attention(
     adata: AnnData | MuData,
     groupby: str,
@@ -57,6 +56,8 @@ def attention(
     foundation: Literal["scgpt"] | None = None,
     checkpoint: str | Path | None = None,
     model: FIMP | str | Path | None = None,
+    n_tokens: int | None = None,
+    n_layers: int | None = None,
     max_epochs: int | None = None,
     accelerator: str = "auto",
     random_state: int = 0,
@@ -110,7 +111,7 @@ def attention(
         Where to write in ``obsp`` and ``uns``.
     gene_embeddings, foundation, checkpoint, model
         As in :func:`embed`. A stack with ``aggregate="final"`` cannot be read.
-    max_epochs
+    n_tokens, n_layers, max_epochs
         As in :func:`embed`, of a model that is trained now. One that was trained with another before is not used.
     random_state
         Seed of permutations, and of a model that is trained now.
@@ -163,10 +164,6 @@ def attention(
     likeness of tokens, and little of what masked expression teaches reaches it.
     """
     check_key_added(key_added)
-    check_choice("null", null, ("neighbours", "labels"))
-    check_choice("statistic", statistic, ("covariance", "content", "attention"))
-    if n_permutations < _LEAST_PERMUTATIONS:
-        raise ValueError(f"n_permutations must be at least {_LEAST_PERMUTATIONS}, found {n_permutations}.")
     unknown = sorted(set(inference_kwargs or {}) - {"batch_size"})
     if unknown:
         raise ValueError(f"inference_kwargs takes 'batch_size' alone, found {', '.join(map(repr, unknown))}.")
@@ -188,6 +185,7 @@ def attention(
             target, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, same_seed=False, verbose=verbose, model_kwargs=model_kwargs,
             train_kwargs=train_kwargs, gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
+            n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         nodes = nodes_of(target, inputs.modality)
         nodes = nodes if nodes.obs_names.equals(work.obs_names) else nodes[work.obs_names]
@@ -208,8 +206,8 @@ def attention(
         if not len(by_gene.pair):
             raise ValueError(
                 f"Nothing to test: no pair of groups has min_edges={min_edges} edges, {min_support} of which would "
-                f"join two of the {len(chosen)} genes as tokens. Name others, merge groups, or raise n_tokens with "
-                "model_kwargs={'n_tokens': 64}."
+                f"join two of the {len(chosen)} genes as tokens. Name others, merge groups, or raise n_tokens, for "
+                "instance to 64."
             )
         result = record(fitted, inputs, groupby=groupby, null=null, statistic=statistic, min_support=min_support, **how)
         result |= {

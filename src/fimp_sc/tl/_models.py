@@ -16,6 +16,7 @@ import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
 from scipy import sparse
 
+from fimp_sc._options import checked
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._modality import get_modality
 from fimp_sc.data._parts import as_modalities, is_mudata, nodes_of, parts_of
@@ -69,6 +70,8 @@ def fitted_model(
     foundation: str | None = None,
     checkpoint: str | Path | None = None,
     zero_shot: bool = False,
+    n_tokens: int | None = None,
+    n_layers: int | None = None,
     genes: Sequence[str] | None = None,
 ) -> FIMP:
     """Return a model for the working copy: the given one, the remembered one, or one trained (or just built) now.
@@ -78,6 +81,10 @@ def fitted_model(
     modality. A model is trained only if it will know ``genes``.
     """
     what = {"gene_embeddings": gene_embeddings, "foundation": foundation, "checkpoint": checkpoint}
+    what |= {"n_tokens": n_tokens, "n_layers": n_layers}
+    both = sorted(name for name, value in what.items() if value is not None and name in (model_kwargs or {}))
+    if both:
+        raise ValueError(f"{both[0]} is given twice, by itself and in model_kwargs: leave one out.")
     arguments = {name: value for name, value in what.items() if value is not None} | (model_kwargs or {})
     train_kwargs = dict(train_kwargs or {})
     twice = train_kwargs.pop("max_epochs", None)
@@ -200,6 +207,7 @@ def write_back(adata: AnnData | MuData, work: AnnData | MuData, inputs: Inputs, 
     _models[address] = (reference, _fingerprint(work, inputs), model)
 
 
+@checked
 def get_model(adata: AnnData | MuData, modality: str | Sequence[str] | None = None) -> FIMP:
     """Return the model that the last call of ``tl`` trained on, or used for, this object in this session.
 
