@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -8,6 +11,7 @@ import anndata as ad
 import h5py
 import mudata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -60,7 +64,19 @@ def test_options_carry_the_names_of_the_parameters(section, tmp_path, calls, cap
     arguments = ["--output", str(tmp_path / "out.h5ad"), "--labels-key", "region", "--unlabeled-category", "none"]
     arguments += ["--layer", "counts", "--library-key", "section", "--batch-key", "donor", "--spatial-key", "xy"]
     arguments += ["--connectivities-key", "graph", "--input-scale", "counts", "--key-added", "new", "--model", "folder"]
-    arguments += ["--max-epochs", "3", "--accelerator", "cpu", "--random-state", "7", "--quiet"]
+    arguments += [
+        "--n-tokens",
+        "8",
+        "--n-layers",
+        "1",
+        "--max-epochs",
+        "3",
+        "--accelerator",
+        "cpu",
+        "--random-state",
+        "7",
+        "--quiet",
+    ]
     assert cli.main(["annotate", str(section), *arguments]) == 0
     expected = {
         "labels_key": "region",
@@ -73,6 +89,8 @@ def test_options_carry_the_names_of_the_parameters(section, tmp_path, calls, cap
         "input_scale": "counts",
         "key_added": "new",
         "model": "folder",
+        "n_tokens": 8,
+        "n_layers": 1,
         "max_epochs": 3,
         "accelerator": "cpu",
         "random_state": 7,
@@ -141,6 +159,10 @@ def test_an_interrupt_ends_in_one_line(section, tmp_path, calls, monkeypatch, ca
         FloatingPointError("bad thing"),
         ImportError("bad thing"),
         MisconfigurationException("bad\nthing"),
+        TypeError("bad thing"),
+        IndexError("bad thing"),
+        RuntimeError("bad\nthing"),
+        MemoryError("bad thing"),
     ],
 )
 def test_user_errors_are_one_line_and_leave_no_output(section, tmp_path, calls, monkeypatch, capsys, error) -> None:
@@ -158,11 +180,78 @@ def test_user_errors_are_one_line_and_leave_no_output(section, tmp_path, calls, 
 
 def test_other_errors_keep_their_traceback(section, tmp_path, calls, monkeypatch) -> None:
     def fail(adata, **arguments) -> None:
-        raise RuntimeError("a defect")
+        raise error
 
     monkeypatch.setattr(fimp_sc.tl, "embed", fail)
-    with pytest.raises(RuntimeError, match="a defect"):
-        cli.main(["embed", str(section), "--output", str(tmp_path / "out.h5ad")])
+    arguments = ["embed", str(section), "--output", str(tmp_path / "out.h5ad")]
+    error: BaseException = AttributeError("a defect")
+    with pytest.raises(AttributeError, match="a defect"):
+        cli.main(arguments)
+    for error in (ValueError("bad thing"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            cli.main([*arguments, "--debug"])
+
+
+def test_interrupted(section, tmp_path, calls, monkeypatch, capsys) -> None:
+    def fail(adata, **arguments) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fimp_sc.tl, "embed", fail)
+    assert cli.main(["embed", str(section), "--output", str(tmp_path / "out.h5ad")]) == 130
+    assert capsys.readouterr().err == "fimp-sc embed: interrupted\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["section.h5ad"]
+
+
+@pytest.mark.parametrize("limit", ["disk", "quota", "disk without fallocate"])
+def test_full_disk_is_told_before_anything_is_written(section, tmp_path, calls, monkeypatch, capsys, limit) -> None:
+    """HDF5 itself ends with a segmentation fault there."""
+    output = tmp_path / "out.h5ad"
+    output.write_text("precious")
+    number = errno.EDQUOT if limit == "quota" else errno.ENOSPC
+
+    def refuse(descriptor, start, length) -> None:
+        raise OSError(number, os.strerror(number))
+
+    if limit == "disk without fallocate":
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    assert cli.main(["embed", str(section), "--output", str(output)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"fimp-sc embed: error: --output: {str(output)!r} needs about 1.")
+    assert os.strerror(number) in captured.err
+    assert captured.err.count("\n") == 1
+    assert output.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.h5ad", "section.h5ad"]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="limits are asked for with posix_fallocate")
+def test_largest_file_of_a_process(section, tmp_path) -> None:
+    """A real limit, in a process of its own."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18)); "
+        "from fimp_sc.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["niches", str(section), "--output", str(tmp_path / "out.h5ad"), "--use-rep", "spatial", "--smooth"]
+    arguments += ["0", "--n-niches", "2", "--quiet"]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "do not fit there (File too large)" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["section.h5ad"]
+
+
+@pytest.mark.parametrize("kind", ["AnnData", "MuData"])
+def test_size_is_about_that_of_the_file(small_toy, recordings, tmp_path, kind) -> None:
+    small_toy.raw = small_toy
+    small_toy.layers["dense"] = small_toy.X.toarray()
+    small_toy.obsp["graph"] = small_toy.X @ small_toy.X.T
+    data = small_toy if kind == "AnnData" else recordings
+    path = tmp_path / "file"
+    with quiet_mudata():
+        (data.write_h5ad if kind == "AnnData" else data.write_h5mu)(path)
+    assert cli._size(data) <= path.stat().st_size <= cli._size(data) * (1 + cli._OVERHEAD_SHARE) + cli._OVERHEAD
 
 
 def test_failed_write_keeps_the_old_output(section, tmp_path, calls, monkeypatch, capsys) -> None:
@@ -173,8 +262,10 @@ def test_failed_write_keeps_the_old_output(section, tmp_path, calls, monkeypatch
         adata.uns["object"] = object()
 
     monkeypatch.setattr(fimp_sc.tl, "embed", add_unwritable)
-    with pytest.raises(Exception, match="writing"):
-        cli.main(["embed", str(section), "--output", str(output)])
+    assert cli.main(["embed", str(section), "--output", str(output)]) == 2
+    message = capsys.readouterr().err
+    assert "cannot be written" in message
+    assert message.count("\n") == 1
     assert output.read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.h5ad", "section.h5ad"]
 
@@ -230,6 +321,9 @@ def test_only_h5ad_and_h5mu_are_read_and_written(section, tmp_path, calls, capsy
         ["embed", "in.h5ad"],
         ["embed", "in.h5ad", "--output", "out.h5ad", "--max-epochs", "0"],
         ["embed", "in.h5ad", "--output", "out.h5ad", "--input-scale", "cpm"],
+        ["embed", "in.h5ad", "--output", "out.h5ad", "--n-layers", "two"],
+        ["embed", "in.h5ad", "--output", "out.h5ad", "--random-state", "-1"],
+        ["niches", "in.h5ad", "--output", "out.h5ad", "--n-niches", "1"],
     ],
 )
 def test_faulty_options_end_with_two(arguments, capsys) -> None:
@@ -282,6 +376,31 @@ def test_niches_and_attention_for_real(section, tmp_path, capsys) -> None:
     assert capsys.readouterr().err == ""
     assert cli.main(["niches", str(section), "--output", str(tmp_path / "out.h5ad"), *quick]) == 2
     assert "X_fimp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fault", "options"),
+    [
+        ("real labels", ["--labels-key", "real"]),
+        ("text coordinates", ["--labels-key", "niche"]),
+        ("dense graph", ["--labels-key", "niche"]),
+        ("no GPU", ["--labels-key", "niche", "--accelerator", "tpu"]),
+    ],
+)
+def test_faulty_objects_are_one_line(small_toy, tmp_path, capsys, fault, options) -> None:
+    small_toy.obs["real"] = np.linspace(0, 1, small_toy.n_obs)
+    if fault == "text coordinates":
+        places = pd.DataFrame(small_toy.obsm["spatial"], columns=["x", "y"], index=small_toy.obs_names)
+        small_toy.obsm["spatial"] = places.assign(x="left")
+    if fault == "dense graph":
+        small_toy.obsp["spatial_connectivities"] = np.eye(small_toy.n_obs)[::-1]
+    small_toy.write_h5ad(tmp_path / "in.h5ad")
+    arguments = ["annotate", str(tmp_path / "in.h5ad"), "--output", str(tmp_path / "out.h5ad"), "--quiet", *options]
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("fimp-sc annotate: error: ")
+    assert message.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad"]
 
 
 def test_missing_key_for_real(section, tmp_path, capsys) -> None:

@@ -7,21 +7,33 @@ live in one place, the functions.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
 import fimp_sc
+from fimp_sc._options import Choice, Flag, Integer, Real, rule_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from anndata import AnnData
     from mudata import MuData
 
-_USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError, ImportError)
-_INTERRUPTED = 130  # as shells say it
+# What says by itself what is wrong; anything else is a defect, whose traceback is worth reporting.
+_TOLD = (ValueError, TypeError, LookupError, ArithmeticError, OSError, RuntimeError, MemoryError, ImportError)
+# Of files in HDF5 beside the values in them.
+_OVERHEAD, _OVERHEAD_SHARE = 1 << 20, 0.05
 _SLOTS = ("obs", "obsm", "obsp", "layers", "uns")
 
 
@@ -35,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns
     -------
-    Exit code: 0 on success; 2 if the input or an option is at fault, with one line on the standard error stream; 130
-    where the user interrupts it.
-    Nothing is written to `--output` unless all went well.
+    Exit code: 0 on success; 2 if the input, an option, the disk or memory is at fault, with one line on the standard
+    error stream; 130 if interrupted. Nothing is written to `--output` unless all went well. With `--debug` errors keep
+    their traceback.
     """
     options = vars(_parser().parse_args(argv))
-    command = options.pop("command")
+    command, debug = options.pop("command"), options.pop("debug", False)
     try:
         if command == "demo":
             from fimp_sc._demo import run_demo
@@ -48,14 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_demo(**options)
         else:
             _run_tool(command, **options)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print(f"fimp-sc {command}: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
-        if not _is_told(error):
+        if debug or not _is_told(error):
             raise
         print(f"fimp-sc {command}: error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"fimp-sc {command}: interrupted", file=sys.stderr)
-        return _INTERRUPTED
     return 0
 
 
@@ -86,12 +100,6 @@ def _run_tool(
     if output.suffix != suffix:
         message = f"--output: {output.name!r} must end in {suffix}, which is what is written for {source.name!r}."
         raise ValueError(message)
-    if arguments.get("zero_shot") and "accelerator" in arguments:
-        # Without training there is no trainer that would refuse a device that is not there.
-        from scvi.model._utils import parse_device_args
-
-        parse_device_args(arguments["accelerator"], "auto", return_device="torch")
-
     data = _read(source)
     before = _keys(data)
     if "train_checkpoint" in arguments:
@@ -147,13 +155,49 @@ def _write(data: Any, output: Path) -> None:
 
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".fimp-sc-") as folder, quiet_mudata():
         part = Path(folder) / output.name
-        (data.write_h5mu if hasattr(data, "write_h5mu") else data.write_h5ad)(part)
+        _reserve(part, int(_size(data) * (1 + _OVERHEAD_SHARE)) + _OVERHEAD, output)
+        try:
+            (data.write_h5mu if hasattr(data, "write_h5mu") else data.write_h5ad)(part)
+        except Exception as error:
+            message = f"--output: {str(output)!r} cannot be written ({type(error).__name__}: {_one_line(error)})."
+            raise OSError(message) from error
         part.replace(output)
+
+
+def _reserve(part: Path, n_bytes: int, output: Path) -> None:
+    """Raise an OSError unless a file of ``n_bytes`` fits: HDF5 does not survive a disk or a quota that is full."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            with part.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, n_bytes)
+        elif n_bytes > shutil.disk_usage(part.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return  # not every file system can tell
+        message = (
+            f"--output: {str(output)!r} needs about {n_bytes / 1e6:,.1f} MB, which do not fit there "
+            f"({error.strerror}): make room, or name a file on another disk."
+        )
+        raise OSError(message) from None
+
+
+def _size(data: Any) -> int:
+    """Return the bytes of all values of an object, as they are in memory."""
+    if hasattr(data, "var_names"):
+        return sum(_size(getattr(data, slot, None)) for slot in ("mod", "X", "raw", "var", "varm", "varp", *_SLOTS))
+    if isinstance(data, pd.DataFrame):
+        return int(data.memory_usage(deep=True).sum())
+    if sparse.issparse(data):
+        return sum(int(part.nbytes) for part in vars(data).values() if isinstance(part, np.ndarray))
+    if isinstance(data, Mapping):
+        return sum(map(_size, data.values()))
+    return len(data) if isinstance(data, str) else int(getattr(data, "nbytes", 8))
 
 
 def _is_told(error: Exception) -> bool:
     """Tell whether an error is about what the user gave, so that its message is enough."""
-    if isinstance(error, _USER_ERRORS):
+    if isinstance(error, _TOLD):
         return True
     # Imported this late because it takes seconds: lightning refuses an accelerator that is not there.
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -175,33 +219,33 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     embed = _add_tool(commands, "embed", "train on a section and write an embedding of its cells")
-    embed.add_argument("--zero-shot", action="store_true", help="use the foundation model without training")
+    _add(embed, "zero_shot", help="use the foundation model without training")
     _add_common(embed)
 
     annotate = _add_tool(commands, "annotate", "predict the labels of unlabelled cells, with confidence")
-    annotate.add_argument("--labels-key", required=True, metavar="KEY", help="column of .obs with the known labels")
-    annotate.add_argument("--unlabeled-category", metavar="NAME", help="label that means 'not known'")
+    _add(annotate, "labels_key", required=True, metavar="KEY", help="column of .obs with the known labels")
+    _add(annotate, "unlabeled_category", metavar="NAME", help="label that means 'not known'")
     _add_common(annotate)
 
     impute = _add_tool(commands, "impute", "write the expression expected from a cell and its neighbours")
-    impute.add_argument("--genes", nargs="+", metavar="GENE", help="write these genes only, as .obsm (default: all)")
-    impute.add_argument("--scale", choices=("log", "counts"), help="scale of what is written")
+    _add(impute, "genes", nargs="+", metavar="GENE", help="write these genes only, as .obsm (default: all)")
+    _add(impute, "scale", help="scale of what is written")
     _add_common(impute)
 
     niches = _add_tool(commands, "niches", "divide an embedded section into niches")
-    niches.add_argument("--n-niches", type=_positive, metavar="N", help="number of niches (default: suggest one)")
-    niches.add_argument("--use-rep", metavar="KEY", help="key of .obsm with the embedding (default: X_fimp)")
-    niches.add_argument("--method", choices=("mixture", "leiden"), help="how cells are clustered")
-    niches.add_argument("--smooth", type=int, metavar="N", help="how many times cells are averaged over neighbours")
-    niches.add_argument("--labels-key", metavar="KEY", help="column of .obs that is counted in every niche")
+    _add(niches, "n_niches", metavar="N", help="number of niches (default: suggest one)")
+    _add(niches, "use_rep", metavar="KEY", help="key of .obsm with the embedding (default: X_fimp)")
+    _add(niches, "method", owner="niches", help="how cells are clustered")
+    _add(niches, "smooth", metavar="N", help="how many times cells are averaged over neighbours")
+    _add(niches, "labels_key", metavar="KEY", help="column of .obs that is counted in every niche")
     _add_keys(niches)
 
     attention = _add_tool(commands, "attention", "write what neighbours contribute, and pairs of genes between groups")
-    attention.add_argument("--groupby", required=True, metavar="KEY", help="column of .obs with groups of cells")
-    attention.add_argument("--genes", nargs="+", metavar="GENE", help="genes to test (default: those that vary most)")
-    attention.add_argument("--n-genes", type=_positive, metavar="N", help="how many, where genes are not named")
-    attention.add_argument("--null", choices=("neighbours", "labels"), help="what is permuted")
-    attention.add_argument("--n-permutations", type=_positive, metavar="N", help="how often")
+    _add(attention, "groupby", required=True, metavar="KEY", help="column of .obs with groups of cells")
+    _add(attention, "genes", nargs="+", metavar="GENE", help="genes to test (default: those that vary most)")
+    _add(attention, "n_genes", metavar="N", help="how many, where genes are not named")
+    _add(attention, "null", help="what is permuted")
+    _add(attention, "n_permutations", metavar="N", help="how often")
     _add_common(attention)
 
     demo = commands.add_parser(
@@ -210,8 +254,9 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     demo.add_argument("--output-dir", type=Path, metavar="DIR", help="where to write (default: ./fimp-sc-demo)")
-    demo.add_argument("--max-epochs", type=_positive, metavar="N", help="upper limit of passes over the data")
-    demo.add_argument("--random-state", type=int, metavar="SEED", help="seed of the tissue and of the training")
+    _add(demo, "max_epochs", metavar="N", help="upper limit of passes over the data")
+    _add(demo, "random_state", metavar="SEED", help="seed of the tissue and of the training")
+    _add_debug(demo)
     return parser
 
 
@@ -225,42 +270,62 @@ def _add_tool(commands: Any, name: str, summary: str) -> argparse.ArgumentParser
 
 
 def _add_common(tool: argparse.ArgumentParser) -> None:
-    tool.add_argument("--modality", nargs="+", metavar="NAME", help="modality of a .h5mu file to read, or several")
-    tool.add_argument("--layer", metavar="KEY", help="layer with the expression (default: .X)")
-    tool.add_argument("--batch-key", metavar="KEY", help="column of .obs with batches")
-    tool.add_argument("--spatial-key", metavar="KEY", help="key of .obsm with the coordinates")
-    tool.add_argument(
-        "--input-scale", choices=("auto", "counts", "normalized", "log", "real"), help="what the values are"
-    )
-    tool.add_argument("--gene-embeddings", metavar="FILE", help="pretrained vectors of genes to start from")
-    tool.add_argument(
-        "--foundation", choices=("scgpt", "vit", "brainlm"), help="foundation model that makes the messages"
-    )
-    tool.add_argument("--checkpoint", metavar="DIR", help="folder of the foundation model")
-    tool.add_argument("--model", metavar="DIR", help="saved model to apply instead of training one")
+    _add(tool, "modality", nargs="+", metavar="NAME", help="modality of a .h5mu file to read, or several")
+    _add(tool, "layer", metavar="KEY", help="layer with the expression (default: .X)")
+    _add(tool, "batch_key", metavar="KEY", help="column of .obs with batches")
+    _add(tool, "spatial_key", metavar="KEY", help="key of .obsm with the coordinates")
+    _add(tool, "input_scale", help="what the values are")
+    _add(tool, "gene_embeddings", metavar="FILE", help="pretrained vectors of genes to start from")
+    _add(tool, "foundation", help="foundation model that makes the messages")
+    _add(tool, "checkpoint", metavar="DIR", help="folder of the foundation model")
+    _add(tool, "model", metavar="DIR", help="saved model to apply instead of training one")
     tool.add_argument("--save-model", type=Path, metavar="DIR", help="new folder to save the model to")
-    tool.add_argument("--max-epochs", type=_positive, metavar="N", help="upper limit of passes over the data")
+    _add(tool, "n_tokens", metavar="N", help="token budget of a cell")
+    _add(tool, "n_layers", metavar="N", help="message-passing layers")
+    _add(tool, "max_epochs", metavar="N", help="upper limit of passes over the data")
     tool.add_argument(
         "--train-checkpoint", metavar="DIR", help="folder that keeps the training, to go on from if it is stopped"
     )
-    tool.add_argument("--accelerator", metavar="NAME", help="cpu, gpu, or auto")
+    _add(tool, "accelerator", metavar="NAME", help="cpu, gpu, or auto")
     _add_keys(tool)
 
 
 def _add_keys(tool: argparse.ArgumentParser) -> None:
-    tool.add_argument("--library-key", metavar="KEY", help="column of .obs that tells samples apart")
-    tool.add_argument(
-        "--connectivities-key", metavar="KEY", help="key of .obsp with the graph; built if missing, but for niches"
+    _add(tool, "library_key", metavar="KEY", help="column of .obs that tells samples apart")
+    _add(
+        tool, "connectivities_key", metavar="KEY", help="key of .obsp with the graph; built if missing, but for niches"
     )
-    tool.add_argument("--key-added", metavar="KEY", help="name of what is written")
-    tool.add_argument("--overwrite", action="store_true", help="replace what is under this name in the input")
-    tool.add_argument("--random-state", type=int, metavar="SEED", help="seed of everything random")
+    _add(tool, "key_added", metavar="KEY", help="name of what is written")
+    _add(tool, "overwrite", help="replace what is under this name in the input")
+    _add(tool, "random_state", metavar="SEED", help="seed of everything random")
     tool.add_argument("--quiet", action="store_true", help="no progress and no report")
+    _add_debug(tool)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        message = f"{text} is not a positive number"
-        raise argparse.ArgumentTypeError(message)
-    return value
+def _add_debug(tool: argparse.ArgumentParser) -> None:
+    tool.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add(tool: argparse.ArgumentParser, name: str, *, owner: str = "", **described: Any) -> None:
+    """Add an option of the tools; what it may be is in the table that the tools themselves are checked against."""
+    rule = rule_of(owner, name)
+    if isinstance(rule, Choice):
+        described["choices"] = rule.choices
+    elif isinstance(rule, Flag):
+        described["action"] = "store_true"
+    elif isinstance(rule, Integer | Real):
+        described["type"] = _number(rule, name)
+    tool.add_argument(f"--{name.replace('_', '-')}", **described)
+
+
+def _number(rule: Integer | Real, name: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        value: Any = text
+        with suppress(ValueError):  # which the rule explains
+            value = int(text) if isinstance(rule, Integer) else float(text)
+        try:
+            return rule.accept(value, name)
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read

@@ -88,7 +88,7 @@ def test_batches_are_the_libraries_unless_given(tissue, make_model) -> None:
         ({"batch_key": "sample"}, KeyError, "batch_key="),
         ({"connectivities_key": "knn"}, KeyError, "pp.spatial_graph"),
         ({"library_key": "region"}, ValueError, "edges that join samples"),
-        ({"input_scale": "raw"}, ValueError, "input_scale='raw'"),
+        ({"input_scale": "raw"}, ValueError, "input_scale must be one of .* found 'raw'"),
     ],
 )
 def test_wrong_keys_are_named(tissue, setup: dict, error, message) -> None:

@@ -219,8 +219,8 @@ def test_missing_keys_are_named(photos) -> None:
 def test_unusable_input(photos, brain) -> None:
     photos["image"].obsm["fimp"] = np.zeros((4, 95))
     for arguments, message in (
-        ({"image_size": 0}, "image_size must be above 0"),
-        ({"max_images": 0}, "max_images must be at least 1.*images=False"),
+        ({"image_size": 0}, "image_size must be .* above 0 and at most 1"),
+        ({"max_images": 0}, "max_images must be .* at least 1.*images=False"),
         ({"images": "fimp"}, r"\(4, 95\), but images of 4 × 8 pixels × 3 channels need \(4, 96\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -193,7 +193,7 @@ def test_show_and_save(imputed, monkeypatch, tmp_path) -> None:
     ("arguments", "error", "message"),
     [
         ({"genes": "no gene"}, KeyError, r"'no gene' is not in adata\.var_names"),
-        ({"genes": []}, ValueError, "genes is empty"),
+        ({"genes": []}, ValueError, "genes must be .* not empty"),
         ({"genes": "HES4", "layer": "other"}, KeyError, r"fimp_sc\.tl\.impute"),
         ({"genes": "HES4", "observed_layer": "log"}, KeyError, r"'log' is not in adata\.layers"),
         ({"genes": "HES4", "library_key": "slide"}, KeyError, "library_key='slide'"),

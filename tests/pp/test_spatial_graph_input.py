@@ -37,7 +37,7 @@ def test_existing_graph_joining_samples_is_refused(assert_unchanged):
 
 
 WRONG_PARAMETERS = [
-    ({"method": "voronoi"}, ValueError, "'voronoi' is unknown.*'knn'"),
+    ({"method": "voronoi"}, ValueError, "method must be one of 'knn'.* found 'voronoi'"),
     ({"method": "radius"}, ValueError, "needs radius="),
     ({"method": "radius", "radius": 0}, ValueError, "positive"),
     ({"method": "radius", "radius": float("nan")}, ValueError, "finite"),
@@ -48,9 +48,9 @@ WRONG_PARAMETERS = [
     ({"method": "grid", "radius": 3.0}, ValueError, "radius=3.0 only applies"),
     ({"n_rings": 2}, ValueError, "n_rings=2 only applies"),
     ({"method": "delaunay", "n_neighbors": 3}, ValueError, "n_neighbors=3 only applies"),
-    ({"n_neighbors": 0}, ValueError, "n_neighbors must be at least 1, found 0"),
-    ({"method": "grid", "n_rings": 0}, ValueError, "n_rings must be at least 1"),
-    ({"n_neighbors": 2.5}, TypeError, "whole number, found 2.5"),
+    ({"n_neighbors": 0}, ValueError, "n_neighbors must be .* at least 1, found 0"),
+    ({"method": "grid", "n_rings": 0}, ValueError, "n_rings must be .* at least 1"),
+    ({"n_neighbors": 2.5}, TypeError, "whole number of at least 1, found 2.5"),
     ({"n_neighbors": True}, TypeError, "whole number"),
     ({"n_neighbors": 20}, ValueError, r"adata has 20 cells, too few for n_neighbors=20.*n_neighbors=19. or with less"),
     ({"method": "radius", "radius": 1e-9}, ValueError, "no edges: the median distance"),

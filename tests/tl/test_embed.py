@@ -283,7 +283,7 @@ def spoil(adata: ad.AnnData, how: str) -> dict:
         ("batch", KeyError, "batch_key="),
         ("epochs twice", ValueError, "are the same argument"),
         ("graph key", KeyError, "connectivities_key="),
-        ("scale", ValueError, "input_scale='raw'"),
+        ("scale", ValueError, "input_scale must be one of .* found 'raw'"),
         ("option", ValueError, "not a multiple"),
         ("train option", ValueError, "validation_size"),
     ],

@@ -208,14 +208,14 @@ def test_leiden_without_igraph_names_the_package(blobs, unchanged, monkeypatch) 
     [
         ({"use_rep": "X_other"}, KeyError, r"'X_other' is not in adata.obsm.*fimp_sc\.tl\.embed"),
         ({"smooth": 1}, KeyError, r"spatial_graph\(adata\).*smooth=0"),
-        ({"n_niches": 281}, ValueError, "number of cells, 280; found 281"),
-        ({"n_niches": 1}, ValueError, "whole number from 2"),
-        ({"n_niches": None, "n_range": (5, 4)}, ValueError, "n_range must be two whole numbers"),
-        ({"n_niches": None, "n_range": (200, 300)}, ValueError, "half of the cells"),
-        ({"method": "kmeans"}, ValueError, "'mixture', 'leiden'; found 'kmeans'"),
+        ({"n_niches": 281}, ValueError, "number of cells, 280, found 281"),
+        ({"n_niches": 1}, ValueError, "whole number of at least 2"),
+        ({"n_niches": None, "n_range": (5, 4)}, ValueError, "n_range must be a pair .* in increasing order"),
+        ({"n_niches": None, "n_range": (200, 300)}, ValueError, "half of it for mixtures"),
+        ({"method": "kmeans"}, ValueError, "'mixture', 'leiden', found 'kmeans'"),
         ({"covariance_type": "round"}, ValueError, "covariance_type must be one of 'tied'"),
         ({"smooth": -1}, ValueError, "smooth must be a whole number of at least 0"),
-        ({"smooth": 1.5}, ValueError, "smooth must be a whole number"),
+        ({"smooth": 1.5}, TypeError, "smooth must be a whole number"),
         ({"n_seeds": 1}, ValueError, "n_seeds must be a whole number of at least 2"),
         ({"labels_key": "type"}, KeyError, "'type' is not in adata.obs"),
         ({"labels_key": "group", "key_added": "group"}, ValueError, r"reads \(labels_key\)"),
@@ -271,5 +271,5 @@ def test_components_are_the_leading_ones_of_the_averaged_representation():
     assert (adata.obs["fimp_niche"] == adata.obs["other"]).all()
     assert adata.uns["fimp_niche"]["params"]["n_components"] == 4
     assert "n_components" not in adata.uns["other"]["params"]
-    with pytest.raises(ValueError, match="n_components must be a whole number of at least 1, or None; found 0"):
+    with pytest.raises(ValueError, match=r"n_components must be a whole number of at least 1 \(or None\), found 0"):
         tl.niches(adata, 3, smooth=0, n_components=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -60,13 +61,28 @@ def get_obs(adata: AnnData, columns: Sequence[str]) -> pd.DataFrame:
     ------
     KeyError
         A column is absent.
+    TypeError
+        A column holds lists or the like.
     """
     columns = list(columns)
     if isinstance(adata.obs, pd.DataFrame):
+        for name in columns:
+            _check_hashable(adata.obs[name], name)
         return adata.obs[columns]
     if not columns:
         return pd.DataFrame(index=adata.obs_names)
     return adata.obs[columns].to_memory()[columns].set_axis(adata.obs_names, axis=0)
+
+
+def _check_hashable(column: pd.Series, name: str) -> None:
+    if column.dtype != object:
+        return
+    other = next((value for value in column if not isinstance(value, Hashable)), None)
+    if other is not None:
+        raise TypeError(
+            f"adata.obs[{name!r}] holds values of the type {type(other).__name__}, not texts or numbers: name another "
+            f"column, or turn it into text with adata.obs[{name!r}] = adata.obs[{name!r}].astype(str)."
+        )
 
 
 def label_text(column: pd.Series) -> pd.Series:

@@ -44,6 +44,10 @@ __all__ = [
 ]
 
 
+# Squares of larger differences overflow float32.
+_LARGEST_COORDINATE = 1e18
+
+
 def check_object(adata: Any) -> None:
     """Check that ``adata`` is an AnnData object with at least one cell, in memory or not.
 
@@ -119,7 +123,7 @@ def check_coordinates(adata: AnnData, spatial_key: str) -> np.ndarray:
     TypeError
         The coordinates are not numbers.
     ValueError
-        They have another shape, or are NaN or infinite for some cells.
+        They have another shape, are NaN or infinite for some cells, or too large for distances.
     """
     where = f"adata.obsm[{spatial_key!r}]"
     if spatial_key not in adata.obsm:
@@ -139,6 +143,12 @@ def check_coordinates(adata: AnnData, spatial_key: str) -> np.ndarray:
         raise ValueError(
             f"{where} is NaN or infinite for {bad.size:,} of {adata.n_obs:,} cells, first {adata.obs_names[bad[0]]!r}: "
             "remove these cells or give them coordinates."
+        )
+    largest = float(np.abs(coordinates).max(initial=0.0))
+    if largest > _LARGEST_COORDINATE:
+        raise ValueError(
+            f"{where} has values up to {largest:.4g}, between which distances cannot be computed: divide them, or "
+            "check where they come from."
         )
     return coordinates
 

@@ -88,6 +88,11 @@ def open_rows(matrix: Any, where: str = "adata.X") -> MatrixRows:
         raise TypeError(f"{where} must have two dimensions, cells × genes, found {len(matrix.shape)}.")
     if matrix.dtype.kind not in "buif":
         raise TypeError(f"{where} must hold real numbers, found dtype {matrix.dtype}.")
+    if matrix.dtype == np.float16 and (kind == "sparse" or sparse.issparse(matrix)):
+        raise TypeError(
+            f"{where} is a sparse matrix of float16, with which scipy cannot compute: convert it with "
+            ".astype('float32')."
+        )
     if kind == "memory":
         return _MemoryRows(matrix)
     if kind == "dask":

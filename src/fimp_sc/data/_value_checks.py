@@ -62,6 +62,8 @@ class Samples(NamedTuple):
     code: NDArray[np.int64]
     names: Sequence[str]
     key: str
+# Sums of squares of larger values overflow float32, those of smaller ones are zero there.
+_SMALLEST, _LARGEST = 1e-12, 1e15
 
 
 def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> InputScale:
@@ -112,7 +114,8 @@ def inspect_values(matrix: Any, *, where: str, input_scale: str = "auto", sample
     ValueError
         A CSC matrix in a file; unknown ``input_scale``; infinite values; NaN that do not fill a gene throughout a
         sample; negative ones, unless ``input_scale="real"``; values that are not whole numbers although
-        ``input_scale="counts"``; zeros everywhere.
+        ``input_scale="counts"``; zeros everywhere; values too large or too small for
+        float32.
 
     Warns
     -----
@@ -156,6 +159,12 @@ def inspect_values(matrix: Any, *, where: str, input_scale: str = "auto", sample
         )
     if not found.expressed_in.any() and not found.negative:
         raise ValueError(f"{where} is zero everywhere: pass layer= with the measured expression.")
+    largest = max(found.maximum, -found.minimum)
+    if not _SMALLEST <= largest <= _LARGEST:
+        raise ValueError(
+            f"{where} has {largest:.4g} as its largest value, with which float32 cannot compute: check it, or bring "
+            f"the values into a unit in which the largest is between {_SMALLEST:g} and {_LARGEST:g}."
+        )
     if input_scale == "counts" and found.fractional:
         raise ValueError(
             f"{where} contains {found.count('fractional')} not whole numbers, first at {found.position('fractional')}, "

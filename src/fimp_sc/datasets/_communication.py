@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from fimp_sc._options import checked
 from fimp_sc.datasets._toy import _positions, _source_cells
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ _BURST_SHAPE = 0.6  # gamma shape of what a sender expresses; smaller is more of
 _MOLECULES = 60.0  # mean molecules of the ligand in a sender, and of the receptor in a receiver, before detection
 
 
+@checked
 def toy_communication(n_obs: int = 1000, random_state: int = 0, *, planted: bool = True, n_genes: int = 100) -> AnnData:
     """Build a small tissue offline in which a gene of senders raises a gene of the receivers next to them.
 

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from fimp_sc._options import checked
+
 if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -25,6 +27,7 @@ _SPACING = 10.0  # mean distance between neighbouring cells, micrometres
 _SITES_PER_REGION = 2
 
 
+@checked
 def toy_tissue(n_obs: int = 1500, random_state: int = 0) -> AnnData:
     """Build a small tissue offline: real expression in simulated regions.
 

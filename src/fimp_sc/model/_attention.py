@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from scipy import sparse
 
+from fimp_sc._options import checked
 from fimp_sc.data import BlockDataset, BlockSampler, NodeGraph
 from fimp_sc.data._access import label_text, shorten
 from fimp_sc.model._base import GraphModel
@@ -33,6 +34,7 @@ _GROUPS, _CELLS_PER_GROUP = 100, 10
 class AttentiveModel(GraphModel):
     """A graph model whose attention can be read; nothing is written to the object."""
 
+    @checked
     def get_edge_influence(
         self, adata: AnnData | MuData | None = None, *, layer: int | None = None, batch_size: int | None = None
     ) -> sparse.csr_matrix:
@@ -83,6 +85,7 @@ class AttentiveModel(GraphModel):
             out[np.repeat(start, degree) + within] = value.float().cpu().numpy()
         return sparse.csr_matrix((out, csr.indices[real], indptr), shape=csr.shape)
 
+    @checked
     def get_gene_attention(
         self,
         groups: Sequence[Any] | pd.Series,

@@ -9,11 +9,12 @@ import numpy as np
 from anndata import AnnData
 
 from fimp_sc._draws import name_key
+from fimp_sc._options import checked
 from fimp_sc.data._access import missing_key
 from fimp_sc.model._attention import AttentiveModel
 from fimp_sc.model._build import foundation_network, gene_vectors, sequence_network, sequence_shapes
 from fimp_sc.model._module import FIMPModule
-from fimp_sc.model._predict import PredictiveModel, check_choice
+from fimp_sc.model._predict import PredictiveModel
 from fimp_sc.model._saved import SavedModel
 from fimp_sc.model._seeded import seeded
 from fimp_sc.model._train import TrainableModel
@@ -112,6 +113,8 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
     ------
     CheckpointError
         When files of a foundation model or of gene vectors cannot be used; a :class:`ValueError`.
+    TypeError
+        When an argument is unknown or of another type.
     ValueError
         When an argument is out of its range, or no gene is known to the foundation model.
 
@@ -126,6 +129,7 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
 
     _module_cls = FIMPModule
 
+    @checked
     def __init__(
         self,
         adata: AnnData | MuData | None = None,
@@ -162,11 +166,6 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
         n_latent = (_WIDTH if tables else _WIDTH_SEQUENCES) if n_latent is None else n_latent
         if dropout is None:
             dropout = _DROPOUT if tables else _DROPOUT_LABELS if self.classes else 0.0
-        check_choice("layer", layer, ("practical", "paper"))
-        check_choice("reduce", reduce, ("mean", "sum"))
-        for name, number in (("n_latent", n_latent), ("n_layers", n_layers), ("n_tokens", n_tokens)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, found {number}")
         _check_foundation(foundation, checkpoint, gene_embeddings, architecture)
         if vocabulary_key is not None and foundation is None:
             raise ValueError("vocabulary_key holds ids in the vocabulary of a foundation model: name one, foundation=.")
@@ -261,7 +260,6 @@ def _check_foundation(foundation: str | None, checkpoint: Any, gene_embeddings: 
         if checkpoint is not None:
             raise ValueError(f"checkpoint={str(checkpoint)!r} needs foundation=, the name of the model that it holds.")
         return
-    check_choice("foundation", foundation, ("scgpt", "vit", "brainlm"))
     if gene_embeddings is not None:
         raise ValueError("gene_embeddings are for FIMP-base: a foundation model brings its own. Leave one of them out.")
     if checkpoint is None and architecture is None:

@@ -211,6 +211,8 @@ class StartingModule(BaseModuleClass):
         if n_components < 1 or float(self.value_variance) <= 1.001 * least:
             return
         deviation = np.sqrt(np.maximum(np.asarray(train.power(2).mean(0)).ravel() - mean**2, 0.0))
+        if not deviation.any():
+            return  # all cells are alike
         # Halfway between covariance, where a few strong genes decide, and correlation, where noise does.
         gene_scale = np.sqrt(np.maximum(deviation, 1e-3 * float(deviation.max())))
         scaled = sparse.csr_matrix(train @ sparse.diags(1.0 / gene_scale))

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from fimp_sc._draws import name_key
+from fimp_sc._options import checked
 from fimp_sc.model._decode import decoded_expression
 from fimp_sc.model._fields import X_KEY, ExpressionField, check_known
 from fimp_sc.model._mixture import MixingModel
@@ -41,6 +42,7 @@ class PredictiveModel(MixingModel):
 
     foundation: str | None
 
+    @checked
     def get_latent_representation(
         self,
         adata: AnnData | MuData | None = None,
@@ -77,6 +79,7 @@ class PredictiveModel(MixingModel):
         how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
         return self._collect(adata, indices, _latent, how, untrained=self.foundation is not None)
 
+    @checked
     def predict(
         self,
         adata: AnnData | MuData | None = None,
@@ -122,6 +125,7 @@ class PredictiveModel(MixingModel):
         names = nodes.obs_names if indices is None else nodes.obs_names[np.asarray(indices)]
         return pd.DataFrame(probability, index=names, columns=self.classes)
 
+    @checked
     def get_expression(
         self,
         adata: AnnData | MuData | None = None,
@@ -168,7 +172,6 @@ class PredictiveModel(MixingModel):
         ValueError
             When there is no decoder.
         """
-        check_choice("scale", scale, ("log", "counts"))
         adata = self._validate_anndata(adata)
         table = self._table(adata)
         if table is None:
@@ -204,6 +207,7 @@ class PredictiveModel(MixingModel):
         out[:, known >= 0] = values
         return out
 
+    @checked
     def get_reconstruction(
         self,
         adata: AnnData | MuData | None = None,
@@ -289,9 +293,3 @@ def _bins(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
 def _numbers(module: FIMPModule, outputs: dict[str, Any], batch: Batch, name: str) -> Tensor:
     nodes = batch["sequences"][name]
     return outputs["sequences"][name].float().cpu() * nodes["std"].cpu() + nodes["mean"].cpu()
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError that names the argument unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}")

@@ -10,6 +10,7 @@ from scvi.data import AnnDataManager
 from scvi.data._manager import AnnDataManagerValidationCheck
 from scvi.model.base import BaseModelClass
 
+from fimp_sc._options import checked
 from fimp_sc.data._input_warnings import warn_inputs
 from fimp_sc.data._parts import Part, as_modalities, check_columns, nodes_of, parts_of, registered_keys
 from fimp_sc.model._fields import SEQUENCE_KEY, registered_fields
@@ -51,6 +52,7 @@ class RegisteringModel(BaseModelClass, metaclass=_Listed):
         return [name for name in super().__dir__() if not isinstance(getattr_static(self, name, None), _Absent)]
 
     @classmethod
+    @checked
     def setup_anndata(
         cls,
         adata: AnnData,
@@ -121,6 +123,7 @@ class RegisteringModel(BaseModelClass, metaclass=_Listed):
         cls._register(adata, method_args, kwargs)
 
     @classmethod
+    @checked
     def setup_mudata(
         cls,
         mdata: MuData,
@@ -185,6 +188,8 @@ class RegisteringModel(BaseModelClass, metaclass=_Listed):
         elif sequences is None:
             parts = parts_of(data, modality) if cls._is_object(data) else []
             sequences = [part.name for part in parts if part.is_sequence]
+        if kwargs and "source_registry" not in kwargs:  # with which scvi-tools passes some of its own
+            raise TypeError(f"{method_args['setup_method_name']}() got an unexpected keyword argument {min(kwargs)!r}.")
         if cls._is_object(data):
             check_layer(setup["layer"], parts_of(data, modality))
             own = registered_keys(data, modality)

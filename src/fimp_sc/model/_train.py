@@ -16,6 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fimp_sc._options import checked
 from fimp_sc.data import BlockSplitter, split_by_blocks
 from fimp_sc.model._checkpoint import KeptTraining, training_marks
 from fimp_sc.model._mixture import MixingModel
@@ -79,6 +80,7 @@ class TrainableModel(MixingModel, StartingModel):
     _training_plan_cls = FIMPTrainingPlan
     _train_runner_cls = FIMPTrainRunner
 
+    @checked
     def train(
         self,
         max_epochs: int | None = None,

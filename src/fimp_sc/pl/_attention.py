@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from fimp_sc._options import checked
 from fimp_sc.data._access import missing_key
 from fimp_sc.pl._common import finish
 from fimp_sc.pl._spatial import _MISSING_COLOUR
@@ -27,6 +28,7 @@ _LABELS = {
 _MOST_NUMBERS = 12  # groups whose squares have room for numbers
 
 
+@checked
 def attention(
     adata: AnnData,
     key: str = "fimp_attention",
@@ -79,8 +81,6 @@ def attention(
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    if value not in _LABELS:
-        raise ValueError(f"value must be one of {', '.join(map(repr, _LABELS))}, found {value!r}.")
     result = attention_result(adata, key)
     table = result["groups"]
     names = _names(table)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from fimp_sc._options import checked
 from fimp_sc.data._access import get_graph, get_obs, missing_key
 from fimp_sc.pl._attention import attention_result
 from fimp_sc.pl._common import finish, fit_legends, node_positions
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _THINNEST, _THICKEST = 1.0, 5.0  # points
 
 
+@checked
 def attention_arrows(
     adata: AnnData,
     cell: str | int,

@@ -140,6 +140,8 @@ def gene_columns(names: pd.Index, genes: Sequence[str], where: str) -> NDArray[n
 def read_columns(matrix: Any, where: str, columns: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return columns of a matrix in memory or in a file, dense."""
     kind = storage(matrix)
+    if kind == "memory":
+        open_rows(matrix, where)  # which refuses what is no matrix of real numbers
     pieces: Any = [matrix]
     # By columns scipy, and files of CSC, are read as they are: rows of the latter cannot be.
     if kind in {"dask", "dense"} or (kind == "sparse" and matrix.format == "csr"):

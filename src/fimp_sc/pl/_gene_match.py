@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from fimp_sc._options import checked
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -27,6 +29,7 @@ _STYLES = {
 _LABELLED = 0.045
 
 
+@checked
 def gene_match(
     match: GeneMatch, *, ax: Axes | None = None, show: bool | None = None, return_fig: bool = False
 ) -> Axes | Figure | None:

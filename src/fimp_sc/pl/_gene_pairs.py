@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from fimp_sc._options import checked
 from fimp_sc.data._access import missing_key
 from fimp_sc.pl._attention import attention_result
 from fimp_sc.pl._common import finish
@@ -22,6 +23,7 @@ _LABELS = {"z": "z", "score": "Score", "attention": "Mean attention"}
 _SMALLEST, _LARGEST = 25.0, 190.0  # square points
 
 
+@checked
 def gene_pairs(
     adata: AnnData,
     key: str = "fimp_attention",
@@ -74,10 +76,6 @@ def gene_pairs(
     """
     from matplotlib import pyplot as plt
 
-    if x not in _LABELS:
-        raise ValueError(f"x must be one of {', '.join(map(repr, _LABELS))}, found {x!r}.")
-    if n_top < 1:
-        raise ValueError(f"n_top must be at least 1, found {n_top}.")
     table = attention_result(adata, key)["pairs"]
     chosen = table["fdr"].notna().to_numpy()
     for side, name in (("source_group", source_group), ("destination_group", destination_group)):

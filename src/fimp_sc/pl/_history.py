@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from fimp_sc._options import checked, shown
 
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SPLITS = {"train": "train", "validation": "validation", "val": "validation"}
 _STYLES = {"train": "-", "validation": "--"}
 
 
+@checked
 def history(model: Any, *, ax: Axes | None = None, show: bool = True) -> Axes | None:
     """Plot the training and validation losses of a model per epoch.
 
@@ -34,12 +36,18 @@ def history(model: Any, *, ax: Axes | None = None, show: bool = True) -> Axes | 
 
     Raises
     ------
+    TypeError
+        If there is no history.
     ValueError
         If the model is not trained, or its history holds no losses.
     """
     from matplotlib import pyplot as plt
 
-    curves = _loss_curves(getattr(model, "history", model))
+    record = model if isinstance(model, Mapping) else getattr(model, "history", model)
+    if record is not None and not isinstance(record, Mapping):
+        hint = ": fimp_sc.tl.get_model(adata) returns the model of an object" if hasattr(model, "obs") else ""
+        raise TypeError(f"model must be a trained model or its history, found {shown(model)}{hint}.")
+    curves = _loss_curves(record)
     if ax is None:
         _, ax = plt.subplots(figsize=(5, 3.5), layout="constrained")
     terms = list(dict.fromkeys(term for _, term in curves))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from fimp_sc._options import checked
 from fimp_sc.data._access import in_memory, missing_key
 from fimp_sc.data._adjacency import check_adjacency
 from fimp_sc.data._checks import check_coordinates
@@ -32,6 +33,7 @@ _EDGE = "#9a9a9a"
 _FRAME = "#444444"
 
 
+@checked
 def image_graph(
     mdata: MuData | AnnData,
     *,
@@ -115,10 +117,6 @@ def image_graph(
     from matplotlib.collections import LineCollection
 
     name, adata, info = modality_of_kind(mdata, modality, "patch")
-    if image_size is not None and not 0 < image_size <= 1:
-        raise ValueError(f"image_size must be above 0 and at most 1, a share of the map: found {image_size!r}.")
-    if max_images < 1:
-        raise ValueError(f"max_images must be at least 1, found {max_images!r}: pass images=False for points alone.")
     rows = np.arange(adata.n_obs) if nodes is None else np.unique(node_positions(adata, nodes))
     xy, aspect = _places(adata, info, spatial_key, rows)
     graph = _edges(adata, name, info, connectivities_key, rows) if edges else None

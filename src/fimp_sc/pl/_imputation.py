@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fimp_sc._logging import warn
+from fimp_sc._options import checked
 from fimp_sc.data._access import get_matrix, in_memory, missing_key
 from fimp_sc.data._expression import ExpressionSource, GeneStatistics, used_as_is
 from fimp_sc.data._value_checks import check_values
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+@checked
 def imputation(
     adata: AnnData,
     genes: str | Sequence[str],

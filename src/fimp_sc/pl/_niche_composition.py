@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from fimp_sc._options import checked
 from fimp_sc.data._access import get_obs, missing_key
 from fimp_sc.pl._common import finish, fit_legends
 from fimp_sc.pl._spatial import _palette
@@ -21,6 +22,7 @@ _MAX_ROWS = 18
 _TOO_MANY = 20  # kinds whose colours can be told apart in bars
 
 
+@checked
 def niche_composition(
     adata: AnnData,
     key: str = "fimp_niche",
@@ -69,8 +71,6 @@ def niche_composition(
     from matplotlib import pyplot as plt
     from matplotlib.transforms import ScaledTranslation
 
-    if kind not in {"auto", "bars", "heatmap"}:
-        raise ValueError(f"kind must be 'auto', 'bars' or 'heatmap', found {kind!r}.")
     columns = {}
     for name, advice in ((key, "Run fimp_sc.tl.niches(adata) first, or set key=."), (groupby, "Set groupby=.")):
         if name not in adata.obs:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
+from fimp_sc._options import checked
 from fimp_sc.data._access import get_obs, missing_key
 from fimp_sc.pl._common import as_list, finish, modality_of_kind, node_positions, read_rows
 
@@ -24,6 +25,7 @@ _MEASURED = "#444444"
 _HIDDEN = "#e5e5e5"
 
 
+@checked
 def signals(
     mdata: MuData | AnnData,
     nodes: str | int | Sequence[str | int],

@@ -10,6 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
+from fimp_sc._options import checked
 from fimp_sc._palette import palette
 from fimp_sc.data._access import get_matrix, get_obs, in_memory
 from fimp_sc.pl._common import fit_legends, gene_columns, read_columns
@@ -28,6 +29,7 @@ _LEGEND_WIDTH = 2.4
 _UNKNOWN = "Unknown"
 
 
+@checked
 def spatial(
     adata: AnnData,
     color: str | tuple[str, int] | Sequence[str | tuple[str, int]],

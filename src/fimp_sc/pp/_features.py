@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from fimp_sc._options import checked
 from fimp_sc.data._access import in_memory, missing_key, shorten
 from fimp_sc.data._adjacency import check_adjacency, euclidean_lengths, report_isolated
 from fimp_sc.data._checks import check_anndata, check_coordinates
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@checked
 def features(
     features: Any,
     adjacency: Any = None,
@@ -121,8 +123,8 @@ def features(
     distances = None
     if coordinates is not None:
         points = np.array(by_name(coordinates, nodes, "coordinates", given=named))
-        if len(points) != adata.n_obs:
-            raise ValueError(f"coordinates are of {len(points):,} nodes, but there are {adata.n_obs:,}.")
+        if not points.ndim or len(points) != adata.n_obs:
+            raise ValueError(f"coordinates have the shape {points.shape}, but there are {adata.n_obs:,} nodes.")
         adata.obsm[SPATIAL_KEY] = points
         distances = euclidean_lengths(graph, check_coordinates(adata, SPATIAL_KEY))
     info = {"kind": "feature", "connectivities_key": connectivities_key, "graph": "adjacency"}

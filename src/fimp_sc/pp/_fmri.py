@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from fimp_sc._options import checked
 from fimp_sc.data._adjacency import euclidean_lengths, report_isolated
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY, check_modality_name, make_mudata
 from fimp_sc.data._nodes import by_name, label_columns, label_values, node_names
@@ -28,6 +29,7 @@ LIBRARY_KEY = "recording"
 REGION_KEY = "region"
 
 
+@checked
 def fmri(
     bold: Any,
     *,
@@ -132,7 +134,6 @@ def fmri(
     from anndata import AnnData
 
     check_modality_name(modality)
-    interval = _check_interval(sampling_interval)
     positions = None if coordinates is None else _check_coordinates(coordinates)
     expected = _expected_regions(region_names, positions, connectivity)
     names, signals = read_recordings(bold, recordings, orientation, expected)
@@ -170,8 +171,8 @@ def fmri(
         index=obs_names,
     )
     var = pd.DataFrame(index=[f"t{i}" for i in range(n_times)])
-    if interval is not None:
-        var["time"] = np.arange(n_times) * interval
+    if sampling_interval is not None:
+        var["time"] = np.arange(n_times) * sampling_interval
     adata = AnnData(X=values, obs=obs, var=var)
     distances = None
     if positions is not None:
@@ -182,7 +183,7 @@ def fmri(
         "kind": "signal",
         "library_key": LIBRARY_KEY,
         "graph": parameters["method"],
-        "sampling_interval": interval,
+        "sampling_interval": sampling_interval,
         "train_recordings": parameters.get("train_recordings"),
     }
     mdata = make_mudata(adata, modality, info, graph, distances=distances, parameters=parameters)
@@ -198,18 +199,6 @@ def fmri(
         CONNECTIVITIES_KEY,
     )
     return mdata
-
-
-def _check_interval(interval: Any) -> float | None:
-    if interval is None:
-        return None
-    if isinstance(interval, np.ndarray) and interval.ndim == 0:  # as numpy's own files hold single numbers
-        interval = interval.item()
-    if isinstance(interval, bool) or not isinstance(interval, int | float | np.integer | np.floating):
-        raise TypeError(f"sampling_interval must be a number of seconds, found {interval!r}.")
-    if not (np.isfinite(interval) and interval > 0):
-        raise ValueError(f"sampling_interval must be positive and finite seconds, found {interval!r}.")
-    return float(interval)
 
 
 def _check_coordinates(coordinates: Any) -> NDArray[np.float64]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -89,12 +88,6 @@ def _check_arguments(
     top_fraction: Any,
     threshold: Any,
 ) -> None:
-    if method not in get_args(Method):
-        raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(map(repr, get_args(Method)))}.")
-    if isinstance(n_neighbors, bool) or not isinstance(n_neighbors, Integral):
-        raise TypeError(f"n_neighbors must be a whole number, found {n_neighbors!r}.")
-    if n_neighbors < 1:
-        raise ValueError(f"n_neighbors must be at least 1, found {n_neighbors}.")
     if train_recordings is not None and np.ndim(train_recordings) == 0:
         raise TypeError(f"train_recordings must be a list of names, found {train_recordings!r}.")
     needs = {"structural": ("connectivity", connectivity), "coordinates": ("coordinates", coordinates)}
@@ -119,10 +112,6 @@ def _check_arguments(
         raise ValueError('n_neighbors= does not apply to method="structural": pass top_fraction= or threshold=.')
     if top_fraction is not None and threshold is not None:
         raise ValueError("Pass either top_fraction= or threshold=, not both.")
-    if top_fraction is not None and not 0 < top_fraction <= 1:
-        raise ValueError(f"top_fraction must be above 0 and at most 1, found {top_fraction!r}.")
-    if threshold is not None and not (np.isfinite(threshold) and threshold > 0):
-        raise ValueError(f"threshold must be positive and finite, found {threshold!r}.")
 
 
 def _structural(

@@ -39,9 +39,6 @@ def read_recordings(
     ValueError
         Arrays of the wrong shape, transposed, or of different lengths.
     """
-    if orientation is not None and orientation not in get_args(Orientation):
-        choices = " or ".join(map(repr, get_args(Orientation)))
-        raise ValueError(f"orientation={orientation!r} is unknown: choose {choices}.")
     names, arrays, single = _split(bold, recordings)
     chosen = orientation or ("region_time" if single else "time_region")
     axis = 0 if chosen == "region_time" else 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from fimp_sc._options import checked
 from fimp_sc.data._adjacency import (
     check_adjacency,
     haversine_km,
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_NEIGHBORS = 6
 
 
+@checked
 def images(
     images: Any,
     *,
@@ -119,8 +121,6 @@ def images(
     from anndata import AnnData
 
     check_modality_name(modality)
-    if channels not in {"last", "first"}:
-        raise ValueError(f'channels={channels!r} is unknown: choose "last" or "first".')
     size = _check_size(image_size)
     paths = [images] if isinstance(images, str | Path) else images
     from_files = isinstance(paths, list | tuple | pd.Series | pd.Index | np.ndarray) and _are_paths(paths)
@@ -218,16 +218,9 @@ def _check_places(coordinates: Any, n: int) -> NDArray[np.float64]:
 
 
 def _graph(
-    places: NDArray[np.float64] | None, adjacency: Any, n: int, method: str, n_neighbors: Any, radius_km: Any
+    places: NDArray[np.float64] | None, adjacency: Any, n: int, method: str, n_neighbors: int, radius_km: float | None
 ) -> tuple[csr_matrix, csr_matrix | None, dict[str, Any]]:
     """Return graph, distances and the parameters that made them."""
-    if method not in {"knn", "radius"}:
-        raise ValueError(f"method={method!r} is unknown: choose 'knn' or 'radius'.")
-    if isinstance(n_neighbors, bool) or not isinstance(n_neighbors, int | np.integer):
-        raise TypeError(f"n_neighbors must be a whole number, found {n_neighbors!r}.")
-    if radius_km is not None and (isinstance(radius_km, bool) or not isinstance(radius_km, Real)):
-        raise TypeError(f"radius_km must be a number, found {radius_km!r}.")
-    radius = None if radius_km is None else float(radius_km)
     if adjacency is not None:
         if method != "knn" or n_neighbors != DEFAULT_NEIGHBORS or radius_km is not None:
             raise ValueError("method=, n_neighbors= and radius_km= do not apply where adjacency= is given: drop them.")
@@ -239,18 +232,16 @@ def _graph(
         raise ValueError("A graph needs coordinates= (latitude, longitude) of the images, or adjacency=.")
     if radius_km is None and method == "radius":
         raise ValueError('method="radius" needs radius_km=, a distance in km.')
-    if radius is not None and not (np.isfinite(radius) and radius > 0):
-        raise ValueError(f"radius_km must be positive and finite, found {radius_km!r}.")
     if method == "radius" and n_neighbors != DEFAULT_NEIGHBORS:
         raise ValueError('n_neighbors= only applies to method="knn", but method="radius".')
     if method == "knn" and not 1 <= n_neighbors < n:
         raise ValueError(f"n_neighbors={n_neighbors} must be at least 1 and less than the {n:,} images.")
-    graph, distances = nearest_places(places, None if method == "radius" else int(n_neighbors), radius)
+    graph, distances = nearest_places(places, None if method == "radius" else n_neighbors, radius_km)
     if graph.nnz == 0:
         nearest = "" if n < 2 else f": an image is {_median_nearest(places):.4g} km from its nearest one (median)"
         raise ValueError(f"The graph with radius_km={radius_km!r} has no edges{nearest}. Pass a larger radius.")
     parameters = {"method": method, "n_neighbors": int(n_neighbors) if method == "knn" else None}
-    return graph, distances, {**parameters, "radius_km": radius}
+    return graph, distances, {**parameters, "radius_km": radius_km}
 
 
 def _median_nearest(places: NDArray[np.float64]) -> float:

@@ -12,6 +12,7 @@ from scipy import sparse
 
 from fimp_sc._keys import check_key, new_record
 from fimp_sc._logging import warn
+from fimp_sc._options import checked
 from fimp_sc.data._access import get_matrix, missing_key
 from fimp_sc.data._checks import check_anndata
 from fimp_sc.data._rows import open_rows
@@ -35,6 +36,7 @@ _ENSEMBL_COLUMNS = ("gene_ids", "gene_id", "ensembl_ids", "ensembl_id", "ensembl
 _LOW_SHARE = 0.5
 
 
+@checked
 def match_genes(
     adata: AnnData,
     vocabulary: VocabularySource,

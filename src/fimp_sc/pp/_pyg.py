@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from fimp_sc._options import checked
 from fimp_sc.data._access import get_obs, in_memory, missing_key
 from fimp_sc.data._adjacency import report_isolated
 from fimp_sc.data._modality import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@checked
 def from_pyg(
     data: Data,
     *,
@@ -126,6 +128,7 @@ def from_pyg(
     return mdata
 
 
+@checked
 def to_pyg(
     mdata: MuData | AnnData,
     modality: str | None = None,

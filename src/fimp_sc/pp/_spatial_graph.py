@@ -6,13 +6,14 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from fimp_sc._compat import quiet_squidpy, squidpy_graph_builder
+from fimp_sc._options import checked
 from fimp_sc.data._checks import (
     check_connectivities,
     check_coordinates,
@@ -35,6 +36,7 @@ Method = Literal["knn", "radius", "delaunay", "grid"]
 DEFAULT_NEIGHBORS = 6
 
 
+@checked
 def spatial_graph(
     adata: AnnData,
     *,
@@ -231,13 +233,6 @@ def check_free(adata: AnnData, key_added: str) -> None:
 
 def _builder_arguments(method: str, n_neighbors: Any, radius: Any, n_rings: Any) -> dict[str, Any]:
     """Check the parameters against each other and return those that squidpy's builder takes."""
-    if method not in get_args(Method):
-        raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(map(repr, get_args(Method)))}.")
-    for name, value in (("n_neighbors", n_neighbors), ("n_rings", n_rings)):
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name} must be a whole number, found {value!r}.")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, found {value}.")
     if n_rings != 1 and method != "grid":
         raise ValueError(f'n_rings={n_rings} only applies to method="grid", but method={method!r}.')
     if n_neighbors != DEFAULT_NEIGHBORS and method not in {"knn", "grid"}:

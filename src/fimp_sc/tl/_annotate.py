@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._logging import user_messages
+from fimp_sc._options import checked
 from fimp_sc.tl._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
 from fimp_sc.tl._results import finite_or_raise, placed, record
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fimp_sc.model import FIMP
 
 
+@checked
 def annotate(
     adata: AnnData | MuData,
     labels_key: str,
@@ -37,6 +39,8 @@ def annotate(
     foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
     checkpoint: str | Path | None = None,
     model: FIMP | str | Path | None = None,
+    n_tokens: int | None = None,
+    n_layers: int | None = None,
     max_epochs: int | None = None,
     accelerator: str = "auto",
     random_state: int = 0,
@@ -64,7 +68,9 @@ def annotate(
         Name of the results; ``fimp_{labels_key}`` by default, with "_" for "/".
     gene_embeddings, foundation, checkpoint, model
         As in :func:`embed`.
-    max_epochs, accelerator, random_state, verbose, overwrite, copy, model_kwargs, train_kwargs, inference_kwargs
+    n_tokens, n_layers, max_epochs, accelerator, random_state, verbose, overwrite, copy
+        As in :func:`embed`.
+    model_kwargs, train_kwargs, inference_kwargs
         As in :func:`embed`. A given model must have been trained with labels.
 
     Returns
@@ -99,6 +105,7 @@ def annotate(
             target, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
+            n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         soft = cast("pd.DataFrame", fitted.predict(soft=True, **(inference_kwargs or {})))
         probabilities = soft.to_numpy(dtype=np.float32)

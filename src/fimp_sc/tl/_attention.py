@@ -8,10 +8,10 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._logging import user_messages
+from fimp_sc._options import checked
 from fimp_sc.data._access import get_obs, missing_key
 from fimp_sc.data._parts import nodes_of, parts_of
 from fimp_sc.model._attention import cell_groups, edge_pairs, measured_codes
-from fimp_sc.model._predict import check_choice
 from fimp_sc.tl._attention_genes import check_genes, check_pairs, choose_genes, say_untested
 from fimp_sc.tl._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LEAST_PERMUTATIONS = 10
 
-
+@checked
 def attention(
     adata: AnnData | MuData,
     groupby: str,
@@ -60,6 +59,8 @@ def attention(
     foundation: Literal["scgpt"] | None = None,
     checkpoint: str | Path | None = None,
     model: FIMP | str | Path | None = None,
+    n_tokens: int | None = None,
+    n_layers: int | None = None,
     max_epochs: int | None = None,
     accelerator: str = "auto",
     random_state: int = 0,
@@ -119,7 +120,7 @@ def attention(
         Where to write in ``obsp`` and ``uns``.
     gene_embeddings, foundation, checkpoint, model
         As in :func:`embed`. A stack with ``aggregate="final"`` cannot be read.
-    max_epochs
+    n_tokens, n_layers, max_epochs
         As in :func:`embed`, of a model that is trained now. One that was trained with another before is not used.
     random_state
         Seed of permutations, and of a model that is trained now.
@@ -179,10 +180,6 @@ def attention(
     the planted pair, weighting by it costs power, and covariance alone ranks it first: attention starts out as
     likeness of tokens, and little of what masked expression teaches reaches it.
     """
-    check_choice("null", null, ("neighbours", "labels"))
-    check_choice("statistic", statistic, ("covariance", "content", "attention"))
-    if n_permutations < _LEAST_PERMUTATIONS:
-        raise ValueError(f"n_permutations must be at least {_LEAST_PERMUTATIONS}, found {n_permutations}.")
     unknown = sorted(set(inference_kwargs or {}) - {"batch_size"})
     if unknown:
         raise ValueError(f"inference_kwargs takes 'batch_size' alone, found {', '.join(map(repr, unknown))}.")
@@ -220,6 +217,7 @@ def attention(
             random_state=random_state, same_seed=False, verbose=verbose, model_kwargs=model_kwargs,
             train_kwargs=train_kwargs, gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
             check=check,
+            n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         if not plans:
             check(fitted)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from fimp_sc._logging import user_messages
+from fimp_sc._options import checked
 from fimp_sc.tl._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._models import fitted_model, write_back
 from fimp_sc.tl._results import finite_or_raise, placed, record
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from fimp_sc.model import FIMP
 
 
+@checked
 def embed(
     adata: AnnData | MuData,
     *,
@@ -33,6 +35,8 @@ def embed(
     checkpoint: str | Path | None = None,
     zero_shot: bool = False,
     model: FIMP | str | Path | None = None,
+    n_tokens: int | None = None,
+    n_layers: int | None = None,
     max_epochs: int | None = None,
     accelerator: str = "auto",
     random_state: int = 0,
@@ -90,6 +94,9 @@ def embed(
     model
         A trained model to apply without training: the model, its folder, or its name on the Hugging Face hub. Genes
         are matched by name.
+    n_tokens, n_layers
+        Token budget of a cell, and message-passing layers, of a model that is trained now; see
+        :class:`fimp_sc.model.FIMP`.
     max_epochs
         Upper limit of epochs; by default about 600 steps, and up to four times as many from 4,000 cells on, with early
         stopping.
@@ -119,9 +126,11 @@ def embed(
     ------
     KeyError
         When a key is missing.
+    TypeError
+        When an argument is unknown or of another type.
     ValueError
-        When values or graph cannot be used, or files of a foundation model or of gene vectors; or ``key_added`` has a
-        slash, or is the name of something that would be lost (see ``overwrite``).
+        When an argument is out of range, values or graph cannot be used, or files of a foundation model or of gene
+        vectors; or ``key_added`` has a slash, or is the name of something that would be lost (see ``overwrite``).
     """
     adata = copied(adata) if copy else adata
     target, inputs = choose(
@@ -137,6 +146,7 @@ def embed(
             target, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint, zero_shot=zero_shot,
+            n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         embedding = fitted.get_latent_representation(**(inference_kwargs or {}))
         finite_or_raise(embedding, "embedding")

@@ -7,6 +7,7 @@ import numpy as np
 from scipy import sparse
 
 from fimp_sc._logging import user_messages
+from fimp_sc._options import checked
 from fimp_sc.data._access import missing_key
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import expand_rows, parts_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@checked
 def impute(
     adata: AnnData | MuData,
     *,
@@ -47,6 +49,8 @@ def impute(
     foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
     checkpoint: str | Path | None = None,
     model: FIMP | str | Path | None = None,
+    n_tokens: int | None = None,
+    n_layers: int | None = None,
     max_epochs: int | None = None,
     accelerator: str = "auto",
     random_state: int | None = None,
@@ -85,7 +89,7 @@ def impute(
         Where to write in ``layers`` (all genes) or ``obsm`` (with ``genes``), and in ``uns``.
     gene_embeddings, foundation, checkpoint, model
         As in :func:`embed`.
-    max_epochs, random_state
+    n_tokens, n_layers, max_epochs, random_state
         As in :func:`embed`, of a model that is trained now. One that was trained with others before is not used.
     accelerator, verbose, overwrite, copy, model_kwargs, train_kwargs, inference_kwargs
         As in :func:`embed`.
@@ -133,7 +137,7 @@ def impute(
             target, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             hidden=masks, gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
-            genes=genes,
+            genes=genes, n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         predicted = [
             (part, _predicted(fitted, part, genes, scale, masks.get(part.name), inference_kwargs or {}))

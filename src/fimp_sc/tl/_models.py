@@ -17,6 +17,7 @@ from anndata import AnnData, ImplicitModificationWarning
 from scipy import sparse
 
 from fimp_sc._keys import last_record
+from fimp_sc._options import checked
 from fimp_sc.data._access import shorten
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import nodes_of, parts_of
@@ -77,6 +78,8 @@ def fitted_model(
     foundation: str | None = None,
     checkpoint: str | Path | None = None,
     zero_shot: bool = False,
+    n_tokens: int | None = None,
+    n_layers: int | None = None,
     genes: Sequence[str] | None = None,
     check: Callable[[FIMP], Any] | None = None,
 ) -> FIMP:
@@ -87,6 +90,10 @@ def fitted_model(
     modality. A model is trained only if it will know ``genes``, and if ``check`` of it raises nothing.
     """
     what = {"gene_embeddings": gene_embeddings, "foundation": foundation, "checkpoint": checkpoint}
+    what |= {"n_tokens": n_tokens, "n_layers": n_layers}
+    both = sorted(name for name, value in what.items() if value is not None and name in (model_kwargs or {}))
+    if both:
+        raise ValueError(f"{both[0]} is given twice, by itself and in model_kwargs: leave one out.")
     arguments = {name: value for name, value in what.items() if value is not None} | (model_kwargs or {})
     train_kwargs = dict(train_kwargs or {})
     twice = train_kwargs.pop("max_epochs", None)
@@ -217,6 +224,7 @@ def write_back(adata: AnnData | MuData, work: AnnData | MuData, inputs: Inputs, 
     _models[address] = _Remembered(reference, _marks(work, inputs), model)
 
 
+@checked
 def get_model(adata: AnnData | MuData, modality: str | Sequence[str] | None = None) -> FIMP:
     """Return the model that the last call of ``tl`` trained on, or used for, this object in this session.
 

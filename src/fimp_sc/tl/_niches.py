@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -11,6 +10,7 @@ from anndata import ImplicitModificationWarning
 
 from fimp_sc._keys import check_key, last_record, new_record
 from fimp_sc._logging import user_messages
+from fimp_sc._options import checked
 from fimp_sc._palette import palette
 from fimp_sc.data._access import get_obs, in_memory, label_text, missing_key
 from fimp_sc.data._checks import check_object
@@ -31,6 +31,7 @@ Method = Literal["mixture", "leiden"]
 Covariance = Literal["tied", "full", "diag", "spherical"]
 
 
+@checked
 def niches(
     adata: AnnData | MuData,
     n_niches: int | None = None,
@@ -131,9 +132,6 @@ def niches(
     check_key(key_added, "tl.niches", target, reads, overwrite=overwrite)
     if smooth is None:
         smooth = int(method == "mixture")
-    _check_choices(method, smooth, covariance_type, n_seeds, random_state)
-    if n_components is not None and (not _is_whole(n_components) or n_components < 1):
-        raise ValueError(f"n_components must be a whole number of at least 1, or None; found {n_components!r}.")
     raw = _representation(target, use_rep)
     numbers = _numbers(n_niches, n_range, len(raw) if n_niches is not None or method == "leiden" else len(raw) // 2)
     labels = None if labels_key is None else _labels(target, labels_key)
@@ -207,16 +205,6 @@ def niches(
     return target if copy else None
 
 
-def _check_choices(method: Any, smooth: Any, covariance_type: Any, n_seeds: Any, random_state: Any) -> None:
-    choices = {"method": (method, Method), "covariance_type": (covariance_type, Covariance)}
-    for name, (value, allowed) in choices.items():
-        if value not in get_args(allowed):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(allowed)))}; found {value!r}.")
-    for name, value, smallest in (("smooth", smooth, 0), ("n_seeds", n_seeds, 2), ("random_state", random_state, 0)):
-        if not _is_whole(value) or value < smallest:
-            raise ValueError(f"{name} must be a whole number of at least {smallest}, found {value!r}.")
-
-
 def _representation(adata: Any, key: str) -> NDArray[np.float64]:
     """Return a representation in memory, ``(n_obs, n_features)``."""
     if key not in adata.obsm:
@@ -250,25 +238,19 @@ def _components(values: NDArray[np.float64], n_components: int | None) -> NDArra
     return scores
 
 
-def _numbers(n_niches: Any, n_range: Any, limit: int) -> list[int]:
+def _numbers(n_niches: int | None, n_range: tuple[int, int], limit: int) -> list[int]:
     """Return the numbers of niches to try, at most ``limit``."""
     if n_niches is not None:
-        if not _is_whole(n_niches) or not 2 <= n_niches <= limit:
-            raise ValueError(
-                f"n_niches must be a whole number from 2 to the number of cells, {limit:,}; found {n_niches!r}."
-            )
-        return [int(n_niches)]
+        if n_niches > limit:
+            raise ValueError(f"n_niches must be at most the number of cells, {limit:,}, found {n_niches}.")
+        return [n_niches]
     low, high = n_range
-    if not (_is_whole(low) and _is_whole(high) and 2 <= low <= min(high, limit)):
+    if low > limit:
         raise ValueError(
-            f"n_range must be two whole numbers, the smaller one from 2 to {max(limit, 2):,} (half of the cells for "
-            f"mixtures): found {n_range!r}. Pass n_niches= to set the number."
+            f"n_range must start at {limit:,} or below, which is the number of cells, and half of it for mixtures: "
+            f"found {n_range!r}. Pass n_niches= to set the number."
         )
-    return list(range(int(low), min(int(high), limit) + 1))
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral)
+    return list(range(low, min(high, limit) + 1))
 
 
 def _labels(adata: Any, key: str) -> pd.Series:
