@@ -10,6 +10,7 @@ from scipy import sparse
 from scipy.optimize import nnls
 from torch import nn
 
+from fimp_sc._draws import uniform
 from fimp_sc.data import GeneStatistics
 from fimp_sc.model import FIMPModule
 from fimp_sc.model._smoother import linear_smoother
@@ -133,10 +134,14 @@ def make_smoother_problem(seed: int, n=40, genes=8, k=4) -> dict:
     }
 
 
+def hidden_entries(values: np.ndarray, random_state: int) -> np.ndarray:
+    return uniform(random_state, *map(np.arange, values.shape)) < 0.15
+
+
 def fit_by_brute_force(cells, around, mean, encode, decode, n_neighbourhood, random_state) -> tuple[list, list]:
     """Non-negative least squares over the list of all hidden entries, one component at a time."""
     centred = cells - mean
-    hidden = np.random.default_rng(random_state).random(centred.shape) < 0.15
+    hidden = hidden_entries(centred, random_state)
     row, gene = np.nonzero(hidden)
     scores = np.where(hidden, 0.0, centred) @ encode / 0.85, (around - mean) @ encode
     own, neighbours = [], []
@@ -230,7 +235,7 @@ def test_components_that_tell_something_are_counted() -> None:
     for seed in range(100):
         problem = make_smoother_problem(seed)
         encode, decode, centred = problem["encode"], problem["decode"], problem["cells"] - problem["mean"]
-        hidden = np.random.default_rng(seed).random(centred.shape) < 0.15
+        hidden = hidden_entries(centred, seed)
         row, gene = np.nonzero(hidden)
         scores = (np.where(hidden, 0.0, centred) @ encode / 0.85)[row] * decode[gene]
         square = (scores**2).sum(0)
