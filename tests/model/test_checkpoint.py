@@ -123,6 +123,14 @@ def test_it_does_not_matter_where_a_training_stopped(tissue, make_model, train, 
     assert_same(train(make_model(tissue, setup), checkpoint=tmp_path / "kept", **how), whole)
 
 
+def test_the_best_weights_may_be_older_than_the_checkpoint(tissue, make_model, train, tmp_path) -> None:
+    setup, how = {"labels_key": "label"}, {**HOW, "early_stopping": False, "plan_kwargs": {"lr": 10.0, "lr_head": 10.0}}
+    whole = train(make_model(tissue.copy(), setup), **how)
+    assert whole.history["validation_loss"]["validation_loss"].astype(float).to_numpy().argmin() < 2
+    stopped(train, make_model(tissue.copy(), setup), tmp_path, 2, **how)
+    assert_same(train(make_model(tissue, setup), checkpoint=tmp_path, **how), whole)
+
+
 def test_a_training_that_stopped_early_is_not_gone_on_with(tissue, make_model, train, tmp_path, caplog) -> None:
     """But for the last epoch, however often it is called."""
     how = {"max_epochs": 30, "validation_size": 0.3, "early_stopping_patience": 1}

@@ -152,10 +152,10 @@ class TrainableModel(MixingModel, StartingModel):
             steps, from 5e-4 to 8e-3 (4e-3 with labels), and so does ``lr_loadings``, from 2e-3.
         checkpoint
             Folder for ``training.ckpt``, a checkpoint of Lightning that is written after every epoch. Where the folder
-            holds one, that training is gone on with, to the result that it would have had without the stop: the same
-            call again loses no more than the epoch in which the first was killed or interrupted. The file stays when
-            the training is over. It is read as tensors and plain values, so no code in it is run; the state of
-            callbacks of your own must be of these.
+            holds one, that training is gone on with: the same call again loses no more than the epoch in which the
+            first was killed or interrupted. On one device the result is that of a training without the stop; several
+            share the blocks of an epoch in another way then. The file stays when the training is over. It is read as
+            tensors and plain values, so no code in it is run; the state of callbacks of your own must be of these.
         **trainer_kwargs
             Passed to :class:`scvi.train.Trainer` and so to Lightning.
 
