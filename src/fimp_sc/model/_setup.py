@@ -55,6 +55,9 @@ class RegisteringModel(BaseModelClass):
             Column of ``obs`` with technical batches: expression is centred per batch. Defaults to ``library_key``.
         library_key
             Column of ``obs`` with samples. No edge may join two of them. Defaults to what the object itself names.
+            Genes that are NaN throughout a sample were not measured in it, and neither were those that are zero
+            throughout although others show them so often that chance cannot explain it, as after
+            ``ad.concat(join="outer")``; a warning counts them. Without it ``batch_key`` tells the samples.
         connectivities_key
             Graph in ``obsp``, row = destination. Any non-zero entry is an edge; models with ``use_weights=True`` also
             use its weight.
@@ -65,7 +68,7 @@ class RegisteringModel(BaseModelClass):
             What the values are: ``"counts"`` (non-negative integers), ``"normalized"`` (non-negative reals), both
             scaled to a common total and ``log1p`` transformed inside; ``"log"`` (log-normalised already, used as
             they are); ``"real"`` (any numbers, used as they are). ``"auto"`` decides from the values of expression,
-            and takes features as real.
+            logs what it decided, warns where that is a guess, and takes features as real.
 
         Raises
         ------
