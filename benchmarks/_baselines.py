@@ -14,7 +14,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-from _common import library, log_normalise, neighbours, totals
+from _common import as_seen, library, log_normalise, neighbours, totals
 from _harness import Fit, Method, Run
 from _problems import HIDDEN, Annotation, Masked
 from _smoothing import SMOOTHED, best_share, smooth
@@ -154,7 +154,7 @@ def ridge(
     sets = np.random.default_rng(seed).permutation(x.shape[1]) % n_sets
     for s in range(n_sets):
         genes = sets == s
-        own = pca.transform(np.where(genes, pca.mean_, dense))
+        own = pca.transform(np.where(genes, pca.mean_, as_seen(dense, ~genes)))
         model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 4, 9)))
         out[:, genes] = model.fit(np.hstack([own, near_train]), dense[:, genes]).predict(test)
     return out

@@ -136,8 +136,8 @@ def sections(adata, library_key: str | None) -> np.ndarray | None:
     return None if library_key is None else adata.obs[library_key].astype(str).to_numpy()
 
 
-def log_normalise(x, target: float) -> sp.csr_matrix:
-    """log(1 + x / total of the cell * target), float32 CSR (n_obs, n_vars)."""
+def log_normalise(x, target: float | np.ndarray) -> sp.csr_matrix:
+    """log(1 + x / total of the cell * target), float32 CSR (n_obs, n_vars); one target or that of each cell."""
     x = sp.csr_matrix(x, dtype=np.float64, copy=True)
     x = sp.csr_matrix(sp.diags(target / np.maximum(totals(x), 1e-12)) @ x)
     x.data = np.log1p(x.data)
@@ -147,6 +147,18 @@ def log_normalise(x, target: float) -> sp.csr_matrix:
 def totals(x) -> np.ndarray:
     """Sum of each row, shape (n_obs,)."""
     return np.asarray(x.sum(axis=1)).ravel()
+
+
+def as_seen(values: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Log-normalised values (n, g) of whole cells, scaled anew by totals of visible ones: what is hidden must not show.
+
+    Visible values then have the part of a total that their genes have in all cells.
+    """
+    linear = np.expm1(values)
+    share = linear.mean(axis=0) / linear.mean(axis=0).sum()
+    total = (linear * visible).sum(axis=1)
+    wanted = np.median(linear.sum(axis=1)) * (np.broadcast_to(visible, linear.shape) @ share)
+    return np.log1p(linear * np.where(total > 0, wanted / np.maximum(total, 1e-12), 1)[:, None]).astype(np.float32)
 
 
 def neighbours(coordinates: np.ndarray, k: int, lib: np.ndarray | None = None) -> sp.csr_matrix:

@@ -139,7 +139,7 @@ def annotate(problem: Annotation, run: Run, variant: Variant) -> Fit:
 def masked(problem: Masked, run: Run, variant: Variant) -> Fit:
     """Expression of the test cells, (n_test, n_vars)."""
     part = _graphs(problem.adata[~problem.test], problem, run, variant)
-    model, fit = train(part, run, variant, library_key=problem.library_key, input_scale="log")
+    model, fit = train(part, run, variant, library_key=problem.library_key, layer="linear")
     whole = _apply(model, _graphs(problem.adata, problem, run, variant))
     how = {"indices": np.flatnonzero(problem.test), "hidden": problem.hidden, "scale": "log"}
     return replace(fit, values=np.asarray(whole.get_expression(**how)))

@@ -45,6 +45,8 @@ def graph_of(adata, library_key: str | None) -> networks.Graph:
 class Inputs:
     """Log-normalised values around the gene means with 0 where hidden, or their scores on principal components.
 
+    Cells are scaled by what is visible of them, so that their totals tell nothing of the rest.
+
     Means, components and the scale of the scores are those of the training cells; the scores are what is left of
     the sum of a cell's genes, so an entry that is hidden counts as the gene mean. All genes are in the order `genes`.
 
@@ -57,6 +59,9 @@ class Inputs:
     def __init__(self, train: sp.csr_matrix, genes: np.ndarray, kind: str) -> None:
         self.genes = genes
         self.mean = np.asarray(train[:, genes].mean(axis=0), np.float32).ravel()
+        linear = np.expm1(train[:, genes].toarray())
+        self.target = float(np.median(linear.sum(axis=1)))
+        self.share = torch.from_numpy((linear.mean(axis=0) / linear.mean(axis=0).sum()).astype(np.float32))
         self.components = None
         if kind == "PCs":
             components = fit_pca(train[:, genes], N_PCS).components_.T.astype(np.float32)
@@ -70,7 +75,11 @@ class Inputs:
 
     def __call__(self, centred: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Features (n, width) of centred values where `hidden`, boolean, are not seen."""
-        shown = centred.masked_fill(hidden, 0)
+        mean = torch.from_numpy(self.mean)
+        linear = torch.expm1(centred + mean).masked_fill_(hidden, 0)
+        total, wanted = linear.sum(1), self.target * (1 - hidden.float() @ self.share)
+        linear *= torch.where(total > 0, wanted / total.clamp(min=1e-12), 1.0)[:, None]
+        shown = torch.log1p(linear).sub_(mean).masked_fill_(hidden, 0)
         return shown if self.components is None else shown @ self.components
 
 

@@ -62,7 +62,8 @@ class Masked:
     Attributes
     ----------
     adata
-        ``X``: log-normalised float32 CSR, 0 where hidden.
+        ``layers["linear"]``: as in the file, 0 where hidden. ``X``: log-normalised float32 CSR, 0 where hidden, by
+        totals of visible values over the share of a total that their genes have in the training cells.
     test
         (n_obs,) bool, cells that are scored. Methods are trained on the others, with a graph of these alone.
     hidden
@@ -126,19 +127,23 @@ def hide(n_obs: int, n_vars: int, test: np.ndarray, seed: int) -> sp.csr_matrix:
 
 
 def hidden_expression(data: str, folder: Path, seed: int) -> tuple[Masked, Scores]:
-    """15 % of the entries of the cells in held-out blocks."""
+    """15 % of the entries of the cells in held-out blocks; the truth is log-normalised by totals of whole cells."""
     section = load(data, folder)
     test = folds(spatial_block_ids(section, data, seed), 5, seed) == 0
     # A gene without expression in the training cells cannot be learnt by any method.
     adata = section[:, np.asarray(section.X[~test].sum(axis=0)).ravel() > 0].copy()
     del adata.obs["label"], adata.obs["cell_type"]
-    full = log_normalise(adata.X, float(np.median(totals(adata.X[~test]))))
+    target = float(np.median(totals(adata.X[~test])))
+    full = log_normalise(adata.X, target)
     hidden = hide(*adata.shape, test, seed)
     mask = hidden[test].toarray()
     truth = full[test].toarray()[mask]
     mean = np.broadcast_to(np.asarray(full[~test].mean(axis=0)).ravel(), mask.shape)[mask]
-    adata.X = sp.csr_matrix(full - full.multiply(hidden))
-    adata.X.eliminate_zeros()
+    seen = sp.csr_matrix(adata.X - adata.X.multiply(hidden))
+    seen.eliminate_zeros()
+    share = np.asarray(seen[~test].sum(axis=0), np.float64).ravel()
+    adata.layers["linear"] = seen
+    adata.X = log_normalise(seen, target * (1 - hidden @ (share / share.sum())))
     problem = Masked(data, adata, test, hidden, DATA[data].library_key)
     return problem, lambda predicted: expression_scores(truth, predicted[mask], mean)
 

@@ -614,6 +614,7 @@ OPTIONS: dict[str, Rule | None] = {
     "signals.key": Text("the name of a key", none=True),
     "key_added": _KEY,
     "input_scale": Choice(_SCALES),
+    "center": Choice(("training", "batch")),
     # tools
     "zero_shot": Flag(),
     "model": Model(),

@@ -63,6 +63,7 @@ def test_hidden_values_do_not_reach_the_prediction(fimp, run, small):
     assert first.parameters > 10_000
     other = small.adata.copy()
     other.X = (other.X + 3 * small.hidden.astype(np.float32)).tocsr()
+    other.layers["linear"] = (other.layers["linear"] + 3 * small.hidden.astype(np.float32)).tocsr()
     changed = fimp.masked(type(small)("toy", other, small.test, small.hidden, small.library_key), run, fimp.Variant())
     np.testing.assert_allclose(first.values, changed.values, atol=1e-5)
 

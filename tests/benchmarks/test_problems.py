@@ -81,7 +81,12 @@ def test_hidden_entries_are_gone_and_scored(problems, common, toy):
     genes = problem.adata.var_names
     target = float(np.median(common.totals(toy[~problem.test, genes].X)))
     full = common.log_normalise(toy[:, genes].X, target).toarray()
-    np.testing.assert_allclose(x, np.where(hidden, 0, full), rtol=1e-6)
+    counts = np.where(hidden, 0, toy[:, genes].X.toarray())
+    np.testing.assert_array_equal(problem.adata.layers["linear"].toarray(), counts)
+    share = counts[~problem.test].sum(0) / counts[~problem.test].sum()
+    seen = counts / counts.sum(1, keepdims=True) * target * (~hidden @ share)[:, None]
+    np.testing.assert_allclose(x, np.log1p(seen), rtol=1e-5)
+    np.testing.assert_allclose(x[~problem.test], full[~problem.test], rtol=1e-5)
     assert score(full[problem.test])["r2_gene"] == pytest.approx(1)
     noise = full[problem.test] + 5 * ~hidden[problem.test]  # visible entries are not scored
     assert score(noise)["r2_gene"] == pytest.approx(1)

@@ -57,6 +57,20 @@ def test_folds_keep_blocks_whole(common):
     assert np.bincount(fold).tolist() == [14] * 5
 
 
+def test_what_is_hidden_does_not_show_in_the_scale(common):
+    rng = np.random.default_rng(0)
+    counts, visible = rng.poisson(4.0, (30, 8)), rng.random((30, 8)) < 0.6
+    values = common.log_normalise(counts, 32.0).toarray()
+    linear = np.expm1(values)
+    share = linear.sum(0) / linear.sum()
+    got = common.as_seen(values, visible)
+    total = np.where(visible, np.expm1(got), 0).sum(1)
+    np.testing.assert_allclose(total, 32.0 * (visible @ share), rtol=1e-4)
+    there = visible & (linear > 0)
+    ratio = np.where(there, np.expm1(got) / np.where(there, linear, 1), np.nan)
+    np.testing.assert_allclose(np.nanmin(ratio, 1), np.nanmax(ratio, 1), rtol=1e-4)
+
+
 def test_log_normalise(common):
     got = common.log_normalise(np.array([[1.0, 3.0], [0.0, 2.0]]), target=4.0).toarray()
     np.testing.assert_allclose(got, np.log1p([[1.0, 3.0], [0.0, 4.0]]), rtol=1e-6)

@@ -25,6 +25,7 @@ FORMATS = {
 }
 N_OBS, N_GENES = 40, 11
 EVERYTHING = np.arange(N_OBS)
+ONE_BATCH = np.zeros(N_OBS, dtype=np.int64)
 SAME = np.arange(N_GENES)
 
 
@@ -177,7 +178,7 @@ def test_hidden_entries_are_not_observed_and_do_not_move_the_centres(kind: str, 
     def make(matrix):
         mask = sparse.csr_matrix(hidden) if hidden_kind == "csr" else hidden
         return ExpressionSource(
-            FORMATS[kind](matrix[:, order]), np.argsort(order), "log", statistics, hidden=mask[:, order]
+            FORMATS[kind](matrix[:, order]), np.argsort(order), "log", statistics, ONE_BATCH, mask[:, order]
         )
 
     a, b = make(values), make(other)
@@ -466,7 +467,7 @@ def test_an_outer_join_equals_its_sections(kind: str, filled: float, with_hidden
         columns = np.full(N_GENES, -1)
         columns[genes] = np.arange(len(genes))
         own = ExpressionSource(
-            FORMATS[kind](counts()[np.ix_(cells, genes)]), columns, "counts", statistics,
+            FORMATS[kind](counts()[np.ix_(cells, genes)]), columns, "counts", statistics, np.zeros(len(cells), int),
             hidden=hidden[np.ix_(cells, genes)] if with_hidden else None,
         )  # fmt: skip
         here = np.arange(len(cells))

@@ -12,7 +12,7 @@ from fimp_sc._logging import warn
 from fimp_sc.data._rows import open_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -232,7 +232,7 @@ class ExpressionSource:
         row, mask = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr)), pattern.numpy()
         data = np.expm1(rows.data)
         kept = shown.ravel().take(mask.take(row) * shown.shape[1] + rows.indices)
-        total = np.bincount(row, data * kept, minlength=rows.shape[0])
+        total = np.bincount(row, data * kept, minlength=rows.shape[0]).astype(np.float64)
         data *= _factor(total, self.target_sum * share[mask]).take(row)
         return sparse.csr_matrix((np.log1p(data, out=data), rows.indices, rows.indptr), shape=rows.shape)
 
@@ -342,7 +342,8 @@ class ExpressionSource:
 
     def _seen(self, nodes: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return in how many of the nodes of each panel a gene is visible, ``(n_panels, n_genes)``."""
-        seen = np.bincount(self.panel[nodes], minlength=len(self.measured))[:, None] * self.measured.astype(np.float64)
+        number = np.bincount(self.panel[nodes], minlength=len(self.measured)).astype(np.float64)
+        seen = number[:, None] * self.measured
         if self._hidden is not None:
             self._add_by_panel(seen, -self._hidden[nodes].astype(np.float64), nodes)
         return seen
@@ -350,10 +351,9 @@ class ExpressionSource:
     def _visible_share(self, fraction: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the ``(n_obs,)`` share of a total that the visible genes of each cell are expected to have."""
         # Less what is not seen: exactly 1 where all is.
-        share = 1.0 - (~self.measured @ fraction.astype(np.float64))[self.panel]
-        if self._hidden is not None:
-            share = np.maximum(share - self._hidden.astype(np.float64) @ fraction.astype(np.float64), 0.0)
-        return share
+        part = fraction.astype(np.float64)
+        share = 1.0 - (~self.measured @ part)[self.panel]
+        return share if self._hidden is None else np.maximum(share - self._hidden.astype(np.float64) @ part, 0.0)
 
     def _factors_and_centers(self, statistics: GeneStatistics) -> NDArray[np.float32]:
         n_batches = int(self.batch.max()) + 1
@@ -425,7 +425,7 @@ def _check_total(found: float, expected: float) -> None:
         )
 
 
-def _apply(block: Any, function: np.ufunc) -> Any:
+def _apply(block: Any, function: Callable[[Any], Any]) -> Any:
     """Apply a function that keeps zeros."""
     if not sparse.issparse(block):
         return function(block)

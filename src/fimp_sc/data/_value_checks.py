@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
@@ -334,7 +335,7 @@ def _warn_lacking(lacking: np.ndarray, samples: Samples | None, where: str) -> N
         warn(f"{int(lacking.sum()):,} of {n_vars:,} genes are NaN in {where} throughout: they count as not measured.")
         return
     number = lacking.sum(1)
-    each = [f"{number[i]:,} in {samples.names[i]!r}" for i in np.flatnonzero(number)]
+    each = [f"{number[i]:,} in {samples.names[i]!r}" for i in np.flatnonzero(number).tolist()]
     warn(
         f"Some of the {n_vars:,} genes are zero or NaN in {where} throughout a sample of obs[{samples.key!r}], as in "
         f"an outer join of panels: {shorten(each)}. They count as not measured there: no tokens, no part in totals and "
@@ -373,7 +374,7 @@ def _resolve_fractional(matrix: Any, found: _Findings, where: str) -> InputScale
 
     high = found.maximum > LOG_MAXIMUM
     linear, roots = _multiples(rows), _multiples(undone(np.square))
-    before = [] if high else [undone(lambda x, base=base: np.expm1(x * np.log(base))) for base in (np.e, 2.0, 10.0)]
+    before = [] if high else [undone(partial(_unlogged, base=base)) for base in (np.e, 2.0, 10.0)]
     logarithms = max(map(_multiples, before), default=0.0)
     # A small logarithm hardly differs from what it was taken of: what fits better counts.
     if max(linear, logarithms) > _MOST and linear != logarithms:
@@ -398,6 +399,10 @@ def _resolve_fractional(matrix: Any, found: _Findings, where: str) -> InputScale
         "that are no expression."
     )
     return scale
+
+
+def _unlogged(values: Any, base: float) -> Any:
+    return np.expm1(values * np.log(base))
 
 
 def _multiples(rows: sparse.csr_matrix) -> float:

@@ -153,7 +153,9 @@ class PredictiveModel(MixingModel):
             total of each cell (for input on the log scale: ``expm1``). Not negative.
         hidden
             ``(n_obs, n_vars)`` boolean, True for entries that the model must not see; of several modalities a row for
-            each node of the whole object.
+            each node of the whole object. Cells are scaled by totals of what is visible, over the share that these
+            genes have in training; predictions are on the scale of whole cells. Values on the log scale are used as
+            they are, and carry the totals that they were normalized with: pass counts.
         decoder
             Read values with the expression decoder of the foundation model instead of the head that training fits;
             possible without training. Every gene becomes a token with a hidden value, so that cost grows with the

@@ -87,6 +87,9 @@ class RegisteringModel(BaseModelClass, metaclass=_Listed):
             ``library_key``.
         library_key
             Column of ``obs`` with samples. No edge may join two of them. Defaults to what the object itself names.
+            Genes that are NaN throughout a sample were not measured in it, and neither were those that are zero
+            throughout although others show them so often that chance cannot explain it, as after
+            ``ad.concat(join="outer")``; a warning counts them. Without it ``batch_key`` tells the samples.
         connectivities_key
             Graph in ``obsp``, row = destination. Any non-zero entry is an edge; models with ``use_weights=True`` also
             use its weight.
@@ -97,7 +100,7 @@ class RegisteringModel(BaseModelClass, metaclass=_Listed):
             What the values are: ``"counts"`` (non-negative integers), ``"normalized"`` (non-negative reals), both
             scaled to a common total and ``log1p`` transformed inside; ``"log"`` (log-normalised already, used as
             they are); ``"real"`` (any numbers, used as they are). ``"auto"`` decides from the values of expression,
-            and takes features as real.
+            logs what it decided, warns where that is a guess, and takes features as real.
         center
             What is subtracted from the expression of each gene: ``"training"``, its mean over all training cells, so
             that results of a cell do not depend on which other cells the object holds; or ``"batch"``, its mean over
@@ -173,8 +176,6 @@ class RegisteringModel(BaseModelClass, metaclass=_Listed):
     @classmethod
     def _register(cls, data: AnnData | MuData, method_args: dict[str, Any], kwargs: dict[str, Any]) -> None:
         setup = method_args["setup_args"]
-        if setup["center"] not in ("training", "batch"):
-            raise ValueError(f"center must be one of 'training', 'batch', found {setup['center']!r}")
         modality = setup.get("modality")
         if modality is not None:
             setup["modality"] = as_modalities(modality)

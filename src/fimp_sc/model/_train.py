@@ -126,7 +126,8 @@ class TrainableModel(MixingModel, StartingModel):
             Cells of each part, instead of ``validation_size``. Cells in neither are seen as neighbours only.
         hidden
             Values that are kept for tests: neither shown nor learnt from. As in :meth:`get_expression` or
-            :meth:`get_reconstruction`; of several modalities a dictionary by name. Totals of cells include them.
+            :meth:`get_reconstruction`; of several modalities a dictionary by name. Totals of cells are of what is
+            visible, also where genes are masked to learn from.
         batch_size
             Destinations per step; by default 64 to 256, so that an epoch has at least some 24 steps; of signals whole
             recordings.

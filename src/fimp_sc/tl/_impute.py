@@ -82,7 +82,9 @@ def impute(
         images, of an entry of ``obsm``); of several modalities the name, under which each of them may hold its own. Of
         expression ``(n_obs, n_vars)``, of signals ``(n_obs, n_times)``, of images ``(n_obs, height, width)``. Segments
         and patches that are not hidden are predicted in turn, each while it is hidden; genes are predicted as they are
-        seen. A given ``model`` is used as it is, whatever it was trained on.
+        seen. Totals of cells are of what is visible; of log-normalized values, which are used as they are, those that
+        they were made with. Predictions are on the scale of whole cells. A given ``model`` is used as it is, whatever
+        it was trained on.
     modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
         As in :func:`embed`.
     key_added

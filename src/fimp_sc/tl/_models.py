@@ -171,7 +171,9 @@ def fitted_model(
         return fresh
     usual = {"max_epochs": max_epochs, "accelerator": accelerator, "enable_progress_bar": verbose}
     fresh.train(**usual | ({"hidden": hidden} if hidden else {}) | train_kwargs)
-    _trainings[fresh] = _Training(marks, max_epochs, arguments, train_kwargs, unseen)
+    # A folder that keeps a training is that of this one alone.
+    again = {name: value for name, value in train_kwargs.items() if name != "checkpoint"}
+    _trainings[fresh] = _Training(marks, max_epochs, arguments, again, unseen)
     return fresh
 
 

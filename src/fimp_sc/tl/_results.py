@@ -33,8 +33,10 @@ def placed(values: np.ndarray, nodes: pd.Index, wanted: pd.Index) -> np.ndarray:
 def record(model: FIMP, inputs: Inputs, data: AnnData | MuData, tool: str, **extra: Any) -> dict[str, Any]:
     """Return what goes to ``uns`` of ``data``: parameters, seed and versions, in types that h5ad can hold."""
     history = model.history or {}
+    state = model.adata_manager.registry["field_registries"][X_KEY]["state_registry"]
+    resolved = {"input_scale": str(state.get(ExpressionField.SCALE, inputs.input_scale))}
     return {
-        "params": _storable(asdict(inputs) | extra),
+        "params": _storable(asdict(inputs) | resolved | extra),
         "model": _storable(model.init_params_["non_kwargs"]),
         "random_state": int(model.random_state),
         "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
