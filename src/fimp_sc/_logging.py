@@ -9,7 +9,8 @@ import warnings
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +20,7 @@ _CHATTER = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "light
 _PACKAGE = str(Path(__file__).parent) + os.sep
 # What the call in progress has warned of.
 _told: ContextVar[set[str] | None] = ContextVar("_told", default=None)
+_told_about: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -49,17 +51,24 @@ def user_messages(*, verbose: bool) -> Iterator[None]:
             ours.removeHandler(handler)
 
 
-def warn(message: str) -> None:
+def warn(message: str, *, about: Any = None) -> None:
     """Give a :class:`UserWarning` that points at the line of the user's code which called this package.
 
     However deep the call is, also through scvi-tools and Lightning: what counts is the outermost function of the
     package.
+
+    Parameters
+    ----------
+    message
+        Comes once in a call of :mod:`fimp_sc.tl`.
+    about
+        Object of which this is told once, whatever calls there are.
     """
-    told = _told.get()
-    if told is not None:
-        if message in told:
-            return
-        told.add(message)
+    for told in (_told.get(), None if about is None else _told_about.setdefault(about, set())):
+        if told is not None:
+            if message in told:
+                return
+            told.add(message)
     # `skip_file_prefixes` of Python 3.12 would stop at the first library in between.
     level, depth = 1, 0
     frame: FrameType | None = sys._getframe()
