@@ -46,8 +46,9 @@ def run(blocks: list[str], page: Path, names: dict) -> None:
 
 
 def small_tissue(n_obs: int = 240, random_state: int = 0) -> ad.AnnData:
-    """Return the toy tissue without the genes that so few cells do not express."""
+    """Return the toy tissue, its sections side by side, without the genes that so few cells do not express."""
     adata = toy_tissue(n_obs, random_state)
+    adata.obsm["spatial"][adata.obs["section"] == "section_2", 0] += 1000
     return adata[:, np.asarray(adata.X.sum(0)).ravel() > 0].copy()
 
 
@@ -85,7 +86,7 @@ def toy_objects(folder: Path) -> dict:
         "herd": herd,
         "names": ["Precentral_L", "Insula_R", *(f"r{i}" for i in range(8))],
         "networks": list("ab") * 5,
-        "own": toy_tissue(n_obs=60),
+        "own": small_tissue(n_obs=60),
         "pixels": rng.integers(0, 256, (60, 16, 16, 3)).astype(np.uint8),
         "places": [55, 13] + 0.01 * rng.normal(size=(12, 2)),
         "role": list("ab") * 6,

@@ -84,9 +84,11 @@ GIVEN = {"accelerator": "cpu", "verbose": False}
 def trained(_toy):
     """A model of 40 genes of the toy tissue, and another section of it: four times as deep, with other genes too."""
     genes = np.asarray(_toy.X.sum(axis=0)).ravel().argsort()[::-1][:60]
-    adata = _toy[:, genes[:40]].copy()
+    toy = _toy.copy()
+    toy.obsm["spatial"][toy.obs["section"] == "section_2", 0] += 1000  # side by side
+    adata = toy[:, genes[:40]].copy()
     tl.embed(adata, **QUICK)
-    deep = _toy[:200, genes[10:]].copy()
+    deep = toy[:200, genes[10:]].copy()
     deep.X = deep.X * 4
     return tl.get_model(adata), deep
 

@@ -209,7 +209,7 @@ def test_missing_and_broken_files_are_named_before_anything_is_decoded(files):
 WRONG = [
     ({"coordinates": toy_places(19)}, ValueError, r"shape \(19, 2\), but 20 images"),
     ({"coordinates": [[100.0, 30.0]] * 20}, ValueError, "seem to be swapped"),
-    ({"coordinates": [[300.0, 30.0]] * 20}, ValueError, "Pass degrees"),
+    ({"coordinates": [[300.0, 30.0]] * 20}, ValueError, r"Pass degrees\..* pixels of a slide.*adjacency="),
     ({"coordinates": [[np.nan, 30.0]] * 20}, ValueError, "NaN or infinite for 20 of 20"),
     ({"coordinates": [["a", "b"]] * 20}, TypeError, "numbers"),
     ({"coordinates": None}, ValueError, "needs coordinates="),

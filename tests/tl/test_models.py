@@ -149,7 +149,9 @@ def test_keys_of_the_call_hold_for_a_given_model(tissue, quick, unchanged) -> No
     np.testing.assert_allclose(tissue.obsm["centred"][rows], alone.obsm["X_fimp"], rtol=1e-3, atol=1e-4)
     joined = tissue.copy()
     del joined.obsp["spatial_connectivities"]
-    fimp_sc.pp.spatial_graph(joined)
+    joined.obsm["spatial"][joined.obs["section"] == "section_2", 0] -= 1000  # over each other
+    with pytest.warns(UserWarning, match="library_key='section'"):
+        fimp_sc.pp.spatial_graph(joined)
     with unchanged(joined), pytest.raises(ValueError, match="join samples"):
         fimp_sc.tl.embed(joined, library_key="section", **how)
 
