@@ -18,11 +18,8 @@ from fimp_sc.model import FIMP
 NAN = float("nan")
 # What the functions check by themselves, since it is data, or depends on data.
 DATA = {
-    "registry", "token_size", "gene_embeddings", "orthologs", "architecture", "train_indices", "hidden",
-    "validation_indices", "indices", "groups", "pairs", "features", "adjacency", "coordinates", "labels", "node_names",
-    "feature_names", "bold", "connectivity", "region_names", "recordings", "train_recordings", "data", "images",
-    "names", "image_size", "vocabulary", "aliases", "radius", "cell", "match", "color", "nodes", "kwargs", "layer",
-    "model",
+    "registry", "token_size", "architecture", "pairs", "features", "adjacency", "coordinates", "labels", "bold", "data",
+    "connectivity", "images", "image_size", "radius", "cell", "match", "nodes", "model",
 }  # fmt: skip
 
 

@@ -302,6 +302,32 @@ class ColorMap(Rule):
 
 
 @dataclass(frozen=True)
+class Color(Rule):
+    """What points are colored by: a name, or a key of ``obsm`` and a column of it; or several of these."""
+
+    several: bool = False
+
+    @property
+    def allowed(self) -> str:
+        one = "a name, or a pair (key of obsm, column)"
+        return f"{one}, or a list of these that is not empty" if self.several else one
+
+    def read(self, value: Any, name: str) -> Any:
+        if isinstance(value, str):
+            return str(value) or NotImplemented
+        if isinstance(value, tuple):
+            column = Integer().read(value[1], name) if len(value) == 2 and isinstance(value[0], str) else NotImplemented
+            return NotImplemented if column is NotImplemented else (str(value[0]), column)
+        if not self.several or not isinstance(value, Iterable) or isinstance(value, bytes | Mapping | set):
+            return NotImplemented
+        found = [Color().read(item, name) for item in value]
+        return NotImplemented if any(item is NotImplemented for item in found) else found
+
+    def holds(self, value: Any) -> bool:
+        return len(value) > 0
+
+
+@dataclass(frozen=True)
 class Axes(Rule):
     """Axes of matplotlib, one or (``several``) any number of them."""
 
@@ -318,6 +344,74 @@ class Axes(Rule):
         if self.several and isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
             items = list(np.ravel(np.asarray(value, dtype=object)))
         return value if items and all(isinstance(item, MatplotlibAxes) for item in items) else NotImplemented
+
+
+@dataclass(frozen=True)
+class Indices(Rule):
+    """Positions of nodes, or a mask of them."""
+
+    @property
+    def allowed(self) -> str:
+        return "a list of positions (whole numbers from 0), or a mask"
+
+    def read(self, value: Any, name: str) -> Any:
+        if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping | set):
+            return NotImplemented
+        found = np.asarray(value if hasattr(value, "dtype") else list(value))
+        if found.ndim != 1 or (found.dtype.kind not in "iub" and found.size):
+            return NotImplemented
+        return found if found.size else found.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Mask(Rule):
+    """An array that is True where values are hidden; also the name of one, or one by modality."""
+
+    named: bool = False
+    by_modality: bool = False
+
+    @property
+    def allowed(self) -> str:
+        named = ", or the name of one in the object" if self.named else ""
+        return "a boolean array with an entry for each value" + (", or a dictionary" if self.by_modality else named)
+
+    def read(self, value: Any, name: str) -> Any:
+        if (self.named and isinstance(value, str)) or (self.by_modality and isinstance(value, Mapping)):
+            return value
+        array = value if hasattr(value, "dtype") and hasattr(value, "ndim") else np.asarray(value)
+        return value if array.dtype.kind in "biuf" and array.ndim >= 2 else NotImplemented
+
+
+@dataclass(frozen=True)
+class Values(Rule):
+    """A value for each of something."""
+
+    what: str = "a list of names"
+
+    @property
+    def allowed(self) -> str:
+        return self.what
+
+    def read(self, value: Any, name: str) -> Any:
+        listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | set)
+        return value if listed and getattr(value, "ndim", 1) == 1 else NotImplemented
+
+
+@dataclass(frozen=True)
+class Source(Rule):
+    """A file, or what would be in it."""
+
+    @property
+    def allowed(self) -> str:
+        return "a path, a dictionary, a list or a data frame"
+
+    def read(self, value: Any, name: str) -> Any:
+        import pandas as pd
+
+        kinds = str | os.PathLike | Mapping | list | tuple | pd.DataFrame | pd.Series | pd.Index
+        array = isinstance(value, np.ndarray) and value.ndim > 0
+        ours = type(value).__module__.startswith("fimp_sc.")
+        return value if isinstance(value, kinds) or array or ours else NotImplemented
 
 
 @dataclass(frozen=True)
@@ -552,6 +646,24 @@ OPTIONS: dict[str, Rule | None] = {
     "train_foundation": Text("'frozen', 'full', 'last:N', 'lora' or 'lora:RANK', a text"),
     "source": Choice(("evolving", "static")),
     "aggregate": Choice(("layer", "final")),
+    "gene_embeddings": Source(),
+    "orthologs": Source(),
+    "aliases": Source(),
+    "vocabulary": Source(),
+    "groups": Values("a list with the group of each node"),
+    "node_names": Values(),
+    "feature_names": Values(),
+    "region_names": Values(),
+    "recordings": Values(),
+    "train_recordings": Values(),
+    "names": Values(),
+    "hidden": Mask(),
+    "impute.hidden": Mask(named=True),
+    "signals.hidden": Mask(named=True),
+    "train.hidden": Mask(by_modality=True),
+    "indices": Indices(),
+    "train_indices": Indices(),
+    "validation_indices": Indices(),
     "species": Choice(("human", "mouse")),
     "vocabulary_key": _COLUMN,
     "random_state": Integer(0, 2**32 - 1),
@@ -654,6 +766,8 @@ OPTIONS: dict[str, Rule | None] = {
     "top_fraction": Real(0, 1, open_left=True),
     "threshold": Real(0, open_left=True),
     # figures
+    "color": Color(several=True),
+    "image_graph.color": Color(),
     "fdr": Real(0, 1),
     "numbers": Flag(),
     "n_top": Integer(1),

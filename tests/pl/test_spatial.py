@@ -104,7 +104,7 @@ def test_missing_keys_are_named(toy, arguments, message) -> None:
 
 
 def test_unusable_input(toy) -> None:
-    with pytest.raises(ValueError, match="color is empty"):
+    with pytest.raises(ValueError, match=r"color must be .* not empty"):
         pl.spatial(toy, [], show=False)
     toy.obsm["line"] = np.zeros((toy.n_obs, 1))
     with pytest.raises(ValueError, match="two columns"):

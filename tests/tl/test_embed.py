@@ -201,10 +201,14 @@ def test_keys_of_the_section_may_differ_from_those_of_the_model(reference, tissu
     np.testing.assert_allclose(other.obsm["X_fimp"], tissue.obsm["X_fimp"], atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["model_kwargs", "train_kwargs"])
-def test_arguments_without_effect_on_a_trained_model_are_an_error(reference, section, unchanged, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "value"), [("model_kwargs", {"n_latent": 8}), ("train_kwargs", {"batch_size": 8}), ("n_layers", 1)]
+)
+def test_arguments_without_effect_on_a_trained_model_are_an_error(
+    reference, section, unchanged, what: str, value
+) -> None:
     with unchanged(section), pytest.raises(ValueError, match=f"{what} would have no effect"):
-        fimp_sc.tl.embed(section, model=reference, **{what: {"n_latent": 8}})
+        fimp_sc.tl.embed(section, model=reference, **{what: value})
 
 
 def test_arguments_of_training_can_all_come_by_train_kwargs(section) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -199,6 +200,23 @@ def describe_modality(
     return description | _content(adata, info, where, 1 if library is None else len(library.categories))
 
 
+def described(adata: AnnData, where: str = "adata") -> Mapping[str, Any] | None:
+    """Return what an object says of its nodes in ``uns``, if anything.
+
+    Raises
+    ------
+    TypeError
+        It is no dictionary.
+    """
+    info = adata.uns.get(MODALITY_KEY)
+    if info is not None and not isinstance(info, Mapping):
+        raise TypeError(
+            f"{where}.uns[{MODALITY_KEY!r}] must be a dictionary such as {{'kind': 'signal'}}, found "
+            f"{type(info).__name__}: correct it, or delete it if the nodes hold expression."
+        )
+    return info
+
+
 def modality_info(adata: AnnData, where: str) -> dict[str, Any]:
     """Return what a modality says of itself in ``uns``.
 
@@ -209,7 +227,7 @@ def modality_info(adata: AnnData, where: str) -> dict[str, Any]:
     ValueError
         Its kind is unknown.
     """
-    info = adata.uns.get(MODALITY_KEY)
+    info = described(adata, where)
     if info is None or "kind" not in info:
         raise missing_key(
             "kind" if info is not None else MODALITY_KEY,

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from fimp_sc.data._access import in_memory, missing_key
 from fimp_sc.data._kinds import sequence_kinds
-from fimp_sc.data._modality import CONNECTIVITIES_KEY, MODALITY_KEY, get_modality, modality_info
+from fimp_sc.data._modality import CONNECTIVITIES_KEY, described, get_modality, modality_info
 from fimp_sc.data._pixels import PIXELS_KEY
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def registered_keys(data: AnnData | MuData, modality: str | Sequence[str] | None
     """Return the keys of graph and samples that a modality names for itself."""
     found: dict[str, Any] = {"connectivities_key": CONNECTIVITIES_KEY, "library_key": None}
     for part in reversed(parts_of(data, modality)):
-        info = part.adata.uns.get(MODALITY_KEY, {})
+        info = described(part.adata) or {}
         found |= {key: str(info[key]) for key in found if info.get(key) is not None}
     return found
 
@@ -200,7 +200,7 @@ def expand_rows(matrix: Any, rows: NDArray[np.int64], where: str) -> sparse.csr_
 
 
 def _kind(adata: AnnData) -> str:
-    info = adata.uns.get(MODALITY_KEY)
+    info = described(adata)
     if info is None or "kind" not in info or info["kind"] == "expression":
         return "expression"
     return str(modality_info(adata, "adata")["kind"])

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from fimp_sc.data._access import get_obs, missing_key, shorten
-from fimp_sc.data._modality import MODALITY_KEY, get_modality
+from fimp_sc.data._modality import MODALITY_KEY, described, get_modality
 from fimp_sc.data._rows import open_rows
 from fimp_sc.data._stored import storage
 
@@ -50,7 +50,7 @@ def modality_of_kind(mdata: Any, modality: str | None, kind: str) -> tuple[str, 
 
 
 def _info(adata: AnnData) -> dict[str, Any]:
-    return dict(adata.uns.get(MODALITY_KEY, {}))
+    return dict(described(adata) or {})
 
 
 def node_positions(

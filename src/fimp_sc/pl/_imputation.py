@@ -95,8 +95,6 @@ def imputation(
     from matplotlib import pyplot as plt
 
     names = [genes] if isinstance(genes, str) else list(genes)
-    if not names:
-        raise ValueError("genes is empty: name at least one gene of adata.var_names.")
     imputed, known = _imputed(adata, layer)
     for name in names:
         for there, where in ((adata.var_names, "adata.var_names"), (known, f"the genes imputed as {layer!r}")):

@@ -83,9 +83,6 @@ def spatial(
     from matplotlib import pyplot as plt
 
     colors = [color] if isinstance(color, str | tuple) else list(color)
-    if not colors:
-        message = "color is empty; name a column of adata.obs, a gene, or a pair such as ('X_fimp', 0)."
-        raise ValueError(message)
     xy = _coordinates(adata, spatial_key)
     values = [_values(adata, key, layer) for key in colors]
     panels = _panels(adata, library_key)

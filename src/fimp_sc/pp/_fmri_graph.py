@@ -88,8 +88,6 @@ def _check_arguments(
     top_fraction: Any,
     threshold: Any,
 ) -> None:
-    if train_recordings is not None and np.ndim(train_recordings) == 0:
-        raise TypeError(f"train_recordings must be a list of names, found {train_recordings!r}.")
     needs = {"structural": ("connectivity", connectivity), "coordinates": ("coordinates", coordinates)}
     needs["functional"] = ("train_recordings", train_recordings)
     name, value = needs[method]

@@ -179,7 +179,7 @@ def _are_paths(values: Any) -> bool:
 def _check_size(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None
-    pair = (size, size) if isinstance(size, Integral) else tuple(size)
+    pair = tuple(size) if isinstance(size, Sequence | np.ndarray) and np.ndim(size) == 1 else (size, size)
     if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, Integral) for v in pair):
         raise TypeError(f"image_size must be a whole number or (height, width), found {size!r}.")
     if min(pair) < 1:

@@ -14,9 +14,9 @@ from fimp_sc.data._access import get_obs, in_memory, missing_key
 from fimp_sc.data._adjacency import report_isolated
 from fimp_sc.data._modality import (
     CONNECTIVITIES_KEY,
-    MODALITY_KEY,
     SPATIAL_KEY,
     check_modality_name,
+    described,
     get_modality,
     make_mudata,
 )
@@ -174,7 +174,7 @@ def to_pyg(
     from torch_geometric.data import Data
 
     name, adata = get_modality(mdata, modality)
-    info = adata.uns.get(MODALITY_KEY, {})
+    info = described(adata) or {}
     key = connectivities_key or str(info.get("connectivities_key", CONNECTIVITIES_KEY))
     if key not in adata.obsp:
         raise missing_key(key, f"{name}.obsp", adata.obsp, "Name the graph with connectivities_key=.")
