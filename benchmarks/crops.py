@@ -11,9 +11,10 @@ from __future__ import annotations
 import time
 from functools import partial
 
-import _fimp
 import numpy as np
 import scipy.sparse as sp
+
+import _fimp
 from _common import Results, load, log_normalise, neighbours, parse, parser, totals
 from _harness import Fit, Run, apart
 

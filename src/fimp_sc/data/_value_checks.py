@@ -63,6 +63,8 @@ class Samples(NamedTuple):
     code: NDArray[np.int64]
     names: Sequence[str]
     key: str
+
+
 # Sums of squares of larger values overflow float32, those of smaller ones are zero there.
 _SMALLEST, _LARGEST = 1e-12, 1e15
 
