@@ -275,6 +275,7 @@ def _add_common(tool: argparse.ArgumentParser) -> None:
     _add(tool, "batch_key", metavar="KEY", help="column of .obs with batches")
     _add(tool, "spatial_key", metavar="KEY", help="key of .obsm with the coordinates")
     _add(tool, "input_scale", help="what the values are")
+    _add(tool, "center", help="mean that is subtracted: of all training cells, or of each batch")
     _add(tool, "gene_embeddings", metavar="FILE", help="pretrained vectors of genes to start from")
     _add(tool, "foundation", help="foundation model that makes the messages")
     _add(tool, "checkpoint", metavar="DIR", help="folder of the foundation model")

@@ -78,7 +78,9 @@ def compare(model: GraphModel) -> None:
     if far > _FAR:
         warn(
             f"{far:.0%} of the cells are unlike all cells that the model was trained on: expect wrong labels and "
-            "expression. Check species, tissue, gene names and input_scale; or train a model on cells like these.",
+            "expression. Check species, tissue, gene names and input_scale. Where the object differs as a whole, by "
+            "donor or technique, and holds about the same mixture of cells as training did, center='batch' takes that "
+            "out; else train a model on cells like these."
         )
 
 

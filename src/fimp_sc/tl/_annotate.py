@@ -34,6 +34,7 @@ def annotate(
     spatial_key: str | None = None,
     connectivities_key: str | None = None,
     input_scale: str | None = None,
+    center: Literal["training", "batch"] | None = None,
     key_added: str | None = None,
     gene_embeddings: Any = None,
     foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
@@ -62,7 +63,7 @@ def annotate(
         all others. With ``model`` the column need not exist.
     unlabeled_category
         Label of cells whose class is not known.
-    modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
+    modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale, center
         As in :func:`embed`.
     key_added
         Name of the results; ``fimp_{labels_key}`` by default, with "_" for "/".
@@ -95,7 +96,8 @@ def annotate(
     adata = copied(adata) if copy else adata
     target, inputs = choose(
         adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
-        spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale, labels_key=labels_key,
+        spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
+        center=center, labels_key=labels_key,
         unlabeled_category=unlabeled_category,
     )  # fmt: skip
     check_results(key, "tl.annotate", target, inputs, overwrite=overwrite)

@@ -54,6 +54,7 @@ def attention(
     spatial_key: str | None = None,
     connectivities_key: str | None = None,
     input_scale: str | None = None,
+    center: Literal["training", "batch"] | None = None,
     key_added: str = "fimp_attention",
     gene_embeddings: Any = None,
     foundation: Literal["scgpt"] | None = None,
@@ -114,7 +115,7 @@ def attention(
         of cells in the two groups that have them. Pairs that are tested nowhere are counted and said.
     influence_layer
         Message-passing layer, from 0, of which influence is read; the mean over layers by default.
-    modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
+    modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale, center
         As in :func:`embed`.
     key_added
         Where to write in ``obsp`` and ``uns``.
@@ -189,6 +190,7 @@ def attention(
     target, inputs = choose(
         adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
         spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
+        center=center,
         unlabeled_category=unlabeled_category,
     )  # fmt: skip
     check_results(key_added, "tl.attention", target, inputs, overwrite=overwrite)

@@ -29,6 +29,7 @@ def embed(
     spatial_key: str | None = None,
     connectivities_key: str | None = None,
     input_scale: str | None = None,
+    center: Literal["training", "batch"] | None = None,
     key_added: str = "X_fimp",
     gene_embeddings: Any = None,
     foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
@@ -61,7 +62,7 @@ def embed(
         Name of the modality of a MuData object, to which results are written. Of several, the tokens of a node are
         those of all, and results are written to the MuData object. By default the one, or the several, that earlier
         results are of.
-    layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
+    layer, library_key, batch_key, spatial_key, connectivities_key, input_scale, center
         Where to find data and what they are. Those that are not given (``None``) are as in the latest call of
         :mod:`fimp_sc.tl` whose results are in the object, also if it was written to a file since; a line of the log
         says so. The scale is so only for the same layer.
@@ -71,7 +72,7 @@ def embed(
         ``library_key``
             column of ``obs`` with samples, which are never joined by an edge.
         ``batch_key``
-            column of ``obs`` with technical batches; expression is centred per batch. Else ``library_key``.
+            column of ``obs`` with technical batches, whose means ``center="batch"`` subtracts. Else ``library_key``.
         ``spatial_key``
             coordinates in ``obsm``, else ``"spatial"``.
         ``connectivities_key``
@@ -80,6 +81,10 @@ def embed(
         ``input_scale``
             ``"counts"``, ``"normalized"``, ``"log"`` or ``"auto"``, else ``"auto"``; see
             :meth:`fimp_sc.model.FIMP.setup_anndata`.
+        ``center``
+            mean that is subtracted from the expression of a gene: ``"training"``, of all training cells, so that
+            results of a cell do not depend on which others there are; ``"batch"``, of the cells of its batch, for
+            batches with about the same mixture of cells. Else ``"training"``, or that of a given ``model``.
     key_added
         Where to write in ``obsm`` and ``uns``.
     gene_embeddings
@@ -136,6 +141,7 @@ def embed(
     target, inputs = choose(
         adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
         spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
+        center=center,
     )  # fmt: skip
     check_results(key_added, "tl.embed", target, inputs, overwrite=overwrite)
     if zero_shot and not (foundation or model or (model_kwargs or {}).get("foundation")):

@@ -44,6 +44,7 @@ def impute(
     spatial_key: str | None = None,
     connectivities_key: str | None = None,
     input_scale: str | None = None,
+    center: Literal["training", "batch"] | None = None,
     key_added: str = "fimp",
     gene_embeddings: Any = None,
     foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
@@ -85,7 +86,7 @@ def impute(
         seen. Totals of cells are of what is visible; of log-normalized values, which are used as they are, those that
         they were made with. Predictions are on the scale of whole cells. A given ``model`` is used as it is, whatever
         it was trained on.
-    modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale
+    modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale, center
         As in :func:`embed`.
     key_added
         Where to write in ``layers`` (all genes) or ``obsm`` (with ``genes``), and in ``uns``.
@@ -121,6 +122,7 @@ def impute(
     target, inputs = choose(
         adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
         spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
+        center=center,
     )  # fmt: skip
     parts = parts_of(target, inputs.modality)
     check_results(

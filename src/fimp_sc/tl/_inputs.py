@@ -51,6 +51,7 @@ class Inputs:
     spatial_key: str = "spatial"
     connectivities_key: str = "spatial_connectivities"
     input_scale: str = "auto"
+    center: str | None = None
     labels_key: str | None = None
     unlabeled_category: str = "Unknown"
     modality: tuple[str, ...] | None = None

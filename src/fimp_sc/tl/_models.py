@@ -152,7 +152,7 @@ def fitted_model(
             "model= for a saved one."
         )
     ids = arguments.get("vocabulary_key")
-    setup = asdict(inputs) | {"layer": None}
+    setup = asdict(inputs) | {"layer": None, "center": inputs.center or "training"}
     names = setup.pop("modality")
     if isinstance(work, AnnData):
         if ids is not None and ids in adata.var:
@@ -206,6 +206,8 @@ def _given_keys(inputs: Inputs) -> dict[str, Any]:
     keys: dict[str, Any] = {"layer": None} | {name: getattr(inputs, name) for name in names}
     if inputs.input_scale != "auto":
         keys["input_scale"] = inputs.input_scale
+    if inputs.center is not None:
+        keys["center"] = inputs.center
     return keys
 
 
@@ -260,7 +262,8 @@ def _marks(work: AnnData | MuData, inputs: Inputs) -> dict[str, Any]:
     """Return what a model reads of an object, as checksums and keys, by names for messages."""
     nodes = nodes_of(work, inputs.modality)
     marks: dict[str, Any] = {
-        name: getattr(inputs, name) for name in ("layer", "library_key", "batch_key", "input_scale", "modality")
+        name: getattr(inputs, name)
+        for name in ("layer", "library_key", "batch_key", "input_scale", "center", "modality")
     }
     marks["obs_names"] = _table_checksum(nodes.obs_names)
     marks["the graph"] = _checksum(nodes.obsp[inputs.connectivities_key])
