@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from scipy import sparse
 
-    from fimp_sc.data import Batch, ExpressionSource, GraphData
+    from fimp_sc.data import Batch, GraphData
     from fimp_sc.model._module import FIMPModule
 
 # Shifts of a whole section that predictions of other sections must stand, and their size in standard deviations of
@@ -163,7 +163,7 @@ class _Surroundings:
         return found
 
 
-def _shifts(source: ExpressionSource, train_idx: NDArray[np.int64], random_state: int) -> Any:
+def _shifts(source: Any, train_idx: NDArray[np.int64], random_state: int) -> Any:
     """Draw shifts of all cells, ``(n_genes,)`` each, with the covariance of training cells.
 
     Sums of the cells' deviations from their mean with random weights: along each principal component a shift has the
