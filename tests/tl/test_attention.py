@@ -359,7 +359,7 @@ BAD = [
     ({"statistic": "nothing"}, ValueError, "statistic"),
     ({"n_permutations": 3}, ValueError, "at least 10"),
     ({"inference_kwargs": {"strategy": "layers"}}, ValueError, "batch_size.* alone, found .strategy."),
-    ({"n_genes": 0}, ValueError, "n_genes must be"),
+    ({"n_genes": 0}, ValueError, "n_genes must be .* at least 1"),
     ({"influence_layer": 9}, ValueError, "layer must be from 0 to 1, found 9"),
     ({"min_edges": 10**6}, ValueError, "Nothing to test: no pair of 3 groups has min_edges=1000000 edges, of "),
     ({"min_support": 10**6}, ValueError, "Nothing to test: no pair of groups has min_edges=30 edges, 1000000 of which"),
