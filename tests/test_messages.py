@@ -40,6 +40,7 @@ def check(caught: list, *expected: str) -> None:
     assert {warning.filename for warning in caught} == {__file__}
     for text in expected:
         assert sum(text in str(warning.message) for warning in caught) == 1, text
+    print([str(w.message) for w in caught])
     assert len(caught) == len(expected)
 
 
@@ -112,8 +113,8 @@ def test_niches_say_what_they_found(small_toy, caplog) -> None:
 
 
 def test_methods_that_the_model_lacks_are_not_listed(small_toy) -> None:
-    pp.spatial_graph(small_toy)
-    FIMP.setup_anndata(small_toy)
+    pp.spatial_graph(small_toy, library_key="section")
+    FIMP.setup_anndata(small_toy, library_key="section")
     model = FIMP(small_toy, n_latent=16, n_heads=2)
     for name in ("get_normalized_expression", "differential_abundance"):
         for listed in (FIMP, model):

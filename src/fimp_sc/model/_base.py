@@ -182,7 +182,7 @@ class GraphModel(RegisteringModel):
             data.source = ExpressionSource(
                 matrix, columns, scale, self._statistics(), batch, hidden, table.absent,
                 state.get(ExpressionField.TRAINED_SCALE, scale),
-                _panels(state, codes[LIBRARY_KEY if setup["library_key"] else BATCH_KEY]),
+                _panels(state, codes[LIBRARY_KEY if setup["library_key"] else BATCH_KEY]), self.module.gene_key,
             )  # fmt: skip
             data.tokens = self._token_source()
         data.sequences = self._sequence_sources(adata, located, hidden_tokens or {})
@@ -219,7 +219,7 @@ class GraphModel(RegisteringModel):
         gene_rank: Tensor = self.module.gene_rank.cpu()  # type: ignore[operator, union-attr]
         network = self.module.network
         if not isinstance(network, FoundationNetwork):
-            return CentredTokens(gene_rank, self.module.gene_key)
+            return CentredTokens(gene_rank)
         n_queries = 0 if network.frozen or network.decoder is None else _QUERIES
         return BinnedTokens(
             gene_rank, network.embedding.known.cpu(), int(network.n_bins or 0), self.random_state, n_queries,

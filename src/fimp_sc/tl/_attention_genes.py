@@ -119,7 +119,7 @@ def choose_genes(
     """
     source: Any = data.source
     names = pd.Index(model.genes.astype(str))
-    chosen = check_genes(names[source.measured], "the genes of the model that are measured here", genes, pairs)
+    chosen = check_genes(names[source.measured.any(0)], "the genes of the model that are measured here", genes, pairs)
     if chosen is None:
         chosen = list(names[np.sort(_most_variable(data, n_genes))])
         if not chosen:
