@@ -156,7 +156,8 @@ def inspect_values(matrix: Any, *, where: str, input_scale: str = "auto", sample
             'log-normalised values. For numbers that are no expression pass input_scale="real".'
         )
     if not found.expressed_in.any() and not found.negative:
-        raise ValueError(f"{where} is zero everywhere: pass layer= with the measured expression.")
+        what = "NaN or zero" if found.nan else "zero"
+        raise ValueError(f"{where} is {what} everywhere: pass layer= with the measured expression.")
     if input_scale == "counts" and found.fractional:
         raise ValueError(
             f"{where} contains {found.count('fractional')} not whole numbers, first at {found.position('fractional')}, "
