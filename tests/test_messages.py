@@ -40,7 +40,6 @@ def check(caught: list, *expected: str) -> None:
     assert {warning.filename for warning in caught} == {__file__}
     for text in expected:
         assert sum(text in str(warning.message) for warning in caught) == 1, text
-    print([str(w.message) for w in caught])
     assert len(caught) == len(expected)
 
 
@@ -76,7 +75,7 @@ def test_warnings_of_the_model_point_at_the_call(odd) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         FIMP.load_query_data(odd.copy(), model)
-    check(caught, CELLS, GENES, ALONE)
+    check(caught, CELLS, GENES, ALONE, "use_weights=True")
 
 
 def test_warnings_of_images_point_at_the_call(pictures) -> None:
