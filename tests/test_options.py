@@ -140,7 +140,7 @@ def test_prediction(model, options, error, message) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"connectivities_key": None}, TypeError, "connectivities_key must be the name of a key .* found None"),
+        ({"connectivities_key": 3}, TypeError, "connectivities_key must be the name of a key .* found 3"),
         ({"spatial_key": ["x", "y"]}, TypeError, r"spatial_key must be .* found \['x', 'y'\].*one entry of obsm"),
         ({"key_added": 3}, TypeError, "key_added must be the name of a key .* found 3"),
         ({"key_added": ""}, ValueError, "key_added must be .* not empty, found ''"),
