@@ -224,6 +224,12 @@ def test_the_unlabeled_category_is_no_group(read, model, name, how) -> None:
         assert not (other[KEY[:2]].astype(str) == name).any(axis=None)
 
 
+def test_a_word_for_no_group_is_warned_of(read, model) -> None:
+    read.obs["part"] = read.obs["cell_type"].astype(object).where(np.arange(read.n_obs) % 3 > 0, "Unassigned")
+    with pytest.warns(UserWarning, match="'Unassigned' for 80 .*unlabeled_category='Unassigned'"):
+        fimp_sc.tl.attention(read, "part", key_added="k", model=model, **QUICK)
+
+
 @pytest.mark.parametrize("dtype", [bool, int, float, "Int64", "boolean", object])
 def test_groups_may_be_flags_and_whole_numbers(read, model, dtype) -> None:
     kind = read.obs["cell_type"] == "Dendritic"
