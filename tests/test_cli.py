@@ -446,6 +446,8 @@ def test_foundation_options_reach_the_tool(tmp_path, section, small_toy, scgpt_c
         "--checkpoint",
         str(checkpoint),
         "--zero-shot",
+        "--library-key",
+        "section",
         "--accelerator",
         "cpu",
         "--quiet",
@@ -459,7 +461,16 @@ def test_foundation_options_reach_the_tool(tmp_path, section, small_toy, scgpt_c
 def test_broken_checkpoint_is_one_line(tmp_path, section, capsys) -> None:
     output, folder = tmp_path / "out.h5ad", tmp_path / "without_files"
     folder.mkdir()
-    options = ["--foundation", "scgpt", "--checkpoint", str(folder), "--zero-shot", "--quiet"]
+    options = [
+        "--foundation",
+        "scgpt",
+        "--checkpoint",
+        str(folder),
+        "--zero-shot",
+        "--library-key",
+        "section",
+        "--quiet",
+    ]
     assert cli.main(["embed", str(section), "--output", str(output), *options]) == 2
     message = capsys.readouterr().err
     assert "without_files" in message

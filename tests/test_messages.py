@@ -75,7 +75,7 @@ def test_warnings_of_the_model_point_at_the_call(odd) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         FIMP.load_query_data(odd.copy(), model)
-    check(caught, CELLS, GENES, ALONE)
+    check(caught, CELLS, GENES, ALONE, "use_weights=True")
 
 
 def test_warnings_of_images_point_at_the_call(pictures) -> None:
@@ -112,8 +112,8 @@ def test_niches_say_what_they_found(small_toy, caplog) -> None:
 
 
 def test_methods_that_the_model_lacks_are_not_listed(small_toy) -> None:
-    pp.spatial_graph(small_toy)
-    FIMP.setup_anndata(small_toy)
+    pp.spatial_graph(small_toy, library_key="section")
+    FIMP.setup_anndata(small_toy, library_key="section")
     model = FIMP(small_toy, n_latent=16, n_heads=2)
     for name in ("get_normalized_expression", "differential_abundance"):
         for listed in (FIMP, model):

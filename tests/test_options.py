@@ -140,7 +140,7 @@ def test_prediction(model, options, error, message) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"connectivities_key": None}, TypeError, "connectivities_key must be the name of a key .* found None"),
+        ({"connectivities_key": 3}, TypeError, "connectivities_key must be the name of a key .* found 3"),
         ({"spatial_key": ["x", "y"]}, TypeError, r"spatial_key must be .* found \['x', 'y'\].*one entry of obsm"),
         ({"key_added": 3}, TypeError, "key_added must be the name of a key .* found 3"),
         ({"key_added": ""}, ValueError, "key_added must be .* not empty, found ''"),
@@ -195,7 +195,7 @@ def test_scalars_of_numpy_count_as_those_of_python(section) -> None:
 
 
 def test_size_of_the_model_is_an_option_of_the_tools(small_toy) -> None:
-    fimp_sc.tl.embed(small_toy, n_tokens=5, n_layers=1, max_epochs=1, verbose=False)
+    fimp_sc.tl.embed(small_toy, library_key="section", n_tokens=5, n_layers=1, max_epochs=1, verbose=False)
     model = fimp_sc.tl.get_model(small_toy)
     assert (model.n_tokens, model.n_layers) == (5, 1)
     assert small_toy.uns["X_fimp"]["model"]["n_tokens"] == 5

@@ -17,10 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
-from scipy import sparse
-
 import fimp_sc
 from fimp_sc._options import Choice, Flag, Integer, Real, rule_of
 
@@ -186,6 +182,10 @@ def _size(data: Any) -> int:
     """Return the bytes of all values of an object, as they are in memory."""
     if hasattr(data, "var_names"):
         return sum(_size(getattr(data, slot, None)) for slot in ("mod", "X", "raw", "var", "varm", "varp", *_SLOTS))
+    import numpy as np
+    import pandas as pd
+    from scipy import sparse
+
     if isinstance(data, pd.DataFrame):
         return int(data.memory_usage(deep=True).sum())
     if sparse.issparse(data):

@@ -836,7 +836,7 @@ def _judge(error: BaseException, case: Case) -> tuple[str, str]:
     said = str(error)
     words = {*_options.OPTIONS, *case.given, "adata", "mdata", "data", "features", "images", "bold", "adjacency"}
     words |= {"obs", "obsm", "obsp", "uns", "layers", "coordinates", "vocabulary", "nodes", "cells", "graph"}
-    words |= {"AnnData", "file", "files", "orthologs", "aliases", "connectivity", "radius"}
+    words |= {"AnnData", "expression", "file", "files", "orthologs", "aliases", "connectivity", "radius"}
     named = any(re.search(rf"\b{re.escape(str(word))}\b", said) for word in words)
     if ours and named and isinstance(error, CLEAR) and len(said) > 20:
         return "clear", f"{type(error).__name__}: {said}"

@@ -121,8 +121,8 @@ def test_paper_and_practical_layers_differ_only_by_choice(tissue, make_model) ->
     ("options", "message"),
     [
         ({"reduce": "max"}, "reduce must be one of"),
-        ({"n_layers": 0}, "n_layers must be at least 1, found 0"),
-        ({"n_tokens": 0}, "n_tokens must be at least 1"),
+        ({"n_layers": 0}, "n_layers must be a whole number from 1 to 100, found 0"),
+        ({"n_tokens": 0}, "n_tokens must be a whole number of at least 1"),
         ({"n_latent": 10, "n_heads": 4}, "10 is not a multiple of 4"),
         ({"messages": False, "self_loops": False}, "messages=False .* and self_loops=False nothing"),
     ],

@@ -22,6 +22,10 @@ from fimp_sc.model._card import model_card
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 ONE_EPOCH = {"max_epochs": 1}
+# The small checkpoint has few of the genes of the tissue.
+FEW_KNOWN = "ignore:.*knows 8 of the 40 genes"
+# The section has less than half of the genes.
+UNLIKE, FEW_SHARED = "ignore:.*unlike all cells", "ignore:Only 19 of the 40 genes"
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,7 @@ def test_layer_of_log_values_without_labels(tissue, section, make_model, train, 
     assert loaded.registry["setup_args"]["layer"] == "log"
 
 
+@pytest.mark.filterwarnings(UNLIKE)
 def test_vectors_of_genes(tissue, section, make_model, train, tmp_path) -> None:
     rng = np.random.default_rng(0)
     vectors = {gene: rng.normal(size=6) for gene in tissue.var_names[:25]}
@@ -94,6 +99,7 @@ def test_vectors_of_genes(tissue, section, make_model, train, tmp_path) -> None:
     assert loaded.init_params_["non_kwargs"]["architecture"] == {"vector_width": 6}
 
 
+@pytest.mark.filterwarnings(FEW_KNOWN, UNLIKE)
 @pytest.mark.parametrize("trained_part", ["frozen", "lora:2"])
 def test_foundation_model_without_its_checkpoint(
     tissue, section, make_model, train, shared_data, tmp_path, trained_part: str
@@ -123,6 +129,7 @@ def test_foundation_model_without_its_checkpoint(
     assert frozen == [not p.requires_grad for p in model.module.parameters()]
 
 
+@pytest.mark.filterwarnings(FEW_KNOWN, FEW_SHARED)
 def test_foundation_model_as_it_is(tissue, section, make_model, shared_data, tmp_path) -> None:
     checkpoint = shared_data / "scgpt_tiny_checkpoint"
     if not checkpoint.is_dir():

@@ -157,6 +157,8 @@ def test_forged_configurations_are_refused_at_once(copied, path: str, value: obj
     assert repr(str(copied / "model.safetensors")) in refusal(copied)
 
 
+# The small checkpoint has few of the genes of the tissue.
+@pytest.mark.filterwarnings("ignore:.*knows 8 of the 40 genes")
 def test_sizes_of_a_foundation_model_are_those_of_its_weights(copied, shared_data, make_model, tissue) -> None:
     checkpoint = shared_data / "scgpt_tiny_checkpoint"
     model = make_model(tissue, foundation="scgpt", checkpoint=checkpoint, n_tokens=8, train_foundation="lora:2")

@@ -144,7 +144,7 @@ def test_one_of_several_has_its_own_nodes_and_graph(joint) -> None:
         ({"modality": "brain"}, KeyError, "'brain'.*mdata.mod"),
         ({"modality": ["rna", "brain"]}, KeyError, "'brain'.*mdata.mod"),
         ({}, ValueError, r"3 modalities: choose one with modality=, of \['rna', 'image', 'bold'\]"),
-        ({"modality": []}, ValueError, "once each"),
+        ({"modality": []}, ValueError, r"list of names that is not empty \(or None\), found \[\]"),
         ({"modality": ["rna", "rna"]}, ValueError, "once each"),
         ({"modality": ["rna", "image"], "labels_key": "none"}, KeyError, "none"),
         ({"modality": ["rna", "image"], "library_key": "none"}, KeyError, "none"),

@@ -216,7 +216,7 @@ def test_split_is_the_one_that_was_asked_for(tissue, make_model, train, monkeypa
         ({"train_indices": [0, 1, 2], "validation_indices": [2, 3]}, ValueError, "share 1 cells"),
         ({"train_indices": []}, ValueError, "No cell is left to train on"),
         ({"validation_indices": range(120)}, ValueError, "No cell is left to train on"),
-        ({"validation_size": 1.0}, ValueError, "validation_size must be in"),
+        ({"validation_size": 1.0}, ValueError, "validation_size must be .* below 1"),
         ({"train_indices": [0, 120]}, IndexError, r"indices must be in \[0, 120\), found 0 to 120"),
         ({"train_indices": [-1, 4]}, IndexError, r"indices must be in \[0, 120\), found -1 to 4"),
         ({"validation_indices": [500]}, IndexError, r"found 500 to 500"),

@@ -46,7 +46,8 @@ def test_hidden_of_what_is_not_there_is_an_error(tissue, make_model) -> None:
     assert not model.is_trained
 
 
-STILL = {"lr": 0.0, "lr_loadings": 0.0, "lr_head": 0.0}
+# So small that no weight moves.
+STILL = {"lr": 1e-30, "lr_loadings": 1e-30, "lr_head": 1e-30}
 
 
 @pytest.mark.parametrize("how", [{"early_stopping_min_delta": 1e9}, {"plan_kwargs": STILL}])
@@ -54,6 +55,15 @@ STILL = {"lr": 0.0, "lr_loadings": 0.0, "lr_head": 0.0}
 def test_patience_and_least_gain_are_as_asked_for(tissue, make_model, train, how, patience, epochs) -> None:
     model = train(make_model(tissue), max_epochs=8, early_stopping_patience=patience, **how)
     assert len(model.history["train_loss"]) == epochs
+
+
+def test_other_objects_are_compared_with_cells_of_the_last_training(tissue, make_model, train) -> None:
+    """Without validation cells there is no telling how far is far; those of an earlier training had other weights."""
+    model = train(make_model(tissue), max_epochs=1)
+    assert int(model.module.n_reference) > 0
+    train(model, max_epochs=1, validation_size=0, plan_kwargs={"lr": 1.0})
+    assert int(model.module.n_reference) == 0
+    FIMP.load_query_data(tissue.copy(), model)
 
 
 def test_what_lightning_is_told_holds(tissue, make_model, train) -> None:

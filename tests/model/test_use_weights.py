@@ -77,10 +77,11 @@ def test_weights_that_are_all_alike_are_announced(tissue, make_model, train) -> 
 
 
 def test_weights_reach_a_foundation_model(distinct, make) -> None:
-    plain = make(weigh(distinct, near), WEIGHTED).get_latent_representation()
+    setup = {**WEIGHTED, "input_scale": "log"}
+    plain = make(weigh(distinct, near), setup).get_latent_representation()
     modes = [{}, {"source": "static"}, {"aggregate": "final"}]
     for mode in modes:
-        model = make(distinct, WEIGHTED, use_weights=True, **mode)
+        model = make(distinct, setup, use_weights=True, **mode)
         z = model.get_latent_representation()
         assert (np.abs(z - plain).max(1) > 1e-4).all()
         np.testing.assert_allclose(model.get_latent_representation(batch_size=7), z, atol=2e-5)

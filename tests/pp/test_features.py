@@ -109,7 +109,7 @@ WRONG = [
     ({"node_names": ["a"]}, ValueError, "node_names has 1 names, but there are 12"),
     ({"feature_names": list("aabcd")}, ValueError, "feature_names must be unique, but repeats 'a'"),
     ({"labels": np.arange(11)}, ValueError, r"shape \(11,\), but 12 nodes"),
-    ({"coordinates": np.ones((11, 2))}, ValueError, "of 11 nodes, but there are 12"),
+    ({"coordinates": np.ones((11, 2))}, ValueError, r"shape \(11, 2\), but there are 12 nodes"),
     ({"coordinates": np.ones((12, 4))}, ValueError, r"found \(12, 4\)"),
 ]
 

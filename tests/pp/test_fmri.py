@@ -151,7 +151,11 @@ WRONG = [
     ({"threshold": 1.0}, ValueError, "threshold= only applies"),
     ({"method": "functional"}, ValueError, "needs train_recordings="),
     ({"method": "functional", "train_recordings": ["x"]}, ValueError, "has 'x', but the recordings are 'recording_0'"),
-    ({"method": "functional", "train_recordings": "a"}, TypeError, "must be a list of names, found 'a'"),
+    (
+        {"method": "functional", "train_recordings": "a"},
+        TypeError,
+        "train_recordings must be a list of names .* found 'a'",
+    ),
     ({"train_recordings": [0]}, ValueError, "train_recordings= only applies"),
     ({"method": "nearest"}, ValueError, "method must be one of .* found 'nearest'"),
     ({"n_neighbors": 10}, ValueError, "pass 9 or less"),

@@ -224,6 +224,12 @@ def test_the_unlabeled_category_is_no_group(read, model, name, how) -> None:
         assert not (other[KEY[:2]].astype(str) == name).any(axis=None)
 
 
+def test_a_word_for_no_group_is_warned_of(read, model) -> None:
+    read.obs["part"] = read.obs["cell_type"].astype(object).where(np.arange(read.n_obs) % 3 > 0, "Unassigned")
+    with pytest.warns(UserWarning, match="'Unassigned' for 80 .*unlabeled_category='Unassigned'"):
+        fimp_sc.tl.attention(read, "part", key_added="k", model=model, **QUICK)
+
+
 @pytest.mark.parametrize("dtype", [bool, int, float, "Int64", "boolean", object])
 def test_groups_may_be_flags_and_whole_numbers(read, model, dtype) -> None:
     kind = read.obs["cell_type"] == "Dendritic"
@@ -359,7 +365,7 @@ BAD = [
     ({"statistic": "nothing"}, ValueError, "statistic"),
     ({"n_permutations": 3}, ValueError, "at least 10"),
     ({"inference_kwargs": {"strategy": "layers"}}, ValueError, "batch_size.* alone, found .strategy."),
-    ({"n_genes": 0}, ValueError, "n_genes must be"),
+    ({"n_genes": 0}, ValueError, "n_genes must be .* at least 1"),
     ({"influence_layer": 9}, ValueError, "layer must be from 0 to 1, found 9"),
     ({"min_edges": 10**6}, ValueError, "Nothing to test: no pair of 3 groups has min_edges=1000000 edges, of "),
     ({"min_support": 10**6}, ValueError, "Nothing to test: no pair of groups has min_edges=30 edges, 1000000 of which"),

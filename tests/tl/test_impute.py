@@ -68,12 +68,10 @@ def test_the_other_slot_holds_no_older_values(embedded) -> None:
     assert embedded.layers["fimp"].shape == embedded.shape
 
 
-def test_what_others_hold_under_the_same_name_stays(embedded) -> None:
+def test_what_others_hold_under_the_same_name_stays(embedded, unchanged) -> None:
     embedded.obsm["mine"] = np.zeros((100, 2))
-    embedded.uns["mine"] = {"note": "not an imputation"}
-    fimp_sc.tl.impute(embedded, key_added="mine", **AGAIN)
-    assert embedded.layers["mine"].shape == embedded.shape
-    np.testing.assert_array_equal(embedded.obsm["mine"], np.zeros((100, 2)))
+    with unchanged(embedded), pytest.raises(ValueError, match=r"adata\.obsm\['mine'\] exists.*overwrite=True"):
+        fimp_sc.tl.impute(embedded, key_added="mine", **AGAIN)
 
 
 def test_record_of_how_measured_values_are_scaled(embedded, reference, section) -> None:
@@ -104,7 +102,7 @@ def test_model_of_embed_is_used_again(embedded, trainings, caplog) -> None:
     with caplog.at_level(logging.INFO, logger="fimp_sc"):
         fimp_sc.tl.impute(embedded, library_key="section", accelerator="cpu")
     assert trainings == []
-    assert "Using the model trained before" in caplog.text
+    assert "Using the model of the call before" in caplog.text
     np.testing.assert_allclose(
         embedded.layers["fimp"], fimp_sc.tl.get_model(embedded).get_expression(), rtol=1e-5, atol=1e-5
     )

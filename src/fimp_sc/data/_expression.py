@@ -111,6 +111,8 @@ class ExpressionSource:
         ``(n_obs,)`` int64, panel of each cell.
     factor
         ``(n_obs,)`` float32, by which values of each cell (logarithms undone) are multiplied before ``log1p``.
+    gene_key
+        ``(n_genes,)`` keys of the genes, on which what is drawn for them depends; ``None`` for their places.
 
     Warns
     -----
@@ -129,8 +131,10 @@ class ExpressionSource:
         absent: NDArray[np.bool_] | None = None,
         trained_scale: InputScale | None = None,
         panels: Panels | None = None,
+        gene_key: NDArray[np.uint64] | None = None,
     ) -> None:
         self._rows = open_rows(matrix)
+        self.gene_key = gene_key
         self.absent = absent
         self._scale = input_scale
         self._as_is = used_as_is(input_scale, trained_scale)

@@ -34,6 +34,8 @@ class JoinedExpression:
         ``(n_obs,)`` bool, nodes that no table has; ``None`` if there are none.
     target_sum
         ``(n_tables,)`` float64.
+    gene_key
+        ``(n_genes,)``, see :class:`ExpressionSource`; ``None`` where a table has none.
     """
 
     def __init__(self, sources: Sequence[ExpressionSource]) -> None:
@@ -42,8 +44,10 @@ class JoinedExpression:
         absent = np.all([_absent(source) for source in self.sources], axis=0)
         self.absent: NDArray[np.bool_] | None = absent if absent.any() else None
         self.target_sum = np.array([source.target_sum for source in self.sources])
+        keys = [source.gene_key for source in self.sources]
+        self.gene_key = None if any(key is None for key in keys) else np.concatenate(keys)  # type: ignore[arg-type]
         self._bounds = np.cumsum([0, *(source.n_genes for source in self.sources)])
-        self.center = np.concatenate([source.center for source in self.sources], axis=1)
+        self.center: NDArray[np.float32] = np.concatenate([source.center for source in self.sources], axis=1)
 
     @property
     def n_genes(self) -> int:

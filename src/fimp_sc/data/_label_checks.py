@@ -68,17 +68,38 @@ def warn_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unkn
             f"{where} has labels with a single cell, which can hardly be learned or validated: "
             f"{shorten([repr(s) for s in single])}. Merge them, or set them to {unlabeled_category!r}."
         )
+    warn_words(adata, labels_key, unlabeled_category, "each is learned as a class")
+
+
+def warn_words(adata: AnnData, key: str, unlabeled_category: str, consequence: str) -> None:
+    """Warn of labels that read as if a cell had none.
+
+    Parameters
+    ----------
+    adata, key, unlabeled_category
+        Object, column of ``obs``, and what cells without label are called.
+    consequence
+        What becomes of them, for the message.
+
+    Warns
+    -----
+    UserWarning
+        There are such labels; the message says how to leave them out.
+    """
+    where, values = f"adata.obs[{key!r}]", _labeled(adata, key, unlabeled_category)
+    counts = label_text(values).value_counts()
     words = [word for word in counts.index if word.strip().casefold() in _NO_LABEL]
-    if words:
-        cells = shorten([f"{word!r} for {counts[word]:,}" for word in words])
-        advice = f"pass unlabeled_category={words[0]!r}"
-        if len(words) > 1 or len(values) < get_obs(adata, [labels_key])[labels_key].notna().sum():
-            raw = values[label_text(values).isin(words)].astype(object).unique().tolist()
-            advice = f"make their labels missing: {where} = {where}.where(~{where}.isin({raw!r}))"
-        warn(
-            f"{where} has labels that read like no label, and each is learned as a class: {cells} of {adata.n_obs:,} "
-            f"cells. If these cells are not labeled, {advice}."
-        )
+    if not words:
+        return
+    cells = shorten([f"{word!r} for {counts[word]:,}" for word in words])
+    advice = f"pass unlabeled_category={words[0]!r}"
+    if len(words) > 1 or len(values) < get_obs(adata, [key])[key].notna().sum():
+        raw = values[label_text(values).isin(words)].astype(object).unique().tolist()
+        advice = f"make their labels missing: {where} = {where}.where(~{where}.isin({raw!r}))"
+    warn(
+        f"{where} has labels that read like no label, and {consequence}: {cells} of {adata.n_obs:,} cells. If these "
+        f"cells are not labeled, {advice}."
+    )
 
 
 def _labeled(adata: AnnData, labels_key: str, unlabeled_category: str) -> pd.Series:

@@ -19,15 +19,7 @@ if TYPE_CHECKING:
 
 
 class TokenSource(Protocol):
-    """Makes the tokens of cells from their expression.
-
-    Attributes
-    ----------
-    gene_key
-        ``(g,)`` keys of the genes, on which what is drawn for them depends; ``None`` for their places.
-    """
-
-    gene_key: NDArray[np.uint64] | None
+    """Makes the tokens of cells from their expression."""
 
     def __call__(
         self,
@@ -66,12 +58,9 @@ class CentredTokens:
     ----------
     gene_rank
         ``(g,)`` int64 permutation that orders equal values.
-    gene_key
-        See :class:`TokenSource`.
     """
 
     gene_rank: Tensor
-    gene_key: NDArray[np.uint64] | None = None
 
     def __call__(
         self,

@@ -161,7 +161,8 @@ def inspect_values(matrix: Any, *, where: str, input_scale: str = "auto", sample
             'log-normalised values. For numbers that are no expression pass input_scale="real".'
         )
     if not found.expressed_in.any() and not found.negative:
-        raise ValueError(f"{where} is zero everywhere: pass layer= with the measured expression.")
+        what = "NaN or zero" if found.nan else "zero"
+        raise ValueError(f"{where} is {what} everywhere: pass layer= with the measured expression.")
     largest = max(found.maximum, -found.minimum)
     if not _SMALLEST <= largest <= _LARGEST:
         raise ValueError(

@@ -209,8 +209,9 @@ class GraphModel(RegisteringModel):
             batch = codes[BATCH_KEY] if setup["center"] == "batch" else None
             sample = codes[LIBRARY_KEY if setup["library_key"] else BATCH_KEY]
             sources = []
-            known = zip(tables, states.values(), split_statistics(self._statistics(), sizes), strict=True)
-            for table, state, statistics in known:
+            keys = np.split(self.module.gene_key, np.cumsum(sizes)[:-1])
+            known = zip(tables, states.values(), split_statistics(self._statistics(), sizes), keys, strict=True)
+            for table, state, statistics, gene_key in known:
                 matrix = get_matrix(table.adata, setup["layer"])
                 if table.rows is not None:
                     matrix = expand_rows(matrix, table.rows, f"mdata[{table.name!r}]")
@@ -218,7 +219,7 @@ class GraphModel(RegisteringModel):
                 columns = match_columns(state[ExpressionField.NAMES], table.adata)
                 source = ExpressionSource(
                     matrix, columns, scale, statistics, batch, masks.get(table.name), table.absent,
-                    state.get(ExpressionField.TRAINED_SCALE, scale), _panels(state, sample),
+                    state.get(ExpressionField.TRAINED_SCALE, scale), _panels(state, sample), gene_key,
                 )  # fmt: skip
                 sources.append(source)
             data.source = sources[0] if len(sources) == 1 else JoinedExpression(sources)
@@ -257,7 +258,7 @@ class GraphModel(RegisteringModel):
         gene_rank: Tensor = self.module.gene_rank.cpu()  # type: ignore[operator, union-attr]
         network = self.module.network
         if not isinstance(network, FoundationNetwork):
-            return CentredTokens(gene_rank, self.module.gene_key)
+            return CentredTokens(gene_rank)
         n_queries = 0 if network.frozen or network.decoder is None else _QUERIES
         return BinnedTokens(
             gene_rank, network.embedding.known.cpu(), int(network.n_bins or 0), self.random_state, n_queries,

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from scipy import sparse
 
-    from fimp_sc.data import Batch, GraphData
+    from fimp_sc.data import Batch, ExpressionSource, GraphData
+    from fimp_sc.data._joined_expression import JoinedExpression
     from fimp_sc.model._module import FIMPModule
 
 # Shifts of a whole section that predictions of other sections must stand, and their size in standard deviations of
@@ -104,7 +105,8 @@ class MixingModel(GraphModel):
         if source is not None and module.n_bins == 0:
             centers = [part.source.center for part in graphs if part.source is not None]
             total: Any = 0.0
-            for shift in _shifts(source, train_idx, self.random_state):
+            mean = module.gene_mean.cpu().numpy()
+            for shift in _shifts(source, train_idx, mean, self.random_state):
                 for part, center in zip(graphs, centers, strict=True):
                     part.source.center = center + shift  # type: ignore[union-attr]
                 total = total + log_loss()
@@ -163,15 +165,20 @@ class _Surroundings:
         return found
 
 
-def _shifts(source: Any, train_idx: NDArray[np.int64], random_state: int) -> Any:
+def _shifts(
+    source: ExpressionSource | JoinedExpression,
+    train_idx: NDArray[np.int64],
+    gene_mean: NDArray[np.float32],
+    random_state: int,
+) -> Any:
     """Draw shifts of all cells, ``(n_genes,)`` each, with the covariance of training cells.
 
     Sums of the cells' deviations from their mean with random weights: along each principal component a shift has the
-    standard deviation of cells times the size asked for.
+    standard deviation of cells times the size asked for. What is not seen of a cell is at its mean.
     """
     rng = np.random.default_rng(random_state)
     cells = np.sort(rng.permutation(source.present(train_idx))[:_CELLS_PER_SHIFT])
-    rows = source.sparse_rows(cells)
+    rows = source.complete_rows(cells, gene_mean)
     mean = np.asarray(rows.mean(0)).ravel()
     for _ in range(_N_SHIFTS):
         weight = rng.standard_normal(len(cells)) * (_SHIFT / np.sqrt(len(cells)))

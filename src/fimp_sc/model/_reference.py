@@ -26,6 +26,9 @@ _N_QUERY, _N_SAME = 256, 64
 _ROUNDING = 1e-2
 # Of validation cells, the distance to the nearest training cell that this fraction stays within.
 _USUAL = 0.99
+# Validation cells below which this distance is not known: that of m such cells is shorter than most others by chance
+# with a probability of 0.5**m.
+_FEWEST_SEEN = 10
 # Fraction of cells beyond it above which an object is reported. Crops of one class and sections with distorted counts
 # reach 0.3; another tissue, species or permuted gene names 0.99.
 _FAR = 0.5
@@ -34,6 +37,8 @@ _FAR = 0.5
 def remember(model: GraphModel, data: GraphData, train_idx: NDArray[np.int64], val_idx: NDArray[np.int64]) -> None:
     """Keep embeddings of some training cells in the module, and how far validation cells are from them."""
     module, rng = model.module, np.random.default_rng(model.random_state)
+    # Of an earlier training, with other weights.
+    module.n_reference.zero_()
     if not len(val_idx):
         return
     kept, seen = (np.sort(rng.permutation(part)[:N_REFERENCE]) for part in (train_idx, val_idx))
@@ -43,8 +48,10 @@ def remember(model: GraphModel, data: GraphData, train_idx: NDArray[np.int64], v
     module.reference_name.zero_()
     module.reference_name[: len(kept)].copy_(torch.from_numpy(_hashes(model)[kept]))
     module.n_reference.fill_(len(kept))
-    distance = _distances(reference, _embed(model, data, seen))
-    module.reference_distance.fill_(float(np.quantile(distance, _USUAL)))
+    usual = np.finfo(np.float32).max
+    if len(seen) >= _FEWEST_SEEN:
+        usual = np.quantile(_distances(reference, _embed(model, data, seen)), _USUAL)
+    module.reference_distance.fill_(float(usual))
 
 
 def compare(model: GraphModel) -> None:
@@ -56,7 +63,8 @@ def compare(model: GraphModel) -> None:
     -----
     UserWarning
         More than half of the cells are further from the nearest training cell than 99 % of validation cells were. Each
-        is compared with its nearest one, so that a crop of one class is near although its mean is not.
+        is compared with its nearest one, so that a crop of one class is near although its mean is not. Not after
+        training with fewer than 10 validation cells.
     """
     module, n_reference = model.module, int(model.module.n_reference)
     if not n_reference:

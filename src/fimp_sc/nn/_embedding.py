@@ -47,7 +47,7 @@ class FeatureEmbedding(nn.Module):
         Width of pretrained vectors of the features, if there are any: ``identity[gene]`` then is ``own[gene] +
         project(vector[gene])``, and ``own`` starts at zero where a vector is known.
     gene_key
-        ``(n_features,)`` keys of the features, see :func:`random_rows`.
+        ``(n_features,)`` keys of the features, see ``random_rows``.
     """
 
     vectors: Tensor

@@ -27,7 +27,7 @@ class ValueHead(nn.Module):
     d_model
         Width of the embedding.
     gene_key
-        ``(n_features,)`` keys of the features, see :func:`~fimp_sc.nn._embedding.random_rows`.
+        ``(n_features,)`` keys of the features, see ``random_rows``.
     """
 
     def __init__(self, n_features: int, d_model: int, gene_key: NDArray[np.uint64] | None = None) -> None:

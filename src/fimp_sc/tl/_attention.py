@@ -10,6 +10,7 @@ from scipy import sparse
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc.data._access import get_obs, missing_key
+from fimp_sc.data._label_checks import warn_words
 from fimp_sc.data._parts import feature_names, nodes_of, parts_of, tables_of
 from fimp_sc.model._attention import cell_groups, edge_pairs, measured_codes
 from fimp_sc.tl._attention_genes import check_genes, check_pairs, choose_genes, say_untested
@@ -259,7 +260,9 @@ def _groups(nodes: AnnData, groupby: str, unlabeled_category: str) -> pd.Categor
     if groupby not in nodes.obs:
         raise missing_key(groupby, "adata.obs", nodes.obs, "Name the groups of cells, for instance their types.")
     column = get_obs(nodes, [groupby])[groupby]
-    return _at_least_two(cell_groups(column, f"adata.obs[{groupby!r}]", unlabeled_category), groupby)
+    groups = _at_least_two(cell_groups(column, f"adata.obs[{groupby!r}]", unlabeled_category), groupby)
+    warn_words(nodes, groupby, unlabeled_category, "each is a group")
+    return groups
 
 
 def _at_least_two(category: pd.Categorical, groupby: str) -> pd.Categorical:
