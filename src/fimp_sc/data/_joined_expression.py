@@ -44,8 +44,9 @@ class JoinedExpression:
         absent = np.all([_absent(source) for source in self.sources], axis=0)
         self.absent: NDArray[np.bool_] | None = absent if absent.any() else None
         self.target_sum = np.array([source.target_sum for source in self.sources])
-        keys = [source.gene_key for source in self.sources]
-        self.gene_key = None if any(key is None for key in keys) else np.concatenate(keys)  # type: ignore[arg-type]
+        keys = [source.gene_key for source in self.sources if source.gene_key is not None]
+        whole = len(keys) == len(self.sources)
+        self.gene_key: NDArray[np.uint64] | None = np.concatenate(keys) if whole else None
         self._bounds = np.cumsum([0, *(source.n_genes for source in self.sources)])
         self.center: NDArray[np.float32] = np.concatenate([source.center for source in self.sources], axis=1)
 
