@@ -34,9 +34,11 @@ def record(model: FIMP, inputs: Inputs, data: AnnData | MuData, tool: str, **ext
     """Return what goes to ``uns`` of ``data``: parameters, seed and versions, in types that h5ad can hold."""
     history = model.history or {}
     state = model.adata_manager.registry["field_registries"][X_KEY]["state_registry"]
-    resolved = {"input_scale": str(state.get(ExpressionField.SCALE, inputs.input_scale))}
+    # Beside the parameters: later calls take these, and what was guessed once may not hold for other values.
+    scale = state.get(ExpressionField.SCALE)
     return {
-        "params": _storable(asdict(inputs) | resolved | extra),
+        "params": _storable(asdict(inputs) | extra),
+        **({} if scale is None else {"input_scale": str(scale)}),
         "model": _storable(model.init_params_["non_kwargs"]),
         "random_state": int(model.random_state),
         "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
