@@ -15,10 +15,10 @@ from fimp_sc.model._mixture import _shifts
 LABELS = {"labels_key": "label", "library_key": "section"}
 
 
-def draw_heads(model: FIMP) -> None:
+def draw_heads(module: torch.nn.Module) -> None:
     """Let both heads have a say."""
     generator = torch.Generator().manual_seed(0)
-    for head in (model.module.label_head, model.module.label_head_alone):
+    for head in (module.label_head, module.label_head_alone):
         torch.nn.init.normal_(head.score.weight, generator=generator)
 
 
@@ -70,7 +70,7 @@ def test_destinations_by_themselves_are_those_of_a_graph_without_edges(tissue, m
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_predictions_are_mixed_by_the_share(tissue, make_model, train, share: float) -> None:
     model = train(make_model(tissue, LABELS), max_epochs=1)
-    draw_heads(model)
+    draw_heads(model.module)
     model.module.smoothed_share.zero_()
     model.module.neighbour_share.fill_(share)
     assert model.neighbour_share == pytest.approx(share)
@@ -105,7 +105,7 @@ def test_predictions_are_smoothed_over_cells_and_their_neighbours(
     graph[5], graph[:, 5] = 0, 0
     tissue.obsp["spatial_connectivities"] = sparse.csr_matrix(graph)
     model = train(make_model(tissue, LABELS, **options), max_epochs=1)
-    draw_heads(model)
+    draw_heads(model.module)
     model.module.smoothed_share.zero_()
     own = model.predict(soft=True).to_numpy()
     model.module.smoothed_share.fill_(share)
@@ -140,7 +140,7 @@ def test_mixture_is_the_best_of_the_validation_cells(tissue, make_model, train) 
 @pytest.mark.parametrize(("view", "expected"), [(0, 1.0), (1, 0.0)])
 def test_the_better_view_is_chosen(tissue, make_model, train, view: int, expected: float) -> None:
     model = train(make_model(tissue, LABELS), max_epochs=1)
-    draw_heads(model)
+    draw_heads(model.module)
     known = np.flatnonzero(tissue.obs["label"].isin(model.classes))
     views = both_views(model, tissue, known)
     # Classes for which this view gives more than the other, everywhere.
@@ -151,7 +151,7 @@ def test_the_better_view_is_chosen(tissue, make_model, train, view: int, expecte
 def test_the_mixture_for_other_sections_stands_shifts(tissue, make_model, train, monkeypatch) -> None:
     """It is the best under the very shifts, which have the covariance of cells."""
     model = train(make_model(tissue, LABELS), max_epochs=2)
-    draw_heads(model)
+    draw_heads(model.module)
     data = model._graph_data(tissue)
     everything = np.arange(120)
     rows = data.source.rows(everything).astype(float)
@@ -222,8 +222,7 @@ def test_without_messages_there_is_one_prediction(tissue, make_model, train) -> 
 def module_with_both() -> tuple:
     module, batch = make_module(alone=True, dropout=0.0).train(), make_batch()
     batch["n_nodes"] = [6, 4]
-    for head in (module.label_head, module.label_head_alone):
-        torch.nn.init.normal_(head.score.weight)
+    draw_heads(module)
     return module, batch
 
 

@@ -225,7 +225,7 @@ def test_untrained_model_is_an_error(tissue, section, unchanged) -> None:
 
 
 def test_folder_without_a_model_is_an_error(section, unchanged, tmp_path) -> None:
-    with unchanged(section), pytest.raises(FileNotFoundError, match=r"model\.save\(folder\)"):
+    with unchanged(section), pytest.raises(ValueError, match=r"no model\.safetensors in .*model\.save\(folder\)"):
         fimp_sc.tl.embed(section, model=tmp_path)
 
 

@@ -26,7 +26,7 @@ def prepared(tissue):
     tissue.layers["counts"] = tissue.X.copy()
     tissue.layers["mask"] = np.zeros(tissue.shape, dtype=bool)
     tissue.obsm["places"] = tissue.obsm["spatial"][:, ::-1].copy()
-    tissue.obs["batch"] = np.where(np.arange(tissue.n_obs) % 2, "a", "b")
+    tissue.obs["kit"] = np.where(np.arange(tissue.n_obs) % 2, "a", "b")
     fimp_sc.pp.spatial_graph(tissue, library_key="section")
     return tissue
 
@@ -58,7 +58,7 @@ def keys_of(adata) -> dict:
     ],
 )
 def test_what_a_call_reads_is_never_replaced(prepared, trainings, unchanged, call, argument, overwrite) -> None:
-    prepared.obs["t_confidence"] = prepared.obs["batch"]
+    prepared.obs["t_confidence"] = prepared.obs["kit"]
     with unchanged(prepared), pytest.raises(ValueError, match=rf"would replace.*reads \({argument}\).*key_added="):
         call(prepared, overwrite=overwrite)
     assert trainings == []
@@ -142,7 +142,7 @@ def test_names_that_tools_choose_do_not_meet_on_the_toy(tissue) -> None:
 def test_later_calls_take_the_keys_of_the_earlier(prepared, quick, trainings, tmp_path, caplog, from_file) -> None:
     prepared.X = prepared.X * 0
     keys = {
-        "layer": "counts", "library_key": "section", "batch_key": "batch", "spatial_key": "places",
+        "layer": "counts", "library_key": "section", "batch_key": "kit", "spatial_key": "places",
         "input_scale": "normalized", "connectivities_key": "near_connectivities",
     }  # fmt: skip
     tl.embed(prepared, **keys, **quick)
@@ -171,8 +171,8 @@ def test_later_calls_take_the_keys_of_the_earlier(prepared, quick, trainings, tm
 
 def test_arguments_win_over_earlier_calls(prepared, quick) -> None:
     tl.embed(prepared, layer="counts", library_key="section", input_scale="counts", **quick)
-    tl.impute(prepared, library_key="batch", spatial_key="spatial", connectivities_key="own_connectivities", **quick)
-    assert prepared.uns["fimp"]["params"]["library_key"] == "batch"
+    tl.impute(prepared, library_key="kit", spatial_key="spatial", connectivities_key="own_connectivities", **quick)
+    assert prepared.uns["fimp"]["params"]["library_key"] == "kit"
     assert prepared.uns["fimp"]["params"]["layer"] == "counts"
     assert prepared.uns["fimp"]["params"]["connectivities_key"] == "own_connectivities"
     prepared.X = prepared.X.log1p()
@@ -239,7 +239,7 @@ def change_values(adata) -> None:
         (change_graph, {}, "the graph changed since"),
         (change_values, {}, "values changed since"),
         (None, {"layer": "counts"}, "layer changed since"),
-        (None, {"batch_key": "batch"}, r"batch_key, obs\['batch'\] changed since"),
+        (None, {"batch_key": "kit"}, r"batch_key, obs\['kit'\] changed since"),
         (None, {"max_epochs": 2}, "another max_epochs"),
         (None, {"random_state": 5}, "another random_state"),
         (None, {"model_kwargs": {"n_latent": 8, "n_heads": 2}}, "n_latent, n_heads given now"),

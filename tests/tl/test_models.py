@@ -135,7 +135,7 @@ def test_keys_of_the_call_hold_for_a_given_model(tissue, quick, unchanged) -> No
     """Whatever keys, or none, the model was trained with."""
     one = tissue[tissue.obs["section"] == "section_1"].copy()
     fimp_sc.tl.embed(one, **quick)
-    how = {"model": fimp_sc.tl.get_model(one), "accelerator": "cpu", "verbose": False}
+    how = {"model": fimp_sc.tl.get_model(one), "center": "batch", "accelerator": "cpu", "verbose": False}
     fimp_sc.tl.embed(tissue, library_key="section", key_added="centred", **how)
     setup = fimp_sc.tl.get_model(tissue).adata_manager.registry["setup_args"]
     assert setup["library_key"] == "section"

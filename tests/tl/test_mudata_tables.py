@@ -25,7 +25,7 @@ def test_tools_read_two_tables_together(tmp_path, only_changed) -> None:
         fimp_sc.tl.embed(mdata, modality=BOTH, **QUICK)
     model = fimp_sc.tl.get_model(mdata)
     assert list(model.genes) == [*mdata["rna"].var_names, *mdata["protein"].var_names]
-    assert dict(mdata.uns["X_fimp"]["params"]["input_scale"]) == {"rna": "counts", "protein": "counts"}
+    assert mdata.uns["X_fimp"]["input_scale"] == {"rna": "counts", "protein": "counts"}
     written = [(name, slot, "fimp") for name in BOTH for slot in ("layers", "uns")]
     with only_changed(mdata, *written, ("", "uns", "fimp")):
         fimp_sc.tl.impute(mdata, **AGAIN)

@@ -233,7 +233,7 @@ def _observed(
             scale = check_values(matrix, where=where, input_scale=given)
         as_is = used_as_is(scale, None)
     else:
-        as_is = used_as_is(scale, record["trained_scale"])
+        as_is = used_as_is(scale, record.get("trained_scale"))
     if as_is:
         return values
     factor = _factor(adata, matrix, scale, record)

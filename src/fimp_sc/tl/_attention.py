@@ -306,7 +306,7 @@ def _planned(
         )
     if not len(plan.tests.pair):
         raise ValueError(
-            f"Nothing to test: no pair of groups has min_edges={min_edges} edges, {min_support} of which would "
+            f"Nothing to test: no pair of groups has min_edges={min_edges} edges, {min_support:.15g} of which would "
             f"join two of the {len(chosen)} genes as tokens. Name others, merge groups, or raise n_tokens with "
             "model_kwargs={'n_tokens': 64}."
         )

@@ -35,10 +35,11 @@ def record(model: FIMP, inputs: Inputs, data: AnnData | MuData, tool: str, **ext
     """Return what goes to ``uns`` of ``data``: parameters, seed and versions, in types that h5ad can hold."""
     history = model.history or {}
     state = model.adata_manager.registry["field_registries"][X_KEY]["state_registry"]
+    # Beside the parameters: later calls take these, and what was guessed once may not hold for other values.
     scales = {name: str(table[ExpressionField.SCALE]) for name, table in table_states(state).items()}
-    resolved = {"input_scale": scales if len(scales) > 1 else scales.get("", inputs.input_scale)}
     return {
-        "params": _storable(asdict(inputs) | resolved | extra),
+        "params": _storable(asdict(inputs) | extra),
+        **({"input_scale": scales.get("", scales)} if scales else {}),
         "model": _storable(model.init_params_["non_kwargs"]),
         "random_state": int(model.random_state),
         "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
