@@ -192,7 +192,7 @@ def _table(
     columns = [*columns, dict(dict(adata.uns.get(layer, {})).get("params", {})).get("library_key")]
     # Of a copy of the parts alone that are read, as nothing is to be written to the user's object.
     own = AnnData(
-        adata.X, adata.obs.copy(), adata.var, dict(adata.uns), dict(adata.obsm),
+        adata.X, adata.obs.copy(), adata.var, uns=dict(adata.uns), obsm=dict(adata.obsm),
         layers={key: values for key, values in adata.layers.items() if key is not None},
     )  # fmt: skip
     for key in columns:
