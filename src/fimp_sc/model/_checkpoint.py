@@ -163,7 +163,7 @@ def training_marks(
         Of the training and of its trainer; of the latter, objects and what says what to show do not count.
     """
     setup = model.adata_manager.registry["setup_args"]
-    values: list[Any] = [] if data.source is None else [data.source.batch]
+    values: list[Any] = [] if data.source is None else [data.source.batch, data.source.panel, data.source.measured]
     for part in parts_of(model.adata, setup.get("modality")):
         values += [] if part.rows is None else [part.rows]
         if part.is_sequence:
