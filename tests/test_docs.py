@@ -75,8 +75,12 @@ def toy_objects(folder: Path) -> dict:
         obs={"weight": rng.random(12)}, obsm={"track": rng.normal(size=(12, 50)).cumsum(1)},
         obsp={"spatial_connectivities": sparse.csr_matrix(RING)},
     )  # fmt: skip
+    counts = rng.poisson(20, (60, 4)).astype(np.float32)
+    protein = ad.AnnData(counts, adata.obs[[]].copy())
+    protein.var_names = ["CD3", "CD19", "IgG", "CD45"]
     return {
         "adata": adata,
+        "protein": protein,
         "adjacency": RING,
         "bold": rng.normal(size=(2, 10, 200)).cumsum(-1),
         "centres": rng.normal(size=(10, 3)),
@@ -104,7 +108,7 @@ def test_code_of_the_page_on_modalities_runs(tmp_path) -> None:
     names["data"] = torch_geometric_data.Data(x=torch.randn(6, 3), edge_index=edges, y=torch.tensor([0, 1] * 3))
     page = DOCS / "modalities.md"
     blocks = [block for block in code_of(page) if "checkpoint=" not in block]
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     run(blocks, page, names)
     assert names["herd"].obsm["X_fimp"].shape == (12, 128)
     made = names["herd"].obsm["fimp"]

@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import fimp_sc
-from fimp_sc.data._checks import check_key_added
+from fimp_sc.data._checks import check_key_added, check_object
+from fimp_sc.data._modality import get_modality
+from fimp_sc.data._parts import as_modalities, is_mudata
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from anndata import AnnData
+    from mudata import MuData
 
 # Where a function writes, beside its record in `uns[key]`.
 _WRITTEN = {
@@ -62,6 +69,65 @@ def last_record(data: Any, *, several: bool) -> tuple[str, Mapping[str, Any]] | 
     found = [(key, r) for key, r in records(data) if "input_scale" in r["params"]]
     found = [(key, r) for key, r in found if ("modality" in r["params"]) == several]
     return max(found, key=lambda item: _order(item[1]), default=None)
+
+
+def choose_target(
+    data: AnnData | MuData, modality: str | Sequence[str] | None
+) -> tuple[AnnData | MuData, list[str] | None]:
+    """Return the object that a call reads and writes, and the names of modalities if it reads several together.
+
+    Without ``modality`` these are the one, or the several, that earlier results are of.
+    """
+    names = as_modalities(modality)
+    if not is_mudata(data):
+        check_object(data)
+        if names is not None:
+            raise ValueError(f"modality={modality!r} is for MuData objects, found an AnnData object: leave it out.")
+        return data, None
+    if names is None:
+        together = joined_modalities(data)
+        found = [] if together is None else [together]
+        found += [[name] for name, part in data.mod.items() if last_record(part, several=False) is not None]
+        names = found[0] if len(found) == 1 else None
+    if names is None or len(names) == 1:
+        return get_modality(data, names[0] if names else None)[1], None
+    return data, names
+
+
+def joined_modalities(data: MuData) -> list[str] | None:
+    """Return the modalities that the latest result of several modalities read together is of, if there is one."""
+    together = last_record(data, several=True)
+    return None if together is None else as_modalities(np.asarray(together[1]["params"]["modality"]).tolist())
+
+
+def find_results(
+    data: AnnData | MuData, modality: str | Sequence[str] | None, holds: Callable[[Any, list[str] | None], bool]
+) -> tuple[AnnData | MuData, list[str] | None]:
+    """Return what :func:`choose_target` does; without ``modality``, of a MuData object what holds the results.
+
+    That is the whole object, with the modalities that it has results of, or else the only modality that does.
+
+    Parameters
+    ----------
+    holds
+        Whether an object, of which these modalities are read together, holds what is looked for.
+
+    Raises
+    ------
+    ValueError
+        Several modalities hold it, and earlier results are not of one alone.
+    """
+    if modality is not None or not is_mudata(data):
+        return choose_target(data, modality)
+    names = joined_modalities(data)
+    if holds(data, names):
+        return data, names
+    found = [part for part in data.mod.values() if holds(part, None)]
+    if len(found) == 1:
+        return found[0], None
+    if not found and (names is not None or len(data.mod) > 1):
+        return data, names
+    return choose_target(data, None)
 
 
 def check_key(

@@ -160,16 +160,23 @@ class Choice(Rule):
     """One of some texts."""
 
     choices: tuple[str, ...] = ()
+    by_modality: bool = False
 
     @property
     def allowed(self) -> str:
-        return f"one of {', '.join(map(repr, self.choices))}"
+        return f"one of {', '.join(map(repr, self.choices))}" + (
+            ", or a dictionary of these by modality" if self.by_modality else ""
+        )
 
     def read(self, value: Any, name: str) -> Any:
+        if self.by_modality and isinstance(value, Mapping):
+            texts = all(isinstance(text, str) for item in value.items() for text in item)
+            return {str(key): str(text) for key, text in value.items()} if texts else NotImplemented
         return str(value) if isinstance(value, str) else NotImplemented
 
-    def holds(self, value: str) -> bool:
-        return value in self.choices
+    def holds(self, value: str | dict[str, str]) -> bool:
+        given = list(value.values()) if isinstance(value, dict) else [value]
+        return bool(given) and set(given) <= set(self.choices)
 
 
 @dataclass(frozen=True)
@@ -624,7 +631,10 @@ _MODEL = Arguments(of="fimp_sc.model:FIMP", without=("adata", "registry"))
 _TRAIN = Arguments(of="fimp_sc.model:FIMP.train")
 _INFERENCE = Arguments(of="fimp_sc.model:FIMP.get_latent_representation", only=("batch_size", "strategy", "distribute"))
 _SCALES = ("auto", "counts", "normalized", "log", "real")
-_SEVERAL_MODALITIES = ("embed", "annotate", "impute", "attention", "niches", "get_model", "setup_mudata", "spatial")
+_SEVERAL_MODALITIES = (
+    "embed", "annotate", "impute", "attention", "niches", "get_model", "setup_mudata",
+    "spatial", "niche_composition", "gene_pairs", "attention_arrows",
+)  # fmt: skip
 _KEY = Text("the name of a key")
 _COLUMN = Text("the name of a column")
 
@@ -661,6 +671,7 @@ OPTIONS: dict[str, Rule | None] = {
     "impute.hidden": Mask(named=True),
     "signals.hidden": Mask(named=True),
     "train.hidden": Mask(by_modality=True),
+    "get_expression.hidden": Mask(by_modality=True),
     "indices": Indices(),
     "train_indices": Indices(),
     "validation_indices": Indices(),
@@ -725,7 +736,8 @@ OPTIONS: dict[str, Rule | None] = {
     "key": _KEY,
     "signals.key": Text("the name of a key", none=True),
     "key_added": _KEY,
-    "input_scale": Choice(_SCALES),
+    "input_scale": Choice(_SCALES, by_modality=True),
+    "setup_anndata.input_scale": Choice(_SCALES),
     "center": Choice(("training", "batch")),
     # tools
     "zero_shot": Flag(),

@@ -13,7 +13,17 @@ from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
 from fimp_sc.data._modality import quiet_mudata
-from fimp_sc.data._parts import as_modalities, check_whole, expand_rows, is_mudata, nodes_of, parts_of, registered_keys
+from fimp_sc.data._parts import (
+    as_modalities,
+    check_whole,
+    expand_rows,
+    feature_names,
+    is_mudata,
+    nodes_of,
+    parts_of,
+    registered_keys,
+    tables_of,
+)
 
 KEY = "spatial_connectivities"
 
@@ -113,10 +123,19 @@ def test_what_cannot_be_read() -> None:
         parts_of(mdata, "imag")
     with pytest.raises(ValueError, match=r"has 3 modalities: choose one with modality=, of \['rna'"):
         parts_of(mdata, None)
-    with pytest.raises(ValueError, match=r"several tables of values, \['rna', 'table'\]: of these one"):
-        parts_of(mdata, ["rna", "image", "table"])
     with pytest.raises(TypeError, match="found dict"):
         parts_of({}, "rna")
+
+
+def test_columns_of_several_tables_have_names_of_their_own() -> None:
+    mdata = mdata_of(rna=part_of("abc"), image=part_of("ab", "patch"), table=part_of("abc", "feature"))
+    mdata["rna"].var_names, mdata["table"].var_names = ["x", "y", "z"], ["z", "w", "v"]
+    tables = tables_of(parts_of(mdata, ["table", "image", "rna"]))
+    assert [list(names) for names in feature_names(tables)] == [["table:z", "w", "v"], ["x", "y", "rna:z"]]
+    assert [list(names) for names in feature_names(tables[1:])] == [["x", "y", "z"]]
+    mdata["rna"].var_names = ["x", "table:z", "z"]
+    with pytest.raises(ValueError, match="'table:z' would be the name of two columns"):
+        feature_names(tables_of(parts_of(mdata, ["table", "rna"])))
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:mudata")

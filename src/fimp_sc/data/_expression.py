@@ -39,12 +39,13 @@ class GeneStatistics:
     fraction
         ``(n_genes,)`` float32, share of all counts; sums to 1.
     target_sum
-        Total to which the counts of each cell are scaled: the median total of all cells of the training object.
+        Total to which the counts of each cell are scaled: the median total of all cells of the training object. Of
+        several tables ``(n_tables,)``; then ``fraction`` sums to 1 in each.
     """
 
     mean: NDArray[np.float32]
     fraction: NDArray[np.float32]
-    target_sum: float
+    target_sum: float | NDArray[np.float64]
 
 
 class Panels(NamedTuple):
@@ -180,7 +181,7 @@ class ExpressionSource:
                     self.factor = _factor(total, self.target_sum * self._share)
             self.center = np.zeros((int(self.batch.max(initial=0)) + 1, len(columns)), np.float32)
         else:
-            self.target_sum, self._fraction = statistics.target_sum, statistics.fraction
+            self.target_sum, self._fraction = float(statistics.target_sum), statistics.fraction
             self._share = self._visible_share(statistics.fraction)
             self.center = self._factors_and_centers(statistics)
 
@@ -275,6 +276,10 @@ class ExpressionSource:
     def present(self, nodes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return those of ``nodes`` that were measured."""
         return nodes if self.absent is None else nodes[~self.absent[nodes]]
+
+    def factors(self, nodes: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return ``(len(nodes), len(columns))`` float32, by which values of genes were multiplied before ``log1p``."""
+        return np.broadcast_to(self.factor[nodes, None], (len(nodes), len(columns)))
 
     def _in_genes(self, block: Any) -> Any:
         """Return a block of rows with the genes of the model as columns; sparse stays sparse."""

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fimp_sc.data._expression import ExpressionSource
+    from fimp_sc.data._joined_expression import JoinedExpression
     from fimp_sc.data._token_sources import TokenSource
 
 
 def expression_fields(
-    source: ExpressionSource,
+    source: ExpressionSource | JoinedExpression,
     tokens: TokenSource,
     nodes: NDArray[np.int64],
     n_dst: int,
@@ -70,7 +71,7 @@ def expression_fields(
     return made
 
 
-def _centered(rows: sparse.csr_matrix, source: ExpressionSource, nodes: NDArray[np.int64]) -> Tensor:
+def _centered(rows: sparse.csr_matrix, source: ExpressionSource | JoinedExpression, nodes: NDArray[np.int64]) -> Tensor:
     values, code = rows.toarray(), source.batch[nodes]
     for batch in np.unique(code):
         mine = code == batch
@@ -79,7 +80,7 @@ def _centered(rows: sparse.csr_matrix, source: ExpressionSource, nodes: NDArray[
 
 
 def _masks(
-    source: ExpressionSource,
+    source: ExpressionSource | JoinedExpression,
     nodes: NDArray[np.int64],
     n_dst: int,
     ratio: tuple[float, float] | None,

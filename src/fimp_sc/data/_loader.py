@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fimp_sc.data._batch import Batch
     from fimp_sc.data._expression import ExpressionSource
     from fimp_sc.data._graph import NodeGraph
+    from fimp_sc.data._joined_expression import JoinedExpression
     from fimp_sc.data._sequences import SequenceSource
     from fimp_sc.data._token_sources import TokenSource
 
@@ -49,7 +50,7 @@ class GraphData:
         ``(n_obs,)`` names of the nodes, which order those at one place.
     """
 
-    source: ExpressionSource | None
+    source: ExpressionSource | JoinedExpression | None
     graph: NodeGraph
     coordinates: NDArray[np.floating]
     library: NDArray[np.int64]

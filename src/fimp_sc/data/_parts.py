@@ -94,8 +94,8 @@ def parts_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> li
     TypeError
         Neither a MuData nor an AnnData object.
     ValueError
-        No modality is named although there are several, several hold expression or features, or names of nodes are
-        there twice, by which several modalities are brought together.
+        No modality is named although there are several, or names of nodes are there twice, by which several modalities
+        are brought together.
     """
     names = as_modalities(modality)
     if names is None or len(names) == 1 or not is_mudata(data):
@@ -113,13 +113,39 @@ def parts_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> li
         rows = adata.obs_names.get_indexer(data.obs_names).astype(np.int64)
         agree = len(rows) == adata.n_obs and (rows == np.arange(len(rows))).all()
         parts.append(Part(name, _kind(adata), adata, None if agree else rows))
-    tables = [part.name for part in parts if not part.is_sequence]
-    if len(tables) > 1:
-        raise ValueError(
-            f"modality={names} has several tables of values, {tables}: of these one can be read together with signals "
-            "and images. Join their columns in one modality, or leave some out."
-        )
     return parts
+
+
+def tables_of(parts: Sequence[Part]) -> list[Part]:
+    """Return the modalities that hold tables of expression or features."""
+    return [part for part in parts if not part.is_sequence]
+
+
+def feature_names(tables: Sequence[Part]) -> list[pd.Index]:
+    """Return the names of genes and features of tables that are read together.
+
+    A name that several tables have stands for none of them: there, it has the name of the table before it, as in
+    ``"protein:CD3"``.
+
+    Raises
+    ------
+    ValueError
+        A name that is so made is that of another column.
+    """
+    names = [part.adata.var_names.astype(str) for part in tables]
+    if len(names) == 1:
+        return names
+    joined = pd.Index(np.concatenate([name.unique().to_numpy(dtype=object) for name in names]))
+    shared = joined[joined.duplicated()].unique()
+    names = [name.where(~name.isin(shared), f"{part.name}:" + name) for part, name in zip(tables, names, strict=True)]
+    joined = pd.Index(np.concatenate([name.unique().to_numpy(dtype=object) for name in names]))
+    if not joined.is_unique:
+        twice = joined[joined.duplicated()][0]
+        raise ValueError(
+            f"{twice!r} would be the name of two columns of the modalities {[part.name for part in tables]}: rename "
+            "one of them."
+        )
+    return names
 
 
 def nodes_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> AnnData:

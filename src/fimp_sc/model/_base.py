@@ -13,8 +13,9 @@ from fimp_sc._logging import warn
 from fimp_sc.data import BinnedTokens, CentredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs, label_text
 from fimp_sc.data._expression import Panels
+from fimp_sc.data._joined_expression import JoinedExpression, split_statistics
 from fimp_sc.data._kinds import sequence_kind
-from fimp_sc.data._parts import Part, expand_rows, nodes_of, parts_of
+from fimp_sc.data._parts import Part, expand_rows, nodes_of, parts_of, tables_of
 from fimp_sc.data._sequence_sources import sequence_source, token_shape
 from fimp_sc.data._sequences import SequenceStatistics
 from fimp_sc.model._fields import (
@@ -26,7 +27,9 @@ from fimp_sc.model._fields import (
     ExpressionField,
     LabelField,
     SequenceField,
+    as_trained,
     match_columns,
+    table_states,
 )
 from fimp_sc.model._inference import infer
 from fimp_sc.model._setup import RegisteringModel
@@ -71,7 +74,11 @@ class GraphModel(RegisteringModel):
 
     @property
     def genes(self) -> NDArray[Any]:
-        """Names of the genes that the model knows, in its own order."""
+        """Names of the genes that the model knows, in its own order.
+
+        Of several tables one after the other; a name that several of them have follows that of its table there
+        (``"protein:CD3"``).
+        """
         return self._state(X_KEY)[ExpressionField.NAMES]
 
     @property
@@ -94,11 +101,15 @@ class GraphModel(RegisteringModel):
 
     def _check_genes(self, data: AnnData | MuData) -> None:
         """Check that another object has enough genes of the model, see :func:`check_shared_genes`."""
-        parts = parts_of(data, self.registry["setup_args"].get("modality")) if len(self.genes) else []
-        for part in parts:
-            if not part.is_sequence:
-                weight = self.module.gene_fraction.cpu().numpy()
-                check_shared_genes(self.genes, weight * (part.kind == "expression"), part.adata)
+        states = table_states(self._state(X_KEY))
+        if not states:
+            return
+        tables = tables_of(parts_of(data, self.registry["setup_args"].get("modality")))
+        if not tables:
+            return  # which is said where they are registered
+        weights = np.split(self.module.gene_fraction.cpu().numpy(), self._table_ends[:-1])
+        for part, state, weight in zip(as_trained(tables, states), states.values(), weights, strict=True):
+            check_shared_genes(state[ExpressionField.NAMES], weight * (part.kind == "expression"), part.adata)
 
     def _indices(self, adata: AnnData, indices: Sequence[int] | NDArray[np.int64] | None) -> NDArray[np.int64]:
         nodes = np.arange(adata.n_obs) if indices is None else np.asarray(indices)
@@ -117,9 +128,29 @@ class GraphModel(RegisteringModel):
         """Return the object that describes the nodes of a registered one."""
         return nodes_of(adata, self._modality(adata))
 
-    def _table(self, adata: AnnData | MuData) -> Part | None:
-        """Return the modality of a registered object that has expression or features, if there is one."""
-        return next((part for part in parts_of(adata, self._modality(adata)) if not part.is_sequence), None)
+    def _tables(self, adata: AnnData | MuData) -> list[Part]:
+        """Return the modalities of a registered object with expression or features, in the order of the model."""
+        tables = tables_of(parts_of(adata, self._modality(adata)))
+        return as_trained(tables, table_states(self._state(X_KEY))) if tables else []
+
+    def _known_columns(self, tables: list[Part]) -> list[NDArray[np.int64]]:
+        """Return the place among the genes of the model of each column of tables as :meth:`_tables` returns them.
+
+        Columns that it does not know have -1.
+        """
+        places, first = [], 0
+        for part, state in zip(tables, table_states(self._state(X_KEY)).values(), strict=True):
+            names = pd.Index(state[ExpressionField.NAMES])
+            place = names.get_indexer(pd.Index(part.adata.var_names.astype(str))).astype(np.int64)
+            places.append(np.where(place < 0, -1, place + first))
+            first += len(names)
+        return places
+
+    @property
+    def _table_ends(self) -> NDArray[np.int64]:
+        """Number of genes of the model up to the end of each table."""
+        states = table_states(self._state(X_KEY)).values()
+        return np.cumsum([len(state[ExpressionField.NAMES]) for state in states]).astype(np.int64)
 
     def _sequence_part(self, adata: AnnData | MuData, name: str) -> Part:
         """Return the modality of a registered object that holds signals or images under ``name``."""
@@ -134,7 +165,7 @@ class GraphModel(RegisteringModel):
     def _graph_data(
         self,
         adata: AnnData | MuData,
-        hidden: sparse.spmatrix | NDArray[np.bool_] | None = None,
+        hidden: Any = None,
         hidden_tokens: Mapping[str, NDArray[np.bool_]] | None = None,
         *,
         messages: bool | None = None,
@@ -170,20 +201,28 @@ class GraphModel(RegisteringModel):
             labels = get_obs(nodes, [setup["labels_key"]])[setup["labels_key"]]
             label = pd.Index(self.classes).get_indexer(pd.Index(label_text(labels))).astype(np.int64)
         data = GraphData(None, graph, coordinates, codes[LIBRARY_KEY], label, names=names)
-        table = self._table(adata)
-        if table is not None:
-            matrix = get_matrix(table.adata, setup["layer"])
-            if table.rows is not None:
-                matrix = expand_rows(matrix, table.rows, f"mdata[{table.name!r}]")
-            state = manager.registry["field_registries"][X_KEY]["state_registry"]
-            scale = state[ExpressionField.SCALE]
-            columns = match_columns(self.genes, table.adata)
+        tables = self._tables(adata)
+        if tables:
+            states = table_states(manager.registry["field_registries"][X_KEY]["state_registry"])
+            sizes = [len(state[ExpressionField.NAMES]) for state in states.values()]
+            masks = hidden if isinstance(hidden, Mapping) else {tables[0].name: hidden}
             batch = codes[BATCH_KEY] if setup["center"] == "batch" else None
-            data.source = ExpressionSource(
-                matrix, columns, scale, self._statistics(), batch, hidden, table.absent,
-                state.get(ExpressionField.TRAINED_SCALE, scale),
-                _panels(state, codes[LIBRARY_KEY if setup["library_key"] else BATCH_KEY]), self.module.gene_key,
-            )  # fmt: skip
+            sample = codes[LIBRARY_KEY if setup["library_key"] else BATCH_KEY]
+            sources = []
+            keys = np.split(self.module.gene_key, np.cumsum(sizes)[:-1])
+            known = zip(tables, states.values(), split_statistics(self._statistics(), sizes), keys, strict=True)
+            for table, state, statistics, gene_key in known:
+                matrix = get_matrix(table.adata, setup["layer"])
+                if table.rows is not None:
+                    matrix = expand_rows(matrix, table.rows, f"mdata[{table.name!r}]")
+                scale = state[ExpressionField.SCALE]
+                columns = match_columns(state[ExpressionField.NAMES], table.adata)
+                source = ExpressionSource(
+                    matrix, columns, scale, statistics, batch, masks.get(table.name), table.absent,
+                    state.get(ExpressionField.TRAINED_SCALE, scale), _panels(state, sample), gene_key,
+                )  # fmt: skip
+                sources.append(source)
+            data.source = sources[0] if len(sources) == 1 else JoinedExpression(sources)
             data.tokens = self._token_source()
         data.sequences = self._sequence_sources(adata, located, hidden_tokens or {})
         return data
@@ -228,11 +267,10 @@ class GraphModel(RegisteringModel):
 
     def _statistics(self) -> GeneStatistics | None:
         module = self.module
-        if not float(module.target_sum):
+        if not bool(module.target_sum.all()):
             return None
-        return GeneStatistics(
-            module.gene_mean.cpu().numpy(), module.gene_fraction.cpu().numpy(), float(module.target_sum)
-        )
+        total = module.target_sum.cpu().numpy()
+        return GeneStatistics(module.gene_mean.cpu().numpy(), module.gene_fraction.cpu().numpy(), total)
 
     def _collect(
         self,

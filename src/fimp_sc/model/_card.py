@@ -122,6 +122,10 @@ def _training(config: Mapping[str, Any]) -> list[str]:
     lines = [
         f"cells: {config['n_cells']:,}",
         *([f"values: {_SCALES[config['input_scale']]}"] if config["input_scale"] else []),
+        *(
+            f"{_code(name)}: {len(table['genes']):,} columns, {_SCALES[table['input_scale']]}"
+            for name, table in config.get("tables", {}).items()
+        ),
         "set up with " + ", ".join(f"{name}={_code(value)}" for name, value in setup.items()),
     ]
     if not config["is_trained"]:

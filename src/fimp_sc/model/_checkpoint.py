@@ -18,7 +18,7 @@ from fimp_sc.data._checks import get_matrix
 from fimp_sc.data._checksums import checksum
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import parts_of
-from fimp_sc.model._fields import X_KEY, ExpressionField
+from fimp_sc.model._fields import X_KEY, ExpressionField, table_states
 from fimp_sc.model._plan import frozen, stored_weights
 from fimp_sc.pretrained._weights import CheckpointError
 
@@ -172,20 +172,21 @@ def training_marks(
             values += [value for element in elements for value in element.values()]
         else:
             values += [part.adata.var_names, get_matrix(part.adata, setup["layer"])]
-    hidden = [mask for mask in (unseen.get("hidden"), *unseen.get("hidden_tokens", {}).values()) if mask is not None]
+    masks = [*unseen.get("hidden", {}).items(), *unseen.get("hidden_tokens", {}).items()]
     # Weights that are drawn at random are so from the seed, which is among the arguments of the model.
     drawn = {name for name, p in model.module.named_parameters() if p.requires_grad and not model.is_trained}
     start = [value for name, value in model.module.state_dict().items() if name not in drawn]
     graph = data.graph.csr
     plain = {name: v for name, v in trainer_kwargs.items() if isinstance(v, bool | int | float | str | None)}
+    scales = [state[ExpressionField.SCALE] for state in table_states(model._state(X_KEY)).values()]
     marks = {
         "version": fimp_sc.__version__,
         "model": (model.init_params_["non_kwargs"], checksum(*start)),
-        "values": (model._state(X_KEY).get(ExpressionField.SCALE), checksum(*values)),
+        "values": (scales, checksum(*values)),
         "graph": checksum(graph.indptr, graph.indices, graph.data, data.coordinates, data.library),
         "labels": (model.classes, checksum(data.label)),
         "split": checksum(*split),
-        "hidden": checksum(*hidden),
+        "hidden": ([name for name, _ in masks], checksum(*(mask for _, mask in masks))),
         **arguments,
         **{name: value for name, value in plain.items() if not name.startswith(_SHOWN)},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,11 +26,11 @@ from fimp_sc.data._checks import (
     warn_labels,
 )
 from fimp_sc.data._kinds import sequence_kind
-from fimp_sc.data._parts import Part, check_whole, nodes_of, parts_of
+from fimp_sc.data._parts import Part, check_whole, feature_names, nodes_of, parts_of, tables_of
 from fimp_sc.data._value_checks import Samples, inspect_values
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from anndata import AnnData
     from mudata import MuData
@@ -100,10 +101,11 @@ class _Field(BaseAnnDataField):
 
 
 class ExpressionField(_Field):
-    """Expression, or features, in ``X`` or a layer of a modality. Another object may have others, if some are shared.
+    """Tables of expression or features, in ``X`` or a layer of modalities. Another object may have other genes.
 
     The names that are registered are those of the object of training, and its scale beside that of the object. Genes
-    that were not measured in every sample are registered by sample.
+    that were not measured in every sample are registered by sample. Several tables that are read together have a state
+    each, under their names, with the names of their own columns; of all tables there are ``NAMES``.
 
     Without any such modality (of signals or images only) the field is empty.
     """
@@ -111,9 +113,14 @@ class ExpressionField(_Field):
     NAMES = "column_names"
     SCALE, TRAINED_SCALE = "input_scale", "trained_scale"
     SAMPLES, LACKING = "samples", "lacking"
+    TABLES = "tables"
 
     def __init__(
-        self, layer: str | None, input_scale: str, modality: Any = None, sample: tuple[str, str] | None = None
+        self,
+        layer: str | None,
+        input_scale: str | Mapping[str, str],
+        modality: Any = None,
+        sample: tuple[str, str] | None = None,
     ) -> None:
         super().__init__(X_KEY, layer, modality)
         self._attr = "X" if layer is None else "layers"
@@ -121,32 +128,45 @@ class ExpressionField(_Field):
         # Key and what it is for.
         self._sample = sample
 
-    def part(self, data: AnnData | MuData) -> Part | None:
-        """Return the modality with expression or features, if there is one."""
-        return next((part for part in parts_of(data, self._modality) if not part.is_sequence), None)
+    def tables(self, data: AnnData | MuData) -> list[Part]:
+        """Return the modalities with expression or features."""
+        return tables_of(parts_of(data, self._modality))
 
     def validate_field(self, adata: AnnData | MuData) -> None:
         # The values are looked at when they are registered: that reads all of them, and once is enough.
-        part = self.part(adata)
-        if part is None:
+        tables = self.tables(adata)
+        if not tables:
             check_object(self.nodes(adata))
-        else:
+        for part in tables:
             check_anndata(part.adata)
             get_matrix(part.adata, self.attr_key)
 
     def register_field(self, adata: AnnData | MuData) -> dict:
         self.validate_field(adata)
-        part = self.part(adata)
-        if part is None:
-            return {"n_obs": self.nodes(adata).n_obs, "n_vars": 0, self.NAMES: np.array([], dtype=object)}
+        tables = self.tables(adata)
+        n_obs = self.nodes(adata).n_obs
+        if not tables:
+            return {"n_obs": n_obs, "n_vars": 0, self.NAMES: np.array([], dtype=object)}
+        if isinstance(self._input_scale, Mapping):
+            check_scales(self._input_scale, [part.name for part in tables])
+        names = feature_names(tables)
+        states = {part.name: self._state(adata, part) for part in tables}
+        if len(states) == 1:
+            return states[tables[0].name]
+        joined = np.concatenate([np.asarray(name, dtype=object) for name in names])
+        return {"n_obs": n_obs, "n_vars": len(joined), self.NAMES: joined, self.TABLES: states}
+
+    def _state(self, adata: AnnData | MuData, part: Part) -> dict:
+        """Return what is registered of one table."""
         where = "adata.X" if self.attr_key is None else f"adata.layers[{self.attr_key!r}]"
         if part.adata is not adata:
             where = where.replace("adata", f"mdata[{part.name!r}]")
-        scale = "real" if part.kind == "feature" and self._input_scale == "auto" else self._input_scale
+        asked = scale_of(self._input_scale, part.name)
+        scale = "real" if part.kind == "feature" and asked == "auto" else asked
         check_scaled(part.adata, self.attr_key, scale)
         samples = self._samples(adata, part)
         found = inspect_values(get_matrix(part.adata, self.attr_key), where=where, input_scale=scale, samples=samples)
-        if self._input_scale == "auto" and part.kind != "feature":
+        if asked == "auto" and part.kind != "feature":
             logger.info(
                 "The values of %s are taken for %s (input_scale=%r).", where, _MEANING[found.scale], found.scale
             )
@@ -174,31 +194,86 @@ class ExpressionField(_Field):
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
         self.validate_field(adata_target)
-        part, n_model = self.part(adata_target), len(state_registry[self.NAMES])
-        if (part is None) != (n_model == 0):
+        tables, trained = self.tables(adata_target), table_states(state_registry)
+        if bool(tables) != bool(trained):
             raise ValueError(
                 "The model reads expression or features, and this object has none."
-                if part is None
-                else f"The model reads signals or images only, and {part.name!r} holds a table of values."
+                if not tables
+                else f"The model reads signals or images only, and {tables[0].name!r} holds a table of values."
             )
-        if part is None:
+        if not tables:
             return self.register_field(adata_target)
-        _report_shared(state_registry[self.NAMES], part.adata)
-        # Weights belong to the genes of training, whatever this object has.
-        trained = state_registry.get(self.TRAINED_SCALE, state_registry.get(self.SCALE))
-        known = {"n_vars": n_model, self.NAMES: state_registry[self.NAMES], self.TRAINED_SCALE: trained}
+        tables = as_trained(tables, trained)
+        for part, known in zip(tables, trained.values(), strict=True):
+            _report_shared(known[self.NAMES], part.adata)
         state = self.register_field(adata_target)
+        found = table_states(state)
+        states = {}
+        for part, (name, known) in zip(tables, trained.items(), strict=True):
+            states[name] = self._transferred(found[part.name if len(found) > 1 else ""], known, part)
+        if len(states) == 1:
+            return next(iter(states.values()))
+        known = {"n_vars": len(state_registry[self.NAMES]), self.NAMES: state_registry[self.NAMES]}
+        return state | known | {self.TABLES: states}
+
+    def _transferred(self, state: dict, known: dict, part: Part) -> dict:
+        """Return what is registered of a table, whose columns become those of training."""
+        # Weights belong to the genes of training, whatever this object has.
+        trained = known.get(self.TRAINED_SCALE, known.get(self.SCALE))
         found = state[self.SCALE]
-        if self._input_scale == "auto" and trained is not None and _ALIKE.get(found) != _ALIKE.get(trained):
+        asked = scale_of(self._input_scale, part.name)
+        if asked == "auto" and trained is not None and _ALIKE.get(found) != _ALIKE.get(trained):
             where = f"layers[{self.attr_key!r}]" if self.attr_key else "X"
             warn(
                 f"The values of {where} are taken for {_MEANING[found]}, and the model was trained on "
                 f"{_MEANING[trained]}. Pass values as in training, or confirm with input_scale={found!r}."
             )
-        return state | known
+        names = known[self.NAMES]
+        return state | {"n_vars": len(names), self.NAMES: names, self.TRAINED_SCALE: trained}
 
     def get_summary_stats(self, state_registry: dict) -> dict:
         return {"n_cells": state_registry["n_obs"], "n_vars": state_registry["n_vars"]}
+
+
+def table_states(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what is registered of each table, by its name where there are several; empty where there is none."""
+    if ExpressionField.TABLES in state:
+        return dict(state[ExpressionField.TABLES])
+    return {"": dict(state)} if len(state[ExpressionField.NAMES]) else {}
+
+
+def as_trained(tables: Sequence[Part], states: Mapping[str, Any]) -> list[Part]:
+    """Return the tables of an object in the order in which a model knows them; a single one has any name.
+
+    Raises
+    ------
+    ValueError
+        The model was trained on others.
+    """
+    found = {part.name: part for part in tables}
+    if len(tables) == len(states) == 1:
+        return list(tables)
+    if set(found) != set(states):
+        trained = f"the tables {list(states)}" if len(states) > 1 else "one table of values"
+        raise ValueError(
+            f"The model reads {trained}, and this object has {list(found)}: name those with modality=, or give the "
+            "modalities these names."
+        )
+    return [found[name] for name in states]
+
+
+def scale_of(input_scale: str | Mapping[str, str], name: str) -> str:
+    """Return the scale of the values of one modality, where scales may be given by modality."""
+    return str(input_scale.get(name, "auto")) if isinstance(input_scale, Mapping) else input_scale
+
+
+def check_scales(input_scale: Mapping[str, str], tables: Sequence[str]) -> None:
+    """Raise a ValueError where scales are given of what is no table that is read."""
+    unknown = [name for name in input_scale if name not in tables]
+    if unknown:
+        raise ValueError(
+            f"input_scale names {unknown[0]!r}, and the tables that are read are {list(tables)}: name one of these."
+        )
 
 
 # Of counts and of values in proportion to them the same becomes.

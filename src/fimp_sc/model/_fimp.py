@@ -13,6 +13,7 @@ from fimp_sc._options import checked
 from fimp_sc.data._access import missing_key
 from fimp_sc.model._attention import AttentiveModel
 from fimp_sc.model._build import foundation_network, gene_vectors, sequence_network, sequence_shapes
+from fimp_sc.model._fields import X_KEY, table_states
 from fimp_sc.model._module import FIMPModule
 from fimp_sc.model._predict import PredictiveModel
 from fimp_sc.model._saved import SavedModel
@@ -163,6 +164,8 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
         if n_tokens is None:
             n_tokens = _TOKENS if foundation is None else _TOKENS_FOUNDATION
         tables = bool(self.summary_stats.n_vars)
+        states = table_states(self._state(X_KEY))
+        n_tables = len(states)
         n_latent = (_WIDTH if tables else _WIDTH_SEQUENCES) if n_latent is None else n_latent
         if dropout is None:
             dropout = _DROPOUT if tables else _DROPOUT_LABELS if self.classes else 0.0
@@ -199,9 +202,10 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
                     foundation, self.registry, checkpoint, stored.get("foundation"), **how
                 )
                 stored = {"foundation": config}
-            elif (foundation is not None or gene_embeddings is not None) and (shapes or not tables):
+            elif (foundation is not None or gene_embeddings is not None) and (shapes or n_tables != 1):
+                others = [*(states if n_tables > 1 else ()), *shapes]
                 what = f"foundation={foundation!r}" if foundation is not None else "gene_embeddings"
-                raise ValueError(f"{what} is for expression alone; this model reads {[*shapes]} too or instead.")
+                raise ValueError(f"{what} is for expression alone; this model reads {others} too or instead.")
             elif foundation is not None:
                 network, config = foundation_network(
                     foundation, self.genes, checkpoint, None if stored else self._vocabulary_rows(vocabulary_key),
@@ -227,6 +231,7 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
                 network=network,
                 alone=messages and foundation is None,
                 gene_key=name_key(self.genes),
+                n_tables=max(n_tables, 1),
             )
             if vectors is not None and known is not None:
                 self.module.start_from_vectors(vectors, known)

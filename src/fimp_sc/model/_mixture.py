@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from scipy import sparse
 
     from fimp_sc.data import Batch, ExpressionSource, GraphData
+    from fimp_sc.data._joined_expression import JoinedExpression
     from fimp_sc.model._module import FIMPModule
 
 # Shifts of a whole section that predictions of other sections must stand, and their size in standard deviations of
@@ -178,7 +179,10 @@ class _Surroundings:
 
 
 def _shifts(
-    source: ExpressionSource, train_idx: NDArray[np.int64], gene_mean: NDArray[np.float32], random_state: int
+    source: ExpressionSource | JoinedExpression,
+    train_idx: NDArray[np.int64],
+    gene_mean: NDArray[np.float32],
+    random_state: int,
 ) -> Any:
     """Draw shifts of all cells, ``(n_genes,)`` each, with the covariance of training cells.
 

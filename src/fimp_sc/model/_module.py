@@ -52,6 +52,8 @@ class FIMPModule(LabellingModule, StartingModule):
         Whether labels are also predicted from each node without its neighbours, by a head of its own.
     gene_key
         ``(n_features,)`` keys of the features, by default their places: what is drawn for a feature depends on its key.
+    n_tables
+        Number of tables that have the features, each with a total of its own.
 
     Attributes
     ----------
@@ -84,6 +86,7 @@ class FIMPModule(LabellingModule, StartingModule):
         network: FoundationNetwork | None = None,
         alone: bool = False,
         gene_key: NDArray[np.uint64] | None = None,
+        n_tables: int = 1,
     ) -> None:
         super().__init__()
         self.label_weight = label_weight
@@ -113,7 +116,8 @@ class FIMPModule(LabellingModule, StartingModule):
         self.register_buffer("gene_rank", torch.from_numpy(np.argsort(order)))
         self.register_buffer("gene_mean", torch.zeros(n_features))
         self.register_buffer("gene_fraction", torch.zeros(n_features))
-        self.register_buffer("target_sum", torch.zeros((), dtype=torch.float64))
+        total = torch.zeros(() if n_tables == 1 else n_tables, dtype=torch.float64)
+        self.register_buffer("target_sum", total)
         self.register_buffer("value_variance", torch.ones(()))
         self.register_buffer("class_weight", torch.ones(max(n_labels, 1)))
         self.statistics = nn.ModuleDict()

@@ -69,7 +69,7 @@ class StartingModule(BaseModuleClass):
         """
         self.gene_mean.copy_(torch.from_numpy(statistics.mean))
         self.gene_fraction.copy_(torch.from_numpy(statistics.fraction))
-        self.target_sum.fill_(statistics.target_sum)
+        self.target_sum.copy_(torch.as_tensor(statistics.target_sum))
         square = float(train.power(2).mean())
         variance = square - float(np.square(statistics.mean).mean())
         self.value_variance.fill_(max(variance, _least_variance(square)))

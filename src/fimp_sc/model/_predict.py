@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -12,7 +13,7 @@ import torch
 from fimp_sc._draws import name_key
 from fimp_sc._options import checked
 from fimp_sc.model._decode import decoded_expression
-from fimp_sc.model._fields import X_KEY, ExpressionField, check_known
+from fimp_sc.model._fields import X_KEY, ExpressionField, check_known, table_states
 from fimp_sc.model._mixture import MixingModel
 from fimp_sc.model._reconstruct import hidden_tokens, predict_all
 from fimp_sc.nn import FoundationNetwork
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from scipy import sparse
     from torch import Tensor
 
-    from fimp_sc.data import Batch, ExpressionSource
+    from fimp_sc.data import Batch
     from fimp_sc.model._inference import Strategy
     from fimp_sc.model._module import FIMPModule
 
@@ -136,7 +137,7 @@ class PredictiveModel(MixingModel):
         *,
         genes: Sequence[str] | None = None,
         scale: Literal["log", "counts"] = "log",
-        hidden: sparse.spmatrix | NDArray[np.bool_] | None = None,
+        hidden: sparse.spmatrix | NDArray[np.bool_] | Mapping[str, Any] | None = None,
         decoder: bool = False,
         batch_size: int | None = None,
         strategy: Strategy = "auto",
@@ -150,15 +151,17 @@ class PredictiveModel(MixingModel):
             As in :meth:`get_latent_representation`.
         genes
             Genes to predict, of those that the model knows, measured in ``adata`` or not. By default the genes of
-            ``adata``; columns of genes that the model does not know are NaN.
+            ``adata``; columns of genes that the model does not know are NaN. Of several tables these are one after the
+            other, in the order in which the model was trained on them; names as in :attr:`genes`.
         scale
             ``"log"``: ``log1p`` of values scaled to the model's common total; ``"counts"``: scaled back to the
             total of each cell (for input on the log scale: ``expm1``). Not negative.
         hidden
             ``(n_obs, n_vars)`` boolean, True for entries that the model must not see; of several modalities a row for
-            each node of the whole object. Cells are scaled by totals of what is visible, over the share that these
-            genes have in training; predictions are on the scale of whole cells. Values on the log scale are used as
-            they are, and carry the totals that they were normalized with: pass counts.
+            each node of the whole object, of several tables a dictionary of these by modality. Cells are scaled by
+            totals of what is visible, over the share that these genes have in training; predictions are on the scale
+            of whole cells. Values on the log scale are used as they are, and carry the totals that they were
+            normalized with: pass counts.
         decoder
             Read values with the expression decoder of the foundation model instead of the head that training fits;
             possible without training. Every gene becomes a token with a hidden value, so that cost grows with the
@@ -178,18 +181,27 @@ class PredictiveModel(MixingModel):
             When there is no decoder.
         """
         adata = self._validate_anndata(adata)
-        table = self._table(adata)
-        if table is None:
+        tables = self._tables(adata)
+        if not tables:
             raise ValueError("This model reads no expression: call get_reconstruction for signals and images.")
-        real = self._state(X_KEY)[ExpressionField.SCALE] == "real"
-        if real and scale == "counts":
+        if len(tables) > 1 and hidden is not None and not isinstance(hidden, Mapping):
+            raise ValueError(
+                f"hidden is one array for several tables: pass a dictionary, with keys of "
+                f"{[part.name for part in tables]}."
+            )
+        if genes is None:
+            known = np.concatenate(self._known_columns(tables))
+        else:
+            wanted = [str(gene) for gene in genes]
+            check_known(wanted, self.genes)
+            known = pd.Index(self.genes).get_indexer(pd.Index(wanted))
+        states = table_states(self._state(X_KEY)).values()
+        sizes = [len(state[ExpressionField.NAMES]) for state in states]
+        real = np.repeat([state[ExpressionField.SCALE] == "real" for state in states], sizes)[known[known >= 0]]
+        if real.any() and scale == "counts":
             raise ValueError("scale='counts' needs expression: these features are predicted as they are, scale='log'.")
-        names = pd.Index(table.adata.var_names.astype(str) if genes is None else [str(gene) for gene in genes])
-        known = pd.Index(self.genes).get_indexer(names)
-        if genes is not None:
-            check_known(list(names), self.genes)
         data = self._graph_data(adata, hidden)
-        source = cast("ExpressionSource", data.source)
+        source = cast("Any", data.source)
         features = torch.from_numpy(known[known >= 0]).to(self.device)
         how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
         nodes = self._indices(self._nodes(adata), indices)
@@ -201,14 +213,13 @@ class PredictiveModel(MixingModel):
         else:
             values = self._collect(adata, nodes, partial(_values, features=features), how, data)
             values += source.center[source.batch[nodes]][:, known[known >= 0]]
-        if not real:
-            np.maximum(values, 0.0, out=values)
+        np.maximum(values, 0.0, out=values, where=~real)
         if scale == "counts":
             np.expm1(values, out=values)
-            values /= source.factor[nodes, None]
+            values /= source.factors(nodes, known[known >= 0])
         if (known >= 0).all():
             return values
-        out = np.full((len(nodes), len(names)), np.nan, dtype=np.float32)
+        out = np.full((len(nodes), len(known)), np.nan, dtype=np.float32)
         out[:, known >= 0] = values
         return out
 

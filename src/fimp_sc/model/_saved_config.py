@@ -22,6 +22,7 @@ from fimp_sc.model._fields import (
     LabelField,
     SequenceField,
     registered_fields,
+    table_states,
 )
 from fimp_sc.pretrained._weights import CheckpointError
 
@@ -44,6 +45,13 @@ def describe(model: GraphModel) -> dict[str, Any]:
     """
     registry = model.registry
     expression = registry["field_registries"][X_KEY]["state_registry"]
+    tables = {
+        name: {
+            "genes": [str(gene) for gene in state[ExpressionField.NAMES]],
+            "input_scale": str(state[ExpressionField.TRAINED_SCALE]),
+        }
+        for name, state in table_states(expression).items()
+    }
     params = {name: _plain(value, name) for name, value in model.init_params_["non_kwargs"].items()}
     for name in _FILES:
         if params.get(name) is not None:
@@ -56,7 +64,7 @@ def describe(model: GraphModel) -> dict[str, Any]:
         "is_trained": bool(model.is_trained),
         "n_cells": int(expression["n_obs"]),
         "n_genes": len(model.genes),
-        "input_scale": str(expression[ExpressionField.TRAINED_SCALE]) if len(model.genes) else None,
+        "input_scale": str(expression[ExpressionField.TRAINED_SCALE]) if len(tables) == 1 else None,
         "sequences": {
             key.removeprefix(SEQUENCE_KEY): _plain(field["state_registry"], key)
             for key, field in registry["field_registries"].items()
@@ -64,12 +72,13 @@ def describe(model: GraphModel) -> dict[str, Any]:
         },
         "classes": model.classes if registry["setup_args"]["labels_key"] is not None else None,
         "setup_args": {
-            name: key if key is None or isinstance(key, list) else str(key)
+            name: key if key is None or isinstance(key, list | dict) else str(key)
             for name, key in registry["setup_args"].items()
         },
         "init_params": params,
         "history": {name: _curve(frame) for name, frame in (model.history or {}).items()},
         "genes": [str(gene) for gene in model.genes],
+        **({"tables": tables} if len(tables) > 1 else {}),
     }
 
 
@@ -92,15 +101,10 @@ def make_registry(config: Mapping[str, Any], cls: type[GraphModel]) -> dict[str,
     # With the defaults of arguments that the writer did not know yet.
     parameters = inspect.signature(getattr(cls, method)).parameters.values()
     setup = {p.name: p.default for p in parameters if p.default is not p.empty} | config["setup_args"]
-    genes, scale = config["genes"], config["input_scale"]
-    states: dict[str, dict[str, Any]] = {
-        X_KEY: {
-            "n_obs": config["n_cells"],
-            "n_vars": len(genes),
-            ExpressionField.NAMES: np.array(genes, dtype=object),
-            **(dict.fromkeys((ExpressionField.SCALE, ExpressionField.TRAINED_SCALE), scale) if genes else {}),
-        },
-    }
+    states: dict[str, dict[str, Any]] = {X_KEY: _table_state(config, config["n_cells"])}
+    if config.get("tables"):
+        tables = {name: _table_state(table, config["n_cells"]) for name, table in config["tables"].items()}
+        states[X_KEY][ExpressionField.TABLES] = tables
     if config["classes"] is not None:
         states[LABELS_KEY] = {LabelField.CLASSES: np.array(config["classes"], dtype=object)}
     states |= {SEQUENCE_KEY + name: dict(state) for name, state in config["sequences"].items()}
@@ -118,6 +122,16 @@ def make_registry(config: Mapping[str, Any], cls: type[GraphModel]) -> dict[str,
         "setup_method_name": method,
         "setup_args": dict(setup),
         "field_registries": registries,
+    }
+
+
+def _table_state(table: Mapping[str, Any], n_obs: int) -> dict[str, Any]:
+    genes, scale = table["genes"], table["input_scale"]
+    return {
+        "n_obs": n_obs,
+        "n_vars": len(genes),
+        ExpressionField.NAMES: np.array(genes, dtype=object),
+        **(dict.fromkeys((ExpressionField.SCALE, ExpressionField.TRAINED_SCALE), scale) if scale else {}),
     }
 
 

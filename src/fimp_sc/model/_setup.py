@@ -138,7 +138,7 @@ class RegisteringModel(BaseModelClass, metaclass=_Listed):
         library_key: str | None = None,
         connectivities_key: str = _GRAPH,
         spatial_key: str = "spatial",
-        input_scale: Literal["auto", "counts", "normalized", "log", "real"] = "auto",
+        input_scale: Literal["auto", "counts", "normalized", "log", "real"] | dict[str, str] = "auto",
         center: Literal["training", "batch"] = "training",
         **kwargs: Any,
     ) -> None:
@@ -153,10 +153,13 @@ class RegisteringModel(BaseModelClass, metaclass=_Listed):
         modality
             Name of a modality. Of several, the tokens of a node are those of all of them; a node may lack some. Nodes
             then are those of ``mdata``, whose ``obs``, ``obsm`` and ``obsp`` are looked at before those of the
-            modalities (a graph must have all nodes).
+            modalities (a graph must have all nodes). Several may be tables of expression or features: each keeps its
+            own scale, and is scaled to totals of its own. Their columns are those of one table after the other; a name
+            that several of them have follows that of its table there (``"protein:CD3"``).
         layer, labels_key, unlabeled_category, batch_key, library_key, connectivities_key, spatial_key, input_scale, \
         center
-            As in :meth:`setup_anndata`, of the modality. Graph and samples default to what it names itself.
+            As in :meth:`setup_anndata`, of the modality. Graph and samples default to what it names itself. Of several
+            tables ``layer`` is that of each, and ``input_scale`` may be a dictionary by modality.
 
         Raises
         ------

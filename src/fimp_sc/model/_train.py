@@ -265,8 +265,8 @@ class TrainableModel(MixingModel, StartingModel):
         """Return what is hidden, by modality or of the only one, as arguments of :meth:`_graph_data`."""
         if hidden is None:
             return {}
-        table = self._table(self.adata)
-        known = [*([] if table is None else [table.name]), *self.module.sequences]
+        tables = [part.name for part in self._tables(self.adata)]
+        known = [*tables, *self.module.sequences]
         if not isinstance(hidden, Mapping):
             if len(known) > 1:
                 raise ValueError(
@@ -281,7 +281,7 @@ class TrainableModel(MixingModel, StartingModel):
             if name in hidden:
                 kind, size = self._sequence_size(self.adata, name)
                 tokens[name] = hidden_tokens(hidden[name], kind, n_obs, size, self.token_sizes[name])
-        return {"hidden": None if table is None else hidden.get(table.name), "hidden_tokens": tokens}
+        return {"hidden": {name: hidden[name] for name in tables if name in hidden}, "hidden_tokens": tokens}
 
     def _split(
         self,

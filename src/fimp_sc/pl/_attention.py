@@ -9,14 +9,16 @@ import pandas as pd
 
 from fimp_sc._options import checked
 from fimp_sc.data._access import missing_key
-from fimp_sc.pl._common import finish
+from fimp_sc.pl._common import finish, results_of
 from fimp_sc.pl._spatial import _MISSING_COLOUR
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from mudata import MuData
     from numpy.typing import NDArray
 
 _LABELS = {
@@ -30,9 +32,10 @@ _MOST_NUMBERS = 12  # groups whose squares have room for numbers
 
 @checked
 def attention(
-    adata: AnnData,
+    adata: AnnData | MuData,
     key: str = "fimp_attention",
     *,
+    modality: str | Sequence[str] | None = None,
     value: Literal["influence", "z", "n_edges", "n_significant"] = "influence",
     fdr: float = 0.05,
     numbers: bool | None = None,
@@ -46,9 +49,11 @@ def attention(
     Parameters
     ----------
     adata
-        Object with the results of :func:`fimp_sc.tl.attention`.
+        Object with the results of :func:`fimp_sc.tl.attention`; or a MuData object.
     key
         Their name in `.uns`.
+    modality
+        Of a MuData object, the one that the results are of, or the several; by default where they are found.
     value
         `"influence"`, mean over edges; `"z"`, how many standard deviations it is above that of groups dealt out at
         random; `"n_edges"`; `"n_significant"`, the number of pairs of genes with a false discovery rate of at most
@@ -81,6 +86,7 @@ def attention(
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
+    adata, _ = results_of(adata, modality, lambda held, _: key in held.uns)
     result = attention_result(adata, key)
     table = result["groups"]
     names = _names(table)

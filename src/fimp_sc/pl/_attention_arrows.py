@@ -10,14 +10,16 @@ import pandas as pd
 from fimp_sc._options import checked
 from fimp_sc.data._access import get_graph, get_obs, missing_key
 from fimp_sc.pl._attention import attention_result
-from fimp_sc.pl._common import finish, fit_legends, node_positions
+from fimp_sc.pl._common import finish, fit_legends, node_positions, results_of
 from fimp_sc.pl._spatial import _MISSING_COLOUR, _coordinates, _palette
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from mudata import MuData
     from numpy.typing import NDArray
 
 _THINNEST, _THICKEST = 1.0, 5.0  # points
@@ -25,9 +27,10 @@ _THINNEST, _THICKEST = 1.0, 5.0  # points
 
 @checked
 def attention_arrows(
-    adata: AnnData,
+    adata: AnnData | MuData,
     cell: str | int,
     *,
+    modality: str | Sequence[str] | None = None,
     key: str = "fimp_attention",
     groupby: str | None = None,
     library_key: str | None = None,
@@ -43,9 +46,11 @@ def attention_arrows(
     Parameters
     ----------
     adata
-        Object with coordinates and the results of :func:`fimp_sc.tl.attention`.
+        Object with coordinates and the results of :func:`fimp_sc.tl.attention`; or a MuData object.
     cell
         The destination: a name of `.obs_names`, or a position.
+    modality
+        Of a MuData object, the one that the results are of, or the several; by default where they are found.
     key
         Where the results are in `.obsp` and `.uns`.
     groupby
@@ -79,6 +84,7 @@ def attention_arrows(
     """
     from matplotlib import pyplot as plt
 
+    adata, _ = results_of(adata, modality, lambda held, _: key in held.uns)
     params = dict(attention_result(adata, key).get("params", {}))
     if key not in adata.obsp:
         raise missing_key(key, "adata.obsp", adata.obsp, "Run fimp_sc.tl.attention(adata, groupby) first.")

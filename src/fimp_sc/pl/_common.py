@@ -9,18 +9,55 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
+from fimp_sc._keys import find_results
 from fimp_sc.data._access import get_obs, missing_key, shorten
 from fimp_sc.data._modality import MODALITY_KEY, described, get_modality
+from fimp_sc.data._parts import nodes_of, parts_of
 from fimp_sc.data._rows import open_rows
 from fimp_sc.data._stored import storage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pandas as pd
     from anndata import AnnData
+    from mudata import MuData
     from numpy.typing import NDArray
+
+    from fimp_sc.data._parts import Part
 
 # Inches between a legend and what is beside it.
 _MARGIN = 0.4
+
+
+def results_of(
+    data: AnnData | MuData, modality: str | Sequence[str] | None, holds: Callable[[Any, list[Part]], bool]
+) -> tuple[AnnData, list[Part]]:
+    """Return an object with the results that a figure shows, and the modalities that it brings together.
+
+    Of several modalities read together these are nodes, columns, coordinates and graphs of all, see
+    :func:`~fimp_sc.data._parts.nodes_of`, with what the whole object says of them in ``uns``, and the colors that the
+    modalities have. Else it is the object, or the modality, itself, and there are no others.
+
+    Parameters
+    ----------
+    data, modality
+        What the user passed; see :func:`~fimp_sc._keys.find_results`.
+    holds
+        Whether an object, and the modalities that it brings together, hold what the figure shows.
+    """
+    target, names = find_results(data, modality, lambda held, names: holds(*_together(held, names)))
+    return _together(target, names)
+
+
+def _together(data: Any, names: list[str] | None) -> tuple[Any, list[Part]]:
+    if names is None:
+        return data, []
+    nodes, parts = nodes_of(data, names), parts_of(data, names)
+    for part in parts:
+        nodes.uns |= {k: v for k, v in part.adata.uns.items() if str(k).endswith("_colors") and k not in nodes.uns}
+    nodes.uns |= dict(data.uns)
+    return nodes, parts
 
 
 def modality_of_kind(mdata: Any, modality: str | None, kind: str) -> tuple[str, AnnData, dict[str, Any]]:

@@ -9,14 +9,16 @@ import numpy as np
 from fimp_sc._options import checked
 from fimp_sc.data._access import missing_key
 from fimp_sc.pl._attention import attention_result
-from fimp_sc.pl._common import finish
+from fimp_sc.pl._common import finish, results_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from mudata import MuData
     from numpy.typing import NDArray
 
 _LABELS = {"z": "z", "score": "Score", "attention": "Mean attention"}
@@ -25,9 +27,10 @@ _SMALLEST, _LARGEST = 25.0, 190.0  # square points
 
 @checked
 def gene_pairs(
-    adata: AnnData,
+    adata: AnnData | MuData,
     key: str = "fimp_attention",
     *,
+    modality: str | Sequence[str] | None = None,
     n_top: int = 20,
     x: Literal["z", "score", "attention"] = "z",
     source_group: str | None = None,
@@ -43,9 +46,11 @@ def gene_pairs(
     Parameters
     ----------
     adata
-        Object with the results of :func:`fimp_sc.tl.attention`.
+        Object with the results of :func:`fimp_sc.tl.attention`; or a MuData object.
     key
         Their name in `.uns`.
+    modality
+        Of a MuData object, the one that the results are of, or the several; by default where they are found.
     n_top
         How many to draw at most, in the order of the table, most significant first.
     x
@@ -76,6 +81,7 @@ def gene_pairs(
     """
     from matplotlib import pyplot as plt
 
+    adata, _ = results_of(adata, modality, lambda held, _: key in held.uns)
     table = attention_result(adata, key)["pairs"]
     chosen = table["fdr"].notna().to_numpy()
     for side, name in (("source_group", source_group), ("destination_group", destination_group)):

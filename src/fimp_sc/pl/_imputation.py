@@ -6,11 +6,15 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from anndata import AnnData
 
+from fimp_sc._keys import joined_modalities
 from fimp_sc._logging import warn
 from fimp_sc._options import checked
 from fimp_sc.data._access import get_matrix, in_memory, missing_key
 from fimp_sc.data._expression import ExpressionSource, GeneStatistics, used_as_is
+from fimp_sc.data._modality import get_modality
+from fimp_sc.data._parts import is_mudata, nodes_of
 from fimp_sc.data._value_checks import check_values
 from fimp_sc.metrics import imputation_scores
 from fimp_sc.metrics._common import as_index, expression
@@ -22,16 +26,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
-    from anndata import AnnData
+    from mudata import MuData
     from numpy.typing import NDArray
 
 
 @checked
 def imputation(
-    adata: AnnData,
+    adata: AnnData | MuData,
     genes: str | Sequence[str],
     layer: str = "fimp",
     *,
+    modality: str | None = None,
     observed_layer: str | None = None,
     library_key: str | None = None,
     spatial_key: str = "spatial",
@@ -51,11 +56,14 @@ def imputation(
     Parameters
     ----------
     adata
-        Object with expression, coordinates and imputed values.
+        Object with expression, coordinates and imputed values; or a MuData object.
     genes
         One gene or several; one row of panels for each, and for each sample.
     layer
         Name that :func:`fimp_sc.tl.impute` wrote to, in `.layers` or (of some genes) in `.obsm`.
+    modality
+        Name of the modality of a MuData object that has the genes; by default the only one with values imputed under
+        this name. What it lacks of coordinates and samples is that of the MuData object.
     observed_layer
         Layer with measured expression; by default that which was imputed from. Where values were imputed on the log
         scale, counts are brought there as the model did: divided by the cell's total, multiplied by the total that
@@ -95,6 +103,10 @@ def imputation(
     from matplotlib import pyplot as plt
 
     names = [genes] if isinstance(genes, str) else list(genes)
+    if is_mudata(adata):
+        adata = _table(adata, modality, layer, names, [library_key], spatial_key)
+    elif modality is not None:
+        raise ValueError(f"modality={modality!r} is for MuData objects, found an AnnData object: leave it out.")
     imputed, known = _imputed(adata, layer)
     for name in names:
         for there, where in ((adata.var_names, "adata.var_names"), (known, f"the genes imputed as {layer!r}")):
@@ -161,6 +173,34 @@ def _draw_against(ax: Any, true: NDArray[Any], guess: NDArray[Any], limits: tupl
     ax.set_xlabel("measured")
     ax.set_ylabel("imputed")
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def _table(
+    mdata: Any, modality: str | None, layer: str, genes: list[str], columns: list[str | None], spatial_key: str
+) -> AnnData:
+    """Return the modality with imputed genes, and with what the whole object, or its other modalities, know of it."""
+    if modality is None:
+        found = [name for name, part in mdata.mod.items() if layer in part.layers or layer in part.obsm]
+        having = [name for name in found if set(genes) <= set(mdata.mod[name].var_names)]
+        modality = (having or found)[0] if len(having or found) == 1 else None
+    name, adata = get_modality(mdata, modality)
+    names = joined_modalities(mdata)
+    if names is None or name not in names:
+        return adata
+    nodes = nodes_of(mdata, names)
+    rows = nodes.obs_names.get_indexer(adata.obs_names)
+    columns = [*columns, dict(dict(adata.uns.get(layer, {})).get("params", {})).get("library_key")]
+    # Of a copy of the parts alone that are read, as nothing is to be written to the user's object.
+    own = AnnData(
+        adata.X, adata.obs.copy(), adata.var, uns=dict(adata.uns), obsm=dict(adata.obsm),
+        layers={key: values for key, values in adata.layers.items() if key is not None},
+    )  # fmt: skip
+    for key in columns:
+        if key is not None and key not in own.obs and key in nodes.obs:
+            own.obs[key] = nodes.obs[key].iloc[rows].to_numpy()
+    if spatial_key not in own.obsm and spatial_key in nodes.obsm:
+        own.obsm[spatial_key] = nodes.obsm[spatial_key][rows]
+    return own
 
 
 def _imputed(adata: AnnData, layer: str) -> tuple[Any, pd.Index]:

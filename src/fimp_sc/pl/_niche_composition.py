@@ -9,14 +9,16 @@ import pandas as pd
 
 from fimp_sc._options import checked
 from fimp_sc.data._access import get_obs, missing_key
-from fimp_sc.pl._common import finish, fit_legends
+from fimp_sc.pl._common import finish, fit_legends, results_of
 from fimp_sc.pl._spatial import _palette
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from mudata import MuData
 
 _MAX_ROWS = 18
 _TOO_MANY = 20  # kinds whose colours can be told apart in bars
@@ -24,10 +26,11 @@ _TOO_MANY = 20  # kinds whose colours can be told apart in bars
 
 @checked
 def niche_composition(
-    adata: AnnData,
+    adata: AnnData | MuData,
     key: str = "fimp_niche",
     groupby: str = "cell_type",
     *,
+    modality: str | Sequence[str] | None = None,
     kind: Literal["auto", "bars", "heatmap"] = "auto",
     cmap: str = "viridis",
     ax: Axes | None = None,
@@ -39,12 +42,14 @@ def niche_composition(
     Parameters
     ----------
     adata
-        Object with niches, as :func:`fimp_sc.tl.niches` writes them.
+        Object with niches, as :func:`fimp_sc.tl.niches` writes them; or a MuData object.
     key
         Column of `.obs` with niches; their colours, `.uns[f"{key}_colors"]`, mark them at the left.
     groupby
         Column of `.obs` with the kinds, for instance cell types, in the colours of `.uns[f"{groupby}_colors"]` if that
         fits. Cells that miss either are left out.
+    modality
+        Of a MuData object, the one that the results are of, or the several; by default where they are found.
     kind
         `"bars"`, stacked to 100 %; `"heatmap"`, where many kinds are easier to read; `"auto"`, the former for up to
         20 kinds.
@@ -71,6 +76,7 @@ def niche_composition(
     from matplotlib import pyplot as plt
     from matplotlib.transforms import ScaledTranslation
 
+    adata, _ = results_of(adata, modality, lambda held, _: key in held.obs)
     columns = {}
     for name, advice in ((key, "Run fimp_sc.tl.niches(adata) first, or set key=."), (groupby, "Set groupby=.")):
         if name not in adata.obs:

@@ -13,13 +13,17 @@ from fimp_sc._errors import MissingKeyError
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
 from fimp_sc.data._access import get_matrix, get_obs, in_memory
-from fimp_sc.pl._common import fit_legends, gene_columns, read_columns
+from fimp_sc.data._parts import feature_names, is_mudata, tables_of
+from fimp_sc.pl._common import fit_legends, gene_columns, read_columns, results_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from anndata import AnnData
+    from mudata import MuData
     from numpy.typing import NDArray
+
+    from fimp_sc.data._parts import Part
 
 _MISSING_COLOUR = "#d3d3d3"
 _MAX_LEGEND_ROWS = 15
@@ -31,9 +35,10 @@ _UNKNOWN = "Unknown"
 
 @checked
 def spatial(
-    adata: AnnData,
+    adata: AnnData | MuData,
     color: str | tuple[str, int] | Sequence[str | tuple[str, int]],
     *,
+    modality: str | Sequence[str] | None = None,
     library_key: str | None = None,
     layer: str | None = None,
     spatial_key: str = "spatial",
@@ -47,12 +52,16 @@ def spatial(
     Parameters
     ----------
     adata
-        Annotated data with coordinates in `.obsm[spatial_key]`; the first two columns are drawn.
+        Annotated data with coordinates in `.obsm[spatial_key]`, whose first two columns are drawn; or a MuData object.
     color
         What to colour by, one or several of: a column of `.obs`; a gene of `.var_names` (values of `.X` or of
         `layer`); a pair such as `("X_fimp", 0)`, a column of that `.obsm` array.
         Categories take their colours from `.uns[f"{color}_colors"]` if that fits, else colours that stay apart for
         colour-blind readers; cells that are "Unknown" are grey.
+    modality
+        Name of the modality of a MuData object to draw; of several read together, columns and coordinates are those of
+        the MuData object or of a modality with all nodes, and genes those of any. By default the MuData object where it
+        holds what to draw, or else the modality that does.
     library_key
         Column of `.obs` that tells the samples apart; None draws all cells in one panel.
     layer
@@ -83,8 +92,16 @@ def spatial(
     from matplotlib import pyplot as plt
 
     colors = [color] if isinstance(color, str | tuple) else list(color)
+
+    def holds(held: Any, parts: list[Part]) -> bool:
+        genes = [name for _, _, names in _tables(held, parts) for name in names]
+        return spatial_key in held.obsm and all(
+            key[0] in held.obsm if isinstance(key, tuple) else key in held.obs or key in genes for key in colors
+        )
+
+    adata, parts = results_of(adata, modality, holds)
     xy = _coordinates(adata, spatial_key)
-    values = [_values(adata, key, layer) for key in colors]
+    values = [_values(adata, key, layer, parts) for key in colors]
     panels = _panels(adata, library_key)
     if size is None:
         size = float(np.clip(20_000 / max(len(rows) for _, rows in panels), 1, 60))
@@ -142,7 +159,17 @@ def _array(adata: AnnData, key: str) -> NDArray[np.float64]:
     return np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
 
 
-def _values(adata: AnnData, key: str | tuple[str, int], layer: str | None) -> pd.Categorical | NDArray[np.float64]:
+def _tables(adata: Any, parts: Sequence[Part]) -> list[tuple[AnnData, NDArray[np.int64] | None, pd.Index]]:
+    """Return what has genes, the row of each node there, and the names of the genes."""
+    if parts:
+        tables = tables_of(parts)
+        return [(t.adata, t.rows, names) for t, names in zip(tables, feature_names(tables), strict=True)]
+    return [] if is_mudata(adata) else [(adata, None, adata.var_names)]
+
+
+def _values(
+    adata: AnnData, key: str | tuple[str, int], layer: str | None, parts: Sequence[Part] = ()
+) -> pd.Categorical | NDArray[np.float64]:
     if isinstance(key, tuple):
         name, column = key
         if name not in adata.obsm:
@@ -158,10 +185,12 @@ def _values(adata: AnnData, key: str | tuple[str, int], layer: str | None) -> pd
         if pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_bool_dtype(series):
             return series.to_numpy(dtype=np.float64, na_value=np.nan)
         return pd.Categorical(series)
-    if key in adata.var_names:
-        where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
-        gene = gene_columns(adata.var_names, [key], "adata.var_names")
-        return read_columns(get_matrix(adata, layer), where, gene).ravel()
+    for table, row, names in _tables(adata, parts):
+        if key in names:
+            where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+            gene = gene_columns(names, [key], "adata.var_names")
+            values = read_columns(get_matrix(table, layer), where, gene).ravel()
+            return values if row is None else np.where(row < 0, np.nan, values[row])
     message = (
         f"{key!r} is neither a column of adata.obs {list(adata.obs.columns)} nor a gene of adata.var_names. "
         "For a column of adata.obsm give a pair such as ('X_fimp', 0)."

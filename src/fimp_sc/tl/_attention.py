@@ -11,7 +11,7 @@ from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc.data._access import get_obs, missing_key
 from fimp_sc.data._label_checks import warn_words
-from fimp_sc.data._parts import nodes_of, parts_of
+from fimp_sc.data._parts import feature_names, nodes_of, parts_of, tables_of
 from fimp_sc.model._attention import cell_groups, edge_pairs, measured_codes
 from fimp_sc.tl._attention_genes import check_genes, check_pairs, choose_genes, say_untested
 from fimp_sc.tl._inputs import check_results, choose, copied, working_copy
@@ -198,8 +198,8 @@ def attention(
     if all(part.is_sequence for part in parts_of(target, inputs.modality)):
         raise ValueError("attention reads genes, and there are signals or images only: pass a modality of expression.")
     table = None if pairs is None else check_pairs(pairs)
-    expression = next(part for part in parts_of(target, inputs.modality) if not part.is_sequence)
-    check_genes(expression.adata.var_names.astype(str), "adata.var_names", genes, table)
+    names = np.concatenate(feature_names(tables_of(parts_of(target, inputs.modality))))
+    check_genes(pd.Index(names), "adata.var_names", genes, table)
     nodes = nodes_of(target, inputs.modality)
     category = _groups(nodes, groupby, unlabeled_category)
     batch_size = (inference_kwargs or {}).get("batch_size")

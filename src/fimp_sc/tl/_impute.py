@@ -73,7 +73,8 @@ def impute(
         Cells with expression and coordinates, or a MuData object; see :func:`embed`.
     genes
         Gene or genes to predict, of those that the model knows, measured here or not. All genes of ``adata`` by
-        default, which makes a dense cells x genes layer: name genes for a large object.
+        default, which makes a dense cells x genes layer: name genes for a large object. Of several tables read together
+        genes of any; each is written to its own.
     scale
         ``"log"``: ``log1p`` of values scaled to the model's common total (the median total of the cells of the object
         that it was trained on).
@@ -143,13 +144,19 @@ def impute(
             hidden=masks, gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
             genes=genes, n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
-        predicted = [
-            (part, _predicted(fitted, part, genes, scale, masks.get(part.name), inference_kwargs or {}))
-            for part in parts
+        how = inference_kwargs or {}
+        predicted: list[tuple[Part, np.ndarray, Any]] = [
+            (part, _reconstructed(fitted, part, masks.get(part.name), how), None) for part in parts if part.is_sequence
         ]
+        tables = fitted._tables(fitted.adata)
+        if tables:
+            users = {part.name: part for part in parts}
+            hidden_here = {part.name: masks[part.name] for part in tables if part.name in masks} or None
+            expression = _expression(fitted, tables, genes, scale, hidden_here, how)
+            predicted += [(users[name], values, names) for name, values, names in expression]
         extra: dict[str, Any] = {}
         with write_back(target, work, inputs, fitted):
-            for part, values in predicted:
+            for part, values, names in predicted:
                 table = part.adata
                 values = placed(values, work.obs_names, table.obs_names)
                 in_layer = sequence_kind(part.kind).results == "layers" if part.is_sequence else genes is None
@@ -157,39 +164,56 @@ def impute(
                     table.layers[key_added] = values
                 else:
                     table.obsm[key_added] = values.reshape(len(values), -1)
-                if part.is_sequence:
+                if names is None:
                     continue
                 other = table.obsm if in_layer else table.layers
                 if key_added in other:
                     del other[key_added]  # of an earlier call, whose record is about to be replaced
-                names = table.var_names if genes is None else genes
-                extra = {"genes": np.array(names, dtype=object)} | measured_scale(fitted, table)
+                extra = {"genes": np.array(names, dtype=object)} | measured_scale(fitted, part)
                 if table is not target:
                     table.uns[key_added] = record(fitted, inputs, table, "tl.impute", scale=scale) | extra
             kept = scale if extra else None
+            if len(tables) > 1:
+                # How each table is scaled is said in its own record.
+                extra = {"genes": np.concatenate([names for _, _, names in predicted if names is not None])}
             target.uns[key_added] = record(fitted, inputs, target, "tl.impute", scale=kept) | extra
     return adata if copy else None
 
 
-def _predicted(model: FIMP, part: Part, genes: list[str] | None, scale: Any, hidden: Any, how: Any) -> np.ndarray:
-    """Return values of one modality for all nodes of the model."""
-    if part.is_sequence:
-        names = list(model.module.sequences)
-        name = part.name if part.name in names else names[0]
-        values = model.get_reconstruction(modality=name, hidden=hidden, **how)
-        # What does not fill a token is NaN by design.
-        kind, shape = sequence_kind(part.kind), model.module.sequences[name]
-        size, token_size = kind.size(part.adata), model.token_sizes[name]
-        whole = np.zeros((1, kind.tokens(size, token_size)[0], shape.token_size))
-        finite_or_raise(values[:, np.isfinite(kind.restore(whole, size, token_size)[0])], "reconstruction")
-        return values
-    values = model.get_expression(genes=genes, scale=scale, hidden=hidden, **how)
-    wanted = np.array(part.adata.var_names if genes is None else genes, dtype=str)
-    unknown = ~np.isin(wanted, model.genes.astype(str))
-    if unknown.any():
-        logger.warning("%d genes are not known to the model: their columns are NaN.", unknown.sum())
-    finite_or_raise(values[:, ~unknown], "prediction")
+def _reconstructed(model: FIMP, part: Part, hidden: Any, how: Any) -> np.ndarray:
+    """Return signals or images of one modality for all nodes of the model."""
+    names = list(model.module.sequences)
+    name = part.name if part.name in names else names[0]
+    values = model.get_reconstruction(modality=name, hidden=hidden, **how)
+    # What does not fill a token is NaN by design.
+    kind, shape = sequence_kind(part.kind), model.module.sequences[name]
+    size, token_size = kind.size(part.adata), model.token_sizes[name]
+    whole = np.zeros((1, kind.tokens(size, token_size)[0], shape.token_size))
+    finite_or_raise(values[:, np.isfinite(kind.restore(whole, size, token_size)[0])], "reconstruction")
     return values
+
+
+def _expression(
+    model: FIMP, tables: list[Part], genes: list[str] | None, scale: Any, hidden: Any, how: Any
+) -> list[tuple[str, np.ndarray, NDArray[Any]]]:
+    """Return of each table its name, values of its genes for all nodes of the model, and their names.
+
+    Of several tables, those that have none of ``genes`` are left out.
+    """
+    values = model.get_expression(genes=genes, scale=scale, hidden=hidden, **how)
+    if genes is None:
+        known = np.concatenate(model._known_columns(tables)) >= 0
+        if not known.all():
+            logger.warning("%d genes are not known to the model: their columns are NaN.", (~known).sum())
+        finite_or_raise(values[:, known], "prediction")
+        cuts = np.cumsum([part.adata.n_vars for part in tables])[:-1]
+        split = zip(tables, np.split(values, cuts, axis=1), strict=True)
+        return [(part.name, own, np.array(part.adata.var_names, dtype=object)) for part, own in split]
+    finite_or_raise(values, "prediction")
+    names = np.array(genes, dtype=object)
+    owner = np.searchsorted(model._table_ends, model._gene_columns(genes), side="right")
+    chosen = [(part.name, owner == i) for i, part in enumerate(tables)]
+    return [(name, values[:, mine], names[mine]) for name, mine in chosen if mine.any() or len(tables) == 1]
 
 
 def _masks(hidden: Any, parts: list[Part], nodes: pd.Index) -> dict[str, Any]:

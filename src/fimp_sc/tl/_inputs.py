@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from fimp_sc._keys import check_key, last_record
+from fimp_sc._keys import check_key, choose_target, last_record
 from fimp_sc._logging import user_messages
 from fimp_sc.data._access import missing_key
 from fimp_sc.data._checks import (
@@ -18,7 +18,6 @@ from fimp_sc.data._checks import (
     check_coordinates,
     check_graph,
     check_labels,
-    check_object,
     check_obs_key,
     check_scaled,
     get_matrix,
@@ -26,13 +25,14 @@ from fimp_sc.data._checks import (
     in_memory,
 )
 from fimp_sc.data._kinds import sequence_kind
-from fimp_sc.data._modality import MODALITY_KEY, get_modality, quiet_mudata
-from fimp_sc.data._parts import as_modalities, check_whole, is_mudata, nodes_of, parts_of, registered_keys
+from fimp_sc.data._modality import MODALITY_KEY, quiet_mudata
+from fimp_sc.data._parts import check_whole, is_mudata, nodes_of, parts_of, registered_keys, tables_of
+from fimp_sc.model._fields import check_scales, scale_of
 from fimp_sc.model._setup import check_layer
 from fimp_sc.pp._spatial_graph import add_graph, check_free
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from mudata import MuData
 
@@ -50,7 +50,7 @@ class Inputs:
     batch_key: str | None = None
     spatial_key: str = "spatial"
     connectivities_key: str = "spatial_connectivities"
-    input_scale: str = "auto"
+    input_scale: str | dict[str, str] = "auto"
     center: str | None = None
     labels_key: str | None = None
     unlabeled_category: str = "Unknown"
@@ -86,28 +86,15 @@ def choose(
     if modality is None and is_mudata(data) and len(data.mod) > 1:
         also["modality"] = names or next(name for name, part in data.mod.items() if part is target)
     keys = inherit(target, names, keys, verbose=verbose, also=also)
-    check_layer(keys["layer"], parts_of(target, names))
+    parts = parts_of(target, names)
+    check_layer(keys["layer"], parts)
+    if isinstance(keys["input_scale"], dict):
+        if names is None:
+            raise ValueError(
+                f"input_scale={keys['input_scale']!r} gives scales by modality, and one modality is read: pass its own."
+            )
+        check_scales(keys["input_scale"], [part.name for part in tables_of(parts)])
     return target, Inputs(modality=None if names is None else tuple(names), **keys)
-
-
-def choose_target(
-    data: AnnData | MuData, modality: str | Sequence[str] | None
-) -> tuple[AnnData | MuData, list[str] | None]:
-    """Return the object that a call reads and writes, and the names of modalities if it reads several together."""
-    names = as_modalities(modality)
-    if not is_mudata(data):
-        check_object(data)
-        if names is not None:
-            raise ValueError(f"modality={modality!r} is for MuData objects, found an AnnData object: leave it out.")
-        return data, None
-    if names is None:
-        together = last_record(data, several=True)
-        found = [] if together is None else [as_modalities(np.asarray(together[1]["params"]["modality"]).tolist())]
-        found += [[name] for name, part in data.mod.items() if last_record(part, several=False) is not None]
-        names = found[0] if len(found) == 1 else None
-    if names is None or len(names) == 1:
-        return get_modality(data, names[0] if names else None)[1], None
-    return data, names
 
 
 def inherit(
@@ -150,6 +137,8 @@ def inherit(
     if given.get("layer", earlier["layer"]) != earlier["layer"]:
         earlier = earlier | {"input_scale": default["input_scale"]}
     taken = {name: earlier[name] for name in keys if name not in given}
+    if isinstance(taken.get("input_scale"), Mapping):
+        taken["input_scale"] = {str(name): str(scale) for name, scale in taken["input_scale"].items()}
     if last is None:
         return given | taken
     said = {name: value for name, value in taken.items() if value != default[name]}
@@ -246,7 +235,7 @@ def working_copy(adata: AnnData | MuData, inputs: Inputs, *, labels_required: bo
     return work
 
 
-def _light(adata: AnnData, inputs: Inputs) -> AnnData:
+def _light(adata: AnnData, inputs: Inputs, name: str = "adata") -> AnnData:
     """Return values, coordinates and columns of one modality, shared with the user's object."""
     part = parts_of(adata, None)[0]
     keys = dict.fromkeys([inputs.library_key, inputs.batch_key, inputs.labels_key])
@@ -259,7 +248,7 @@ def _light(adata: AnnData, inputs: Inputs) -> AnnData:
     else:
         check_anndata(adata)
         if part.kind == "expression":
-            check_scaled(adata, inputs.layer, inputs.input_scale)
+            check_scaled(adata, inputs.layer, scale_of(inputs.input_scale, name))
         matrix = get_matrix(adata, inputs.layer)
     columns = [key for key in keys if key is not None and key in adata.obs]
     work = AnnData(
@@ -279,7 +268,7 @@ def _working_mudata(mdata: Any, nodes: AnnData, inputs: Inputs) -> MuData:
     check_whole(mdata, inputs.connectivities_key, inputs.modality, nodes)
     check_graph(nodes, inputs.connectivities_key, inputs.library_key)
     with quiet_mudata():
-        parts = {part.name: _light(part.adata, inputs) for part in parts_of(mdata, inputs.modality)}
+        parts = {part.name: _light(part.adata, inputs, part.name) for part in parts_of(mdata, inputs.modality)}
         work = MuData(parts)
         # Nodes that have none of these modalities stay out, as they would have no token at all.
         nodes = nodes[work.obs_names]

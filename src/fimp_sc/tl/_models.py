@@ -16,17 +16,17 @@ import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
 from scipy import sparse
 
-from fimp_sc._keys import last_record
+from fimp_sc._keys import choose_target, last_record
 from fimp_sc._options import checked
 from fimp_sc.data._access import shorten
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import nodes_of, parts_of
 from fimp_sc.data._stored import identity, storage
 from fimp_sc.model import FIMP
-from fimp_sc.model._fields import check_known
+from fimp_sc.model._fields import X_KEY, check_known, table_states
 from fimp_sc.model._train import on_gpu
 from fimp_sc.nn import FoundationNetwork
-from fimp_sc.tl._inputs import CONNECTIVITIES, Inputs, choose_target
+from fimp_sc.tl._inputs import CONNECTIVITIES, Inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -194,8 +194,9 @@ def _forget(model_id: str, key: str) -> None:
 def _check_modalities(model: FIMP, work: AnnData | MuData, inputs: Inputs) -> None:
     parts = parts_of(work, inputs.modality)
     known = list(model.module.sequences)
-    table = "expression or features, " if len(model.genes) else ""
-    if len(parts) != len(known) + bool(table):
+    tables = list(table_states(model._state(X_KEY)))
+    table = "" if not tables else f"tables {tables}, " if len(tables) > 1 else "expression or features, "
+    if len(parts) != len(known) + len(tables):
         raise ValueError(
             f"The model reads {table}signals and images {known}, and modality= names {[part.name for part in parts]}: "
             "name the modalities that the model was trained on."

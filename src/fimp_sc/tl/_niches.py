@@ -8,19 +8,20 @@ import numpy as np
 import pandas as pd
 from anndata import ImplicitModificationWarning
 
-from fimp_sc._keys import check_key, last_record, new_record
+from fimp_sc._keys import check_key, find_results, new_record
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
 from fimp_sc.data._access import get_obs, in_memory, label_text, missing_key
-from fimp_sc.data._checks import check_object
-from fimp_sc.data._parts import is_mudata
+from fimp_sc.data._parts import nodes_of
 from fimp_sc.tl._clusterings import Leiden, fit_mixture
 from fimp_sc.tl._inputs import copied, inherit
 from fimp_sc.tl._smooth import smoothed
 from fimp_sc.tl._stability import mixtures_of_halves, most_stable, seeds_of_leiden, stability
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
     from mudata import MuData
     from numpy.typing import NDArray
@@ -36,6 +37,7 @@ def niches(
     adata: AnnData | MuData,
     n_niches: int | None = None,
     *,
+    modality: str | Sequence[str] | None = None,
     use_rep: str = "X_fimp",
     method: Method = "mixture",
     smooth: int | None = None,
@@ -57,13 +59,16 @@ def niches(
     Parameters
     ----------
     adata
-        Cells with an embedding and, unless ``smooth=0``, a spatial graph; a MuData object that :func:`embed` wrote to
-        as a whole will do.
+        Cells with an embedding and, unless ``smooth=0``, a spatial graph; or a MuData object.
     n_niches
         Number of niches; ``None`` chooses it: every number of ``n_range`` is tried several times, and the largest one
         is taken with which the clusterings agree about as well as with the best (mean adjusted Rand index of all
         pairs at most 0.05 below the highest). Mixtures are compared between random halves of the cells, Leiden
         clusterings between seeds.
+    modality
+        Name of the modality of a MuData object that is read and written to; of several that :func:`embed` read
+        together, results are read from and written to the MuData object, whose graph and columns are those of these
+        modalities, too. By default the MuData object where it holds ``use_rep``, or else the modality that does.
     use_rep
         Representation in ``obsm``, ``(n_obs, n_features)``.
     method
@@ -118,13 +123,12 @@ def niches(
     ImportError
         When ``method="leiden"`` and igraph is missing.
     """
-    target: Any = adata
-    modalities = None
-    if is_mudata(target):
-        last = last_record(target, several=True)
-        modalities = None if last is None else np.asarray(last[1]["params"]["modality"]).tolist()
-    else:
-        check_object(target)
+    adata = copied(adata) if copy else adata
+    found_in = find_results(adata, modality, lambda held, names: use_rep in held.obsm)
+    target: Any = found_in[0]
+    modalities = found_in[1]
+    # Columns and graph of several modalities may be those of one of them.
+    nodes = target if modalities is None else nodes_of(target, modalities)
     keys = {"library_key": library_key, "connectivities_key": connectivities_key}
     keys = inherit(target, modalities, keys, verbose=verbose)
     library_key, connectivities_key = keys["library_key"], str(keys["connectivities_key"])
@@ -134,10 +138,10 @@ def niches(
         smooth = int(method == "mixture")
     raw = _representation(target, use_rep)
     numbers = _numbers(n_niches, n_range, len(raw) if n_niches is not None or method == "leiden" else len(raw) // 2)
-    labels = None if labels_key is None else _labels(target, labels_key)
+    labels = None if labels_key is None else _labels(nodes, labels_key)
     # In an order that values alone decide, so that random starts do not depend on the order of cells.
     order = np.lexsort(raw.T[::-1])
-    values = smoothed(target, raw, order, smooth, connectivities_key, library_key)
+    values = smoothed(nodes, raw, order, smooth, connectivities_key, library_key)
     values = _components(values, n_components)
     values /= np.sqrt(values.var(axis=0).mean()) or 1.0
 
@@ -186,6 +190,7 @@ def niches(
         "use_rep": use_rep, "method": method, "smooth": int(smooth), "n_components": n_components,
         "covariance_type": covariance_type, "n_range": list(map(int, n_range)), "n_seeds": int(n_seeds),
         "labels_key": labels_key, "library_key": library_key, "connectivities_key": connectivities_key,
+        "modality": modalities,
     }  # fmt: skip
     used = ("scikit-learn", "numpy") if leiden is None else ("scanpy", "igraph", "numpy")
     result = {
@@ -195,14 +200,13 @@ def niches(
         **new_record(target, "tl.niches", *used),
         **found,
     }
-    target = copied(target) if copy else target
     with warnings.catch_warnings():
         # Writing to a view turns it into an object of its own, as anndata documents.
         warnings.simplefilter("ignore", ImplicitModificationWarning)
         target.obs[key_added] = column
         target.uns[f"{key_added}_colors"] = palette(n_found)
         target.uns[key_added] = result
-    return target if copy else None
+    return adata if copy else None
 
 
 def _representation(adata: Any, key: str) -> NDArray[np.float64]:

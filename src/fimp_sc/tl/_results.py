@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._keys import new_record
-from fimp_sc.model._fields import X_KEY, ExpressionField
+from fimp_sc.model._fields import X_KEY, ExpressionField, table_states
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
+    from fimp_sc.data._parts import Part
     from fimp_sc.model import FIMP
     from fimp_sc.tl._inputs import Inputs
 
@@ -35,10 +36,10 @@ def record(model: FIMP, inputs: Inputs, data: AnnData | MuData, tool: str, **ext
     history = model.history or {}
     state = model.adata_manager.registry["field_registries"][X_KEY]["state_registry"]
     # Beside the parameters: later calls take these, and what was guessed once may not hold for other values.
-    scale = state.get(ExpressionField.SCALE)
+    scales = {name: str(table[ExpressionField.SCALE]) for name, table in table_states(state).items()}
     return {
         "params": _storable(asdict(inputs) | extra),
-        **({} if scale is None else {"input_scale": str(scale)}),
+        **({"input_scale": scales.get("", scales)} if scales else {}),
         "model": _storable(model.init_params_["non_kwargs"]),
         "random_state": int(model.random_state),
         "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
@@ -46,8 +47,15 @@ def record(model: FIMP, inputs: Inputs, data: AnnData | MuData, tool: str, **ext
     }
 
 
-def measured_scale(model: FIMP, adata: AnnData) -> dict[str, Any]:
-    """Return how the model reads the values of ``adata``, which are to be compared with its predictions.
+def measured_scale(model: FIMP, part: Part) -> dict[str, Any]:
+    """Return how the model reads the values of a table, which are to be compared with its predictions.
+
+    Parameters
+    ----------
+    model
+        Bound to the object of which the table is.
+    part
+        The table.
 
     Returns
     -------
@@ -55,17 +63,19 @@ def measured_scale(model: FIMP, adata: AnnData) -> dict[str, Any]:
     the model, the ``total`` to which it scales the genes ``measured`` here that it knows, and the ``share`` that each
     of these has in it. Nothing of a model that was never trained, which takes the median total of what it reads.
     """
-    state = model.adata_manager.registry["field_registries"][X_KEY]["state_registry"]
+    states = table_states(model.adata_manager.registry["field_registries"][X_KEY]["state_registry"])
+    number = list(states).index(part.name) if len(states) > 1 else 0
+    state = list(states.values())[number]
     scale, trained = (str(state[name]) for name in (ExpressionField.SCALE, ExpressionField.TRAINED_SCALE))
     scales = {"input_scale": scale, "trained_scale": trained}
-    target_sum = float(model.module.target_sum)
+    target_sum = float(model.module.target_sum.reshape(-1)[number])
     if scale == "real":
         return scales
     if not target_sum:
         return {}
-    names = adata.var_names.astype(str)
-    place = pd.Index(model.genes).get_indexer(names)
-    fraction = model.module.gene_fraction.cpu().numpy()[place[place >= 0]]
+    names = part.adata.var_names.astype(str)
+    place = pd.Index(state[ExpressionField.NAMES]).get_indexer(names)
+    fraction = np.split(model.module.gene_fraction.cpu().numpy(), model._table_ends[:-1])[number][place[place >= 0]]
     known = float(fraction.sum())
     return scales | {
         "target_sum": target_sum,
