@@ -93,7 +93,7 @@ def test_a_gene_is_present_where_it_is_expressed_and_a_token(trained, chosen) ->
 
 
 def test_groups_are_matched_by_the_names_of_nodes(trained, chosen) -> None:
-    groups = trained.adata.obs["niche"]
+    groups = trained.adata.obs["region"]
     shuffled = groups.sample(frac=1, random_state=0)
     assert (shuffled.to_numpy() != groups.to_numpy()).any()
     one, other = (trained.get_gene_attention(of, genes=chosen) for of in (groups, shuffled))
@@ -204,7 +204,7 @@ def test_unusable_input(tissue, trained, make, make_model) -> None:
     with pytest.raises(ValueError, match="one entry per node, 120: found 3"):
         trained.get_gene_attention(["a", "b", "a"], genes=list(trained.genes[:2]))
     with pytest.raises(ValueError, match="gene more than once"):
-        trained.get_gene_attention(trained.adata.obs["niche"], genes=[trained.genes[0]] * 2)
+        trained.get_gene_attention(trained.adata.obs["region"], genes=[trained.genes[0]] * 2)
     with pytest.raises(TypeError, match="groups holds numbers"):
         trained.get_gene_attention(np.linspace(0, 1, 120), genes=list(trained.genes[:2]))
 

@@ -13,25 +13,27 @@ from fimp_sc.model import FIMP
 from fimp_sc.pretrained import CheckpointError
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+# Of the values of `distinct`.
+LOG = {"input_scale": "log"}
 
 
 def test_ids_from_match_genes_are_used(distinct, make, checkpoint) -> None:
-    expected = make(distinct).get_latent_representation()
+    expected = make(distinct, LOG).get_latent_representation()
     fimp_sc.pp.match_genes(distinct, checkpoint, key_added="id")
     renamed = distinct.copy()
     renamed.var_names = [f"ENSG{i:011d}" for i in range(40)]
-    model = make(renamed, vocabulary_key="id")
+    model = make(renamed, LOG, vocabulary_key="id")
     np.testing.assert_allclose(model.get_latent_representation(), expected, **TOLERANCE)
     # A gene is what its id says: with the ids of other genes cells are others.
     renamed.var["id"] = np.roll(renamed.var["id"], 1)
-    assert np.abs(make(renamed, vocabulary_key="id").get_latent_representation() - expected).max() > 1e-2
+    assert np.abs(make(renamed, LOG, vocabulary_key="id").get_latent_representation() - expected).max() > 1e-2
     with pytest.raises(KeyError, match=r"'nothing' is not in adata\.var.*match_genes"):
-        make(renamed, vocabulary_key="nothing")
+        make(renamed, LOG, vocabulary_key="nothing")
 
 
 def test_saved_model_does_not_need_the_ids_again(distinct, make, checkpoint, tmp_path) -> None:
     fimp_sc.pp.match_genes(distinct, checkpoint, key_added="id")
-    model = make(distinct, vocabulary_key="id")
+    model = make(distinct, LOG, vocabulary_key="id")
     model.save(str(tmp_path / "model"))
     del distinct.var["id"]
     loaded = FIMP.load(str(tmp_path / "model"), adata=distinct, accelerator="cpu")
@@ -39,12 +41,12 @@ def test_saved_model_does_not_need_the_ids_again(distinct, make, checkpoint, tmp
 
 
 def test_mouse_genes_are_matched_by_a_table(distinct, make, tmp_path) -> None:
-    expected = make(distinct).get_latent_representation()
+    expected = make(distinct, LOG).get_latent_representation()
     mouse = distinct.copy()
     mouse.var_names = [f"Mouse{i}x" for i in range(40)]
     table = pd.DataFrame({"mouse_symbol": mouse.var_names, "human_symbol": distinct.var_names})
     table.to_csv(tmp_path / "orthologs.tsv", sep="\t", index=False)
-    model = make(mouse, species="mouse", orthologs=tmp_path / "orthologs.tsv")
+    model = make(mouse, LOG, species="mouse", orthologs=tmp_path / "orthologs.tsv")
     np.testing.assert_allclose(model.get_latent_representation(), expected, **TOLERANCE)
     assert model.init_params_["non_kwargs"]["orthologs"] == str(tmp_path / "orthologs.tsv")
 
@@ -100,7 +102,7 @@ def test_fimp_base_starts_from_vectors_of_genes(tissue, train, tmp_path, form: s
     [
         ({"foundation": None}, r"checkpoint='.*' needs foundation="),
         ({"checkpoint": None}, r"needs checkpoint=, the folder with args\.json"),
-        ({"foundation": "scGPT"}, "foundation must be one of 'scgpt', 'vit', 'brainlm', found 'scGPT'"),
+        ({"foundation": "scGPT"}, r"foundation must be one of 'scgpt', 'vit', 'brainlm' \(or None\), found 'scGPT'"),
         ({"foundation": "vit"}, "'vit' reads one modality, of images; this model is set up with expression"),
         ({"foundation": "brainlm"}, "'brainlm' reads one modality, of signals; this model is set up with expression"),
         ({"gene_embeddings": {"A": [1.0]}}, "gene_embeddings are for FIMP-base"),
@@ -108,7 +110,7 @@ def test_fimp_base_starts_from_vectors_of_genes(tissue, train, tmp_path, form: s
         ({"train_foundation": "last:3"}, "N from 1 to 2"),
         ({"source": "other"}, "source must be"),
         ({"aggregate": "other"}, "aggregate must be"),
-        ({"n_tokens": 0}, "n_tokens must be at least 1, found 0"),
+        ({"n_tokens": 0}, r"n_tokens must be a whole number of at least 1 \(or None\), found 0"),
         ({"species": "rat"}, "species"),
     ],
 )

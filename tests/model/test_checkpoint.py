@@ -227,7 +227,7 @@ def one_place(adata) -> None:
         (one_edge, {}, {}, {}, "graph"),
         (one_place, {}, {}, {}, "graph"),
         (one_label, {}, {}, {}, "labels"),
-        (None, {"batch_key": "section"}, {}, {}, "values"),
+        (None, {"batch_key": "section", "center": "batch"}, {}, {}, "values"),
         (None, {}, {"random_state": 1}, {}, "model, split"),
         (None, {}, {"dropout": 0.1}, {}, "model"),
         (None, {}, {}, {"max_epochs": 5}, "max_epochs"),

@@ -55,7 +55,10 @@ def test_indices_are_rows_of_the_full_result(trained: FIMP, kind: str) -> None:
     np.testing.assert_array_equal(trained.predict(indices=indices), trained.predict()[rows])
     for scale in ("log", "counts"):
         np.testing.assert_allclose(
-            trained.get_expression(indices=indices, scale=scale), trained.get_expression(scale=scale)[rows], atol=1e-4
+            trained.get_expression(indices=indices, scale=scale),
+            trained.get_expression(scale=scale)[rows],
+            rtol=1e-5,
+            atol=1e-4,
         )
 
 

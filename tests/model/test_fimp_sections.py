@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -28,9 +29,12 @@ def test_saved_models_are_the_same(tissue, make_model, train, tmp_path, layer: s
     np.testing.assert_array_equal(again.history["train_loss"], model.history["train_loss"])
 
 
-def test_saved_with_its_object(trained: FIMP, tmp_path) -> None:
-    trained.save(str(tmp_path / "model"), save_anndata=True)
-    again = FIMP.load(str(tmp_path / "model"), accelerator="cpu")
+def test_saved_beside_its_object(trained: FIMP, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"without cells: write these with adata\.write_h5ad\(file\), and pass"):
+        trained.save(tmp_path / "model", save_anndata=True)
+    trained.save(tmp_path / "model")
+    trained.adata.write_h5ad(tmp_path / "cells.h5ad")
+    again = FIMP.load(tmp_path / "model", ad.read_h5ad(tmp_path / "cells.h5ad"), accelerator="cpu")
     np.testing.assert_array_equal(again.get_latent_representation(), trained.get_latent_representation())
 
 
@@ -112,9 +116,11 @@ def test_section_without_labels_or_with_other_labels(trained: FIMP) -> None:
 def test_section_without_shared_genes_is_an_error(trained: FIMP) -> None:
     query = other_section()
     query.var_names = [f"ENSG{i}" for i in range(query.n_vars)]
-    with pytest.raises(ValueError, match=r"No gene of adata.var_names is known to the model.*ENSG0"):
+    with pytest.raises(
+        ValueError, match=r"Only 0 of the 40 genes of the model are in adata\.var_names, with 0\.0 %.*ENSG0"
+    ):
         FIMP.load_query_data(query, trained)
-    with pytest.raises(ValueError, match=r"No gene of adata.var_names is known to the model"):
+    with pytest.raises(ValueError, match=r"Only 0 of the 40 genes of the model"):
         trained.get_latent_representation(query)
 
 
@@ -150,8 +156,8 @@ def test_a_saved_model_reads_another_gene_list_by_name(trained: FIMP, tmp_path) 
     loaded = FIMP.load(str(tmp_path / "model"), query.copy(), accelerator="cpu")
     np.testing.assert_array_equal(loaded.genes, trained.genes)
     np.testing.assert_allclose(loaded.get_latent_representation(), expected, atol=1e-5)
-    bound.save(str(tmp_path / "bound"), save_anndata=True)
-    again = FIMP.load(str(tmp_path / "bound"), accelerator="cpu")
+    bound.save(tmp_path / "bound")
+    again = FIMP.load(tmp_path / "bound", query.copy(), accelerator="cpu")
     np.testing.assert_allclose(again.get_latent_representation(), expected, atol=1e-5)
     loaded = FIMP.load(str(tmp_path / "model"), trained.adata.copy(), accelerator="cpu")
     loaded.adata = query

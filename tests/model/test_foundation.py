@@ -17,6 +17,8 @@ from fimp_sc.nn import FoundationNetwork
 from fimp_sc.pretrained import read_foundation
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+# Of the values of `distinct`.
+LOG = {"input_scale": "log"}
 QUICK = {"max_epochs": 1, "accelerator": "cpu", "batch_size": 64, "enable_progress_bar": False}
 
 
@@ -57,7 +59,7 @@ def by_hand(adata, checkpoint, *, alone=False, **stack) -> np.ndarray:
 @pytest.mark.parametrize("aggregate", ["layer", "final"])
 def test_embedding_without_training_equals_tokens_and_stack(distinct, make, checkpoint, source, aggregate) -> None:
     mode = {"source": source, "aggregate": aggregate}
-    model = make(distinct, **mode)
+    model = make(distinct, LOG, **mode)
     assert not model.is_trained
     z = model.get_latent_representation()
     assert z.shape == (120, 16)
@@ -68,7 +70,7 @@ def test_embedding_without_training_equals_tokens_and_stack(distinct, make, chec
 
 def test_modes_differ(distinct, make) -> None:
     modes = [{}, {"source": "static"}, {"aggregate": "final"}, {"self_loops": False}, {"n_tokens": 4}]
-    results = [make(distinct, **mode).get_latent_representation() for mode in modes]
+    results = [make(distinct, LOG, **mode).get_latent_representation() for mode in modes]
     for i, one in enumerate(results):
         for other in results[i + 1 :]:
             assert np.abs(one - other).max() > 1e-2
@@ -79,7 +81,7 @@ def test_without_edges_a_cell_is_what_the_foundation_model_makes_of_it(distinct,
     graph[0, 1] = 1.0
     distinct.obsp["spatial_connectivities"] = graph.tocsr()
     with pytest.warns(UserWarning, match="119 of 120 nodes have no neighbours"):
-        model = make(distinct)
+        model = make(distinct, LOG)
     z = model.get_latent_representation()
     expected = by_hand(distinct, checkpoint, alone=True)
     np.testing.assert_allclose(z[1:], expected[1:], **TOLERANCE)
@@ -87,11 +89,11 @@ def test_without_edges_a_cell_is_what_the_foundation_model_makes_of_it(distinct,
 
 
 def test_stored_self_loops_are_not_counted_twice(distinct, make) -> None:
-    expected = make(distinct).get_latent_representation()
+    expected = make(distinct, LOG).get_latent_representation()
     distinct.obsp["spatial_connectivities"] = sparse.csr_matrix(
         distinct.obsp["spatial_connectivities"] + sparse.identity(120)
     )
-    np.testing.assert_allclose(make(distinct).get_latent_representation(), expected, **TOLERANCE)
+    np.testing.assert_allclose(make(distinct, LOG).get_latent_representation(), expected, **TOLERANCE)
 
 
 def test_samples_and_batches_do_not_matter_but_for_edges(tissue, make) -> None:
@@ -111,7 +113,7 @@ def test_cells_without_a_known_gene_have_an_embedding(distinct, make) -> None:
     graph[:2] = 0
     distinct.obsp["spatial_connectivities"] = graph.tocsr()
     with pytest.warns(UserWarning, match="have no neighbours"):
-        z = make(distinct).get_latent_representation(batch_size=1)
+        z = make(distinct, LOG).get_latent_representation(batch_size=1)
     assert np.isfinite(z).all()
     # Nothing is left of them but <cls>.
     np.testing.assert_allclose(z[0], z[1], **TOLERANCE)
@@ -121,8 +123,8 @@ def test_order_of_cells_and_genes_does_not_matter(distinct, make) -> None:
     rng = np.random.default_rng(0)
     cells, genes = rng.permutation(120), rng.permutation(40)
     moved = distinct[cells, genes].copy()
-    expected = make(distinct).get_latent_representation()[cells]
-    np.testing.assert_allclose(make(moved).get_latent_representation(), expected, **TOLERANCE)
+    expected = make(distinct, LOG).get_latent_representation()[cells]
+    np.testing.assert_allclose(make(moved, LOG).get_latent_representation(), expected, **TOLERANCE)
 
 
 def test_scale_of_the_values_does_not_matter(tissue, make) -> None:

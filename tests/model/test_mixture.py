@@ -196,6 +196,25 @@ def test_other_sections_have_the_other_mixture(tissue, make_model, train) -> Non
     assert again.neighbour_share == pytest.approx(0.7), "a model remembers its training"
 
 
+def test_samples_without_labels_have_the_other_mixture(tissue, make_model, train) -> None:
+    second = (tissue.obs["section"] == tissue.obs["section"].iloc[-1]).to_numpy()
+    tissue.obs["label"] = tissue.obs["label"].astype(object).where(~second, "Unknown")
+    model = train(make_model(tissue, LABELS), max_epochs=1)
+    for head in (model.module.label_head, model.module.label_head_alone):
+        torch.nn.init.normal_(head.score.weight, generator=torch.Generator().manual_seed(0))
+    model.module.mixtures.copy_(torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
+    model._use_mixture(elsewhere=False)
+    found = model.predict(soft=True).to_numpy()
+    graph = tissue.obsp["spatial_connectivities"].toarray() != 0
+    first, alone = both_views(model, tissue, None)
+    for mine, (share, weight) in ((~second, (0.9, 0.1)), (second, (0.2, 0.8))):
+        expected = smooth(graph, share * first + (1 - share) * alone, weight)[mine]
+        np.testing.assert_allclose(found[mine], expected, atol=1e-5)
+        assert mine.any()
+    some = [119, 3, 60, 3]
+    np.testing.assert_allclose(model.predict(indices=some, soft=True), found[some], atol=1e-6)
+
+
 def test_shares_are_saved(tissue, make_model, train, tmp_path) -> None:
     model = train(make_model(tissue, LABELS), max_epochs=1)
     model.module.mixtures.copy_(torch.tensor([[0.7, 0.45], [0.2, 0.9]]))

@@ -73,8 +73,11 @@ def test_genes_the_model_does_not_know(imputed) -> None:
     axes[0, 0].figure.canvas.draw()
 
 
-# Another section lacks the most expressed genes of the model.
-pytestmark = pytest.mark.filterwarnings("ignore:Only 30 of the 40 genes of the model:UserWarning")
+# Another section lacks the most expressed genes of the model, and its cells look like no others for that.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Only 30 of the 40 genes of the model:UserWarning"),
+    pytest.mark.filterwarnings(r"ignore:\d+% of the cells are unlike all cells:UserWarning"),
+]
 QUICK = {
     "max_epochs": 1, "accelerator": "cpu", "verbose": False,
     "model_kwargs": {"n_latent": 16, "n_heads": 2, "n_tokens": 12}, "train_kwargs": {"batch_size": 64},

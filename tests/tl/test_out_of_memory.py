@@ -204,7 +204,7 @@ def test_impute_uses_the_model_of_embed_until_the_data_change(
         assert fimp_sc.tl.get_model(stored) is not model
 
 
-def test_fingerprint_reads_no_expression(graph: ad.AnnData, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_marks_read_no_expression(graph: ad.AnnData, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = _inputs.Inputs()
     works = [_inputs.working_copy(place(graph, kind), inputs) for kind in ("backed", "backed dense", "lazy h5ad")]
 
@@ -214,9 +214,9 @@ def test_fingerprint_reads_no_expression(graph: ad.AnnData, place: Place, monkey
     for name in ("read", "take"):
         monkeypatch.setattr(f"fimp_sc.data._stored.StoredArray.{name}", refuse)
     monkeypatch.setattr("dask.base.compute", refuse)
-    marks = [_models._fingerprint(work, inputs) for work in works]
-    assert len(set(marks)) == 3
-    assert marks == [_models._fingerprint(work, inputs) for work in works]
+    marks = [_models._marks(work, inputs) for work in works]
+    assert all(a != b for i, a in enumerate(marks) for b in marks[:i])
+    assert marks == [_models._marks(work, inputs) for work in works]
 
 
 # Nothing is brought to memory -----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import fimp_sc
 from fimp_sc.data._access import shorten
 from fimp_sc.data._checks import get_matrix
 from fimp_sc.data._checksums import checksum
+from fimp_sc.data._joined_expression import JoinedExpression
 from fimp_sc.data._kinds import sequence_kind
 from fimp_sc.data._parts import parts_of
 from fimp_sc.model._fields import X_KEY, ExpressionField, table_states
@@ -163,7 +164,9 @@ def training_marks(
         Of the training and of its trainer; of the latter, objects and what says what to show do not count.
     """
     setup = model.adata_manager.registry["setup_args"]
-    values: list[Any] = [] if data.source is None else [data.source.batch]
+    values: list[Any] = []
+    for source in data.source.sources if isinstance(data.source, JoinedExpression) else [data.source]:
+        values += [] if source is None else [source.batch, source.panel, source.measured]
     for part in parts_of(model.adata, setup.get("modality")):
         values += [] if part.rows is None else [part.rows]
         if part.is_sequence:

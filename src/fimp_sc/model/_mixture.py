@@ -43,7 +43,8 @@ class MixingModel(GraphModel):
 
         Fitted to the log loss of the labeled validation cells; 0.5 where there are none, 0 without messages, and 1 of
         a foundation model, which predicts with neighbors alone, or without labels. A model that is bound to other cells
-        than those of training has the share that suits shifted validation cells.
+        than those of training has the share that suits shifted validation cells, and so have samples of training
+        (``library_key``) without any label.
         """
         return float(self.module.neighbour_share) if self.messages else 0.0
 
@@ -60,19 +61,31 @@ class MixingModel(GraphModel):
     def _label_probability(self, adata: AnnData | MuData, indices: Any, how: dict[str, Any]) -> NDArray[np.float32]:
         """Return the probabilities of the classes, ``(len(indices), n_classes)``."""
         data = self._graph_data(adata)
-        if not self.smoothed_share:
-            return self._mixed(adata, indices, how, data)
-        around = _Surroundings(data, self._indices(self._nodes(adata), indices))
-        mixed = self._mixed(adata, around.nodes, how, data)
-        return _softmax(around.smoothed(_log(mixed), np.float32(self.smoothed_share)))
+        wanted = self._indices(self._nodes(adata), indices)
+        probability = np.empty((len(wanted), len(self.classes)), dtype=np.float32)
+        # A sample without any label is another section, also if it was there in training.
+        labeled = np.isin(data.library, np.unique(data.library[data.label >= 0]))[wanted]
+        current = float(self.module.neighbour_share), self.smoothed_share
+        elsewhere = tuple(self.module.mixtures[1].tolist()) if self.messages and labeled.any() else current
+        for mine, (share, smoothed) in ((labeled, current), (~labeled, elsewhere)):
+            if mine.any():
+                probability[mine] = self._mixed(adata, wanted[mine], how, data, share, smoothed)
+        return probability
 
-    def _mixed(self, adata: Any, indices: Any, how: dict[str, Any], data: GraphData) -> NDArray[np.float32]:
-        """Return probabilities of which the share is predicted with neighbors; what does not count is not computed."""
-        share = float(self.module.neighbour_share)
-        if share == 1:
-            return self._with_neighbours(adata, indices, how, data)
-        alone = self._alone(adata, indices, how, self._graph_data(adata, messages=False))
-        return alone if share == 0 else _mix(share, self._with_neighbours(adata, indices, how, data), alone)
+    def _mixed(
+        self, adata: Any, nodes: NDArray[np.int64], how: dict[str, Any], data: GraphData, share: float, smoothed: float
+    ) -> NDArray[np.float32]:
+        """Return probabilities mixed and smoothed; what does not count is not computed."""
+        around = _Surroundings(data, nodes) if smoothed else None
+        if around is not None:
+            nodes = around.nodes
+        views = []
+        if share != 0:
+            views.append(self._with_neighbours(adata, nodes, how, data))
+        if share != 1:
+            views.append(self._alone(adata, nodes, how, self._graph_data(adata, messages=False)))
+        mixed = views[0] if len(views) == 1 else _mix(share, *views)
+        return mixed if around is None else _softmax(around.smoothed(_log(mixed), np.float32(smoothed)))
 
     def _fit_shares(
         self, train_idx: NDArray[np.int64], indices: NDArray[np.int64], label: NDArray[np.int64], **hidden: Any

@@ -80,6 +80,12 @@ class PredictiveModel(MixingModel):
         how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
         return self._collect(adata, indices, _latent, how, untrained=self.foundation is not None)
 
+    def _check_classes(self) -> None:
+        if not self.classes:
+            raise ValueError(
+                "This model was trained without labels: call FIMP.setup_anndata(adata, labels_key=...) and train anew."
+            )
+
     @checked
     def predict(
         self,
@@ -113,10 +119,7 @@ class PredictiveModel(MixingModel):
         ValueError
             When the model was set up without labels.
         """
-        if not self.classes:
-            raise ValueError(
-                "This model was trained without labels: call FIMP.setup_anndata(adata, labels_key=...) and train anew."
-            )
+        self._check_classes()
         adata = self._validate_anndata(adata)
         how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
         probability = self._label_probability(adata, indices, how)

@@ -30,7 +30,8 @@ _USUAL = 0.99
 # with a probability of 0.5**m.
 _FEWEST_SEEN = 10
 # Fraction of cells beyond it above which an object is reported. Crops of one class and sections with distorted counts
-# reach 0.3; another tissue, species or permuted gene names 0.99.
+# reach 0.3 on DLPFC, another tissue or species and permuted names of genes 0.99. A model of a few hundred cells with
+# few counts tells much less: most of its distances are noise.
 _FAR = 0.5
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fimp_sc._options import checked
+from fimp_sc._threads import ONE_AT_A_TIME
 from fimp_sc.data import BlockSplitter, split_by_blocks
 from fimp_sc.model._checkpoint import KeptTraining, training_marks
 from fimp_sc.model._mixture import MixingModel
@@ -255,9 +256,10 @@ class TrainableModel(MixingModel, StartingModel):
                     plan.load_state_dict(best.weights, strict=False)
             module.eval()
             known = val_idx[data.label[val_idx] >= 0]
-            if module.label_head is not None and self.messages and len(known):
-                self._fit_shares(train_idx, known, data.label[known], **unseen)
-            remember(self, data, train_idx, val_idx)
+            with ONE_AT_A_TIME:
+                if module.label_head is not None and self.messages and len(known):
+                    self._fit_shares(train_idx, known, data.label[known], **unseen)
+                remember(self, data, train_idx, val_idx)
 
     def _unseen(self, hidden: Any) -> dict[str, Any]:
         """Return what is hidden, by modality or of the only one, as arguments of :meth:`_graph_data`."""

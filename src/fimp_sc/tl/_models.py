@@ -106,6 +106,8 @@ def fitted_model(
     if given is not None:
         if not given.is_trained and given.foundation is None:
             raise ValueError("The model is not trained: call model.train() first, or leave model out.")
+        if inputs.labels_key is not None:
+            given._check_classes()
         unused = [name for name, value in what.items() if value is not None]
         unused += [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]
         if unused:
