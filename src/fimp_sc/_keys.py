@@ -117,7 +117,9 @@ def find_results(
     ValueError
         Several modalities hold it, and earlier results are not of one alone.
     """
-    if modality is not None or not is_mudata(data):
+    if not is_mudata(data) and modality is None:
+        return data, None
+    if modality is not None:
         return choose_target(data, modality)
     names = joined_modalities(data)
     if holds(data, names):

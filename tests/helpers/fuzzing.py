@@ -114,6 +114,7 @@ def _joint() -> MuData:
     rna = AnnData(sparse.csr_matrix(rng.poisson(2, (24, 10)).astype(np.float32)), obs=pd.DataFrame(index=names))
     bold = AnnData(rng.normal(5, 2, (20, 12)).astype(np.float32), obs=pd.DataFrame(index=names[4:]))
     bold.uns["fimp_modality"] = {"kind": "signal"}
+    rna.var_names, bold.var_names = [f"g{i}" for i in range(10)], [f"t{i}" for i in range(12)]
     with quiet_mudata():
         mdata = MuData({"rna": rna, "bold": bold})
     mdata.obs["kind"] = pd.Categorical(np.array(["one", "two"])[rng.integers(0, 2, 24)])

@@ -181,13 +181,6 @@ def test_a_graph_of_a_modality_with_all_nodes_will_do(joint) -> None:
     np.testing.assert_array_equal(found & ~np.eye(24, dtype=bool), expected)
 
 
-def test_two_tables_are_refused(joint, table) -> None:
-    with quiet_mudata():
-        mdata = MuData({"rna": joint["rna"], "more": table["feature"]})
-    with pytest.raises(ValueError, match="several tables of values"):
-        FIMP.setup_mudata(mdata, modality=["rna", "more"])
-
-
 @pytest.mark.parametrize(
     ("value", "message"), [(np.nan, "NaN or infinite.*'0:3'"), (np.inf, "NaN or infinite"), (None, "constant.*'0:3'")]
 )

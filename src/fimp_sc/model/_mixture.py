@@ -62,6 +62,8 @@ class MixingModel(GraphModel):
         """Return the probabilities of the classes, ``(len(indices), n_classes)``."""
         data = self._graph_data(adata)
         wanted = self._indices(self._nodes(adata), indices)
+        if not len(wanted):
+            raise ValueError("indices is empty: there is nothing to compute.")
         probability = np.empty((len(wanted), len(self.classes)), dtype=np.float32)
         # A sample without any label is another section, also if it was there in training.
         labeled = np.isin(data.library, np.unique(data.library[data.label >= 0]))[wanted]
