@@ -54,7 +54,7 @@ def test_warnings_of_tools_point_at_the_call_and_come_once(odd) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tl.embed(other, model=tl.get_model(odd), accelerator="cpu", verbose=False)
-    check(caught, CELLS, GENES, ALONE)
+    check(caught, CELLS, ALONE)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pp.match_genes(odd, list(odd.var_names[:2]))
@@ -75,7 +75,7 @@ def test_warnings_of_the_model_point_at_the_call(odd) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         FIMP.load_query_data(odd.copy(), model)
-    check(caught, CELLS, GENES, ALONE, "use_weights=True")
+    check(caught, CELLS, ALONE, "use_weights=True")
 
 
 def test_warnings_of_images_point_at_the_call(pictures) -> None:

@@ -196,23 +196,27 @@ def test_other_sections_have_the_other_mixture(tissue, make_model, train) -> Non
     assert again.neighbour_share == pytest.approx(0.7), "a model remembers its training"
 
 
-def test_samples_without_labels_have_the_other_mixture(tissue, make_model, train) -> None:
-    second = (tissue.obs["section"] == tissue.obs["section"].iloc[-1]).to_numpy()
-    tissue.obs["label"] = tissue.obs["label"].astype(object).where(~second, "Unknown")
+def test_an_object_that_is_passed_has_its_own_mixture(tissue, make_model, train) -> None:
     model = train(make_model(tissue, LABELS), max_epochs=1)
     for head in (model.module.label_head, model.module.label_head_alone):
         torch.nn.init.normal_(head.score.weight, generator=torch.Generator().manual_seed(0))
     model.module.mixtures.copy_(torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
     model._use_mixture(elsewhere=False)
-    found = model.predict(soft=True).to_numpy()
-    graph = tissue.obsp["spatial_connectivities"].toarray() != 0
-    first, alone = both_views(model, tissue, None)
-    for mine, (share, weight) in ((~second, (0.9, 0.1)), (second, (0.2, 0.8))):
-        expected = smooth(graph, share * first + (1 - share) * alone, weight)[mine]
-        np.testing.assert_allclose(found[mine], expected, atol=1e-5)
-        assert mine.any()
-    some = [119, 3, 60, 3]
-    np.testing.assert_allclose(model.predict(indices=some, soft=True), found[some], atol=1e-6)
+    other = tissue.copy()
+    other.obs_names = [f"other_{name}" for name in other.obs_names]
+    bound = FIMP.load_query_data(other.copy(), model)
+    np.testing.assert_allclose(model.predict(other.copy(), soft=True), bound.predict(soft=True), atol=1e-6)
+    np.testing.assert_allclose(model.predict(tissue.copy(), soft=True), model.predict(soft=True), atol=1e-6)
+    np.testing.assert_allclose(bound.predict(tissue.copy(), soft=True), model.predict(soft=True), atol=1e-6)
+    assert np.abs(bound.predict(soft=True).to_numpy() - model.predict(soft=True).to_numpy()).max() > 0.01
+
+
+def test_a_training_without_labeled_validation_cells_forgets_the_shares(tissue, make_model, train) -> None:
+    model = train(make_model(tissue, LABELS), max_epochs=1)
+    model.module.mixtures.copy_(torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
+    model._use_mixture(elsewhere=True)
+    train(model, max_epochs=1, validation_size=0)
+    assert (model.neighbour_share, model.smoothed_share) == (0.5, 0.0)
 
 
 def test_shares_are_saved(tissue, make_model, train, tmp_path) -> None:

@@ -74,7 +74,9 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
     return inspect_values(matrix, where=where, input_scale=input_scale).scale
 
 
-def inspect_values(matrix: Any, *, where: str, input_scale: str = "auto", samples: Samples | None = None) -> Values:
+def inspect_values(
+    matrix: Any, *, where: str, input_scale: str = "auto", samples: Samples | None = None, learned: bool = True
+) -> Values:
     """Check that a cells × genes matrix can be used as expression; resolve its scale and which genes were measured.
 
     Parameters
@@ -105,6 +107,9 @@ def inspect_values(matrix: Any, *, where: str, input_scale: str = "auto", sample
         (given by how many cells express a gene, for each that expresses one of the genes of this sample; the
         probability of none by chance is 1e-6), provided that these are at least 1 % of all genes so expected: single
         genes may be silent in one sample for other reasons.
+
+    learned
+        Whether a model is to learn from the values, rather than to be applied to them.
 
     Returns
     -------
@@ -179,7 +184,7 @@ def inspect_values(matrix: Any, *, where: str, input_scale: str = "auto", sample
         silent = _silent(found)
         if silent is not None:
             lacking = silent if lacking is None else lacking | silent
-        _warn_empty(found, where, lacking)
+        _warn_empty(found, where, lacking, learned=learned)
     if lacking is not None:
         _warn_lacking(lacking, samples, where)
     if input_scale != "auto":
@@ -346,7 +351,7 @@ def _warn_lacking(lacking: np.ndarray, samples: Samples | None, where: str) -> N
     )
 
 
-def _warn_empty(found: _Findings, where: str, lacking: np.ndarray | None) -> None:
+def _warn_empty(found: _Findings, where: str, lacking: np.ndarray | None, *, learned: bool) -> None:
     never = ~found.expressed if lacking is None else ~found.expressed & ~lacking.all(0)
     cells, genes = int((~found.expressed_in).sum()), int(never.sum())
     if cells:
@@ -355,7 +360,8 @@ def _warn_empty(found: _Findings, where: str, lacking: np.ndarray | None) -> Non
             f"position {int(found.expressed_in.argmin())}. They are described by their neighbours alone; "
             "scanpy.pp.filter_cells(adata, min_counts=1) removes them."
         )
-    if genes:
+    # A crop need not show every gene, and what it does not show is measured all the same.
+    if genes and learned:
         warn(
             f"{genes:,} of {found.expressed.size:,} genes are zero for every cell in {where}, first at position "
             f"{int(never.argmax())}. Nothing can be learned about them; "

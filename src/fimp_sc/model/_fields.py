@@ -115,6 +115,8 @@ class ExpressionField(_Field):
     SAMPLES, LACKING = "samples", "lacking"
     TABLES = "tables"
 
+    _learned = True
+
     def __init__(
         self,
         layer: str | None,
@@ -165,7 +167,8 @@ class ExpressionField(_Field):
         scale = "real" if part.kind == "feature" and asked == "auto" else asked
         check_scaled(part.adata, self.attr_key, scale)
         samples = self._samples(adata, part)
-        found = inspect_values(get_matrix(part.adata, self.attr_key), where=where, input_scale=scale, samples=samples)
+        matrix = get_matrix(part.adata, self.attr_key)
+        found = inspect_values(matrix, where=where, input_scale=scale, samples=samples, learned=self._learned)
         if asked == "auto" and part.kind != "feature":
             logger.info(
                 "The values of %s are taken for %s (input_scale=%r).", where, _MEANING[found.scale], found.scale
@@ -193,6 +196,7 @@ class ExpressionField(_Field):
         return Samples(code, [str(name) for name in column.categories], self._sample[0])
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
+        self._learned = False
         self.validate_field(adata_target)
         tables, trained = self.tables(adata_target), table_states(state_registry)
         if bool(tables) != bool(trained):

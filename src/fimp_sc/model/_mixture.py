@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fimp_sc.model._base import GraphModel
+from fimp_sc.model._reference import compare
 from fimp_sc.nn._heads import SHARES
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ class MixingModel(GraphModel):
 
         Fitted to the log loss of the labeled validation cells; 0.5 where there are none, 0 without messages, and 1 of
         a foundation model, which predicts with neighbors alone, or without labels. A model that is bound to other cells
-        than those of training has the share that suits shifted validation cells, and so have samples of training
-        (``library_key``) without any label.
+        than those of training has the share that suits shifted validation cells.
         """
         return float(self.module.neighbour_share) if self.messages else 0.0
 
@@ -64,15 +64,10 @@ class MixingModel(GraphModel):
         wanted = self._indices(self._nodes(adata), indices)
         if not len(wanted):
             raise ValueError("indices is empty: there is nothing to compute.")
-        probability = np.empty((len(wanted), len(self.classes)), dtype=np.float32)
-        # A sample without any label is another section, also if it was there in training.
-        labeled = np.isin(data.library, np.unique(data.library[data.label >= 0]))[wanted]
-        current = float(self.module.neighbour_share), self.smoothed_share
-        elsewhere = tuple(self.module.mixtures[1].tolist()) if self.messages and labeled.any() else current
-        for mine, (share, smoothed) in ((labeled, current), (~labeled, elsewhere)):
-            if mine.any():
-                probability[mine] = self._mixed(adata, wanted[mine], how, data, share, smoothed)
-        return probability
+        share, smoothed = float(self.module.neighbour_share), self.smoothed_share
+        if adata is not self.adata and self.messages and (same := compare(self, adata)) is not None:
+            share, smoothed = self.module.mixtures[int(not same)].tolist()
+        return self._mixed(adata, wanted, how, data, share, smoothed)
 
     def _mixed(
         self, adata: Any, nodes: NDArray[np.int64], how: dict[str, Any], data: GraphData, share: float, smoothed: float
@@ -134,6 +129,12 @@ class MixingModel(GraphModel):
         share, smoothed = self.module.mixtures[int(elsewhere)]
         self.module.neighbour_share.copy_(share)
         self.module.smoothed_share.copy_(smoothed)
+
+    def _reset_shares(self) -> None:
+        """Forget what validation cells of an earlier training said."""
+        self.module.mixtures[:, 0] = 1.0 if self.module.label_head_alone is None else 0.5
+        self.module.mixtures[:, 1] = 0.0
+        self._use_mixture(elsewhere=False)
 
     def _with_neighbours(self, adata: Any, indices: Any, how: dict[str, Any], data: GraphData) -> NDArray[np.float32]:
         return self._collect(adata, indices, _probability, how, data)

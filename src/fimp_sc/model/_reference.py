@@ -14,6 +14,8 @@ from fimp_sc.model._inference import infer, read_embedding
 from fimp_sc.model._module import N_REFERENCE
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
     from numpy.typing import NDArray
 
     from fimp_sc.data import GraphData
@@ -47,7 +49,7 @@ def remember(model: GraphModel, data: GraphData, train_idx: NDArray[np.int64], v
     module.reference.zero_()
     module.reference[: len(kept)].copy_(torch.from_numpy(reference))
     module.reference_name.zero_()
-    module.reference_name[: len(kept)].copy_(torch.from_numpy(_hashes(model)[kept]))
+    module.reference_name[: len(kept)].copy_(torch.from_numpy(_hashes(model, model.adata)[kept]))
     module.n_reference.fill_(len(kept))
     usual = np.finfo(np.float32).max
     if len(seen) >= _FEWEST_SEEN:
@@ -55,10 +57,18 @@ def remember(model: GraphModel, data: GraphData, train_idx: NDArray[np.int64], v
     module.reference_distance.fill_(float(usual))
 
 
-def compare(model: GraphModel) -> None:
-    """Compare the cells of a model that was bound to an object with those of its training.
+def compare(model: GraphModel, adata: AnnData | MuData) -> bool | None:
+    """Compare the cells of an object with those that a model was trained on.
 
-    Where they are the same, labels are predicted as after training, and else as suits another section.
+    Parameters
+    ----------
+    adata
+        Object that is registered with the model.
+
+    Returns
+    -------
+    Whether they are the same cells, so that labels are to be predicted as after training rather than as suits another
+    section; ``None`` where the model knows none of its cells.
 
     Warns
     -----
@@ -69,19 +79,17 @@ def compare(model: GraphModel) -> None:
     """
     module, n_reference = model.module, int(model.module.n_reference)
     if not n_reference:
-        return
-    data = model._graph_data(model.adata)
-    names = _hashes(model)
+        return None
+    data = model._graph_data(adata)
+    names = _hashes(model, adata)
     reference = module.reference[:n_reference].cpu().numpy()
     rows = pd.Series(np.arange(n_reference), index=module.reference_name[:n_reference].cpu().numpy())
     there = rows[~rows.index.duplicated()].reindex(names, fill_value=-1).to_numpy()
     rng = np.random.default_rng(model.random_state)
     named = np.sort(rng.permutation(np.flatnonzero(there >= 0))[:_N_SAME])
     # A cell of the same name may be one of another section, or have lost neighbors in a crop.
-    same = len(named) and np.median(_apart(reference, _embed(model, data, named), there[named])) < _ROUNDING
-    model._use_mixture(elsewhere=not same)
-    if same:
-        return
+    if len(named) and np.median(_apart(reference, _embed(model, data, named), there[named])) < _ROUNDING:
+        return True
     nodes = np.sort(rng.permutation(len(names))[:_N_QUERY])
     far = float((_distances(reference, _embed(model, data, nodes)) > float(module.reference_distance)).mean())
     if far > _FAR:
@@ -91,10 +99,11 @@ def compare(model: GraphModel) -> None:
             "donor or technique, and holds about the same mixture of cells as training did, center='batch' takes that "
             "out; else train a model on cells like these."
         )
+    return False
 
 
-def _hashes(model: GraphModel) -> NDArray[np.int64]:
-    names = model._nodes(model.adata).obs_names
+def _hashes(model: GraphModel, adata: AnnData | MuData) -> NDArray[np.int64]:
+    names = model._nodes(adata).obs_names
     return pd.util.hash_array(names.astype(str).to_numpy(dtype=object)).view(np.int64)
 
 

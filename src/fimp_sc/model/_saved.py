@@ -65,7 +65,8 @@ class SavedModel(GraphModel):
         model._adata = adata
         model._adata_manager = cls._get_most_recent_anndata_manager(adata, required=True)
         model._register_manager_for_instance(model._adata_manager)
-        compare(model)
+        if (same := compare(model, adata)) is not None:
+            model._use_mixture(elsewhere=not same)
         return model
 
     def save(

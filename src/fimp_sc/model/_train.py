@@ -257,6 +257,7 @@ class TrainableModel(MixingModel, StartingModel):
             module.eval()
             known = val_idx[data.label[val_idx] >= 0]
             with ONE_AT_A_TIME:
+                self._reset_shares()
                 if module.label_head is not None and self.messages and len(known):
                     self._fit_shares(train_idx, known, data.label[known], **unseen)
                 remember(self, data, train_idx, val_idx)

@@ -48,8 +48,9 @@ def check_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
             if table.empty:
                 raise ValueError("pairs has no rows that name two genes.")
             return table
+    half = next((pair for pair in _COLUMNS if pair[0] in pairs.columns), None)
     raise missing_key(
-        "source",
+        "source" if half is None else half[1],
         "pairs",
         map(str, pairs.columns),
         "Name the columns 'source' and 'target', or 'ligand' and 'receptor'.",
