@@ -16,6 +16,10 @@ import fimp_sc
 from fimp_sc.model import FIMP
 
 
+# Sums round otherwise where memory lies otherwise; other random numbers change results by more than a hundredth.
+ROUNDING = {"rtol": 1e-3, "atol": 1e-4}
+
+
 def side_by_side(*tasks):
     """Do all tasks at once, each in a thread of its own."""
     barrier = Barrier(len(tasks))
@@ -53,8 +57,8 @@ def test_calls_in_threads_give_what_they_give_one_after_the_other(tissue, quick)
     expected = [embed(*case) for case in cases]
     found = side_by_side(*[lambda case=case: embed(*case) for case in cases])
     for a, b in zip(expected, found, strict=True):
-        np.testing.assert_array_equal(a[0], b[0])
-        np.testing.assert_array_equal(a[1], b[1])
+        np.testing.assert_allclose(a[0], b[0], **ROUNDING)
+        np.testing.assert_allclose(a[1], b[1], **ROUNDING)
 
 
 @pytest.mark.usefixtures("process")
@@ -72,4 +76,6 @@ def test_models_of_threads_are_made_and_trained_as_alone(tissue) -> None:
     found = side_by_side(lambda: made(3), lambda: made(4))
     for a, b in zip(expected, found, strict=True):
         for name, value in a.items():
-            np.testing.assert_array_equal(value, b[name], err_msg=name)
+            np.testing.assert_allclose(value, b[name], err_msg=name, **ROUNDING)
+    weights = [np.concatenate([value.ravel() for name, value in part.items() if "weight" in name]) for part in expected]
+    assert np.abs(weights[0] - weights[1]).max() > 0.1, "seeds differ by more than rounding"
