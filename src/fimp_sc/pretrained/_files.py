@@ -187,7 +187,10 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
     if folder.exists():
         raise CheckpointError(f"{str(folder)!r} is a file: pass the folder that it is in, {str(folder.parent)!r}.")
     if not (isinstance(checkpoint, str) and _HUB_NAME.fullmatch(checkpoint)):
-        raise CheckpointError(f"There is no folder {str(folder)!r} (looked from {str(Path.cwd())!r}).")
+        raise CheckpointError(
+            f"There is no folder {str(folder)!r} (looked from {str(Path.cwd())!r}): name the one that holds the "
+            "model or checkpoint."
+        )
     absent = f"There is no folder {checkpoint!r} here, and it could not be had from the Hugging Face hub"
     try:
         from huggingface_hub import snapshot_download  # type: ignore[import-not-found]
