@@ -16,7 +16,7 @@ import fimp_sc
 from fimp_sc.model import FIMP
 
 # Sums round otherwise where memory lies otherwise; other random numbers change results by more than a hundredth.
-ROUNDING = {"rtol": 1e-3, "atol": 1e-4}
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def side_by_side(*tasks):
