@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.neighbors import NearestNeighbors
 
-from fimp_sc.data._value_checks import check_values
+from fimp_sc.data.validate._values import check_values
 
 HERE = Path(__file__).resolve().parent
 UNLABELLED = ("Unlabelled", "Ambiguous")

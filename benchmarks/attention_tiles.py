@@ -47,7 +47,7 @@ def main() -> None:
 
     import torch
 
-    from fimp_sc.nn import _triton
+    from fimp_sc.nn.ops.triton import _function as _triton
 
     if args.compile is None and not torch.cuda.is_available():
         p.error("there is no CUDA device here; --compile needs none")
@@ -84,7 +84,8 @@ def measured(args: argparse.Namespace, size: tuple[int, ...]) -> list[dict]:
     """Milliseconds of each kernel, the median of 10 runs."""
     import torch
 
-    from fimp_sc.nn import _triton, cross_node_attention
+    from fimp_sc.nn import cross_node_attention
+    from fimp_sc.nn.ops.triton import _function as _triton
 
     _triton._tiles = lambda *_: size
     shape = args.cells, args.heads, args.tokens, args.head_dim
@@ -116,7 +117,7 @@ def triton_errors() -> tuple[type[Exception], ...]:
 
 def compiled(args: argparse.Namespace, size: tuple[int, ...]) -> list[dict]:
     """What the compiler makes of each kernel."""
-    from fimp_sc.nn import _triton
+    from fimp_sc.nn.ops.triton import _function as _triton
 
     _triton._tiles = lambda *_: size
     found = []
@@ -141,7 +142,7 @@ def binary_of(name: str, dtype, capability: int, dim: int, tokens: int, padded: 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fimp_sc.nn import _triton
+    from fimp_sc.nn.ops.triton import _function as _triton
 
     kernel = getattr(_triton, name)
     element = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]

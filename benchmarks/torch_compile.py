@@ -42,7 +42,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=5)
     args = parse(p)
     torch.set_num_threads(args.threads)
-    from fimp_sc.nn import FIMPNetwork, _transformer
+    from fimp_sc.nn import FIMPNetwork, _layers
 
     n_genes, n_tokens = (50, 8) if args.quick else (2000, 32)
     device = "cuda" if args.accelerator in ("gpu", "cuda") else "cpu"
@@ -57,7 +57,7 @@ def main() -> None:
         torch._dynamo.reset()
         network = FIMPNetwork(n_genes, 64, 2, 4).to(device)
         if variant == "network compiled":
-            _transformer.cross_node_attention = torch.compiler.disable(_transformer.cross_node_attention)
+            _layers.cross_node_attention = torch.compiler.disable(_layers.cross_node_attention)
             network.compile(dynamic=True)
         elif variant != "eager":
             for layer in network.layers:

@@ -13,8 +13,8 @@ from PIL import Image
 from scipy import sparse
 
 import fimp_sc
-from fimp_sc.data import _kinds
 from fimp_sc.data._modality import quiet_mudata
+from fimp_sc.data.sequences import _kinds
 from fimp_sc.datasets import toy_tissue
 from fimp_sc.model import FIMP
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import fimp_sc
-from fimp_sc.data._checks import check_key_added, check_object
 from fimp_sc.data._modality import get_modality
-from fimp_sc.data._parts import as_modalities, is_mudata
+from fimp_sc.data._study import as_modalities, is_mudata
+from fimp_sc.data.validate._checks import check_key_added, check_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

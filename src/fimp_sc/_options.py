@@ -429,8 +429,8 @@ class Object(Rule):
         from anndata import AnnData
 
         if not (isinstance(value, AnnData) or (value is None and none)):
-            from fimp_sc.data._checks import check_object
-            from fimp_sc.data._parts import is_mudata
+            from fimp_sc.data._study import is_mudata
+            from fimp_sc.data.validate._checks import check_object
 
             if is_mudata(value):
                 return value
@@ -695,7 +695,7 @@ OPTIONS: dict[str, Rule | None] = {
     "early_stopping_patience": Integer(0),
     "early_stopping_min_delta": Real(0),
     "trainer_kwargs": Keywords(of="trainer"),
-    "plan_kwargs": Arguments(of="fimp_sc.model._plan:FIMPTrainingPlan", without=("module",)),
+    "plan_kwargs": Arguments(of="fimp_sc.model.train._plan:FIMPTrainingPlan", without=("module",)),
     "lr": Real(0, open_left=True),
     "lr_loadings": Real(0, open_left=True),
     "lr_head": Real(0, open_left=True),

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fimp_sc.data._access import label_text
+from fimp_sc.data._elements import label_text
 from fimp_sc.data._nodes import by_name, one_label_each, square_by_name
 
 NAMES = ["a", "b", "c", "d"]

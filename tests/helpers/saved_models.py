@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
-from fimp_sc.model import _pretrained
+from fimp_sc.model.io import _folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ def forge(
     for edit, content in ((change, config), (change_tensors, tensors)):
         if edit is not None:
             edit(content)
-    config["sha256"] = {"config": _pretrained._digest_config(config), "weights": _pretrained._digest_weights(tensors)}
+    config["sha256"] = {"config": _folder._digest_config(config), "weights": _folder._digest_weights(tensors)}
     save_file(tensors, folder / "model.safetensors", metadata={"config": json.dumps(config)})
     write_config(folder, config)
 

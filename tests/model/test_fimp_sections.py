@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 from section_toys import other_section, restrict
 
-from fimp_sc.data._value_checks import inspect_values
+from fimp_sc.data.validate._values import inspect_values
 from fimp_sc.model import FIMP, _fields
 
 

@@ -12,8 +12,8 @@ from scipy import sparse
 from fimp_sc.data import BlockDataset, Destinations
 from fimp_sc.data._modality import quiet_mudata
 from fimp_sc.model import FIMP
-from fimp_sc.model._reference import remember
-from fimp_sc.nn._transformer import run_layers
+from fimp_sc.model.predict._reference import remember
+from fimp_sc.nn._layers import run_layers
 
 NAMES = ["rna", "image", "bold"]
 SIZE = {"n_latent": 16, "n_heads": 2, "n_tokens": 6, "token_size": {"image": 3, "bold": 4}}

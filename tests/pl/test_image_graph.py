@@ -9,7 +9,7 @@ from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgba
 
 from fimp_sc import pl, pp
-from fimp_sc.pl._thumbnails import far_apart
+from fimp_sc.pl._figure._thumbnails import far_apart
 
 COLOURS = ["#ff0000", "#00ff00", "#0000ff"]
 

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
 from fimp_sc.pp import match_genes
-from fimp_sc.pretrained import _orthologs
+from fimp_sc.pretrained.genes import _orthologs
 
 KEY = "fimp_vocabulary_id"
 VOCABULARY = {"GFAP": 5, "AQP4": 2, "C1orf112": 9, "<pad>": 1}

@@ -9,7 +9,7 @@ from scipy import sparse
 
 import fimp_sc
 from fimp_sc.model import FIMP
-from fimp_sc.tl._results import _storable
+from fimp_sc.tl._call._results import _storable
 
 GRAPH = {
     "obsp": {"spatial_connectivities", "spatial_distances"},

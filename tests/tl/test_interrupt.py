@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import Callback
 
 import fimp_sc
-from fimp_sc.model._module import FIMPModule
+from fimp_sc.model.module._module import FIMPModule
 
 
 @pytest.fixture(autouse=True)

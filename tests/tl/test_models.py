@@ -13,7 +13,7 @@ import pytest
 import scanpy as sc
 
 import fimp_sc
-from fimp_sc.tl import _models
+from fimp_sc.tl._call import _models
 
 
 def test_model_is_that_of_the_last_call(tissue, quick) -> None:

@@ -10,8 +10,8 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.preprocessing import normalize
 
 from fimp_sc import datasets, pl, pp, tl
-from fimp_sc.tl import _clusterings
 from fimp_sc.tl._smooth import smoothed
+from fimp_sc.tl._statistics import _clusterings
 
 FAST = {"n_seeds": 2, "smooth": 0}
 

@@ -10,8 +10,16 @@ from scipy.stats import false_discovery_control, kstest, norm
 from sklearn.neighbors import kneighbors_graph
 
 from fimp_sc.data import NodeGraph
-from fimp_sc.model._gene_pairs import GeneTokens
-from fimp_sc.tl._significance import centred, gene_tests, group_tests, plan_tests, rows_of, shuffled, significance
+from fimp_sc.model.predict._gene_pairs import GeneTokens
+from fimp_sc.tl._statistics._significance import (
+    centred,
+    gene_tests,
+    group_tests,
+    plan_tests,
+    rows_of,
+    shuffled,
+    significance,
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +93,7 @@ def test_permutations_that_do_not_vary_tell_nothing() -> None:
 
 def test_many_tests_are_looked_at_some_at_a_time(null, monkeypatch) -> None:
     whole = significance(*null)
-    monkeypatch.setattr("fimp_sc.tl._significance._TESTS", 7)
+    monkeypatch.setattr("fimp_sc.tl._statistics._significance._TESTS", 7)
     for one, other in zip(whole, significance(*null), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12)
 
@@ -245,8 +253,8 @@ def test_fewer_tests_are_those_among_all(statistic) -> None:
 def test_pairs_of_groups_are_summed_some_at_a_time(statistic, monkeypatch) -> None:
     tissue = Simulated(2, n=200)
     one = tissue.test(statistic=statistic)
-    monkeypatch.setattr("fimp_sc.model._gene_pairs._SUMS", 1)
-    monkeypatch.setattr("fimp_sc.model._gene_pairs._EDGES", 7)
+    monkeypatch.setattr("fimp_sc.model.predict._gene_pairs._SUMS", 1)
+    monkeypatch.setattr("fimp_sc.model.predict._gene_pairs._EDGES", 7)
     other = tissue.test(statistic=statistic, batch_size=13)
     np.testing.assert_allclose(one.score, other.score, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(one.attention, other.attention, rtol=1e-6)

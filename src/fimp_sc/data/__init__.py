@@ -1,18 +1,18 @@
 """From the object to batches: values, graph, tokens, blocks, splits."""
 
 from fimp_sc.data._batch import Batch, SequenceBatch, without_neighbours
-from fimp_sc.data._expression import ExpressionSource, GeneStatistics
-from fimp_sc.data._graph import Block, NodeGraph
-from fimp_sc.data._kinds import SequenceKind, register_kind
 from fimp_sc.data._loader import BlockDataset, BlockSampler, Destinations, GraphData, block_loader
 from fimp_sc.data._modality import describe_modality
-from fimp_sc.data._pixels import read_pixels
-from fimp_sc.data._rows import MatrixRows, open_rows
-from fimp_sc.data._sequences import SequenceShape, SequenceSource, SequenceStatistics
-from fimp_sc.data._splits import curve_rank, spatial_blocks
-from fimp_sc.data._splitter import BlockSplitter, split_by_blocks
-from fimp_sc.data._token_sources import BinnedTokens, CentredTokens, TokenSource
-from fimp_sc.data._tokens import choose_tokens, hide_genes
+from fimp_sc.data.expression._choice import choose_tokens, hide_genes
+from fimp_sc.data.expression._reader import ExpressionSource, GeneStatistics
+from fimp_sc.data.expression._tokenizers import BinnedTokens, CentredTokens, TokenSource
+from fimp_sc.data.graph._graph import Block, NodeGraph
+from fimp_sc.data.graph._splitter import BlockSplitter, split_by_blocks
+from fimp_sc.data.graph._tiles import curve_rank, spatial_blocks
+from fimp_sc.data.sequences._kinds import SequenceKind, register_kind
+from fimp_sc.data.sequences._pixels import read_pixels
+from fimp_sc.data.sequences._reader import SequenceShape, SequenceSource, SequenceStatistics
+from fimp_sc.data.storage._rows import MatrixRows, open_rows
 
 __all__ = [
     "Batch",

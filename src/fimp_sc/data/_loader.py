@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fimp_sc.data._expression_fields import expression_fields
-from fimp_sc.data._splits import curve_rank, spatial_blocks
+from fimp_sc.data.expression._fields import expression_fields
+from fimp_sc.data.graph._tiles import curve_rank, spatial_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fimp_sc.data._batch import Batch
-    from fimp_sc.data._expression import ExpressionSource
-    from fimp_sc.data._graph import NodeGraph
-    from fimp_sc.data._joined_expression import JoinedExpression
-    from fimp_sc.data._sequences import SequenceSource
-    from fimp_sc.data._token_sources import TokenSource
+    from fimp_sc.data.expression._joined import JoinedExpression
+    from fimp_sc.data.expression._reader import ExpressionSource
+    from fimp_sc.data.expression._tokenizers import TokenSource
+    from fimp_sc.data.graph._graph import NodeGraph
+    from fimp_sc.data.sequences._reader import SequenceSource
 
 
 @dataclass

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fimp_sc.data._access import in_memory, missing_key
-from fimp_sc.data._adjacency import check_adjacency
-from fimp_sc.data._checks import check_coordinates, check_obs_key
-from fimp_sc.data._kinds import sequence_kinds
-from fimp_sc.data._pixels import check_images
+from fimp_sc.data._elements import in_memory, missing_key
+from fimp_sc.data.graph._adjacency import check_adjacency
+from fimp_sc.data.sequences._kinds import sequence_kinds
+from fimp_sc.data.sequences._pixels import check_images
+from fimp_sc.data.validate._checks import check_coordinates, check_obs_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

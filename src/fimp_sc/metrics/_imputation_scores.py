@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from fimp_sc.data._access import missing_key
-from fimp_sc.data._rows import open_rows
+from fimp_sc.data._elements import missing_key
+from fimp_sc.data.storage._rows import open_rows
 from fimp_sc.metrics._common import expression, split
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import ArrayLike, NDArray
 
-    from fimp_sc.data._rows import MatrixRows
+    from fimp_sc.data.storage._rows import MatrixRows
 
 _ROWS = 4096
 

@@ -11,13 +11,13 @@ from scipy import sparse
 
 from fimp_sc._logging import warn
 from fimp_sc.data import BinnedTokens, CentredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
-from fimp_sc.data._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs, label_text
-from fimp_sc.data._expression import Panels
-from fimp_sc.data._joined_expression import JoinedExpression, split_statistics
-from fimp_sc.data._kinds import sequence_kind
-from fimp_sc.data._parts import Part, expand_rows, nodes_of, parts_of, tables_of
-from fimp_sc.data._sequence_sources import sequence_source, token_shape
-from fimp_sc.data._sequences import SequenceStatistics
+from fimp_sc.data._study import Part, expand_rows, nodes_of, parts_of, tables_of
+from fimp_sc.data.expression._joined import JoinedExpression, split_statistics
+from fimp_sc.data.expression._reader import Panels
+from fimp_sc.data.sequences._kinds import sequence_kind
+from fimp_sc.data.sequences._reader import SequenceStatistics
+from fimp_sc.data.sequences._tokenizers import sequence_source, token_shape
+from fimp_sc.data.validate._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs, label_text
 from fimp_sc.model._fields import (
     BATCH_KEY,
     LABELS_KEY,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from fimp_sc.data import SequenceKind, SequenceSource, TokenSource
     from fimp_sc.model._inference import Read
-    from fimp_sc.model._module import FIMPModule
+    from fimp_sc.model.module._module import FIMPModule
 
 # Hidden genes of a cell that the decoder of a foundation model learns from: a fraction of its tokens.
 _QUERIES = 32

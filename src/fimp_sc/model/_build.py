@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fimp_sc import _logging
-from fimp_sc.data._kinds import sequence_kind
-from fimp_sc.data._sequence_sources import token_shape
+from fimp_sc.data.sequences._kinds import sequence_kind
+from fimp_sc.data.sequences._tokenizers import token_shape
 from fimp_sc.model._fields import SEQUENCE_KEY, X_KEY, SequenceField
 from fimp_sc.model._shared_genes import FEW_GENES
 from fimp_sc.nn import FoundationNetwork
 from fimp_sc.pretrained import GeneVectors, build_foundation, read_foundation, read_gene_vectors
-from fimp_sc.pretrained._files import checkpoint_folder
-from fimp_sc.pretrained._genes import advice, match_names
 from fimp_sc.pretrained._sequence_inputs import own_token_size, sequence_input
-from fimp_sc.pretrained._vocabulary import read_vocabulary
+from fimp_sc.pretrained.files._files import checkpoint_folder
+from fimp_sc.pretrained.genes._match import advice, match_names
+from fimp_sc.pretrained.genes._vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,11 +41,11 @@ def vocabulary_rows(genes: NDArray[Any], vocabulary: Any, what: str, **how: Any)
     genes
         Names.
     vocabulary
-        See :func:`~fimp_sc.pretrained._vocabulary.read_vocabulary`.
+        See :func:`~fimp_sc.pretrained.genes._vocabulary.read_vocabulary`.
     what
         Whose vocabulary it is, for messages.
     **how
-        ``species`` and ``orthologs``, see :func:`~fimp_sc.pretrained._genes.match_names`.
+        ``species`` and ``orthologs``, see :func:`~fimp_sc.pretrained.genes._match.match_names`.
 
     Raises
     ------
@@ -227,7 +227,7 @@ def foundation_network(
     trained
         See :func:`~fimp_sc.nn._foundation.choose_trained`.
     species, orthologs
-        See :func:`~fimp_sc.pretrained._genes.match_names`.
+        See :func:`~fimp_sc.pretrained.genes._match.match_names`.
     **stack
         See :class:`~fimp_sc.nn.TransformerStack`.
 

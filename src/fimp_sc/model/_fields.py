@@ -12,7 +12,9 @@ from scvi.data.fields import BaseAnnDataField
 
 from fimp_sc._errors import MissingKeyError
 from fimp_sc._logging import warn
-from fimp_sc.data._checks import (
+from fimp_sc.data._study import Part, check_whole, feature_names, nodes_of, parts_of, tables_of
+from fimp_sc.data.sequences._kinds import sequence_kind
+from fimp_sc.data.validate._checks import (
     check_anndata,
     check_coordinates,
     check_graph,
@@ -25,9 +27,7 @@ from fimp_sc.data._checks import (
     label_text,
     warn_labels,
 )
-from fimp_sc.data._kinds import sequence_kind
-from fimp_sc.data._parts import Part, check_whole, feature_names, nodes_of, parts_of, tables_of
-from fimp_sc.data._value_checks import Samples, inspect_values
+from fimp_sc.data.validate._values import Samples, inspect_values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,7 @@ class _Field(BaseAnnDataField):
     registry_key, attr_key
         As in scvi-tools.
     modality
-        What the model reads of a MuData object, see :func:`~fimp_sc.data._parts.nodes_of`.
+        What the model reads of a MuData object, see :func:`~fimp_sc.data._study.nodes_of`.
     """
 
     _attr = ""

@@ -10,15 +10,15 @@ from anndata import AnnData
 
 from fimp_sc._draws import name_key
 from fimp_sc._options import checked
-from fimp_sc.data._access import missing_key
-from fimp_sc.model._attention import AttentiveModel
+from fimp_sc.data._elements import missing_key
 from fimp_sc.model._build import foundation_network, gene_vectors, sequence_network, sequence_shapes
 from fimp_sc.model._fields import X_KEY, table_states
-from fimp_sc.model._module import FIMPModule
-from fimp_sc.model._predict import PredictiveModel
-from fimp_sc.model._saved import SavedModel
-from fimp_sc.model._seeded import seeded
-from fimp_sc.model._train import TrainableModel
+from fimp_sc.model.io._saved import SavedModel
+from fimp_sc.model.module._module import FIMPModule
+from fimp_sc.model.predict._attention import AttentiveModel
+from fimp_sc.model.predict._outputs import PredictiveModel
+from fimp_sc.model.train._seeded import seeded
+from fimp_sc.model.train._train import TrainableModel
 
 if TYPE_CHECKING:
     from mudata import MuData

@@ -13,7 +13,7 @@ from lightning.fabric.utilities import move_data_to_device
 
 from fimp_sc.data import BlockDataset, BlockSampler, Destinations, block_loader
 from fimp_sc.nn import FoundationNetwork
-from fimp_sc.nn._transformer import weight_of
+from fimp_sc.nn._layers import weight_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fimp_sc.data import Batch, GraphData
-    from fimp_sc.model._module import FIMPModule
+    from fimp_sc.model.module._module import FIMPModule
 
 Strategy: TypeAlias = Literal["auto", "blocks", "layers"]
 Read: TypeAlias = "Callable[[FIMPModule, dict[str, Any], Batch], Tensor]"

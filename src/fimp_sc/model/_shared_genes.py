@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from fimp_sc._logging import warn
-from fimp_sc.data._gene_names import naming_hint
+from fimp_sc.data.validate._gene_names import naming_hint
 
 if TYPE_CHECKING:
     import numpy as np

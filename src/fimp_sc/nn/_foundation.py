@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fimp_sc.nn._transformer import weight_of
+from fimp_sc.nn._layers import weight_of
 
 if TYPE_CHECKING:
     from typing import Self

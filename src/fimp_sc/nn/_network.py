@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fimp_sc.nn._embedding import FeatureEmbedding
+from fimp_sc.nn._initialize import start_as_gated_mean
+from fimp_sc.nn._layers import PaperLayer, TransformerLayer, run_layers
 from fimp_sc.nn._sequence import SequenceParts
-from fimp_sc.nn._sequence_start import start_as_gated_mean
-from fimp_sc.nn._transformer import PaperLayer, TransformerLayer, run_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fimp_sc.data._batch import Batch
-    from fimp_sc.data._sequences import SequenceShape
+    from fimp_sc.data.sequences._reader import SequenceShape
 
 # The norm before attention divides summary tokens by about this length, because of the vector that marks them.
 _NORM = 2**0.5

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fimp_sc.data._batch import SequenceBatch
-    from fimp_sc.data._sequences import SequenceShape
+    from fimp_sc.data.sequences._reader import SequenceShape
 
 # Cosines and sines of a place: their inner products fall off over this distance (in standard deviations of the
 # coordinates), which tells a hundred regions apart, and gives places never seen the code of their surroundings.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fimp_sc.nn._transformer import TransformerLayer
+from fimp_sc.nn._layers import TransformerLayer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

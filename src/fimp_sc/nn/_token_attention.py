@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fimp_sc.nn._attention import check_graph, cross_node_attention, edge_factor, resolve
-from fimp_sc.nn._engines import Sizes, engine
-from fimp_sc.nn._projected import projected_attention
+from fimp_sc.nn.ops._api import check_graph, cross_node_attention, edge_factor, resolve
+from fimp_sc.nn.ops._engine import Sizes, engine
+from fimp_sc.nn.ops._projected import projected_attention
 
 
 def token_attention(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from fimp_sc._options import checked
-from fimp_sc.data._access import missing_key
+from fimp_sc.data._elements import missing_key
 from fimp_sc.pl._attention import attention_result
-from fimp_sc.pl._common import finish, results_of
+from fimp_sc.pl._figure._common import finish, results_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

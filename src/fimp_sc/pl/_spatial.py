@@ -12,9 +12,9 @@ from scipy import sparse
 from fimp_sc._errors import MissingKeyError
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
-from fimp_sc.data._access import get_matrix, get_obs, in_memory
-from fimp_sc.data._parts import feature_names, is_mudata, tables_of
-from fimp_sc.pl._common import fit_legends, gene_columns, read_columns, results_of
+from fimp_sc.data._elements import get_matrix, get_obs, in_memory
+from fimp_sc.data._study import feature_names, is_mudata, tables_of
+from fimp_sc.pl._figure._common import fit_legends, gene_columns, read_columns, results_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mudata import MuData
     from numpy.typing import NDArray
 
-    from fimp_sc.data._parts import Part
+    from fimp_sc.data._study import Part
 
 _MISSING_COLOUR = "#d3d3d3"
 _MAX_LEGEND_ROWS = 15

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from fimp_sc.data._access import shorten
+from fimp_sc.data._elements import shorten
 from fimp_sc.data._nodes import node_names
 
 if TYPE_CHECKING:

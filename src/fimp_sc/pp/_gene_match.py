@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fimp_sc.pretrained._genes import METHODS
+from fimp_sc.pretrained.genes._match import METHODS
 
 if TYPE_CHECKING:
     import pandas as pd

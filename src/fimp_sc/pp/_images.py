@@ -12,18 +12,18 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._options import checked
-from fimp_sc.data._adjacency import (
+from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY, check_modality_name, make_mudata
+from fimp_sc.data._nodes import node_names, one_label_each
+from fimp_sc.data.graph._adjacency import (
     check_adjacency,
     haversine_km,
     haversine_lengths,
     nearest_places,
     report_isolated,
 )
-from fimp_sc.data._image_arrays import Channels, flatten_images
-from fimp_sc.data._image_files import decode_files, inspect_files
-from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY, check_modality_name, make_mudata
-from fimp_sc.data._nodes import node_names, one_label_each
-from fimp_sc.data._pixels import PATH_KEY, PIXELS_KEY
+from fimp_sc.data.sequences._image_arrays import Channels, flatten_images
+from fimp_sc.data.sequences._image_files import decode_files, inspect_files
+from fimp_sc.data.sequences._pixels import PATH_KEY, PIXELS_KEY
 
 if TYPE_CHECKING:
     from mudata import MuData

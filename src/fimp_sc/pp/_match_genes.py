@@ -13,19 +13,19 @@ from scipy import sparse
 from fimp_sc._keys import check_key, new_record
 from fimp_sc._logging import warn
 from fimp_sc._options import checked
-from fimp_sc.data._access import get_matrix, missing_key
-from fimp_sc.data._checks import check_anndata
-from fimp_sc.data._rows import open_rows
+from fimp_sc.data._elements import get_matrix, missing_key
+from fimp_sc.data.storage._rows import open_rows
+from fimp_sc.data.validate._checks import check_anndata
 from fimp_sc.pp._gene_match import GeneMatch, percent
-from fimp_sc.pretrained._genes import Species, advice, match_names
-from fimp_sc.pretrained._vocabulary import bare, mostly_ensembl, read_vocabulary
+from fimp_sc.pretrained.genes._match import Species, advice, match_names
+from fimp_sc.pretrained.genes._vocabulary import bare, mostly_ensembl, read_vocabulary
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from fimp_sc.pretrained._orthologs import OrthologSource
-    from fimp_sc.pretrained._vocabulary import AliasSource, VocabularySource
+    from fimp_sc.pretrained.genes._orthologs import OrthologSource
+    from fimp_sc.pretrained.genes._vocabulary import AliasSource, VocabularySource
 
 # Usual names of columns of `adata.var`, in lower case.
 _SYMBOL_COLUMNS = (

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fimp_sc.pretrained._brainlm_tokens import PictureTokens, SegmentTokens, sinusoids
-from fimp_sc.pretrained._files import CheckpointError
 from fimp_sc.pretrained._foundation import Foundation, load_module
-from fimp_sc.pretrained._settings import open_checkpoint
 from fimp_sc.pretrained._vit import build_stack
 from fimp_sc.pretrained._vit_weights import Dialect, check_all_read, find_dialect, load_stack, read_patch, read_sizes
+from fimp_sc.pretrained.files._files import CheckpointError
+from fimp_sc.pretrained.files._settings import open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from fimp_sc.pretrained._files import Weights
-    from fimp_sc.pretrained._settings import Config
+    from fimp_sc.pretrained.files._files import Weights
+    from fimp_sc.pretrained.files._settings import Config
 
 _IGNORED = ("decoder.", "vit.embeddings.cls_token", "embeddings.cls_token")
 _SIGNAL = "embeddings.signal_embedding_projection"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fimp_sc.nn import TransformerLayer, TransformerStack
-    from fimp_sc.pretrained._files import Weights
+    from fimp_sc.pretrained.files._files import Weights
 
 FOUNDATIONS = ("scgpt", "vit", "brainlm")
 

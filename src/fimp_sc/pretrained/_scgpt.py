@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fimp_sc.data._access import shorten
+from fimp_sc.data._elements import shorten
 from fimp_sc.nn import TransformerStack
-from fimp_sc.pretrained._files import CheckpointError, checkpoint_folder, find_weights, read_weights
 from fimp_sc.pretrained._foundation import Foundation, load_layer, load_module
 from fimp_sc.pretrained._scgpt_modules import ScGPTDecoder, ScGPTTokens
 from fimp_sc.pretrained._scgpt_settings import SPECIAL, chosen_rows, read_config, read_vocabulary
+from fimp_sc.pretrained.files._files import CheckpointError, checkpoint_folder, find_weights, read_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    from fimp_sc.pretrained._files import Weights
+    from fimp_sc.pretrained.files._files import Weights
 
 _WEIGHTS = ("best_model.pt", "best_model.safetensors", "model.safetensors", "model.pt")
 # Names in use for one and the same part: those of a mirror in the format of transformers, of the wrapper around newer

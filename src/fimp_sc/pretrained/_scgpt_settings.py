@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fimp_sc.data._access import shorten
-from fimp_sc.pretrained._files import CheckpointError, read_json
+from fimp_sc.data._elements import shorten
+from fimp_sc.pretrained.files._files import CheckpointError, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fimp_sc.nn import TransformerStack
-from fimp_sc.pretrained._files import CheckpointError
 from fimp_sc.pretrained._foundation import Foundation, load_module
-from fimp_sc.pretrained._settings import Config, open_checkpoint
 from fimp_sc.pretrained._vit_weights import TIMM, check_all_read, find_dialect, load_stack, read_patch, read_sizes
+from fimp_sc.pretrained.files._files import CheckpointError
+from fimp_sc.pretrained.files._settings import Config, open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from fimp_sc.pretrained._files import Weights
     from fimp_sc.pretrained._vit_weights import Dialect
+    from fimp_sc.pretrained.files._files import Weights
 
 
 class PatchTokens(nn.Module):

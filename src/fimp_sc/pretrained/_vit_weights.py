@@ -6,16 +6,16 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from fimp_sc.data._access import shorten
-from fimp_sc.pretrained._files import CheckpointError
+from fimp_sc.data._elements import shorten
 from fimp_sc.pretrained._foundation import load_layer, load_module
-from fimp_sc.pretrained._settings import Config
+from fimp_sc.pretrained.files._files import CheckpointError
+from fimp_sc.pretrained.files._settings import Config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fimp_sc.nn import TransformerLayer, TransformerStack
-    from fimp_sc.pretrained._files import Weights
+    from fimp_sc.pretrained.files._files import Weights
 
 
 @dataclass(frozen=True)

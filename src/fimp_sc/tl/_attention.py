@@ -9,15 +9,15 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
-from fimp_sc.data._access import get_obs, missing_key
-from fimp_sc.data._label_checks import warn_words
-from fimp_sc.data._parts import feature_names, nodes_of, parts_of, tables_of
-from fimp_sc.model._attention import cell_groups, edge_pairs, measured_codes
-from fimp_sc.tl._attention_genes import check_genes, check_pairs, choose_genes, say_untested
-from fimp_sc.tl._inputs import check_results, choose, copied, working_copy
-from fimp_sc.tl._models import fitted_model, write_back
-from fimp_sc.tl._results import finite_or_raise, record
-from fimp_sc.tl._significance import gene_tests, group_tests, plan_tests
+from fimp_sc.data._elements import get_obs, missing_key
+from fimp_sc.data._study import feature_names, nodes_of, parts_of, tables_of
+from fimp_sc.data.validate._labels import warn_words
+from fimp_sc.model.predict._attention import cell_groups, edge_pairs, measured_codes
+from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
+from fimp_sc.tl._call._models import fitted_model, write_back
+from fimp_sc.tl._call._results import finite_or_raise, record
+from fimp_sc.tl._statistics._attention_genes import check_genes, check_pairs, choose_genes, say_untested
+from fimp_sc.tl._statistics._significance import gene_tests, group_tests, plan_tests
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fimp_sc.model import FIMP
-    from fimp_sc.tl._significance import GeneTests, GroupTests, Plan
+    from fimp_sc.tl._statistics._significance import GeneTests, GroupTests, Plan
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
-from fimp_sc.tl._inputs import check_results, choose, copied, working_copy
-from fimp_sc.tl._models import fitted_model, write_back
-from fimp_sc.tl._results import finite_or_raise, placed, record
+from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
+from fimp_sc.tl._call._models import fitted_model, write_back
+from fimp_sc.tl._call._results import finite_or_raise, placed, record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

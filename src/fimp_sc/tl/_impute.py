@@ -8,12 +8,12 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
-from fimp_sc.data._access import missing_key
-from fimp_sc.data._kinds import sequence_kind
-from fimp_sc.data._parts import expand_rows, parts_of
-from fimp_sc.tl._inputs import check_results, choose, copied, working_copy
-from fimp_sc.tl._models import fitted_model, write_back
-from fimp_sc.tl._results import finite_or_raise, measured_scale, placed, record
+from fimp_sc.data._elements import missing_key
+from fimp_sc.data._study import expand_rows, parts_of
+from fimp_sc.data.sequences._kinds import sequence_kind
+from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
+from fimp_sc.tl._call._models import fitted_model, write_back
+from fimp_sc.tl._call._results import finite_or_raise, measured_scale, placed, record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mudata import MuData
     from numpy.typing import NDArray
 
-    from fimp_sc.data._parts import Part
+    from fimp_sc.data._study import Part
     from fimp_sc.model import FIMP
 
 logger = logging.getLogger(__name__)

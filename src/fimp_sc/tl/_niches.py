@@ -12,12 +12,12 @@ from fimp_sc._keys import check_key, find_results, new_record
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
-from fimp_sc.data._access import get_obs, in_memory, label_text, missing_key
-from fimp_sc.data._parts import nodes_of
-from fimp_sc.tl._clusterings import Leiden, fit_mixture
-from fimp_sc.tl._inputs import copied, inherit
+from fimp_sc.data._elements import get_obs, in_memory, label_text, missing_key
+from fimp_sc.data._study import nodes_of
+from fimp_sc.tl._call._inputs import copied, inherit
 from fimp_sc.tl._smooth import smoothed
-from fimp_sc.tl._stability import mixtures_of_halves, most_stable, seeds_of_leiden, stability
+from fimp_sc.tl._statistics._clusterings import Leiden, fit_mixture
+from fimp_sc.tl._statistics._stability import mixtures_of_halves, most_stable, seeds_of_leiden, stability
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,0 +1,121 @@
+"""What an object holds, wherever it holds it: columns, coordinates and graphs come to memory, expression does not."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from fimp_sc._errors import MissingKeyError
+from fimp_sc.data.storage._rows import open_rows
+from fimp_sc.data.storage._stored import storage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from anndata import AnnData
+
+
+def shorten(items: Sequence[str], limit: int = 5) -> str:
+    """Join ``items`` for a message, the first ``limit`` of them."""
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit:,} more" if len(items) > limit else "")
+
+
+def missing_key(key: Any, where: str, found: Iterable[Any], advice: str) -> MissingKeyError:
+    """Return the exception for ``key`` absent from ``where``, naming the keys ``found`` there and the nearest one."""
+    keys = [str(k) for k in found if k is not None]  # anndata 0.13 lists X among the layers, as None
+    close = get_close_matches(str(key), keys, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    there = f"found there: {shorten([repr(k) for k in keys], 10)}" if keys else "it holds no keys"
+    return MissingKeyError(f"{key!r} is not in {where} ({there}).{hint} {advice}")
+
+
+def get_matrix(adata: AnnData, layer: str | None) -> Any:
+    """Return ``adata.X``, or ``adata.layers[layer]``, as it is stored.
+
+    Raises
+    ------
+    MissingKeyError
+        There is no such layer.
+    ValueError
+        ``layer`` is ``None`` and ``adata.X`` is empty.
+    """
+    if layer is None:
+        if adata.X is None:
+            layers = shorten([repr(k) for k in adata.layers if k is not None]) or "none"
+            raise ValueError(f"adata.X is None: pass layer= with expression (layers found: {layers}).")
+        return adata.X
+    if layer not in adata.layers:
+        raise missing_key(layer, "adata.layers", adata.layers, "Pass layer=None to use adata.X.")
+    return adata.layers[layer]
+
+
+def get_obs(adata: AnnData, columns: Sequence[str]) -> pd.DataFrame:
+    """Return columns of ``adata.obs`` in memory; of a lazy object they are read now, and no others.
+
+    Raises
+    ------
+    KeyError
+        A column is absent.
+    TypeError
+        A column holds lists or the like.
+    """
+    columns = list(columns)
+    if isinstance(adata.obs, pd.DataFrame):
+        for name in columns:
+            _check_hashable(adata.obs[name], name)
+        return adata.obs[columns]
+    if not columns:
+        return pd.DataFrame(index=adata.obs_names)
+    return adata.obs[columns].to_memory()[columns].set_axis(adata.obs_names, axis=0)
+
+
+def _check_hashable(column: pd.Series, name: str) -> None:
+    if column.dtype != object:
+        return
+    other = next((value for value in column if not isinstance(value, Hashable)), None)
+    if other is not None:
+        raise TypeError(
+            f"adata.obs[{name!r}] holds values of the type {type(other).__name__}, not texts or numbers: name another "
+            f"column, or turn it into text with adata.obs[{name!r}] = adata.obs[{name!r}].astype(str)."
+        )
+
+
+def label_text(column: pd.Series) -> pd.Series:
+    """Return labels as text, NaN where they are missing.
+
+    Whole numbers have no decimals: beside missing labels pandas keeps them as real numbers.
+    """
+    return pd.Series(column.astype(object).map(_text, na_action="ignore"), dtype=object)
+
+
+def _text(label: Any) -> str:
+    whole = isinstance(label, float | np.floating) and float(label).is_integer()
+    return str(int(label)) if whole else str(label)
+
+
+def get_graph(adata: AnnData, key: str) -> sparse.csr_matrix:
+    """Return the graph ``adata.obsp[key]`` in memory."""
+    return sparse.csr_matrix(in_memory(adata.obsp[key], f"adata.obsp[{key!r}]"))
+
+
+def in_memory(element: Any, where: str) -> Any:
+    """Return an entry of ``obsm`` or ``obsp`` as scipy, numpy or pandas hold it; as it is if it is in memory.
+
+    Parameters
+    ----------
+    where
+        Where it was found, for messages.
+    """
+    kind = storage(element)
+    if kind == "dask" and element.ndim == 2 and element.dtype.kind in "buif":
+        return open_rows(element, where).read(np.arange(element.shape[0]))
+    if kind == "dask":
+        return element.compute(scheduler="synchronous")
+    if kind == "dense":
+        return np.asarray(element[...])
+    return element.to_memory() if kind in {"sparse", "table"} else element

@@ -1,0 +1,240 @@
+"""Checks of what a user hands in. All raise before anything is changed, and say what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from fimp_sc._errors import MissingKeyError
+from fimp_sc.data._elements import get_graph, get_matrix, get_obs, in_memory, label_text, missing_key, shorten
+from fimp_sc.data.storage._rows import open_rows
+from fimp_sc.data.validate._coordinates import coordinates_hint
+from fimp_sc.data.validate._graph import check_connectivities
+from fimp_sc.data.validate._labels import check_labels, warn_labels
+from fimp_sc.data.validate._values import InputScale, check_values
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_FEW_CELLS = 64
+
+__all__ = [
+    "InputScale",
+    "MissingKeyError",
+    "check_anndata",
+    "check_connectivities",
+    "check_coordinates",
+    "check_graph",
+    "check_labels",
+    "check_object",
+    "check_obs_key",
+    "check_scaled",
+    "check_values",
+    "get_graph",
+    "get_matrix",
+    "get_obs",
+    "in_memory",
+    "label_text",
+    "shorten",
+    "warn_labels",
+]
+
+
+# Squares of larger differences overflow float32.
+_LARGEST_COORDINATE = 1e18
+
+
+def check_object(adata: Any) -> None:
+    """Check that ``adata`` is an AnnData object with at least one cell, in memory or not.
+
+    Raises
+    ------
+    TypeError
+        It is of another type.
+    ValueError
+        It has no cells, or is a view of an object backed by a file.
+    """
+    from anndata import AnnData
+
+    if not isinstance(adata, AnnData):
+        raise TypeError(f"Expected an AnnData object, found {type(adata).__name__}{_object_hint(adata)}.")
+    if adata.isbacked and adata.is_view:
+        raise ValueError(
+            f"adata is a view of an object backed by {str(adata.filename)!r}, which can take no results: load it with "
+            "adata = adata.to_memory(), or write it to a file of its own with adata = adata.copy(filename)."
+        )
+    if adata.n_obs == 0:
+        raise ValueError("adata has no cells (n_obs = 0): check the filters applied before.")
+
+
+def _object_hint(found: Any) -> str:
+    """Return how an AnnData object is had from something else."""
+    name = type(found).__name__
+    if name.startswith("AnnCollection"):
+        call = "[:].to_adata()" if name == "AnnCollection" else ".to_adata()"
+        return f": bring its objects into one, for instance with collection{call}"
+    if isinstance(found, str | Path):
+        return f": read the file first, for instance with anndata.read_h5ad({str(found)!r})"
+    if isinstance(found, pd.DataFrame | np.ndarray) or sparse.issparse(found):
+        return (
+            ": make one of cells × genes with adata = anndata.AnnData(values), and give the cells coordinates with "
+            'adata.obsm["spatial"] = an array of shape (n_obs, 2)'
+        )
+    if hasattr(found, "mod"):
+        return ": pass one modality, for instance mdata['rna']"
+    if hasattr(found, "tables"):
+        names = list(found.tables)
+        return f": pass one of its tables, {names}, for instance sdata[{names[0]!r}]" if names else " without tables"
+    return ""
+
+
+def check_anndata(adata: Any) -> None:
+    """Check that ``adata`` is an AnnData object with cells, and with genes whose names are unique.
+
+    Raises
+    ------
+    TypeError
+        It is of another type.
+    ValueError
+        It has no cells or no genes, is a view of an object backed by a file, or has duplicate gene names.
+    """
+    check_object(adata)
+    if adata.n_vars == 0:
+        raise ValueError("adata has no genes (n_vars = 0): check the filters applied before.")
+    if not adata.var_names.is_unique:
+        duplicates = adata.var_names[adata.var_names.duplicated()].unique()
+        raise ValueError(
+            f"adata.var_names has {len(duplicates):,} duplicate gene names: {shorten([repr(g) for g in duplicates])}. "
+            "Merge these genes, or call adata.var_names_make_unique()."
+        )
+
+
+def check_coordinates(adata: AnnData, spatial_key: str) -> np.ndarray:
+    """Return ``adata.obsm[spatial_key]`` as float64 of shape ``(n_obs, 2)`` or ``(n_obs, 3)``.
+
+    Raises
+    ------
+    MissingKeyError
+        ``spatial_key`` is absent.
+    TypeError
+        The coordinates are not numbers.
+    ValueError
+        They have another shape, are NaN or infinite for some cells, or too large for distances.
+    """
+    where = f"adata.obsm[{spatial_key!r}]"
+    if spatial_key not in adata.obsm:
+        raise missing_key(spatial_key, "adata.obsm", adata.obsm, coordinates_hint(adata, spatial_key))
+    stored = adata.obsm[spatial_key]
+    try:
+        values = in_memory(stored, where)
+        if sparse.issparse(values):
+            raise TypeError
+        coordinates = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{where} must be an array of numbers, found {type(stored).__name__}.") from None
+    if coordinates.ndim != 2 or coordinates.shape[1] not in {2, 3}:
+        raise ValueError(f"{where} must have the shape (n_obs, 2) or (n_obs, 3), found {coordinates.shape}.")
+    bad = np.flatnonzero(~np.isfinite(coordinates).all(axis=1))
+    if bad.size:
+        raise ValueError(
+            f"{where} is NaN or infinite for {bad.size:,} of {adata.n_obs:,} cells, first {adata.obs_names[bad[0]]!r}: "
+            "remove these cells or give them coordinates."
+        )
+    largest = float(np.abs(coordinates).max(initial=0.0))
+    if largest > _LARGEST_COORDINATE:
+        raise ValueError(
+            f"{where} has values up to {largest:.4g}, between which distances cannot be computed: divide them, or "
+            "check where they come from."
+        )
+    return coordinates
+
+
+def check_obs_key(adata: AnnData, key: str, role: str) -> pd.Categorical:
+    """Return the column ``adata.obs[key]`` as a categorical without unused categories; ``adata.obs`` stays as it is.
+
+    Parameters
+    ----------
+    role
+        What the column is for, as in the name of the argument: ``"library"`` for ``library_key``.
+
+    Raises
+    ------
+    MissingKeyError
+        ``key`` is absent.
+    ValueError
+        The column is missing (NaN) for some cells.
+    """
+    if key not in adata.obs:
+        raise missing_key(key, "adata.obs", adata.obs, f"Name the {role} of each cell with {role}_key=.")
+    column = get_obs(adata, [key])[key]
+    missing = int(column.isna().sum())
+    if missing:
+        raise ValueError(
+            f"adata.obs[{key!r}] ({role}_key) is missing (NaN) for {missing:,} of {adata.n_obs:,} cells, first "
+            f"{adata.obs_names[int(column.isna().to_numpy().argmax())]!r}: fill it in or remove these cells."
+        )
+    return pd.Categorical(column).remove_unused_categories()
+
+
+def check_key_added(key: str) -> None:
+    """Check the name under which results are written.
+
+    Raises
+    ------
+    ValueError
+        It has a slash, with which an h5ad file could be written but not read again.
+    """
+    if "/" in key:
+        raise ValueError(f"key_added={key!r} has a slash, which files take for a folder: choose another name.")
+
+
+def check_graph(adata: AnnData, connectivities_key: str, library_key: str | None = None) -> None:
+    """Check the graph ``adata.obsp[connectivities_key]``; see :func:`check_connectivities`.
+
+    Raises
+    ------
+    MissingKeyError
+        The graph, or ``library_key``, is absent.
+    """
+    if connectivities_key not in adata.obsp:
+        raise missing_key(
+            connectivities_key,
+            "adata.obsp",
+            adata.obsp,
+            "Build the graph with fimp_sc.pp.spatial_graph(adata), or name another with connectivities_key=.",
+        )
+    library = None if library_key is None else check_obs_key(adata, library_key, "library")
+    where = f"adata.obsp[{connectivities_key!r}]"
+    advice = "Where their neighbors were left out after the graph was built, build it again"
+    if connectivities_key.endswith("_connectivities"):
+        arguments = "" if library_key is None else f", library_key={library_key!r}"
+        if connectivities_key != "spatial_connectivities":
+            arguments += f", key_added={connectivities_key.removesuffix('_connectivities')!r}"
+        advice += f": fimp_sc.pp.spatial_graph(adata{arguments}, overwrite=True)"
+    graph = in_memory(adata.obsp[connectivities_key], where)
+    check_connectivities(graph, adata.n_obs, where=where, library=library, advice=f"{advice}.")
+
+
+def check_scaled(adata: AnnData, layer: str | None, input_scale: str) -> None:
+    """Refuse scaled expression in ``adata.X`` where ``adata.raw`` holds other values, by a look at a few cells.
+
+    Raises
+    ------
+    ValueError
+        The message says how to take the values in ``adata.raw``.
+    """
+    if layer is not None or input_scale == "real" or getattr(adata, "raw", None) is None or adata.X is None:
+        return
+    cells = np.unique(np.linspace(0, adata.n_obs - 1, min(adata.n_obs, _FEW_CELLS)).astype(int))
+    values = open_rows(adata.X, "adata.X").read(cells)
+    if values.min() < 0:
+        layers = [repr(key) for key in adata.layers if key is not None]
+        other = f", or pass layer= (layers found: {shorten(layers)})" if layers else ""
+        raise ValueError(
+            "adata.X contains values below zero, as scaled expression does, which cannot be used. adata.raw holds "
+            f"{adata.raw.n_vars:,} genes as they were before: pass adata.raw.to_adata(){other}."
+        )

@@ -1,0 +1,108 @@
+"""Checks of labels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from fimp_sc._logging import warn
+from fimp_sc.data._elements import get_obs, label_text, missing_key, shorten
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+# Words for no label, in lower case and without spaces around.
+_NO_LABEL = frozenset(
+    {"", "-", "?", "-1", "nan", "na", "n/a", "n.a.", "<na>", "none", "null", "nil", "missing"}
+    | {"unknown", "unlabelled", "unlabeled", "unassigned", "unannotated", "unclassified", "unidentified"}
+    | {"undefined", "undetermined", "not assigned", "not annotated", "not available", "no label"}
+)
+
+
+def check_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unknown") -> None:
+    """Check that ``adata.obs[labels_key]`` can be learned: NaN and ``unlabeled_category`` mean unlabeled.
+
+    Raises
+    ------
+    MissingKeyError
+        ``labels_key`` is absent.
+    TypeError
+        The column holds real numbers that are not categories.
+    ValueError
+        No cell is labeled, or all labeled cells have the same label.
+    """
+    where = f"adata.obs[{labels_key!r}]"
+    if labels_key not in adata.obs:
+        raise missing_key(labels_key, "adata.obs", adata.obs, "Name the column of labels with labels_key=.")
+    labels = _labeled(adata, labels_key, unlabeled_category)
+    if pd.api.types.is_float_dtype(labels.dtype) and (labels % 1 != 0).any():
+        raise TypeError(f"{where} holds real numbers (dtype {labels.dtype}), not classes: name a column of labels.")
+    if labels.empty:
+        raise ValueError(
+            f"{where} has no labeled cell: all {adata.n_obs:,} are NaN or {unlabeled_category!r}. Label some cells of "
+            "every class, or use a model trained on labeled data with model=."
+        )
+    counts = label_text(labels).value_counts()
+    if len(counts) == 1:
+        raise ValueError(
+            f"{where} has only one class, {counts.index[0]!r} ({counts.iloc[0]:,} cells): two or more are needed "
+            f"besides {unlabeled_category!r}."
+        )
+
+
+def warn_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unknown") -> None:
+    """Warn of labels that will hardly be learned as meant; :func:`check_labels` comes first.
+
+    Warns
+    -----
+    UserWarning
+        Labels that a single cell has, and labels that read as if a cell had none.
+    """
+    where = f"adata.obs[{labels_key!r}]"
+    values = _labeled(adata, labels_key, unlabeled_category)
+    counts = label_text(values).value_counts()
+    single = sorted(counts.index[counts == 1])
+    if single:
+        warn(
+            f"{where} has labels with a single cell, which can hardly be learned or validated: "
+            f"{shorten([repr(s) for s in single])}. Merge them, or set them to {unlabeled_category!r}."
+        )
+    warn_words(adata, labels_key, unlabeled_category, "each is learned as a class")
+
+
+def warn_words(adata: AnnData, key: str, unlabeled_category: str, consequence: str) -> None:
+    """Warn of labels that read as if a cell had none.
+
+    Parameters
+    ----------
+    adata, key, unlabeled_category
+        Object, column of ``obs``, and what cells without label are called.
+    consequence
+        What becomes of them, for the message.
+
+    Warns
+    -----
+    UserWarning
+        There are such labels; the message says how to leave them out.
+    """
+    where, values = f"adata.obs[{key!r}]", _labeled(adata, key, unlabeled_category)
+    counts = label_text(values).value_counts()
+    words = [word for word in counts.index if word.strip().casefold() in _NO_LABEL]
+    if not words:
+        return
+    cells = shorten([f"{word!r} for {counts[word]:,}" for word in words])
+    advice = f"pass unlabeled_category={words[0]!r}"
+    if len(words) > 1 or len(values) < get_obs(adata, [key])[key].notna().sum():
+        raw = values[label_text(values).isin(words)].astype(object).unique().tolist()
+        advice = f"make their labels missing: {where} = {where}.where(~{where}.isin({raw!r}))"
+    warn(
+        f"{where} has labels that read like no label, and {consequence}: {cells} of {adata.n_obs:,} cells. If these "
+        f"cells are not labeled, {advice}."
+    )
+
+
+def _labeled(adata: AnnData, labels_key: str, unlabeled_category: str) -> pd.Series:
+    """Return the labels of labeled cells, as they are."""
+    column = get_obs(adata, [labels_key])[labels_key]
+    return column[column.notna().to_numpy() & (label_text(column) != str(unlabeled_category)).to_numpy()]

@@ -1,0 +1,1 @@
+"""The scvi-tools module: network, heads and losses, and the linear models from which training starts."""

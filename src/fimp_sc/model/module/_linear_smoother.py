@@ -1,0 +1,150 @@
+"""The linear smoother that FIMP-base starts from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from sklearn.isotonic import isotonic_regression
+
+from fimp_sc._draws import uniform
+
+if TYPE_CHECKING:
+    from scipy import sparse
+
+    from fimp_sc.model.module._components import Components
+
+_HIDDEN = 0.15
+# Least share of a component's score that is not noise.
+_TELLING = 0.05
+
+
+class Smoother(NamedTuple):
+    """What components tell about hidden entries.
+
+    Attributes
+    ----------
+    own, neighbours
+        ``(k,)`` and ``(n_neighbourhood,)``: non-negative factors of the cell's and of its neighbours' scores.
+    signal
+        Share of the variance of the first ``n_neighbourhood`` scores of the cell that is signal, not noise.
+    n_telling
+        Number of leading components whose scores of the cell alone tell anything.
+    """
+
+    own: np.ndarray
+    neighbours: np.ndarray
+    signal: float
+    n_telling: int
+
+
+class Loadings(NamedTuple):
+    """From expression to scores, and back.
+
+    Attributes
+    ----------
+    encode, decode
+        ``(n_features, k)``.
+    spread
+        ``(k,)``, standard deviation of the scores.
+    """
+
+    encode: np.ndarray
+    decode: np.ndarray
+    spread: np.ndarray
+
+
+def fit_components(
+    components: Components,
+    gene_scale: np.ndarray,
+    cells: sparse.csr_matrix,
+    around: sparse.csr_matrix,
+    mean: np.ndarray,
+    n_neighbourhood: int,
+    random_state: int,
+    gene_key: np.ndarray | None = None,
+) -> tuple[Loadings, Smoother]:
+    """Scale components, and fit what their scores tell about hidden entries.
+
+    Parameters
+    ----------
+    components
+        Of genes divided by ``gene_scale``, ``(n_features,)``.
+    cells, around, mean, n_neighbourhood, random_state, gene_key
+        See :func:`linear_smoother`.
+    """
+    spread = np.sqrt(np.maximum(components.variance, 1e-12))
+    # Between plain scores and whitened ones.
+    scale = np.sqrt(spread)
+    scale *= np.mean(spread / scale)
+    encode = components.directions.T / (gene_scale[:, None] * scale)
+    decode = components.directions.T * (gene_scale[:, None] * scale)
+    fit = linear_smoother(cells, around, mean, encode, decode, n_neighbourhood, random_state, gene_key)
+    return Loadings(encode, decode, spread / scale), fit
+
+
+def linear_smoother(
+    cells: sparse.csr_matrix,
+    around: sparse.csr_matrix,
+    mean: np.ndarray,
+    encode: np.ndarray,
+    decode: np.ndarray,
+    n_neighbourhood: int,
+    random_state: int,
+    gene_key: np.ndarray | None = None,
+) -> Smoother:
+    """Fit hidden entries by each component of the cell's visible entries and of its neighbours' mean.
+
+    Parameters
+    ----------
+    cells, around
+        ``(n_cells, n_features)`` expression of cells and mean expression of their neighbours.
+    mean
+        ``(n_features,)``.
+    encode, decode
+        ``(n_features, k)`` loadings to scores, and from scores back.
+    n_neighbourhood
+        Number of leading components of which the neighbours' mean is used.
+    random_state
+        Seed of the hidden entries.
+    gene_key
+        ``(n_features,)`` keys of the features, by default their places, on which it depends where they are hidden.
+
+    Returns
+    -------
+    Factors fitted with least squares, component by component. Without cells, scores tell what they say.
+    """
+    if not cells.shape[0]:
+        return Smoother(np.ones(encode.shape[1]), np.zeros(n_neighbourhood), 1.0, encode.shape[1])
+    columns = np.arange(cells.shape[1]) if gene_key is None else gene_key
+    square = np.zeros((encode.shape[1], 2, 2))
+    product = np.zeros((encode.shape[1], 2))
+    for i in range(0, cells.shape[0], 512):
+        centred = cells[i : i + 512].toarray() - mean
+        hidden = uniform(random_state, np.arange(i, i + len(centred)), columns) < _HIDDEN
+        own = np.where(hidden, 0.0, centred) @ encode / (1.0 - _HIDDEN)
+        scores = np.stack([own, (around[i : i + 512].toarray() - mean) @ encode], axis=2)
+        weight = hidden.astype(np.float32) @ decode**2
+        square += np.einsum("nk,nka,nkb->kab", weight, scores, scores)
+        product += np.einsum("nka,nk->ka", scores, np.where(hidden, centred, 0.0) @ decode)
+    single = np.maximum(product, 0.0) / np.maximum(np.diagonal(square, axis1=1, axis2=2), 1e-12)
+    ridge = 1e-6 * np.trace(square, axis1=1, axis2=2)[:, None, None] + 1e-12
+    both = np.linalg.solve(square + ridge * np.eye(2), product[..., None])[..., 0]
+    # Where the joint fit is negative, the one that explains more on its own is the non-negative solution.
+    better = (single * product).argmax(1)[:, None] == np.arange(2)
+    fitted = np.where(both.min(1, keepdims=True) >= 0, both, np.where(better, single, 0.0))
+    fitted[n_neighbourhood:, 0] = single[n_neighbourhood:, 0]
+    alone, told = square[:, 0, 0], product[:, 0]
+    signal = float(told[:n_neighbourhood].sum() / max(alone[:n_neighbourhood].sum(), 1e-12))
+    return Smoother(fitted[:, 0], fitted[:n_neighbourhood, 1], signal, _n_telling(alone, told))
+
+
+def _n_telling(square: np.ndarray, product: np.ndarray) -> int:
+    """Count leading components with a slope; no component is taken to tell more than one before it.
+
+    The slope of what is hidden on a score is the share of the score that is signal. Few cells leave it noisy, which
+    the order makes up for.
+    """
+    slope = product / np.maximum(square, 1e-12)
+    weight = square + 1e-6 * square.mean() + 1e-12
+    return int((isotonic_regression(slope, sample_weight=weight, increasing=False) > _TELLING).sum())

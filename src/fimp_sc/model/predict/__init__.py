@@ -1,0 +1,1 @@
+"""Predictions as arrays: embeddings, labels, expression, and attention between neighbors."""

@@ -1,0 +1,1 @@
+"""Training: the schedule, the optimizer, checkpoints, and what happens when a run is interrupted."""

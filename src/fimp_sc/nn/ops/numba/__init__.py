@@ -1,0 +1,1 @@
+"""Compiled loops for CPUs, behind the contract of the engines."""

@@ -1,0 +1,196 @@
+"""Cross-node attention in compiled loops for CPUs, whose threads share the destinations.
+
+Threads that share a source have sums of its gradients each, which are added in a fixed order: with as many threads as
+before results are the same to the bit.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from fimp_sc.nn.ops.numba import _kernels as kernels
+from fimp_sc.nn.ops.numba._threads import shares, threads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from fimp_sc.nn.ops._chunked import Buffers, Map
+    from fimp_sc.nn.ops.numba._threads import Run
+
+# A thread costs more than so many edges or nodes of few tokens.
+_LEAST_EDGES = 32
+_LEAST_NODES = 32
+
+
+class CompiledLoops:
+    """An :class:`~fimp_sc.nn.ops._engine.Engine` of compiled loops.
+
+    Parameters
+    ----------
+    indptr, indices
+        Compressed sparse rows over the destinations, on the CPU.
+    padding
+        ``(n_sources, n_tokens)`` bool, True where a token is padding.
+    n_sources
+        Number of sources.
+
+    Raises
+    ------
+    IndexError, ValueError
+        The rows are not those of a graph between these nodes.
+    """
+
+    order: Tensor | None = None
+    run: Run  # within a pass
+
+    def __init__(self, indptr: Tensor, indices: Tensor, padding: Tensor | None, n_sources: int) -> None:
+        some = padding is not None and bool(padding.any())
+        padded = padding.numpy() if padding is not None and some else np.zeros((n_sources, 0), bool)
+        # The loops would read memory that is not theirs.
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n_sources:
+            raise IndexError(
+                f"indices must name one of {n_sources} sources, found {int(indices.min())} to {int(indices.max())}"
+            )
+        if int(indptr[0]) != 0 or int(indptr[-1]) != len(indices) or bool((indptr.diff() < 0).any()):
+            raise ValueError(f"indptr must rise from 0 to the number of edges, {len(indices)}")
+        self._graph = padded, indptr.numpy(), indices.numpy()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Have threads, ``run``, until the context ends."""
+        with threads() as self.run:
+            yield
+
+    def project(self, tokens: Tensor, maps: Sequence[Map], outs: Sequence[Tensor]) -> None:
+        """Write what linear maps make of tokens."""
+        x, made = tokens.numpy(), _three(outs)
+        matrices = np.array([one.matrix.T.numpy() for one in maps])
+        biases = np.array([one.bias.numpy() for one in maps])
+        self.run(lambda rows: kernels.project(x, rows, matrices, biases, made), _ranges(x))
+
+    def project_backward(
+        self,
+        gradients: Sequence[Tensor],
+        tokens: Tensor,
+        maps: Sequence[Map],
+        d_tokens: Tensor | None,
+        d_maps: Sequence[tuple[Tensor | None, Tensor | None]],
+    ) -> None:
+        """Add the gradient of tokens, and write those of linear maps."""
+        x = (tokens if tokens.stride(2) == 1 else tokens.contiguous()).numpy()
+        given, matrices = _three(gradients), np.array([one.matrix.numpy() for one in maps])
+        total = x if d_tokens is None else d_tokens.numpy()
+        wanted = d_tokens is not None, any(y is not None for of_map in d_maps for y in of_map)
+        if not any(wanted):
+            return
+
+        def one(rows: tuple[int, int]) -> tuple[NDArray, NDArray]:
+            of_maps = np.zeros_like(matrices), np.zeros(matrices.shape[:2], x.dtype)
+            kernels.project_backward(given, x, rows, matrices, total, *of_maps, wanted)
+            return of_maps
+
+        sums = [np.add.reduce(parts) for parts in zip(*self.run(one, _ranges(x)), strict=True)]
+        for m, of_map in enumerate(d_maps):
+            for target, found in zip(of_map, sums, strict=True):
+                if target is not None:
+                    target.numpy()[:] = found[m]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, total: Tensor, buffers: Buffers) -> None:
+        """Write the reduced messages of one head to ``total``."""
+        given, out = self._given(q, k, v, weight), total.numpy()
+        self.run(lambda part: kernels.forward(*given, part.rows, out), self._parts)
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weight: Tensor,
+        up: Tensor,
+        d_weight: Tensor | None,
+        wanted: tuple[bool, bool],
+        buffers: Buffers,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of one head, and add to those of weights."""
+        given, grad, which = self._given(q, k, v, weight), up.numpy(), (*wanted, d_weight is not None)
+        d_edges = np.zeros(0, grad.dtype) if d_weight is None else d_weight.numpy()
+        dk, dv = (buffers(name, len(k) + self._n_more, *k.shape[1:]) for name in ("dk", "dv"))
+        sums = dk.numpy(), dv.numpy()
+
+        def clear(rows: tuple[int, int]) -> None:
+            for x in sums:
+                x[slice(*rows)] = 0
+
+        def one(part: _Part) -> None:
+            # Queries of a destination are needed for it alone: their gradients take their place.
+            kernels.backward(*given, part.rows, grad, part.place, given[0], *sums, d_edges, which)
+
+        self.run(clear, _ranges(sums[0]))
+        self.run(one, self._parts)
+        for part in self._parts:
+            for x in sums:
+                _add_rows(self.run, x, part.nodes, x[part.more])
+        return q, dk[: len(k)], dv[: len(k)]
+
+    def _given(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[NDArray, ...]:
+        *heads, factor = (x.detach().numpy() for x in (q, k, v, weight))
+        return *heads, self._graph[0], factor, *self._graph[1:]
+
+    @cached_property
+    def _parts(self) -> list[_Part]:
+        """Destinations in as many parts as there are threads, with equally many edges each."""
+        padded, indptr, indices = self._graph
+        n = max(min(torch.get_num_threads(), len(indices) // _LEAST_EDGES), 1)
+        bounds = np.searchsorted(indptr, np.linspace(0, len(indices), n + 1)[1:-1]).tolist()
+        ranges = list(pairwise([0, *bounds, len(indptr) - 1]))
+        sources = [indices[indptr[a] : indptr[b]] for a, b in ranges]
+        # Of the parts that share a source the first adds to its sums, the others each to a row of their own.
+        first = np.zeros(len(padded), np.int64)
+        for number in reversed(range(n)):
+            first[sources[number]] = number
+        parts: list[_Part] = []
+        begin = len(padded)
+        for number, rows in enumerate(ranges):
+            nodes = np.unique(sources[number][first[sources[number]] != number])
+            more = slice(begin, begin + len(nodes))
+            place = np.arange(len(padded))
+            place[nodes] = np.arange(more.start, more.stop)
+            parts.append(_Part(rows, place[sources[number]], nodes, more))
+            begin = more.stop
+        return parts
+
+    @property
+    def _n_more(self) -> int:
+        return self._parts[-1].more.stop - len(self._graph[0])
+
+
+class _Part(NamedTuple):
+    """What one thread does."""
+
+    rows: tuple[int, int]  # its first destination, and the one behind its last
+    place: NDArray  # of each edge, the row of its source among sums
+    nodes: NDArray  # sources whose sums have
+    more: slice  # rows of their own here
+
+
+def _ranges(nodes: NDArray) -> list[tuple[int, int]]:
+    return [(part.start, part.stop) for part in shares(len(nodes), _LEAST_NODES)]
+
+
+def _three(tensors: Sequence[Tensor]) -> tuple[NDArray, ...]:
+    """Return arrays and, for a kernel of one kind, others without nodes."""
+    arrays = [x.numpy() for x in tensors]
+    return *arrays, *([np.empty((0, *arrays[0].shape[1:]), arrays[0].dtype)] * (3 - len(arrays)))
+
+
+def _add_rows(run: Run, total: NDArray, nodes: NDArray, rows: NDArray) -> None:
+    run(lambda part: kernels.add_rows(total, nodes[part], rows[part]), shares(len(nodes), _LEAST_NODES))

@@ -1,0 +1,1 @@
+"""Files of checkpoints, read within bounds and as data only."""

@@ -1,0 +1,1 @@
+"""Gene names matched with vocabularies of foundation models, orthologs, and tables of gene vectors."""

@@ -1,0 +1,282 @@
+"""What a call of a tool reads: keys, and a working copy that holds what a model needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from anndata import AnnData
+
+from fimp_sc._keys import check_key, choose_target, last_record
+from fimp_sc._logging import user_messages
+from fimp_sc.data._elements import missing_key
+from fimp_sc.data._modality import MODALITY_KEY, quiet_mudata
+from fimp_sc.data._study import check_whole, is_mudata, nodes_of, parts_of, registered_keys, tables_of
+from fimp_sc.data.sequences._kinds import sequence_kind
+from fimp_sc.data.validate._checks import (
+    check_anndata,
+    check_coordinates,
+    check_graph,
+    check_labels,
+    check_obs_key,
+    check_scaled,
+    get_matrix,
+    get_obs,
+    in_memory,
+)
+from fimp_sc.model._fields import check_scales, scale_of
+from fimp_sc.model._setup import check_layer
+from fimp_sc.pp._spatial_graph import add_graph, check_free
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mudata import MuData
+
+logger = logging.getLogger(__name__)
+
+CONNECTIVITIES = "_connectivities"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where a call finds its data in the object; the parameters that all tools share."""
+
+    layer: str | None = None
+    library_key: str | None = None
+    batch_key: str | None = None
+    spatial_key: str = "spatial"
+    connectivities_key: str = "spatial_connectivities"
+    input_scale: str | dict[str, str] = "auto"
+    center: str | None = None
+    labels_key: str | None = None
+    unlabeled_category: str = "Unknown"
+    modality: tuple[str, ...] | None = None
+
+
+def copied(data: AnnData | MuData) -> AnnData | MuData:
+    """Return a copy of an object with nothing added: mudata would copy columns of modalities to the whole."""
+    with quiet_mudata():
+        return data.copy()
+
+
+def choose(
+    data: AnnData | MuData, modality: str | Sequence[str] | None, *, verbose: bool, **keys: Any
+) -> tuple[AnnData | MuData, Inputs]:
+    """Return the object that a call reads and writes, and where it finds its data there.
+
+    That is an AnnData object, one modality of a MuData object, or all of it where several modalities are read together.
+
+    Parameters
+    ----------
+    data
+        What the user passed.
+    modality
+        Names of modalities; ``None`` for those of earlier results, if these are of the same ones.
+    verbose
+        Say which keys are taken from an earlier call.
+    **keys
+        Of :class:`Inputs`; see :func:`inherit` for those that are ``None``.
+    """
+    target, names = choose_target(data, modality)
+    also = {}
+    if modality is None and is_mudata(data) and len(data.mod) > 1:
+        also["modality"] = names or next(name for name, part in data.mod.items() if part is target)
+    keys = inherit(target, names, keys, verbose=verbose, also=also)
+    parts = parts_of(target, names)
+    check_layer(keys["layer"], parts)
+    if isinstance(keys["input_scale"], dict):
+        if names is None:
+            raise ValueError(
+                f"input_scale={keys['input_scale']!r} gives scales by modality, and one modality is read: pass its own."
+            )
+        check_scales(keys["input_scale"], [part.name for part in tables_of(parts)])
+    return target, Inputs(modality=None if names is None else tuple(names), **keys)
+
+
+def inherit(
+    data: AnnData | MuData,
+    names: list[str] | None,
+    keys: dict[str, Any],
+    *,
+    verbose: bool,
+    also: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return keys without those that are ``None``: these are as in the latest of the calls whose results are there.
+
+    Where there is none, graph and samples are those that a modality names itself, all else the defaults of
+    :class:`Inputs`. The scale of values is as before only for the same layer.
+
+    Parameters
+    ----------
+    names
+        Of modalities that are read together.
+    keys
+        Some attributes of :class:`Inputs`. The layer ``"X"`` is ``X``, unless there is a layer of that name.
+    verbose
+        Say which keys are taken from an earlier call, if they are others than the defaults.
+    also
+        What else is taken from it.
+
+    Raises
+    ------
+    MissingKeyError
+        The object does not hold the layer or column of the earlier call any more.
+    """
+    whole = is_mudata(data) and names is None
+    default = asdict(Inputs()) | ({} if whole else registered_keys(data, names))
+    last = last_record(data, several=names is not None)
+    # What was None then is not in the record.
+    earlier = default if last is None else asdict(Inputs()) | dict(last[1]["params"])
+    given = {name: value for name, value in keys.items() if value is not None}
+    if given.get("layer") == "X" and all("X" not in part.adata.layers for part in parts_of(data, names)):
+        given["layer"] = None
+    if given.get("layer", earlier["layer"]) != earlier["layer"]:
+        earlier = earlier | {"input_scale": default["input_scale"]}
+    taken = {name: earlier[name] for name in keys if name not in given}
+    if isinstance(taken.get("input_scale"), Mapping):
+        taken["input_scale"] = {str(name): str(scale) for name, scale in taken["input_scale"].items()}
+    if last is None:
+        return given | taken
+    said = {name: value for name, value in taken.items() if value != default[name]}
+    slots = {"layer": "layers", "library_key": "obs", "batch_key": "obs"}
+    for name in said.keys() & slots.keys():
+        tables = [nodes_of(data, names)] if slots[name] == "obs" else [part.adata for part in parts_of(data, names)]
+        if all(said[name] not in getattr(table, slots[name]) for table in tables):
+            advice = f"It is the {name} of the call that wrote adata.uns[{last[0]!r}]: pass {name}= for another one."
+            raise missing_key(said[name], f"adata.{slots[name]}", getattr(tables[0], slots[name]), advice)
+    said = (also or {}) | said
+    if said:
+        with user_messages(verbose=verbose):
+            text = ", ".join(f"{name}={value!r}" for name, value in said.items())
+            logger.info("As in the call that wrote uns[%r]: %s.", last[0], text)
+    return given | taken
+
+
+def check_results(
+    key: str,
+    tool: str,
+    target: AnnData | MuData,
+    inputs: Inputs,
+    *,
+    overwrite: bool,
+    tables: Sequence[AnnData] = (),
+    also: Mapping[tuple[str, Any], str] | None = None,
+) -> None:
+    """Refuse a name of results that would replace what the call reads, or what is no earlier result of ``tool``.
+
+    Parameters
+    ----------
+    target, inputs
+        As :func:`choose` returns them.
+    tables
+        Objects that results are written to, if it is not ``target``.
+    also
+        Names of further arguments by the entries that they name: ``{("obs", "cell_type"): "groupby"}``.
+
+    Raises
+    ------
+    ValueError
+        The name cannot be used; the message says why.
+    """
+    prefix = inputs.connectivities_key.removesuffix(CONNECTIVITIES)
+    reads = {
+        ("layers", inputs.layer): "layer",
+        ("obs", inputs.library_key): "library_key",
+        ("obs", inputs.batch_key): "batch_key",
+        ("obs", inputs.labels_key): "labels_key",
+        ("obsm", inputs.spatial_key): "spatial_key",
+        ("obsp", inputs.connectivities_key): "connectivities_key",
+        ("obsp", f"{prefix}_distances"): "the graph",
+        ("uns", f"{prefix}_neighbors"): "the graph",
+        ("uns", MODALITY_KEY): "the kind of nodes",
+        **(also or {}),
+    }
+    for part in parts_of(target, inputs.modality):
+        held = sequence_kind(part.kind).parts(part.adata) if part.is_sequence else {}
+        reads |= {(slot, name): part.kind for slot, names in held.items() for name in names}
+    check_key(key, tool, target, reads, overwrite=overwrite, tables=tables)
+
+
+def working_copy(adata: AnnData | MuData, inputs: Inputs, *, labels_required: bool = False) -> AnnData | MuData:
+    """Return a light object that shares values and holds what a model needs, graph included.
+
+    The user's object stays as it is: scvi-tools writes its identifiers to the working copy, and a graph built here
+    is written back by :func:`write_back` only when the call has succeeded. An expression matrix that is not in memory
+    stays where it is: ``X`` of the light object then is the very dataset or dask array.
+    """
+    nodes = nodes_of(adata, inputs.modality)
+    for key, role in ((inputs.library_key, "library"), (inputs.batch_key, "batch")):
+        if key is not None:
+            check_obs_key(nodes, key, role)
+    if labels_required:
+        check_labels(nodes, str(inputs.labels_key), inputs.unlabeled_category)
+    if inputs.modality is not None:
+        return _working_mudata(adata, nodes, inputs)
+    work = _light(nodes, inputs)
+    if inputs.connectivities_key in nodes.obsp:
+        where = f"adata.obsp[{inputs.connectivities_key!r}]"
+        work.obsp[inputs.connectivities_key] = in_memory(nodes.obsp[inputs.connectivities_key], where)
+    elif inputs.connectivities_key.endswith(CONNECTIVITIES) and MODALITY_KEY not in nodes.uns:
+        if inputs.spatial_key not in nodes.obsm:
+            check_coordinates(nodes, inputs.spatial_key)  # absent: names the keys of the user's object
+        check_free(nodes, inputs.connectivities_key.removesuffix(CONNECTIVITIES))
+        add_graph(
+            work,
+            library_key=inputs.library_key,
+            spatial_key=inputs.spatial_key,
+            key_added=inputs.connectivities_key.removesuffix(CONNECTIVITIES),
+        )
+    else:
+        check_graph(nodes, inputs.connectivities_key)  # absent: says so, and what to do
+    return work
+
+
+def _light(adata: AnnData, inputs: Inputs, name: str = "adata") -> AnnData:
+    """Return values, coordinates and columns of one modality, shared with the user's object."""
+    part = parts_of(adata, None)[0]
+    keys = dict.fromkeys([inputs.library_key, inputs.batch_key, inputs.labels_key])
+    obsm = [inputs.spatial_key] if inputs.spatial_key in adata.obsm else []
+    if part.is_sequence:
+        held = sequence_kind(part.kind).parts(adata)
+        matrix = held["X"][""] if "X" in held else None
+        keys |= dict.fromkeys(held.get("obs", ()))
+        obsm += list(held.get("obsm", ()))
+    else:
+        check_anndata(adata)
+        if part.kind == "expression":
+            check_scaled(adata, inputs.layer, scale_of(inputs.input_scale, name))
+        matrix = get_matrix(adata, inputs.layer)
+    columns = [key for key in keys if key is not None and key in adata.obs]
+    work = AnnData(
+        matrix,
+        var=None if matrix is None else pd.DataFrame(index=adata.var_names),
+        obs=pd.DataFrame(get_obs(adata, columns), index=adata.obs_names),
+        obsm={key: in_memory(adata.obsm[key], f"adata.obsm[{key!r}]") for key in obsm},
+    )
+    if MODALITY_KEY in adata.uns:
+        work.uns[MODALITY_KEY] = adata.uns[MODALITY_KEY]
+    return work
+
+
+def _working_mudata(mdata: Any, nodes: AnnData, inputs: Inputs) -> MuData:
+    from mudata import MuData
+
+    check_whole(mdata, inputs.connectivities_key, inputs.modality, nodes)
+    check_graph(nodes, inputs.connectivities_key, inputs.library_key)
+    with quiet_mudata():
+        parts = {part.name: _light(part.adata, inputs, part.name) for part in parts_of(mdata, inputs.modality)}
+        work = MuData(parts)
+        # Nodes that have none of these modalities stay out, as they would have no token at all.
+        nodes = nodes[work.obs_names]
+        keys = dict.fromkeys([inputs.library_key, inputs.batch_key, inputs.labels_key])
+        for key in keys:
+            if key is not None and key in nodes.obs:
+                work.obs[key] = nodes.obs[key]
+        work.obsp[inputs.connectivities_key] = nodes.obsp[inputs.connectivities_key]
+        if inputs.spatial_key in nodes.obsm:
+            work.obsm[inputs.spatial_key] = nodes.obsm[inputs.spatial_key]
+    return work

@@ -1,0 +1,344 @@
+"""The model of a call: trained now, given, or remembered from the call before."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+import zlib
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData, ImplicitModificationWarning
+from scipy import sparse
+
+from fimp_sc._keys import choose_target, last_record
+from fimp_sc._options import checked
+from fimp_sc.data._elements import shorten
+from fimp_sc.data._study import nodes_of, parts_of
+from fimp_sc.data.sequences._kinds import sequence_kind
+from fimp_sc.data.storage._stored import identity, storage
+from fimp_sc.model import FIMP
+from fimp_sc.model._fields import X_KEY, check_known, table_states
+from fimp_sc.model.train._train import on_gpu
+from fimp_sc.nn import FoundationNetwork
+from fimp_sc.tl._call._inputs import CONNECTIVITIES, Inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from mudata import MuData
+
+logger = logging.getLogger(__name__)
+
+# By identity: forgotten with the object, never written to it.
+_models: dict[int, _Remembered] = {}
+# How models were trained here.
+_trainings: weakref.WeakKeyDictionary[FIMP, _Training] = weakref.WeakKeyDictionary()
+
+
+class _Remembered(NamedTuple):
+    """The last model used for an object, and what it read there."""
+
+    adata: weakref.ref[Any]
+    marks: dict[str, Any]
+    model: FIMP
+
+
+class _Training(NamedTuple):
+    """What a model was trained on, with which arguments, and checksums of what was hidden from it, by modality."""
+
+    marks: dict[str, Any]
+    max_epochs: int | None
+    model_kwargs: dict[str, Any]
+    train_kwargs: dict[str, Any]
+    unseen: dict[str, int]
+
+
+def fitted_model(
+    adata: AnnData | MuData,
+    work: AnnData | MuData,
+    inputs: Inputs,
+    *,
+    model: FIMP | str | Path | None,
+    reuse: bool,
+    max_epochs: int | None,
+    accelerator: str,
+    random_state: int | None,
+    same_seed: bool = True,
+    verbose: bool,
+    model_kwargs: dict[str, Any] | None,
+    train_kwargs: dict[str, Any] | None,
+    hidden: dict[str, Any] | None = None,
+    gene_embeddings: Any = None,
+    foundation: str | None = None,
+    checkpoint: str | Path | None = None,
+    zero_shot: bool = False,
+    n_tokens: int | None = None,
+    n_layers: int | None = None,
+    genes: Sequence[str] | None = None,
+    check: Callable[[FIMP], Any] | None = None,
+) -> FIMP:
+    """Return a model for the working copy: the given one, the remembered one, or one trained (or just built) now.
+
+    The remembered one serves if ``reuse`` is set and it is what training would make: of the same data, with the same
+    ``max_epochs`` and (``same_seed``) ``random_state`` where these are given, and blind to what is ``hidden``, by
+    modality. A model is trained only if it will know ``genes``, and if ``check`` of it raises nothing.
+    """
+    what = {"gene_embeddings": gene_embeddings, "foundation": foundation, "checkpoint": checkpoint}
+    what |= {"n_tokens": n_tokens, "n_layers": n_layers}
+    both = sorted(name for name, value in what.items() if value is not None and name in (model_kwargs or {}))
+    if both:
+        raise ValueError(f"{both[0]} is given twice, by itself and in model_kwargs: leave one out.")
+    arguments = {name: value for name, value in what.items() if value is not None} | (model_kwargs or {})
+    train_kwargs = dict(train_kwargs or {})
+    twice = train_kwargs.pop("max_epochs", None)
+    if max_epochs is not None and twice is not None:
+        raise ValueError(
+            f"max_epochs={max_epochs} and train_kwargs={{'max_epochs': {twice}}} are the same argument: leave one out."
+        )
+    max_epochs = twice if max_epochs is None else max_epochs
+    given = FIMP.load(model, accelerator=accelerator) if isinstance(model, str | Path) else model
+    if given is not None:
+        if not given.is_trained and given.foundation is None:
+            raise ValueError("The model is not trained: call model.train() first, or leave model out.")
+        if inputs.labels_key is not None:
+            given._check_classes()
+        unused = [name for name, value in what.items() if value is not None]
+        unused += [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]
+        if unused:
+            raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
+        _check_modalities(given, work, inputs)
+        bound = _forgettable(FIMP.load_query_data(work, given, user_object=adata, **_given_keys(inputs)))
+        if given in _trainings:
+            _trainings[bound] = _trainings[given]
+        return bound
+    marks = _marks(work, inputs)
+    remembered = _remembered(adata)
+    unseen = {name: _checksum(mask) for name, mask in (hidden or {}).items()}
+    if reuse and remembered is not None:
+        # A model that was given is one of other data, for all that is known of it here.
+        former, seed = _trainings.get(remembered.model, _Training({}, None, {}, {}, {})), remembered.model.random_state
+        asked = {"max_epochs": (max_epochs, former.max_epochs), "random_state": (random_state, seed)}
+        if not same_seed:
+            del asked["random_state"]
+        others = [name for name, (now, then) in asked.items() if now not in (None, then)]
+        changed = [name for name in marks | remembered.marks if marks.get(name) != remembered.marks.get(name)]
+        named = [*arguments, *train_kwargs]
+        if changed:
+            why = f"{shorten(changed)} changed since"
+        elif not remembered.model.is_trained:
+            why = "that one was not trained"
+        elif named:
+            why = f"{shorten(named)} given now"
+        elif former.marks == marks and unseen not in ({}, former.unseen):
+            why = "that one saw what is hidden now"
+        elif others:
+            why = f"that one had another {' and '.join(others)}"
+        else:
+            logger.info("Using the model of the call before on this object.")
+            return remembered.model
+        like = not (changed or named) and remembered.model.is_trained
+        if like:
+            arguments, train_kwargs = former.model_kwargs, former.train_kwargs
+            max_epochs = former.max_epochs if max_epochs is None else max_epochs
+            random_state = seed if random_state is None else random_state
+        logger.info("Not using the model of the call before: %s. Training %s.", why, "one like it" if like else "one")
+    elif reuse and last_record(adata, several=inputs.modality is not None) is not None:
+        logger.info(
+            "The model of the earlier results is not in this session, or was of another object: training one. Pass "
+            "model= for a saved one."
+        )
+    ids = arguments.get("vocabulary_key")
+    setup = asdict(inputs) | {"layer": None, "center": inputs.center or "training"}
+    names = setup.pop("modality")
+    if isinstance(work, AnnData):
+        if ids is not None and ids in adata.var:
+            work.var[ids] = np.asarray(adata.var[ids])
+        FIMP.setup_anndata(work, user_object=adata, **setup)
+    else:
+        FIMP.setup_mudata(work, modality=list(names), user_object=adata, **setup)
+    fresh = _forgettable(FIMP(work, **{"random_state": random_state or 0, **arguments}))
+    if genes is not None:
+        check_known(genes, fresh.genes)
+    if check is not None:
+        check(fresh)
+    _report(fresh, work, inputs, accelerator, zero_shot)
+    if zero_shot:
+        fresh.to_device(_device(accelerator))
+        return fresh
+    usual = {"max_epochs": max_epochs, "accelerator": accelerator, "enable_progress_bar": verbose}
+    fresh.train(**usual | ({"hidden": hidden} if hidden else {}) | train_kwargs)
+    # A folder that keeps a training is that of this one alone.
+    again = {name: value for name, value in train_kwargs.items() if name != "checkpoint"}
+    _trainings[fresh] = _Training(marks, max_epochs, arguments, again, unseen)
+    return fresh
+
+
+def _forgettable(model: FIMP) -> FIMP:
+    """Let scvi-tools forget the object of a model, and with it the user's values, as soon as the model is gone."""
+    key = model.adata_manager.adata_uuid
+    weakref.finalize(model, _forget, model.id, key).atexit = False
+    return model
+
+
+def _forget(model_id: str, key: str) -> None:
+    FIMP._setup_adata_manager_store.pop(key, None)
+    FIMP._per_instance_manager_store.pop(model_id, None)
+
+
+def _check_modalities(model: FIMP, work: AnnData | MuData, inputs: Inputs) -> None:
+    parts = parts_of(work, inputs.modality)
+    known = list(model.module.sequences)
+    tables = list(table_states(model._state(X_KEY)))
+    table = "" if not tables else f"tables {tables}, " if len(tables) > 1 else "expression or features, "
+    if len(parts) != len(known) + len(tables):
+        raise ValueError(
+            f"The model reads {table}signals and images {known}, and modality= names {[part.name for part in parts]}: "
+            "name the modalities that the model was trained on."
+        )
+
+
+def _given_keys(inputs: Inputs) -> dict[str, Any]:
+    """Return where a given model finds its data in the working copy: the caller's keys name the caller's data."""
+    names = ("library_key", "batch_key", "connectivities_key", "spatial_key")
+    keys: dict[str, Any] = {"layer": None} | {name: getattr(inputs, name) for name in names}
+    if inputs.input_scale != "auto":
+        keys["input_scale"] = inputs.input_scale
+    if inputs.center is not None:
+        keys["center"] = inputs.center
+    return keys
+
+
+@contextmanager
+def write_back(adata: AnnData | MuData, work: AnnData | MuData, inputs: Inputs, model: FIMP) -> Iterator[None]:
+    """Write results, and the graph if it was built here; remember the model."""
+    with warnings.catch_warnings():
+        # Writing to a view turns it into an object of its own, as anndata documents.
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        if inputs.modality is None and inputs.connectivities_key not in adata.obsp:
+            prefix = inputs.connectivities_key.removesuffix(CONNECTIVITIES)
+            adata.obsp[f"{prefix}_distances"] = work.obsp[f"{prefix}_distances"]
+            adata.obsp[inputs.connectivities_key] = work.obsp[inputs.connectivities_key]
+            adata.uns[f"{prefix}_neighbors"] = work.uns[f"{prefix}_neighbors"]
+        yield
+    address = id(adata)
+    reference = weakref.ref(adata, lambda _: _models.pop(address, None))
+    _models[address] = _Remembered(reference, _marks(work, inputs), model)
+
+
+@checked
+def get_model(adata: AnnData | MuData, modality: str | Sequence[str] | None = None) -> FIMP:
+    """Return the model that the last call of ``tl`` trained on, or used for, this object in this session.
+
+    Parameters
+    ----------
+    adata
+        The object that was passed to :func:`embed`, :func:`annotate` or :func:`impute`. A copy of it does not count.
+    modality
+        Of a MuData object, as it was passed.
+
+    Raises
+    ------
+    KeyError
+        When there is none.
+    """
+    remembered = _remembered(choose_target(adata, modality)[0])
+    if remembered is None:
+        raise KeyError(
+            "No model is known for this object in this session: call fimp_sc.tl.embed(adata) first, or "
+            "FIMP.load(folder) for a saved one."
+        )
+    return remembered.model
+
+
+def _remembered(adata: AnnData | MuData) -> _Remembered | None:
+    found = _models.get(id(adata))
+    return found if found is not None and found.adata() is adata else None
+
+
+def _marks(work: AnnData | MuData, inputs: Inputs) -> dict[str, Any]:
+    """Return what a model reads of an object, as checksums and keys, by names for messages."""
+    nodes = nodes_of(work, inputs.modality)
+    marks: dict[str, Any] = {
+        name: getattr(inputs, name)
+        for name in ("layer", "library_key", "batch_key", "input_scale", "center", "modality")
+    }
+    marks["obs_names"] = _table_checksum(nodes.obs_names)
+    marks["the graph"] = _checksum(nodes.obsp[inputs.connectivities_key])
+    for key in (inputs.library_key, inputs.batch_key):
+        if key is not None:
+            marks[f"obs[{key!r}]"] = _table_checksum(nodes.obs[key])
+    for part in parts_of(work, inputs.modality):
+        which = "" if inputs.modality is None else f" of {part.name!r}"
+        if part.is_sequence:
+            held = [value for place in sequence_kind(part.kind).parts(part.adata).values() for value in place.values()]
+            # Names of files tell images apart; they are not opened.
+            marks[f"values{which}"] = [_table_checksum(v) if hasattr(v, "iloc") else _checksum(v) for v in held]
+            continue
+        values = part.adata.X
+        marks[f"var_names{which}"] = _table_checksum(part.adata.var_names)
+        # Expression that is not in memory is known by where it is: reading all of it would take longer than most calls.
+        marks[f"values{which}"] = _checksum(values) if storage(values) == "memory" else identity(values)
+    return marks
+
+
+def _table_checksum(table: pd.Index | pd.Series | pd.DataFrame) -> int:
+    return _checksum(pd.util.hash_pandas_object(table).to_numpy())
+
+
+def _checksum(matrix: Any) -> int:
+    """Of all values and their places: totals alone stay the same when cells or edges change places."""
+    if sparse.issparse(matrix):
+        matrix = sparse.csr_matrix(matrix)
+        parts = [matrix.data, matrix.indices, matrix.indptr]
+    else:
+        parts = [np.asarray(matrix)]
+    check = 0
+    for part in parts:
+        check = zlib.crc32(np.ascontiguousarray(part).data, check)
+    return check
+
+
+def _device(accelerator: str) -> str:
+    if accelerator == "auto":
+        return "cuda:0" if on_gpu(accelerator) else "cpu"
+    return {"gpu": "cuda:0", "cuda": "cuda:0"}.get(accelerator, accelerator)
+
+
+def _report(model: FIMP, work: AnnData | MuData, inputs: Inputs, accelerator: str, zero_shot: bool) -> None:
+    nodes, parts = nodes_of(work, inputs.modality), parts_of(work, inputs.modality)
+    tables = [part.adata for part in parts if not part.is_sequence]
+    n_vars = sum(table.n_vars for table in tables)
+    shapes = model.module.sequences.values()
+    # With what the optimiser keeps of those that are trained.
+    weights = sum(p.numel() * (16 if p.requires_grad and not zero_shot else 4) for p in model.module.parameters())
+    # A block: about twice its destinations with the halo, a dozen dense copies of its expression, and copies of its
+    # tokens, a few dozen in training; a stack that computes its layers again in backward keeps two for each.
+    network, n_nodes, copies = model.module.network, 2 * 256, 40
+    if isinstance(network, FoundationNetwork):
+        n_nodes, copies = (
+            (2 * 128, 12) if zero_shot or network.frozen else (n_nodes, 24 + 2 * len(network.stack.layers))
+        )
+    n_tokens = (model.n_tokens if tables else 0) + sum(shape.n_tokens for shape in shapes)
+    n_values = n_vars + sum(shape.n_tokens * shape.token_size for shape in shapes)
+    block = min(n_nodes, 2 * nodes.n_obs) * (12 * n_values + copies * (n_tokens + 1) * network.width) * 4
+    matrix = 0
+    for table in tables:
+        if storage(table.X) == "memory":
+            matrix += 3 * (table.X.nnz * 8 if sparse.issparse(table.X) else table.X.nbytes)
+    what = "cell" if parts[0].kind == "expression" else "node"
+    things = [f"{table.n_vars:,} genes" for table in tables]
+    things += [f"{shape.n_tokens} tokens of {name}" for name, shape in model.module.sequences.items()]
+    logger.info(
+        "%s %s, %s, %.1f neighbours per %s, %d classes; %s on %s, about %.1f GB of memory.",
+        f"{nodes.n_obs:,}", f"{what}s", ", ".join(things),
+        nodes.obsp[inputs.connectivities_key].nnz / nodes.n_obs, what,
+        len(model.classes),
+        "computing" if zero_shot else "training", "GPU" if on_gpu(accelerator) else "CPU",
+        (weights + block + matrix) / 1e9 + 0.6,
+    )  # fmt: skip

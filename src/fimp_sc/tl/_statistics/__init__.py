@@ -1,0 +1,1 @@
+"""Clusterings and permutation tests behind the tools."""

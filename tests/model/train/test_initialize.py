@@ -1,0 +1,61 @@
+"""Components that training starts from, of models as they are trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from fimp_sc.model.module import _initialize as _module_start
+from fimp_sc.model.train import _initialize as _start
+
+
+@pytest.mark.parametrize(
+    ("labels_key", "few", "dropped"), [(None, 1000, True), ("label", 1000, False), (None, 50, False)]
+)
+def test_components_of_noise_start_empty_without_labels_on_few_cells(
+    tissue, make_model, train, monkeypatch, labels_key, few, dropped
+) -> None:
+    """Shuffled within each gene, cells have nothing in common but chance. Principal components are those of noise."""
+    monkeypatch.setattr(_module_start, "_MOSTLY_SIGNAL", 0.0)
+    rng = np.random.default_rng(0)
+    tissue.X = sparse.csr_matrix(rng.permuted(tissue.X.toarray(), axis=0))
+    monkeypatch.setattr(_start, "FEW_CELLS", few)
+    model = make_model(tissue, {"labels_key": labels_key})
+    started = []
+    start = model.module.start_as_smoother
+
+    def spy(*args, **kwargs) -> None:
+        start(*args, **kwargs)
+        started.append((model.module.network.embedding.loading.detach().abs().sum(0) == 0).numpy())
+
+    monkeypatch.setattr(model.module, "start_as_smoother", spy)
+    train(model, max_epochs=1)
+    network = model.module.network
+    free = started[0][network.n_neighbourhood : network.n_own]
+    assert free.any() == dropped
+    assert not started[0][: network.n_neighbourhood].any()
+
+
+@pytest.mark.parametrize(("signal", "by_neighbours"), [(0.0, False), (1.1, True)])
+def test_components_are_those_of_training_cells_and_their_neighbours(
+    tissue, make_model, train, monkeypatch, signal, by_neighbours
+) -> None:
+    """`signal` decides; cells that are held out, and edges to them, take no part."""
+    monkeypatch.setattr(_module_start, "_MOSTLY_SIGNAL", signal)
+    asked = []
+    shared_components = _module_start.shared_components
+
+    def spy(cells, near, *args):
+        asked.append(near.toarray())
+        return shared_components(cells, near, *args)
+
+    monkeypatch.setattr(_module_start, "shared_components", spy)
+    held_out = np.arange(0, tissue.n_obs, 7)
+    model = train(make_model(tissue), max_epochs=1, validation_indices=held_out)
+    assert np.isfinite(model.get_latent_representation()).all()
+    assert len(asked) == by_neighbours
+    if by_neighbours:
+        rest = np.setdiff1d(np.arange(tissue.n_obs), held_out)
+        joined = tissue.obsp["spatial_connectivities"].toarray()[np.ix_(rest, rest)] > 0
+        np.testing.assert_allclose(asked[0], joined / np.maximum(joined.sum(1, keepdims=True), 1), rtol=1e-6)
