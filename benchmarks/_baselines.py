@@ -14,28 +14,28 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-from _common import as_seen, library, log_normalise, neighbours, totals
+from _common import as_seen, library, log_normalize, neighbors, totals
 from _harness import Fit, Method, Run
 from _problems import HIDDEN, Annotation, Masked
 from _smoothing import SMOOTHED, best_share, smooth
 
 N_PCS = 50
-N_NEIGHBOURS, N_NEIGHBOURS_MASKED = 10, 6
+N_NEIGHBORS, N_NEIGHBORS_MASKED = 10, 6
 
 
 def fit_pca(x: sp.csr_matrix, n_components: int = N_PCS) -> PCA:
-    """Centred PCA of the rows of sparse `x`."""
+    """Centered PCA of the rows of sparse `x`."""
     return PCA(min(n_components, min(x.shape) - 1), svd_solver="arpack", random_state=0).fit(x)
 
 
 def spatial_features(own: np.ndarray, graph: sp.csr_matrix) -> dict[str, np.ndarray]:
-    """The cell's own features, the mean over its neighbours, and both, by method name."""
+    """The cell's own features, the mean over its neighbors, and both, by method name."""
     near = normalize(graph, norm="l1") @ own
-    return {"own": own, "neighbours": near, "own + neighbours": np.hstack([own, near])}
+    return {"own": own, "neighbors": near, "own + neighbors": np.hstack([own, near])}
 
 
 def logistic(train: np.ndarray, labels: np.ndarray, blocks: np.ndarray | None = None) -> Pipeline:
-    """Logistic regression of `labels` on features standardised with the `train` rows.
+    """Logistic regression of `labels` on features standardized with the `train` rows.
 
     C = 1, or with `blocks` (spatial block of each training row) the C of best accuracy on held-out blocks of the
     training cells, the counterpart of FIMP's early stopping.
@@ -85,11 +85,11 @@ def annotate(problem: Annotation, run: Run, kind: str, *, chosen: bool, smoothin
     # Query cells that are there in training have no label: the PCA comes from the others.
     fitted = known if query is reference else np.ones(len(known), bool)
     sections = {"reference": reference, "query": query}
-    x = {name: log_normalise(part[:, shared].X, problem.target) for name, part in sections.items()}
+    x = {name: log_normalize(part[:, shared].X, problem.target) for name, part in sections.items()}
     pca = fit_pca(x["reference"][fitted])
     inputs = {}
     for name, part in sections.items():
-        graph = neighbours(np.asarray(part.obsm["spatial"], float), N_NEIGHBOURS, library(part, problem.data))
+        graph = neighbors(np.asarray(part.obsm["spatial"], float), N_NEIGHBORS, library(part, problem.data))
         inputs[name] = spatial_features(pca.transform(x[name]), graph)[kind], graph
     model = logistic(inputs["reference"][0][known], labels[known], problem.blocks[known] if chosen else None)
     if smoothing:
@@ -100,8 +100,8 @@ def annotate(problem: Annotation, run: Run, kind: str, *, chosen: bool, smoothin
     return Fit(model.predict(inputs["query"][0]))
 
 
-def neighbour_mean(x: sp.csr_matrix, hidden: sp.csr_matrix, graph: sp.csr_matrix, mean: np.ndarray) -> np.ndarray:
-    """Mean over the neighbours that show the gene, the gene's training mean where none does; (rows of graph, n_vars).
+def neighbor_mean(x: sp.csr_matrix, hidden: sp.csr_matrix, graph: sp.csr_matrix, mean: np.ndarray) -> np.ndarray:
+    """Mean over the neighbors that show the gene, the gene's training mean where none does; (rows of graph, n_vars).
 
     `x` (hidden entries are 0) and `hidden` (boolean) have shape (n_obs, n_vars).
     """
@@ -139,11 +139,11 @@ def ridge(
     near: np.ndarray,
     seed: int,
 ) -> np.ndarray:
-    """Ridge regression of each gene on the PCs of the cell's visible genes and of its neighbours; (n, n_vars).
+    """Ridge regression of each gene on the PCs of the cell's visible genes and of its neighbors; (n, n_vars).
 
     The genes are cut into about 1 / `HIDDEN` random sets. Each set in turn is hidden in the training cells and
     regressed on the PCs of the other genes, so no gene helps to predict itself. The strength is chosen by leave-one-out
-    on training cells. `x`, `visible` and `near` (mean over the neighbours, hidden entries filled) have shape
+    on training cells. `x`, `visible` and `near` (mean over the neighbors, hidden entries filled) have shape
     (n, n_vars).
     """
     dense = x_train.toarray()
@@ -173,10 +173,10 @@ def _gene_mean(problem: Masked, x: np.ndarray, visible: np.ndarray, run: Run) ->
 
 def _near(problem: Masked, x: np.ndarray, visible: np.ndarray, run: Run) -> np.ndarray:
     adata = problem.adata
-    graph = neighbours(np.asarray(adata.obsm["spatial"], float), N_NEIGHBOURS_MASKED, library(adata, problem.data))[
+    graph = neighbors(np.asarray(adata.obsm["spatial"], float), N_NEIGHBORS_MASKED, library(adata, problem.data))[
         problem.test
     ]
-    return neighbour_mean(adata.X, problem.hidden, graph, _gene_mean(problem, x, visible, run)[0])
+    return neighbor_mean(adata.X, problem.hidden, graph, _gene_mean(problem, x, visible, run)[0])
 
 
 def _pca(problem: Masked, x: np.ndarray, visible: np.ndarray, run: Run, *, how: str) -> np.ndarray:
@@ -189,8 +189,8 @@ def _pca(problem: Masked, x: np.ndarray, visible: np.ndarray, run: Run, *, how: 
 def _ridge(problem: Masked, x: np.ndarray, visible: np.ndarray, run: Run) -> np.ndarray:
     adata, train = problem.adata, ~problem.test
     lib = library(adata, problem.data)
-    part = neighbours(
-        np.asarray(adata.obsm["spatial"], float)[train], N_NEIGHBOURS_MASKED, None if lib is None else lib[train]
+    part = neighbors(
+        np.asarray(adata.obsm["spatial"], float)[train], N_NEIGHBORS_MASKED, None if lib is None else lib[train]
     )
     near = _near(problem, x, visible, run)
     return ridge(fit_pca(adata.X[train]), adata.X[train], part, x, visible, near, run.seed)
@@ -198,17 +198,17 @@ def _ridge(problem: Masked, x: np.ndarray, visible: np.ndarray, run: Run) -> np.
 
 ANNOTATION: dict[str, Method] = {
     f"logistic, {kind}, C {'chosen' if chosen else '= 1'}": partial(annotate, kind=kind, chosen=chosen)
-    for kind in ("own", "neighbours", "own + neighbours")
+    for kind in ("own", "neighbors", "own + neighbors")
     for chosen in (False, True)
 } | {
     f"logistic, {kind}, C chosen{SMOOTHED}": partial(annotate, kind=kind, chosen=True, smoothing=True)
-    for kind in ("own", "neighbours", "own + neighbours")
+    for kind in ("own", "neighbors", "own + neighbors")
 }
 MASKED: dict[str, Method] = {
     "gene mean": partial(_masked, _gene_mean),
-    "neighbour mean": partial(_masked, _near),
+    "neighbor mean": partial(_masked, _near),
     "PCA, hidden = gene mean": partial(_masked, partial(_pca, how="filled")),
     "PCA, visible genes, small ridge": partial(_masked, partial(_pca, how="ridge")),
     "PCA, visible genes, probabilistic": partial(_masked, partial(_pca, how="prior")),
-    "ridge on PCs, own + neighbours": partial(_masked, _ridge),
+    "ridge on PCs, own + neighbors": partial(_masked, _ridge),
 }

@@ -21,8 +21,8 @@ from sklearn.neighbors import NearestNeighbors
 from fimp_sc.data.validate._values import check_values
 
 HERE = Path(__file__).resolve().parent
-UNLABELLED = ("Unlabelled", "Ambiguous")
-MIN_TRAIN_CELLS = 5  # a class with fewer labelled training cells is left out for every method
+UNLABELED = ("Unlabelled", "Ambiguous")
+MIN_TRAIN_CELLS = 5  # a class with fewer labeled training cells is left out for every method
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def parse(p: argparse.ArgumentParser) -> argparse.Namespace:
 def load(name: str, folder: Path):
     """Read a data set; ``obs["cell_type"]`` holds its cell types, ``obs["label"]`` those that may be scored.
 
-    The label is "Unknown" where there is no type, or one of `UNLABELLED`. ``X`` is on a linear scale: values that are
+    The label is "Unknown" where there is no type, or one of `UNLABELED`. ``X`` is on a linear scale: values that are
     logarithms are turned back.
     """
     import anndata
@@ -112,7 +112,7 @@ def load(name: str, folder: Path):
             )
         adata = anndata.read_h5ad(path)
     adata.obs["cell_type"] = labels = adata.obs[data.label_key].astype(str)
-    adata.obs["label"] = labels.mask(labels.isin(UNLABELLED) | adata.obs[data.label_key].isna(), "Unknown")
+    adata.obs["label"] = labels.mask(labels.isin(UNLABELED) | adata.obs[data.label_key].isna(), "Unknown")
     adata.X = sp.csr_matrix(adata.X)
     if ":" in data.file:
         with warnings.catch_warnings(action="ignore"):  # empty genes are dropped by the tasks
@@ -136,7 +136,7 @@ def sections(adata, library_key: str | None) -> np.ndarray | None:
     return None if library_key is None else adata.obs[library_key].astype(str).to_numpy()
 
 
-def log_normalise(x, target: float | np.ndarray) -> sp.csr_matrix:
+def log_normalize(x, target: float | np.ndarray) -> sp.csr_matrix:
     """log(1 + x / total of the cell * target), float32 CSR (n_obs, n_vars); one target or that of each cell."""
     x = sp.csr_matrix(x, dtype=np.float64, copy=True)
     x = sp.csr_matrix(sp.diags(target / np.maximum(totals(x), 1e-12)) @ x)
@@ -150,7 +150,7 @@ def totals(x) -> np.ndarray:
 
 
 def as_seen(values: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """Log-normalised values (n, g) of whole cells, scaled anew by totals of visible ones: what is hidden must not show.
+    """Log-normalized values (n, g) of whole cells, scaled anew by totals of visible ones: what is hidden must not show.
 
     Visible values then have the part of a total that their genes have in all cells.
     """
@@ -161,7 +161,7 @@ def as_seen(values: np.ndarray, visible: np.ndarray) -> np.ndarray:
     return np.log1p(linear * np.where(total > 0, wanted / np.maximum(total, 1e-12), 1)[:, None]).astype(np.float32)
 
 
-def neighbours(coordinates: np.ndarray, k: int, lib: np.ndarray | None = None) -> sp.csr_matrix:
+def neighbors(coordinates: np.ndarray, k: int, lib: np.ndarray | None = None) -> sp.csr_matrix:
     """Binary CSR (n, n): row i has the k nearest other cells of the same section."""
     n = len(coordinates)
     lib = np.zeros(n, int) if lib is None else lib
@@ -197,7 +197,7 @@ def folds(blocks: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
 def split_labels(labels: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Apply the class rule.
 
-    Classes with fewer than `MIN_TRAIN_CELLS` labelled training cells cannot be learnt: they are hidden in training and
+    Classes with fewer than `MIN_TRAIN_CELLS` labeled training cells cannot be learned: they are hidden in training and
     left out of the scores. Returns the labels for training ("Unknown" for test cells and such classes) and the
     boolean masks of training and test cells to use, each of shape (n_obs,).
     """

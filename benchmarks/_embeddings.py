@@ -1,4 +1,4 @@
-"""Features without labels, by methods of others: PCA, BANKSY's features, scVI and scVIVA, alone and with neighbours.
+"""Features without labels, by methods of others: PCA, BANKSY's features, scVI and scVIVA, alone and with neighbors.
 
 Nothing is tuned: every method has the one configuration below, as FIMP has its defaults. scVI is trained once for each
 data set and seed. Its latent is kept in ``results/.cache``, since every method runs in a process of its own;
@@ -23,7 +23,7 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler, normalize
 
 from _baselines import fit_pca, spatial_features
-from _common import log_normalise, neighbours, sections, totals
+from _common import log_normalize, neighbors, sections, totals
 from _harness import Fit, Method, Run
 from _smoothing import averaged
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 N_NEAREST = 10  # of the means of PCs
 N_RING = 6  # of the repeated and the nested means: the first ring of a hexagonal grid
 N_GENES = 2000  # variable genes of BANKSY-style, scVI and scVIVA; all of them where there are fewer
-BANKSY = {"mean": 15, "gradient": 30, "components": 20}  # neighbours of the two terms; components of the PCA
+BANKSY = {"mean": 15, "gradient": 30, "components": 20}  # neighbors of the two terms; components of the PCA
 SCVI = {"n_latent": 10, "n_layers": 1, "gene_likelihood": "nb"}
 SCVI_EPOCHS, SCVI_PATIENCE = 100, 10
-N_CLUSTERS, N_NICHE = 10, 20  # of scVIVA: clusters in place of cell types; neighbours of a niche
+N_CLUSTERS, N_NICHE = 10, 20  # of scVIVA: clusters in place of cell types; neighbors of a niche
 SCVIVA_EPOCHS = 60
 CACHE = Path(__file__).resolve().parent / "results" / ".cache"
 CODE = Path(__file__).read_bytes()  # a latent is not kept across changes of this file
@@ -44,7 +44,7 @@ CODE = Path(__file__).read_bytes()  # a latent is not kept across changes of thi
 
 def spatial(problem: Embedding, k: int) -> sp.csr_matrix:
     """Graph of the `k` nearest cells of the same section, (n_obs, n_obs) binary CSR."""
-    return neighbours(np.asarray(problem.adata.obsm["spatial"], float), k, sections(problem.adata, problem.library_key))
+    return neighbors(np.asarray(problem.adata.obsm["spatial"], float), k, sections(problem.adata, problem.library_key))
 
 
 def own_and_hops(features: np.ndarray, graph: sp.csr_matrix, hops: int) -> np.ndarray:
@@ -66,15 +66,15 @@ def own_and_hops(features: np.ndarray, graph: sp.csr_matrix, hops: int) -> np.nd
 
 def log_values(problem: Embedding) -> sp.csr_matrix:
     """``log(1 + x)`` after scaling each cell to the median total, (n_obs, n_vars)."""
-    return log_normalise(problem.adata.X, float(np.median(totals(problem.adata.X))))
+    return log_normalize(problem.adata.X, float(np.median(totals(problem.adata.X))))
 
 
 def counts(problem: Embedding) -> sp.csr_matrix:
     """Values rounded to whole numbers, (n_obs, n_vars) float32 CSR.
 
-    Counts stay what they are. The volume-normalised values of MERFISH, about one for each molecule, become
+    Counts stay what they are. The volume-normalized values of MERFISH, about one for each molecule, become
     pseudo-counts of the same scale; its 21 sequentially measured genes, most of whose values are far below one, are
-    nearly lost, as they are to PCA of log-normalised values.
+    nearly lost, as they are to PCA of log-normalized values.
     """
     x = sp.csr_matrix(problem.adata.X, dtype=np.float32, copy=True)
     x.data = np.rint(x.data)
@@ -102,7 +102,7 @@ def variable_genes(problem: Embedding) -> np.ndarray:
 
 
 def pca(problem: Embedding, kind: str) -> Fit:
-    """50 PCs of all genes ("own"), or what neighbours make of them."""
+    """50 PCs of all genes ("own"), or what neighbors make of them."""
     x = log_values(problem)
     model = fit_pca(x)
     own = model.transform(x)
@@ -118,9 +118,9 @@ def pca(problem: Embedding, kind: str) -> Fit:
 def banksy(problem: Embedding, lam: float) -> Fit:
     """PCA of own expression, neighbourhood mean and azimuthal gradient, after Singhal et al. (2024), for one `lam`.
 
-    The three matrices of standardised genes are weighted with ``sqrt(1 - lam)``, ``sqrt(lam * 2 / 3)`` and
+    The three matrices of standardized genes are weighted with ``sqrt(1 - lam)``, ``sqrt(lam * 2 / 3)`` and
     ``sqrt(lam / 3)``. The gradient is ``|sum_j w_ij exp(i phi_ij) (x_j - mean_i)|``, where phi is the direction in
-    which neighbour j lies.
+    which neighbor j lies.
     """
     x = log_values(problem)[:, variable_genes(problem)].toarray()
     blocks = [np.sqrt(1 - lam) * StandardScaler().fit_transform(x)]
@@ -129,8 +129,8 @@ def banksy(problem: Embedding, lam: float) -> Fit:
         weights, phase = kernel(problem, BANKSY["gradient"])
         # The weights of a row sum to one, but not those turned by the phase.
         turned = weights.multiply(phase).tocsr()
-        centre = np.asarray(turned.sum(axis=1)) * (weights @ x)
-        gradient = np.abs(turned @ x - centre)
+        center = np.asarray(turned.sum(axis=1)) * (weights @ x)
+        gradient = np.abs(turned @ x - center)
         blocks.append(np.sqrt(lam * 2 / 3) * StandardScaler().fit_transform(mean))
         blocks.append(np.sqrt(lam / 3) * StandardScaler().fit_transform(gradient.astype(np.float32)))
     joint = np.hstack(blocks).astype(np.float32)
@@ -145,7 +145,7 @@ def kernel(problem: Embedding, k: int) -> tuple[sp.csr_matrix, sp.csr_matrix]:
     """
     xy = np.asarray(problem.adata.obsm["spatial"], float)
     graph = spatial(problem, k).tocoo()
-    # `neighbours` gives every row exactly k entries, and tocoo keeps the order of rows.
+    # `neighbors` gives every row exactly k entries, and tocoo keeps the order of rows.
     step = (xy[graph.col] - xy[graph.row]).reshape(len(xy), -1, 2)
     distance = np.linalg.norm(step, axis=2)
     scale = np.maximum(np.median(distance, axis=1, keepdims=True), 1e-12)
@@ -189,7 +189,7 @@ def train_scvi(x: sp.csr_matrix, run: Run) -> Fit:
 
 
 def scvi_features(problem: Embedding, run: Run, kind: str) -> Fit:
-    """scVI's latent ("own"), its mean over a cell and its neighbours, or the cell's own beside those of three hops."""
+    """scVI's latent ("own"), its mean over a cell and its neighbors, or the cell's own beside those of three hops."""
     fit = scvi_latent(problem, run)
     if kind == "mean":
         return replace(fit, values=averaged(fit.values, spatial(problem, N_RING)))
@@ -234,13 +234,13 @@ def _trained(model: Any, run: Run, epochs: int, monitor: str) -> Fit:
 
 EMBEDDING: dict[str, Method] = {
     "PCA": lambda problem, run: pca(problem, "own"),
-    "PCA, mean of neighbours": lambda problem, run: pca(problem, "mean"),
-    "PCA, mean of neighbours twice": lambda problem, run: pca(problem, "mean twice"),
-    "PCA, own + neighbours": lambda problem, run: pca(problem, "own + neighbours"),
+    "PCA, mean of neighbors": lambda problem, run: pca(problem, "mean"),
+    "PCA, mean of neighbors twice": lambda problem, run: pca(problem, "mean twice"),
+    "PCA, own + neighbors": lambda problem, run: pca(problem, "own + neighbors"),
     "BANKSY-style, lambda 0.2": lambda problem, run: banksy(problem, 0.2),
     "BANKSY-style, lambda 0.8": lambda problem, run: banksy(problem, 0.8),
     "scVI": lambda problem, run: scvi_features(problem, run, "own"),
-    "scVI, mean of neighbours": lambda problem, run: scvi_features(problem, run, "mean"),
+    "scVI, mean of neighbors": lambda problem, run: scvi_features(problem, run, "mean"),
     "scVI, own + 3 hops": lambda problem, run: scvi_features(problem, run, "hops"),
     "scVIVA, clusters of scVI": scviva,
 }

@@ -32,7 +32,7 @@ class Variant:
     n_neighbors
         Of the graph.
     near
-        Whether near neighbours count more than far ones: by exp(-distance / mean distance).
+        Whether near neighbors count more than far ones: by exp(-distance / mean distance).
     shuffled
         Whether positions are permuted within each section: the same graph of random cells.
     vectors
@@ -40,7 +40,7 @@ class Variant:
     permuted
         Whether these vectors are dealt out to other genes.
     deep
-        Layers of a randomly initialised stack in scGPT's format, trained like the rest.
+        Layers of a randomly initialized stack in scGPT's format, trained like the rest.
     foundation
         What is trained of the foundation model of ``--checkpoint``, see ``FIMP``.
     """
@@ -67,9 +67,9 @@ ABLATIONS = {
     "FIMP, 8 tokens": Variant(model={"n_tokens": 8}),
     "FIMP, 32 tokens": Variant(model={"n_tokens": 32}),
     "FIMP, 128 tokens": Variant(model={"n_tokens": 128}),
-    "FIMP, 3 neighbours": Variant(n_neighbors=3),
-    "FIMP, 12 neighbours": Variant(n_neighbors=12),
-    "FIMP, near neighbours count more": Variant(near=True, model={"use_weights": True}),
+    "FIMP, 3 neighbors": Variant(n_neighbors=3),
+    "FIMP, 12 neighbors": Variant(n_neighbors=12),
+    "FIMP, near neighbors count more": Variant(near=True, model={"use_weights": True}),
     "FIMP, near ones of 12 count more": Variant(near=True, model={"use_weights": True}, n_neighbors=12),
     "FIMP, 1 layer": Variant(model={"n_layers": 1}),
     "FIMP, 3 layers": Variant(model={"n_layers": 3}),
@@ -104,7 +104,7 @@ def prepare(
     """Copy of `adata` with FIMP's spatial graph.
 
     With `shuffle_seed` the positions are permuted within each section first: the same graph joins random cells, which
-    shows what the neighbours are worth. With `near` its weights fall with distance.
+    shows what the neighbors are worth. With `near` its weights fall with distance.
     """
     import fimp_sc
 
@@ -186,7 +186,7 @@ def train(adata: AnnData | MuData, run: Run, variant: Variant, **setup: Any) -> 
     parameters = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
     history = model.history
     validation = float(history["validation_loss"].min().iloc[0])
-    shares = f"neighbours {model.neighbour_share:.2f}, smoothed {model.smoothed_share:.2f}" if model.classes else ""
+    shares = f"neighbors {model.neighbor_share:.2f}, smoothed {model.smoothed_share:.2f}" if model.classes else ""
     return model, Fit(np.empty(0), parameters, len(history["train_loss"]), seconds, validation, shares)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import _networks as networks
 from _baselines import fit_pca
-from _common import log_normalise, totals
+from _common import log_normalize, totals
 from _harness import Fit, Method, Run
 from _networks_annotation import N_GENES, N_PCS, most_variable
 from _networks_masked import graph_of, validation_cells
@@ -28,7 +28,7 @@ WIDTH = 128  # of the embedding
 class GraphMAE(nn.Module):
     """Two layers of GAT that see a token in place of masked nodes, and one that decodes what they hide.
 
-    Masked nodes are set to zero before the decoder too, so that it has to read them from their neighbours.
+    Masked nodes are set to zero before the decoder too, so that it has to read them from their neighbors.
     """
 
     def __init__(self, n_in: int, dropout: float) -> None:
@@ -56,9 +56,9 @@ def scaled_cosine_error(predicted: torch.Tensor, truth: torch.Tensor) -> torch.T
 
 
 def inputs(problem: Embedding, features: str) -> torch.Tensor:
-    """Standardised log-normalised values of the most variable genes, or principal component scores; (n_obs, d)."""
+    """Standardized log-normalized values of the most variable genes, or principal component scores; (n_obs, d)."""
     adata = problem.adata
-    x = log_normalise(adata.X, float(np.median(totals(adata.X))))
+    x = log_normalize(adata.X, float(np.median(totals(adata.X))))
     if features == "PCs":
         values = fit_pca(x, N_PCS).transform(x)
         return torch.from_numpy((values / values.std(0).max()).astype(np.float32))

@@ -39,7 +39,7 @@ class Graph:
 class Network(nn.Module):
     """A linear map of the features, two residual layers of one of `NETWORKS`, and a linear map to the outputs.
 
-    The first map keeps wide features cheap, as some layers would sum the features of neighbours first. In GCN,
+    The first map keeps wide features cheap, as some layers would sum the features of neighbors first. In GCN,
     GraphSAGE, GAT and GIN a layer is ``h + dropout(relu(conv(norm(h))))``; in the MLP ``conv`` is linear. GPS has its
     own residuals, around GIN and the Performer's attention over the whole section: exact attention takes
     O(cells²), seconds for a step on sections of thousands of cells.

@@ -1,4 +1,4 @@
-"""Cell types with graph networks: cross-entropy on the labelled cells of the reference."""
+"""Cell types with graph networks: cross-entropy on the labeled cells of the reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import _networks as networks
 from _baselines import fit_pca
-from _common import folds, log_normalise
+from _common import folds, log_normalize
 from _harness import Fit, Method, Run
 from _networks_masked import graph_of
 from _problems import Annotation
@@ -41,7 +41,7 @@ def inputs(problem: Annotation, features: str, run: Run) -> tuple[np.ndarray, np
     shared = reference.var_names.intersection(query.var_names)
     known = (reference.obs["label"] != "Unknown").to_numpy()
     fitted = known if query is reference else np.ones(len(known), bool)
-    both = [log_normalise(part[:, shared].X, problem.target) for part in (reference, query)]
+    both = [log_normalize(part[:, shared].X, problem.target) for part in (reference, query)]
     seen = both[0][fitted]
     if features == "expression":
         genes = most_variable(seen, N_GENES)
@@ -69,7 +69,7 @@ def inputs(problem: Annotation, features: str, run: Run) -> tuple[np.ndarray, np
 
 
 def method(kind: str, features: str, *, smoothed: bool = False) -> Method:
-    """Cell types by one kind of network from one of `FEATURES`, on request smoothed over neighbours as FIMP's are."""
+    """Cell types by one kind of network from one of `FEATURES`, on request smoothed over neighbors as FIMP's are."""
 
     def run_method(problem: Annotation, run: Run) -> Fit:
         reference, query = problem.reference, problem.query
@@ -78,7 +78,7 @@ def method(kind: str, features: str, *, smoothed: bool = False) -> Method:
         names, target = np.unique(reference.obs["label"].astype(str), return_inverse=True)
         known = np.flatnonzero(names[target] != "Unknown")
         classes = np.unique(target[known])
-        # Whole blocks of the labelled cells: blocks of cells to annotate would leave validation with few.
+        # Whole blocks of the labeled cells: blocks of cells to annotate would leave validation with few.
         checked = folds(np.asarray(problem.blocks)[known], 8, run.seed) == 0
         nodes = {"fit": torch.from_numpy(known[~checked]), "check": torch.from_numpy(known[checked])}
         truth = torch.from_numpy(np.searchsorted(classes, target))

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import _networks as networks
 from _baselines import fit_pca
-from _common import DATA, folds, neighbours, sections
+from _common import DATA, folds, neighbors, sections
 from _harness import Fit, Method, Run
 from _problems import HIDDEN, Masked
 
@@ -21,7 +21,7 @@ CONFIGURATIONS = ((1e-3, 0.1, 1e-3), (1e-3, 0.4, 1e-3), (5e-4, 0.1, 1e-3))  # le
 EPOCHS, PATIENCE, TRIAL = 150, 10, 15  # with the trials of the others 180 epochs at most
 STEPS = 2  # of an epoch: each takes the loss on a random part of the genes
 MAX_PARTS, PART = 2, 500  # parts that the genes are cut into, and the genes that each has at least
-N_NEIGHBOURS, N_PCS = 6, 64
+N_NEIGHBORS, N_PCS = 6, 64
 FEATURES = ("expression", "PCs")
 CHANCES = 2**20  # places in the random numbers at which an epoch's hidden entries may start
 
@@ -36,14 +36,14 @@ def validation_cells(adata, data: str, library_key: str | None, seed: int) -> np
 
 
 def graph_of(adata, library_key: str | None) -> networks.Graph:
-    """Six nearest neighbours in the same section."""
+    """Six nearest neighbors in the same section."""
     lib = sections(adata, library_key)
     xy = np.asarray(adata.obsm["spatial"], float)
-    return networks.Graph(neighbours(xy, N_NEIGHBOURS, lib), lib)
+    return networks.Graph(neighbors(xy, N_NEIGHBORS, lib), lib)
 
 
 class Inputs:
-    """Log-normalised values around the gene means with 0 where hidden, or their scores on principal components.
+    """Log-normalized values around the gene means with 0 where hidden, or their scores on principal components.
 
     Cells are scaled by what is visible of them, so that their totals tell nothing of the rest.
 
@@ -65,18 +65,18 @@ class Inputs:
         self.components = None
         if kind == "PCs":
             components = fit_pca(train[:, genes], N_PCS).components_.T.astype(np.float32)
-            scale = (self.centre(train) @ components).std()
+            scale = (self.center(train) @ components).std()
             self.components = torch.from_numpy(np.ascontiguousarray(components / scale))
         self.width = len(genes) if self.components is None else self.components.shape[1]
 
-    def centre(self, x: sp.csr_matrix) -> np.ndarray:
+    def center(self, x: sp.csr_matrix) -> np.ndarray:
         """(n, n_vars) less the gene means, in the order `genes`."""
         return x[:, self.genes].toarray() - self.mean
 
-    def __call__(self, centred: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Features (n, width) of centred values where `hidden`, boolean, are not seen."""
+    def __call__(self, centered: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Features (n, width) of centered values where `hidden`, boolean, are not seen."""
         mean = torch.from_numpy(self.mean)
-        linear = torch.expm1(centred + mean).masked_fill_(hidden, 0)
+        linear = torch.expm1(centered + mean).masked_fill_(hidden, 0)
         total, wanted = linear.sum(1), self.target * (1 - hidden.float() @ self.share)
         linear *= torch.where(total > 0, wanted / total.clamp(min=1e-12), 1.0)[:, None]
         shown = torch.log1p(linear).sub_(mean).masked_fill_(hidden, 0)
@@ -105,7 +105,7 @@ class HiddenEntries:
 def train(
     kind: str,
     inputs: Inputs,
-    centred: torch.Tensor,
+    centered: torch.Tensor,
     graph: networks.Graph,
     validation: np.ndarray,
     seed: int,
@@ -116,23 +116,23 @@ def train(
     Entries hide in all cells while training. For validation they hide in the validation cells alone, as they will in
     the test cells, and are the same each time.
     """
-    n_genes = centred.shape[1]
+    n_genes = centered.shape[1]
     fitting, checking = torch.from_numpy(np.flatnonzero(~validation)), torch.from_numpy(np.flatnonzero(validation))
     n_parts = min(MAX_PARTS, max(1, n_genes // PART))
     bounds = np.linspace(0, n_genes, n_parts + 1).astype(int)
-    parts = [(slice(a, b), centred[:, a:b][fitting]) for a, b in pairwise(bounds)]
-    gone = torch.zeros(centred.shape, dtype=torch.bool)
+    parts = [(slice(a, b), centered[:, a:b][fitting]) for a, b in pairwise(bounds)]
+    gone = torch.zeros(centered.shape, dtype=torch.bool)
     gone[checking] = HiddenEntries((len(checking), n_genes), seed + 1).draw()
-    checked, wanted, truth = inputs(centred, gone), gone[checking], centred[checking]
+    checked, wanted, truth = inputs(centered, gone), gone[checking], centered[checking]
 
     def training(lr: float, dropout: float, weight_decay: float) -> networks.Training:
         torch.manual_seed(seed)
         model = networks.Network(kind, inputs.width, n_genes, dropout=dropout, zero=True)
-        draws = HiddenEntries(tuple(centred.shape), seed)
+        draws = HiddenEntries(tuple(centered.shape), seed)
 
         def losses() -> Iterator[torch.Tensor]:
             hidden = draws.draw()
-            features = inputs(centred, hidden)
+            features = inputs(centered, hidden)
             for part in draws.rng.permutation(np.arange(max(STEPS, n_parts)) % n_parts)[:STEPS]:
                 genes, values = parts[part]
                 h = model.encode(features, graph)[fitting]
@@ -168,10 +168,10 @@ def method(kind: str, features: str) -> Method:
         inputs = Inputs(x_train, genes, features)
         validation = validation_cells(part, problem.data, problem.library_key, run.seed)
         graph = graph_of(part, problem.library_key)
-        centred = torch.from_numpy(inputs.centre(x_train))
-        model, fit = train(kind, inputs, centred, graph, validation, run.seed, run.quick)
+        centered = torch.from_numpy(inputs.center(x_train))
+        model, fit = train(kind, inputs, centered, graph, validation, run.seed, run.quick)
         hidden = torch.from_numpy(sp.csr_matrix(problem.hidden)[:, genes].toarray())
-        shown = inputs(torch.from_numpy(inputs.centre(sp.csr_matrix(adata.X))), hidden)
+        shown = inputs(torch.from_numpy(inputs.center(sp.csr_matrix(adata.X))), hidden)
         with torch.no_grad():
             h = model.encode(shown, graph_of(adata, problem.library_key))
             predicted = model.head(h[torch.from_numpy(np.flatnonzero(test))]).numpy()

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from _problems import Embedding
 
 GRAPHST_EPOCHS, GRAPHST_COMPONENTS = 600, 20
-STAGATE_EPOCHS, STAGATE_NEIGHBOURS, STAGATE_DIMS = 500, 6, (512, 30)
+STAGATE_EPOCHS, STAGATE_NEIGHBORS, STAGATE_DIMS = 500, 6, (512, 30)
 
 
 def graphst(problem: Embedding, run: Run) -> Fit:
     """GraphST (Long et al. 2023): 20 PCs of its reconstruction, as its authors cluster; (n_obs, 20).
 
-    The variant for large data, with a sparse graph of three neighbours, since products with a dense matrix of all
+    The variant for large data, with a sparse graph of three neighbors, since products with a dense matrix of all
     pairs of cells take too long on a CPU. Sections are moved apart, so that no edge joins them.
     """
     try:
@@ -54,7 +54,7 @@ def graphst(problem: Embedding, run: Run) -> Fit:
 
 
 def stagate(problem: Embedding, run: Run) -> Fit:
-    """STAGATE (Dong and Zhang 2022) on variable genes and six neighbours, (n_obs, 30).
+    """STAGATE (Dong and Zhang 2022) on variable genes and six neighbors, (n_obs, 30).
 
     500 epochs, half of the published number, keep it within ten minutes on one thread.
     """
@@ -70,7 +70,7 @@ def stagate(problem: Embedding, run: Run) -> Fit:
     sc.pp.normalize_total(adata, target_sum=1e4)
     sc.pp.log1p(adata)
     adata = adata[:, variable_genes(problem)].copy()
-    graph = spatial(problem, STAGATE_NEIGHBOURS).tocoo()
+    graph = spatial(problem, STAGATE_NEIGHBORS).tocoo()
     names = adata.obs_names.to_numpy()
     ends = {"Cell1": names[graph.row], "Cell2": names[graph.col]}
     adata.uns["Spatial_Net"] = pd.DataFrame(ends | {"Distance": 1.0})

@@ -16,7 +16,7 @@ from _common import (
     folds,
     label_scores,
     load,
-    log_normalise,
+    log_normalize,
     spatial_block_ids,
     split_labels,
     totals,
@@ -44,7 +44,7 @@ class Annotation:
     blocks
         Spatial block of each cell of the reference, (n_reference,), for validation.
     target
-        Median total of the training cells over the genes that both have: target of the log-normalisation.
+        Median total of the training cells over the genes that both have: target of the log-normalization.
     """
 
     data: str
@@ -62,7 +62,7 @@ class Masked:
     Attributes
     ----------
     adata
-        ``layers["linear"]``: as in the file, 0 where hidden. ``X``: log-normalised float32 CSR, 0 where hidden, by
+        ``layers["linear"]``: as in the file, 0 where hidden. ``X``: log-normalized float32 CSR, 0 where hidden, by
         totals of visible values over the share of a total that their genes have in the training cells.
     test
         (n_obs,) bool, cells that are scored. Methods are trained on the others, with a graph of these alone.
@@ -127,14 +127,14 @@ def hide(n_obs: int, n_vars: int, test: np.ndarray, seed: int) -> sp.csr_matrix:
 
 
 def hidden_expression(data: str, folder: Path, seed: int) -> tuple[Masked, Scores]:
-    """15 % of the entries of the cells in held-out blocks; the truth is log-normalised by totals of whole cells."""
+    """15 % of the entries of the cells in held-out blocks; the truth is log-normalized by totals of whole cells."""
     section = load(data, folder)
     test = folds(spatial_block_ids(section, data, seed), 5, seed) == 0
-    # A gene without expression in the training cells cannot be learnt by any method.
+    # A gene without expression in the training cells cannot be learned by any method.
     adata = section[:, np.asarray(section.X[~test].sum(axis=0)).ravel() > 0].copy()
     del adata.obs["label"], adata.obs["cell_type"]
     target = float(np.median(totals(adata.X[~test])))
-    full = log_normalise(adata.X, target)
+    full = log_normalize(adata.X, target)
     hidden = hide(*adata.shape, test, seed)
     mask = hidden[test].toarray()
     truth = full[test].toarray()[mask]
@@ -143,7 +143,7 @@ def hidden_expression(data: str, folder: Path, seed: int) -> tuple[Masked, Score
     seen.eliminate_zeros()
     share = np.asarray(seen[~test].sum(axis=0), np.float64).ravel()
     adata.layers["linear"] = seen
-    adata.X = log_normalise(seen, target * (1 - hidden @ (share / share.sum())))
+    adata.X = log_normalize(seen, target * (1 - hidden @ (share / share.sum())))
     problem = Masked(data, adata, test, hidden, DATA[data].library_key)
     return problem, lambda predicted: expression_scores(truth, predicted[mask], mean)
 

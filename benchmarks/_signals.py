@@ -28,11 +28,11 @@ class Signals:
     Attributes
     ----------
     train
-        (recording, region, time) standardised.
+        (recording, region, time) standardized.
     whole
-        (region, time), the validation recording, standardised.
+        (region, time), the validation recording, standardized.
     validation, test
-        The signals (region, time) of a recording, standardised by what is shown, and which time points are hidden,
+        The signals (region, time) of a recording, standardized by what is shown, and which time points are hidden,
         boolean (region, time). What the test hides is 0.
     graph
         (region, region) CSR, entry [i, j] is an edge from j to i.
@@ -55,7 +55,7 @@ class Signals:
     recording: int
 
 
-def standardise(bold: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
+def standardize(bold: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
     """Signals (…, time) less their mean over their standard deviation, both of values that are not hidden."""
     hidden = np.zeros(bold.shape, bool) if hidden is None else hidden
     seen = np.ma.array(bold, mask=hidden)
@@ -84,8 +84,8 @@ def interpolate(signals: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     return low + (high - low) * ((t - before) / np.maximum(after - before, 1)).astype(signals.dtype)
 
 
-def neighbour_mean(signals: np.ndarray, hidden: np.ndarray, graph: sp.csr_matrix) -> np.ndarray:
-    """Mean (region, time) over the neighbours that show the time point, 0 where none does."""
+def neighbor_mean(signals: np.ndarray, hidden: np.ndarray, graph: sp.csr_matrix) -> np.ndarray:
+    """Mean (region, time) over the neighbors that show the time point, 0 where none does."""
     return graph @ np.where(hidden, 0, signals) / np.maximum(graph @ (~hidden).astype(float), 1)
 
 
@@ -96,17 +96,17 @@ def score(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
 
 
 def fill(problem: Signals, run: Run, how: str) -> Fit:
-    """The signals with hidden values from a line between those beside them, from neighbours, or 0, their mean."""
+    """The signals with hidden values from a line between those beside them, from neighbors, or 0, their mean."""
     signals, gap = problem.test
     if how == "line":
         return Fit(interpolate(signals, gap))
-    return Fit(neighbour_mean(signals, gap, problem.graph) if how == "neighbours" else np.zeros_like(signals))
+    return Fit(neighbor_mean(signals, gap, problem.graph) if how == "neighbors" else np.zeros_like(signals))
 
 
 def ridge(problem: Signals, run: Run, *, everyone: bool = False, own: bool = False) -> Fit:
-    """Hidden values from ridge regressions, one for each region, on its neighbours (or `everyone`) at that moment.
+    """Hidden values from ridge regressions, one for each region, on its neighbors (or `everyone`) at that moment.
 
-    Neighbours that do not show the time point get the mean of those that do (0 if none does), in training as in the
+    Neighbors that do not show the time point get the mean of those that do (0 if none does), in training as in the
     test; `own` adds the region's own interpolated signal. The strength is that of least error on the validation
     recording.
     """
@@ -181,9 +181,9 @@ def network(problem: Signals, run: Run, kind: str, filled: str) -> Fit:
 BASELINES: dict[str, Method] = {
     "mean fill": partial(fill, how="mean"),
     "linear interpolation": partial(fill, how="line"),
-    "neighbours' mean": partial(fill, how="neighbours"),
-    "ridge, neighbours": ridge,
-    "ridge, neighbours + own interpolation": partial(ridge, own=True),
+    "neighbors' mean": partial(fill, how="neighbors"),
+    "ridge, neighbors": ridge,
+    "ridge, neighbors + own interpolation": partial(ridge, own=True),
     "ridge, all regions": partial(ridge, everyone=True),
 }
 NETWORKS: dict[str, Method] = {

@@ -1,4 +1,4 @@
-"""Features and predicted classes averaged over neighbours: what FIMP's tools do with theirs, for every method."""
+"""Features and predicted classes averaged over neighbors: what FIMP's tools do with theirs, for every method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SMOOTHED = ", smoothed"  # at the end of a method's name
 
 
 def averaged(values: np.ndarray, graph: sp.spmatrix, times: int = 1) -> np.ndarray:
-    """Means over each node and its neighbours, `times` in succession, (n, d)."""
+    """Means over each node and its neighbors, `times` in succession, (n, d)."""
     joined = sp.csr_matrix(graph, dtype=bool) + sp.eye(graph.shape[0], dtype=bool, format="csr")
     weights = normalize(joined.astype(np.float64), norm="l1")
     for _ in range(times):

@@ -1,11 +1,11 @@
 """Cell types on held-out spatial blocks (about 20 % of the cells) of one data set.
 
 Transductive by default: the labels of the test blocks are hidden, but their expression is there while training, for
-FIMP as for the neighbour means of the baselines. With --inductive the test cells are dropped before training, so
-that training cells at the edge of a test block have fewer or other neighbours; they come back for the prediction.
-PCA, scaling and the target of the log-normalisation always come from the training cells alone.
+FIMP as for the neighbor means of the baselines. With --inductive the test cells are dropped before training, so
+that training cells at the edge of a test block have fewer or other neighbors; they come back for the prediction.
+PCA, scaling and the target of the log-normalization always come from the training cells alone.
 
-With --random single cells are held out instead of blocks. Their neighbours are labelled then, and spots next to each
+With --random single cells are held out instead of blocks. Their neighbors are labeled then, and spots next to each
 other share tissue: such figures are too good, and are there to show by how much.
 """
 

@@ -1,7 +1,7 @@
 """Cell types on a held-out section: train on DLPFC 151673, annotate 151674, which has another gene list.
 
 FIMP trains on all genes of 151673 and annotates 151674 without retraining. The baselines use the genes that both
-sections have. PCA, scaling and the target of the log-normalisation come from 151673 alone.
+sections have. PCA, scaling and the target of the log-normalization come from 151673 alone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Time and memory of one layer of cross-node attention beside the usual ways to compute it, on synthetic tissue.
 
-Cells lie at random in a square, in spatial order, each with its k nearest neighbours and f tokens of width d. Per-edge
+Cells lie at random in a square, in spatial order, each with its k nearest neighbors and f tokens of width d. Per-edge
 methods gather the tokens of both ends of each edge, as message passing does; "weights returned" is the default of
 nn.MultiheadAttention, left out where the weights of all edges would fill more than 4 GB. GATv2Conv and TransformerConv
 attend over one vector of width d per cell: another model, shown for what tokens cost.
@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from _common import HERE, environment, neighbours
+from _common import HERE, environment, neighbors
 
 MHA = "nn.MultiheadAttention per edge"
 WEIGHTS = ", weights returned"
@@ -120,11 +120,11 @@ def summary(table: pd.DataFrame, ours: str) -> str:
 
 
 def tissue(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Compressed sparse rows of the k nearest neighbours of random places, sorted along a space-filling curve."""
+    """Compressed sparse rows of the k nearest neighbors of random places, sorted along a space-filling curve."""
     xy = np.random.default_rng(0).random((n, 2))
     cell = (xy * 1024).astype(np.int64)
     code = sum(((cell[:, axis] >> bit) & 1) << (2 * bit + axis) for bit in range(10) for axis in range(2))
-    graph = neighbours(xy[np.argsort(code)], k)
+    graph = neighbors(xy[np.argsort(code)], k)
     return graph.indptr.astype(np.int64), graph.indices.astype(np.int64)
 
 

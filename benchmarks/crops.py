@@ -15,7 +15,7 @@ import numpy as np
 import scipy.sparse as sp
 
 import _fimp
-from _common import Results, load, log_normalise, neighbours, parse, parser, totals
+from _common import Results, load, log_normalize, neighbors, parse, parser, totals
 from _harness import Fit, Run, apart
 
 CROPS = (("L1",), ("L2",), ("L5",), ("WM",), ("L6", "WM"), ("L1", "L2", "L3", "L4"))
@@ -56,16 +56,16 @@ def logistic(train, queries: dict, run: Run) -> Fit:
     started = time.process_time()
     target = float(np.median(totals(train[:, genes].X)))
     pca = PCA(50, svd_solver="arpack", random_state=0)
-    scores = pca.fit_transform(log_normalise(train[:, genes].X, target))
+    scores = pca.fit_transform(log_normalize(train[:, genes].X, target))
     labels = train.obs["label"].to_numpy()
     known = labels != "Unknown"
-    near = neighbours(train.obsm["spatial"], 10) @ scores
+    near = neighbors(train.obsm["spatial"], 10) @ scores
     scale = near.std(0)
     model = LogisticRegression(C=0.01, max_iter=2000).fit((near / scale)[known], labels[known])
     found = []
     for query in queries.values():
-        scores = pca.transform(log_normalise(query[:, genes].X, target))
-        near = neighbours(query.obsm["spatial"], min(10, query.n_obs - 1)) @ scores
+        scores = pca.transform(log_normalize(query[:, genes].X, target))
+        near = neighbors(query.obsm["spatial"], min(10, query.n_obs - 1)) @ scores
         found.append(model.predict(near / scale).astype(str))
     return Fit(np.concatenate(found), training_s=time.process_time() - started)
 
@@ -73,7 +73,7 @@ def logistic(train, queries: dict, run: Run) -> Fit:
 METHODS = {
     "FIMP": partial(fimp, center="training"),
     'FIMP, center="batch"': partial(fimp, center="batch"),
-    "logistic, neighbours": logistic,
+    "logistic, neighbors": logistic,
 }
 
 

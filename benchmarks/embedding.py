@@ -1,10 +1,10 @@
 """Features made without labels from all cells: do they carry cell types, and do they cluster into spatial domains?
 
-`accuracy`, `macro_f1`: logistic regression (C = 1) on the standardised features, 5 folds of spatial blocks; scores of
+`accuracy`, `macro_f1`: logistic regression (C = 1) on the standardized features, 5 folds of spatial blocks; scores of
 the pooled out-of-fold predictions. `ari`, `nmi`, where a data set has regions: a Gaussian mixture with one tied
 covariance and as many components as there are regions, on the 15 leading principal components of the features, the
 same for all methods; `ari_smoothed` and `macro_f1_smoothed` after the features were averaged once over the 6 nearest
-neighbours and the cell itself, which is what `tl.niches` does.
+neighbors and the cell itself, which is what `tl.niches` does.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import _graphmae
 import _harness
 import _peers
 from _baselines import logistic
-from _common import folds, label_scores, library, neighbours, spatial_block_ids, split_labels
+from _common import folds, label_scores, library, neighbors, spatial_block_ids, split_labels
 from _problems import without_labels
 from _smoothing import averaged
 
 REGIONS = {"dlpfc": "label", "dlpfc_151674": "label", "dlpfc_few_counts": "label", "starmap": "region"}
 UNKNOWN = ("Unknown", "Unlabelled")
-N_COMPONENTS, N_STARTS, N_NEIGHBOURS = 15, 5, 6
+N_COMPONENTS, N_STARTS, N_NEIGHBORS = 15, 5, 6
 
 GROUPS = {
     "baselines": _embeddings.EMBEDDING,
@@ -68,7 +68,7 @@ def problem(data: str, args: Any, seed: int) -> tuple[Any, Callable[[np.ndarray]
             return out
         region = whole.obs[REGIONS[data]].astype(str).to_numpy()
         known = ~np.isin(region, UNKNOWN)
-        graph = neighbours(np.asarray(whole.obsm["spatial"], float), N_NEIGHBOURS, library(whole, data))
+        graph = neighbors(np.asarray(whole.obsm["spatial"], float), N_NEIGHBORS, library(whole, data))
         smoothed = averaged(features, graph)
         out |= {f"{name}_smoothed": value for name, value in probe(smoothed, truth, fold).items()}
         for suffix, x in (("", features), ("_smoothed", smoothed)):

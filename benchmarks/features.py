@@ -4,7 +4,7 @@ The graph is simulated, because Cora and its like cannot be had without a downlo
 the figures say nothing about Cora itself. 2,708 papers of 7 classes (Cora's sizes) have about 5,220 links, 81 % within
 the class: papers differ in how loyal they are to it, and those that are not cite one other class. Each has about 18 of
 1,433 words: every class has topics of its own words, beside words that all classes share, and part of the papers say
-little about their class. Split as in Planetoid: 20 labelled papers of each class for training, 500 for validation
+little about their class. Split as in Planetoid: 20 labeled papers of each class for training, 500 for validation
 (early stopping, hyperparameters), 1,000 for the test.
 Transductive: words and links of all papers are there in training.
 """
@@ -91,16 +91,16 @@ def problem(data: str, args: Any, seed: int) -> tuple[Nodes, Callable[[np.ndarra
 
 
 def logistic(problem: Nodes, run: Run, kind: str) -> Fit:
-    """Logistic regression on words of a paper, of its neighbours, of both, or on means of means over both."""
+    """Logistic regression on words of a paper, of its neighbors, of both, or on means of means over both."""
     features = spatial_features(problem.x, problem.graph)
     features[TWICE] = averaged(problem.x, problem.graph, times=2)
     models = [LogisticRegression(C=c, max_iter=3000) for c in (0.1, 1.0, 10.0, 100.0)]
     return Fit(_nodes.most_accurate(problem, features[kind], models))
 
 
-TWICE = "mean of own and neighbours, twice"
+TWICE = "mean of own and neighbors, twice"
 BASELINES = {
-    f"logistic, {kind}": partial(logistic, kind=kind) for kind in ("own", "neighbours", "own + neighbours", TWICE)
+    f"logistic, {kind}": partial(logistic, kind=kind) for kind in ("own", "neighbors", "own + neighbors", TWICE)
 }
 GROUPS = _nodes.groups(BASELINES, "FIMP, shuffled graph", hidden=64)
 

@@ -5,7 +5,7 @@ stopping, strength of the ridge). `lemon`: one recording of 424 patches, cut int
 on, one for validation, the last one for the test. Segments of 20 time points are hidden, a share (0.2, 0.5) of those of
 each region, region by region, alike for all methods.
 
-Signals are standardised by region and recording, in the test by mean and standard deviation of the values that are not
+Signals are standardized by region and recording, in the test by mean and standard deviation of the values that are not
 hidden. Scores are over the hidden values of the test recording in these units; R² is measured around their mean.
 
 Data sets are named by recordings, graph and hidden share. "structural" joins the 6 regions of strongest connectivity,
@@ -32,12 +32,12 @@ import scipy.sparse as sp
 import _fimp
 import _harness
 from _harness import Fit, Run
-from _signals import BASELINES, NETWORKS, SEGMENT, Signals, hide, points, score, standardise
+from _signals import BASELINES, NETWORKS, SEGMENT, Signals, hide, points, score, standardize
 
 if TYPE_CHECKING:
     from mudata import MuData
 
-N_NEIGHBOURS = 6
+N_NEIGHBORS = 6
 RATIOS = (0.2, 0.5)
 FILES = {"hcp": "fmri_hcp_aal2_7subjects.npz", "lemon": "fmri_lemon_fsa5_424patches.npz"}
 STARTS = (0, 160, 320, 492)  # of the recordings that the one of `lemon` is cut into
@@ -62,7 +62,7 @@ def join(connectivity: np.ndarray, sparse: bool) -> np.ndarray:
     mean = connectivity.mean(0) * (1 - np.eye(connectivity.shape[1]))
     if sparse:
         return (mean > 0).astype(np.float32)
-    return (mean >= np.sort(mean, axis=1)[:, [-N_NEIGHBOURS]]).astype(np.float32)
+    return (mean >= np.sort(mean, axis=1)[:, [-N_NEIGHBORS]]).astype(np.float32)
 
 
 def problem(data: str, args: Any, seed: int) -> tuple[Signals, Callable[[np.ndarray], dict[str, float]]]:
@@ -76,14 +76,14 @@ def problem(data: str, args: Any, seed: int) -> tuple[Signals, Callable[[np.ndar
     train = [r for r in range(len(bold)) if r not in (test, validation)]
     options: dict[str, Any] = {"coordinates": xyz, "method": graph}
     if graph == "coordinates":
-        options["n_neighbors"] = N_NEIGHBOURS
+        options["n_neighbors"] = N_NEIGHBORS
     else:
         options["connectivity"] = join(connectivity[train], name == "lemon")
-    whole = standardise(bold)
+    whole = standardize(bold)
     made = fimp_sc.pp.fmri(whole[train[:1]], **options)["fmri"]
     rng = np.random.default_rng([test, round(100 * float(ratio))])
     gaps = [points(hide((bold.shape[1], bold.shape[2] // SEGMENT), float(ratio), rng)) for _ in range(2)]
-    known, truth = (standardise(bold[r], gap) for r, gap in zip((validation, test), gaps, strict=True))
+    known, truth = (standardize(bold[r], gap) for r, gap in zip((validation, test), gaps, strict=True))
     gap = gaps[1]
     shown = np.where(gap, 0, truth)
     graph = sp.csr_matrix(made.obsp["spatial_connectivities"])

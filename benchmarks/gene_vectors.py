@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from _common import load, log_normalise, parse, parser, totals
+from _common import load, log_normalize, parse, parser, totals
 
 
 def told(section, vectors) -> float:
@@ -24,7 +24,7 @@ def told(section, vectors) -> float:
     from sklearn.preprocessing import StandardScaler
 
     section = section[:, np.asarray(section.X.sum(axis=0)).ravel() > 0]
-    x = log_normalise(section.X, float(np.median(totals(section.X))))
+    x = log_normalize(section.X, float(np.median(totals(section.X))))
     mean = np.asarray(x.mean(axis=0)).ravel()
     scale = np.sqrt(np.sqrt(np.maximum(np.asarray(x.power(2).mean(axis=0)).ravel() - mean**2, 1e-12)))
     loading = PCA(40, svd_solver="arpack", random_state=0).fit(x @ sp.diags(1 / scale)).components_.T

@@ -1,7 +1,7 @@
 """Noisy digits at places of a simulated town, where images nearby tend to show the same digit.
 
 Simulated: the town, and where the images are. Real: the 1,797 handwritten digits of scikit-learn, each used once. The
-town has 30 districts, each with a digit that most of its images show (about 3 in 4 of the 6 nearest neighbours show the
+town has 30 districts, each with a digit that most of its images show (about 3 in 4 of the 6 nearest neighbors show the
 same digit), and the pixels get so much noise that one image alone is hard to tell. Whole blocks of about 30 nearby
 images are training (60 %), validation (20 %, for early stopping and hyperparameters) and test (20 %). Transductive: the
 test images are there in training, without their labels.
@@ -36,8 +36,8 @@ from _nodes import Nodes
 
 N_DISTRICTS, OWN_DIGIT = 30, 0.95  # share of a district's places that ask for its digit
 NOISE = 0.5  # standard deviation of the pixels' noise, where black is 0 and white 1
-N_NEIGHBOURS, BLOCK_SIZE = 6, 30
-CENTRE, DEGREES = (55.70, 13.19), (0.02, 0.036)  # latitude, longitude; a town of about 2.2 × 2.2 km
+N_NEIGHBORS, BLOCK_SIZE = 6, 30
+CENTER, DEGREES = (55.70, 13.19), (0.02, 0.036)  # latitude, longitude; a town of about 2.2 × 2.2 km
 
 
 def town(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -59,7 +59,7 @@ def town(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     pixels = digits.images[image] / 16 + NOISE * rng.normal(size=(n, 8, 8))
     # Values beyond black and white are kept apart: half of the range is for the noise on either side.
     shown = np.clip((pixels + 1) / 3, 0, 1)
-    return np.round(255 * shown).astype(np.uint8), digits.target[image], CENTRE + (places - 0.5) * DEGREES
+    return np.round(255 * shown).astype(np.uint8), digits.target[image], CENTER + (places - 0.5) * DEGREES
 
 
 def split(places: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,7 +72,7 @@ def split(places: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.nda
 
 @dataclass(frozen=True)
 class Images(Nodes):
-    """Nodes whose features are pixels, standardised; `places` are latitude and longitude, (n, 2)."""
+    """Nodes whose features are pixels, standardized; `places` are latitude and longitude, (n, 2)."""
 
     places: np.ndarray
 
@@ -86,7 +86,7 @@ def problem(data: str, args: Any, seed: int) -> tuple[Images, Callable[[np.ndarr
     labels = np.where(test, -1, truth)
 
     def build(order: np.ndarray) -> Any:
-        how = {"labels": _nodes.known(labels), "n_neighbors": N_NEIGHBOURS}
+        how = {"labels": _nodes.known(labels), "n_neighbors": N_NEIGHBORS}
         return fimp_sc.pp.images(pixels, coordinates=places[order], **how)
 
     adata = build(np.arange(len(labels)))["image"]
@@ -148,7 +148,7 @@ def convolution(problem: Images, run: Run) -> tuple[Fit, np.ndarray]:
 
 
 def around(problem: Images, run: Run, hops: int) -> Fit:
-    """Logistic regression on the embedding of the convolutional network and its means over neighbours of neighbours."""
+    """Logistic regression on the embedding of the convolutional network and its means over neighbors of neighbors."""
     fit, embedding = convolution(problem, run)
     means, mean = [embedding], normalize(problem.graph, norm="l1")
     for _ in range(hops):
@@ -160,8 +160,8 @@ def around(problem: Images, run: Run, hops: int) -> Fit:
 BASELINES = {
     "CNN": lambda problem, run: convolution(problem, run)[0],
     "majority of the 10 nearest training images": nearest,
-    "logistic on CNN, own + neighbours": partial(around, hops=1),
-    "logistic on CNN, own + neighbours + theirs": partial(around, hops=2),
+    "logistic on CNN, own + neighbors": partial(around, hops=1),
+    "logistic on CNN, own + neighbors + theirs": partial(around, hops=2),
 }
 GROUPS = _nodes.groups(BASELINES, "FIMP, shuffled positions", token_size=2)
 

@@ -2,7 +2,7 @@
 
 All methods train on the other cells only, with the test cells dropped. Then 15 % of the entries of the test cells
 are hidden, chosen without looking at their values (most are zeros in sparse data), and predicted from what is left
-in the whole section. The truth is log-normalised by totals of whole cells. No method sees these totals: its input is
+in the whole section. The truth is log-normalized by totals of whole cells. No method sees these totals: its input is
 scaled by what is visible of a cell, over the share that these genes have in the training cells, also where a method
 hides entries of training cells to learn from. FIMP gets counts (or the volumes' values), which it scales itself.
 """

@@ -2,7 +2,7 @@
 
 All methods are told the number of regions and nothing else. Leiden clusterings search the resolution that gives this
 number. scVI is that of `embedding.py`; "3 hops" are the means over the cells 1, 2 and 3 edges away, clustered by
-squidpy's niche function (`squidpy.gr.calculate_niche`, flavour "cellcharter": a Gaussian mixture).
+squidpy's niche function (`squidpy.gr.calculate_niche`, flavor "cellcharter": a Gaussian mixture).
 """
 
 from __future__ import annotations
@@ -71,16 +71,16 @@ def problem(data: str, args: Any, seed: int) -> tuple[Any, Callable[[np.ndarray]
     return posed, scores
 
 
-PCS, AROUND = _embeddings.EMBEDDING["PCA"], _embeddings.EMBEDDING["PCA, mean of neighbours"]
-SCVI, SCVI_AROUND = (_embeddings.EMBEDDING[name] for name in ("scVI", "scVI, mean of neighbours"))
+PCS, AROUND = _embeddings.EMBEDDING["PCA"], _embeddings.EMBEDDING["PCA, mean of neighbors"]
+SCVI, SCVI_AROUND = (_embeddings.EMBEDDING[name] for name in ("scVI", "scVI, mean of neighbors"))
 FIMP = partial(_fimp.embed, variant=_fimp.DEFAULT["FIMP"])
 PLAIN = {"smooth": 0, "n_components": None}  # of the features as they are
 GROUPS: dict[str, dict[str, Method]] = {
     "baselines": {
         "Leiden on PCs": partial(niches, features=PCS, method="leiden", **PLAIN),
-        "Leiden on PCs, mean of neighbours": partial(niches, features=AROUND, method="leiden", **PLAIN),
-        "mixture on PCs, mean of neighbours": partial(niches, features=AROUND, **PLAIN),
-        "mixture on scVI, mean of neighbours": partial(niches, features=SCVI_AROUND, **PLAIN),
+        "Leiden on PCs, mean of neighbors": partial(niches, features=AROUND, method="leiden", **PLAIN),
+        "mixture on PCs, mean of neighbors": partial(niches, features=AROUND, **PLAIN),
+        "mixture on scVI, mean of neighbors": partial(niches, features=SCVI_AROUND, **PLAIN),
         "squidpy, PCs and 3 hops": partial(squidpy_niches, features=PCS),
         "squidpy, scVI and 3 hops": partial(squidpy_niches, features=SCVI),
         "tl.niches on PCs": partial(niches, features=PCS),

@@ -2,7 +2,7 @@
 
 An oracle that knew the rate of every gene in every cell would still miss the noise of counting. `r2_gene` is the score
 it would reach in `masked_expression.py`, on the same cells, entries and scale: 1 − the summed variance of the
-log-normalised draws / the summed square of the entries around their gene means. The variance is simulated twice: with
+log-normalized draws / the summed square of the entries around their gene means. The variance is simulated twice: with
 rates that are a cell's total times the gene's share of all counts, and with its share in the 30 other cells that are
 nearest by 20 principal components: rates that differ between cells make for less noise on this scale, and those of few
 cells differ too much, so that the truth is between the two. Data must be counts.
@@ -14,7 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 from sklearn.decomposition import PCA
 
-from _common import Results, load, log_normalise, neighbours, parse, parser, totals
+from _common import Results, load, log_normalize, neighbors, parse, parser, totals
 from _problems import hidden_expression
 
 DRAWS, COMPONENTS, SIMILAR = 10, 20, 30
@@ -28,8 +28,8 @@ def mean_rates(counts: sp.csr_matrix, train: np.ndarray) -> np.ndarray:
 
 def near_rates(counts: sp.csr_matrix, target: float) -> np.ndarray:
     """Expected counts (n_obs, n_vars): totals × shares of genes in the most similar other cells."""
-    scores = PCA(COMPONENTS, svd_solver="arpack", random_state=0).fit_transform(log_normalise(counts, target))
-    around = (neighbours(scores, SIMILAR) @ counts).toarray()
+    scores = PCA(COMPONENTS, svd_solver="arpack", random_state=0).fit_transform(log_normalize(counts, target))
+    around = (neighbors(scores, SIMILAR) @ counts).toarray()
     return around * (totals(counts) / around.sum(axis=1))[:, None]
 
 
@@ -47,7 +47,7 @@ def noise(rates: np.ndarray, total: np.ndarray, target: float, seed: int) -> np.
 def ceiling(counts: sp.csr_matrix, rates: np.ndarray, test: np.ndarray, hidden: np.ndarray, seed: int) -> float:
     """`r2_gene` of the oracle on the entries `hidden`, boolean (n_test, n_vars), of the test cells."""
     target = float(np.median(totals(counts[~test])))
-    full = log_normalise(counts, target)
+    full = log_normalize(counts, target)
     mean = np.asarray(full[~test].mean(axis=0)).ravel()
     apart = (full[test].toarray() - mean)[hidden]
     return float(1 - noise(rates[test], totals(counts)[test], target, seed)[hidden].sum() / (apart**2).sum())

@@ -17,7 +17,7 @@ import pandas as pd
 HERE = Path(__file__).resolve().parent
 NAMES = {"dlpfc": "DLPFC 151673", "dlpfc_151674": "DLPFC 151674", "starmap": "STARmap", "merfish": "MERFISH"}
 NETWORKS = ("MLP", "GCN", "GraphSAGE", "GAT", "GIN", "GPS", "GraphMAE", "GraphST", "STAGATE")
-COLOURS = {"FIMP": "#d55e00", "variants of FIMP": "#e69f00", "networks": "#0072b2", "others": "#666666"}
+COLORS = {"FIMP": "#d55e00", "variants of FIMP": "#e69f00", "networks": "#0072b2", "others": "#666666"}
 MASKED, ORACLES = "masked_expression", "noise_ceiling"
 ROW = 0.17  # inches
 LEAST = -0.4  # of FIMP's mean: differences further below are drawn at the edge
@@ -58,7 +58,7 @@ FIGURES = {
 
 
 def kind(method: str) -> str:
-    """Key of `COLOURS`."""
+    """Key of `COLORS`."""
     if method.startswith("FIMP"):
         return "FIMP" if method == "FIMP" else "variants of FIMP"
     return "networks" if method.split(",")[0] in NETWORKS else "others"
@@ -95,7 +95,7 @@ def draw(folder: Path, label: str, panels: list[Panel]) -> Any:
     tables = [differences(folder, panel) for panel in panels]
     methods = list(dict.fromkeys(name for table in tables for name in table.method if name != "FIMP"))
     # Groups together, in the order of the tables otherwise.
-    methods.sort(key=lambda name: list(COLOURS).index(kind(name)))
+    methods.sort(key=lambda name: list(COLORS).index(kind(name)))
     place = {name: i for i, name in enumerate(methods)}
     size = (2.2 + 2.1 * len(panels), 1.3 + ROW * max(len(methods), 3))
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
@@ -103,11 +103,11 @@ def draw(folder: Path, label: str, panels: list[Panel]) -> Any:
         whole = rows_of(folder, panel)
         ours = whole.score[whole.method == "FIMP"]
         least = LEAST * abs(ours.mean())
-        ax.axvline(0, color=COLOURS["FIMP"], lw=1)
+        ax.axvline(0, color=COLORS["FIMP"], lw=1)
         for name, scores in rows[rows.method != "FIMP"].groupby("method", sort=False).score:
-            y, colour, mean = place[name], COLOURS[kind(name)], scores.mean()
-            ax.scatter(scores.clip(lower=least), np.full(len(scores), y), s=7, color=colour, alpha=0.6, lw=0)
-            ax.plot([max(mean, least)], [y], "<" if mean < least else "|", color=colour, ms=7, mew=1.4)
+            y, color, mean = place[name], COLORS[kind(name)], scores.mean()
+            ax.scatter(scores.clip(lower=least), np.full(len(scores), y), s=7, color=color, alpha=0.6, lw=0)
+            ax.plot([max(mean, least)], [y], "<" if mean < least else "|", color=color, ms=7, mew=1.4)
         if panel.file == MASKED:
             for name, scores in differences(folder, panel, ORACLES).groupby("method").score:
                 ax.axvline(scores.mean(), color="#333333", lw=0.8, ls=":", label=name)
@@ -120,7 +120,7 @@ def draw(folder: Path, label: str, panels: list[Panel]) -> Any:
     first = axes[0, 0]
     first.set_yticks(range(len(methods)), methods)
     for tick, name in zip(first.get_yticklabels(), methods, strict=True):
-        tick.set_color(COLOURS[kind(name)])
+        tick.set_color(COLORS[kind(name)])
     first.set_ylim(len(methods) - 0.4, -0.6)
     figure.supxlabel(label, fontsize=8)
     return figure

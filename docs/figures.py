@@ -17,7 +17,7 @@ INK, OWN, OTHER, SOFT = "#333333", "#4477aa", "#cc6677", "#bbbbbb"
 
 
 def method() -> None:
-    """Draw two neighbouring cells, their tokens, and the attention of the edge between them."""
+    """Draw two neighboring cells, their tokens, and the attention of the edge between them."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=[1, 1.35], layout="constrained")
     places = np.array([[0.0, 0.0], [1.0, 0.35], [0.6, -0.9], [-0.5, -0.95], [-1.0, 0.1], [-0.6, 0.9], [0.35, 1.0]])
     for place in places[1:]:
@@ -29,7 +29,7 @@ def method() -> None:
         left.add_patch(Circle(place, 0.17, color=OWN if i == 0 else OTHER if i == 1 else SOFT))
     left.annotate("i", places[0], ha="center", va="center", color="white", style="italic")
     left.annotate("j", places[1], ha="center", va="center", color="white", style="italic")
-    left.set(xlim=(-1.4, 1.4), ylim=(-1.35, 1.35), title="a cell and its neighbours")
+    left.set(xlim=(-1.4, 1.4), ylim=(-1.35, 1.35), title="a cell and its neighbors")
 
     genes, others = ["GFAP", "AQP4", "SNAP25"], ["SNAP25", "MBP", "PLP1", "GFAP"]
     weight = np.random.default_rng(3).dirichlet(np.full(len(others), 0.6), len(genes))

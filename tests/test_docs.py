@@ -83,7 +83,7 @@ def toy_objects(folder: Path) -> dict:
         "protein": protein,
         "adjacency": RING,
         "bold": rng.normal(size=(2, 10, 200)).cumsum(-1),
-        "centres": rng.normal(size=(10, 3)),
+        "centers": rng.normal(size=(10, 3)),
         "country": list("xyz") * 4,
         "files": files,
         "fimp": fimp_sc,

@@ -17,7 +17,7 @@ QUICK = {
     "max_epochs": 1, "accelerator": "cpu", "verbose": False, "train_kwargs": {"batch_size": 32},
     "model_kwargs": {"n_latent": 16, "n_heads": 2, "n_tokens": 12},
 }  # fmt: skip
-LABELS, CELLS, GENES, ALONE = "a single cell", "cells are empty", "genes are zero", "have no neighbours"
+LABELS, CELLS, GENES, ALONE = "a single cell", "cells are empty", "genes are zero", "have no neighbors"
 
 
 @pytest.fixture

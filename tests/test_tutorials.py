@@ -118,7 +118,7 @@ def test_notebook_names_no_folder_of_a_machine(name: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["/home/me/a.h5ad", "in /tmp/x", "C:\\data", "'/srv/x'", "(/usr/lib)"])
-def test_folders_of_a_machine_are_recognised(text: str) -> None:
+def test_folders_of_a_machine_are_recognized(text: str) -> None:
     assert PATHS.search(json.dumps({"source": [f"read {text}"]}))
 
 

@@ -70,8 +70,8 @@ def run_demo(
         _say(f"fimp.tl.{name} took {perf_counter() - started:.0f} s")
     size = _model_size(adata)
 
-    seen, target = _log_normalise(adata.X, size), _log_normalise(unseen, size)
-    averaged = _neighbour_mean(adata, seen)
+    seen, target = _log_normalize(adata.X, size), _log_normalize(unseen, size)
+    averaged = _neighbor_mean(adata, seen)
     own_parts, rebuilt = _principal_components(seen, random_state)
     averaged_parts, _ = _principal_components(averaged, random_state)
     labels = _label_scores(
@@ -79,7 +79,7 @@ def run_demo(
         hidden,
         features={
             "regression, own expression": own_parts,
-            f"regression, mean of {_N_NEIGHBORS} neighbours": averaged_parts,
+            f"regression, mean of {_N_NEIGHBORS} neighbors": averaged_parts,
             "regression, both": np.hstack([own_parts, averaged_parts]),
             "regression, X_fimp (tl.embed)": adata.obsm["X_fimp"],
         },
@@ -89,7 +89,7 @@ def run_demo(
     molecules = pd.DataFrame.from_dict(
         {
             "gene mean": _r2(mean[None], target, mean),
-            f"mean of {_N_NEIGHBORS} neighbours": _r2(averaged, target, mean),
+            f"mean of {_N_NEIGHBORS} neighbors": _r2(averaged, target, mean),
             f"own expression, {_N_REBUILD} components": _r2(rebuilt, target, mean),
             "layer fimp (tl.impute)": _r2(np.asarray(adata.layers["fimp"]), target, mean),
         },
@@ -156,13 +156,13 @@ def _model_size(adata: AnnData) -> float:
     return float(fimp_sc.tl.get_model(adata).module.target_sum)
 
 
-def _log_normalise(counts: Any, size: float) -> NDArray[np.float32]:
+def _log_normalize(counts: Any, size: float) -> NDArray[np.float32]:
     dense = counts.toarray() if hasattr(counts, "toarray") else np.asarray(counts)
     total = dense.sum(axis=1, keepdims=True)
     return np.log1p(dense * (size / np.maximum(total, 1))).astype(np.float32)
 
 
-def _neighbour_mean(adata: AnnData, values: NDArray[np.float32]) -> NDArray[np.float32]:
+def _neighbor_mean(adata: AnnData, values: NDArray[np.float32]) -> NDArray[np.float32]:
     from sklearn.neighbors import NearestNeighbors
 
     mean = np.empty_like(values)

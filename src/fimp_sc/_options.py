@@ -758,7 +758,7 @@ OPTIONS: dict[str, Rule | None] = {
     "n_seeds": Integer(2),
     "attention.genes": Names(one=False),
     "n_genes": Integer(1),
-    "null": Choice(("neighbours", "labels")),
+    "null": Choice(("neighbors", "labels")),
     "statistic": Choice(("covariance", "content", "attention")),
     "n_permutations": Integer(10),
     "min_edges": Integer(1),

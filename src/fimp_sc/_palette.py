@@ -1,8 +1,8 @@
-"""Colours of categories."""
+"""Colors of categories."""
 
 from __future__ import annotations
 
-# Okabe and Ito's colours first. Each of the others is the one farthest from all before and from white, in CIELAB, for
+# Okabe and Ito's colors first. Each of the others is the one farthest from all before and from white, in CIELAB, for
 # the worst of normal, protanope and deuteranope vision; the closest two are 18 apart (about 2 is just noticeable).
 _PALETTE = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#0000ff", "#691e00", "#4b2d4b",
@@ -11,7 +11,7 @@ _PALETTE = (
 
 
 def palette(n: int) -> list[str]:
-    """Return ``n`` colours; the first ones are the same whatever the number."""
+    """Return ``n`` colors; the first ones are the same whatever the number."""
     if n <= len(_PALETTE):
         return list(_PALETTE[:n])
     from scanpy.plotting.palettes import default_102

@@ -222,12 +222,12 @@ def _parser() -> argparse.ArgumentParser:
     _add(embed, "zero_shot", help="use the foundation model without training")
     _add_common(embed)
 
-    annotate = _add_tool(commands, "annotate", "predict the labels of unlabelled cells, with confidence")
+    annotate = _add_tool(commands, "annotate", "predict the labels of unlabeled cells, with confidence")
     _add(annotate, "labels_key", required=True, metavar="KEY", help="column of .obs with the known labels")
     _add(annotate, "unlabeled_category", metavar="NAME", help="label that means 'not known'")
     _add_common(annotate)
 
-    impute = _add_tool(commands, "impute", "write the expression expected from a cell and its neighbours")
+    impute = _add_tool(commands, "impute", "write the expression expected from a cell and its neighbors")
     _add(impute, "genes", nargs="+", metavar="GENE", help="write these genes only, as .obsm (default: all)")
     _add(impute, "scale", help="scale of what is written")
     _add_common(impute)
@@ -236,11 +236,11 @@ def _parser() -> argparse.ArgumentParser:
     _add(niches, "n_niches", metavar="N", help="number of niches (default: suggest one)")
     _add(niches, "use_rep", metavar="KEY", help="key of .obsm with the embedding (default: X_fimp)")
     _add(niches, "method", owner="niches", help="how cells are clustered")
-    _add(niches, "smooth", metavar="N", help="how many times cells are averaged over neighbours")
+    _add(niches, "smooth", metavar="N", help="how many times cells are averaged over neighbors")
     _add(niches, "labels_key", metavar="KEY", help="column of .obs that is counted in every niche")
     _add_keys(niches)
 
-    attention = _add_tool(commands, "attention", "write what neighbours contribute, and pairs of genes between groups")
+    attention = _add_tool(commands, "attention", "write what neighbors contribute, and pairs of genes between groups")
     _add(attention, "groupby", required=True, metavar="KEY", help="column of .obs with groups of cells")
     _add(attention, "genes", nargs="+", metavar="GENE", help="genes to test (default: those that vary most)")
     _add(attention, "n_genes", metavar="N", help="how many, where genes are not named")

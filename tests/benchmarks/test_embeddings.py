@@ -47,7 +47,7 @@ def changed(problem, cells):
 
 
 def test_simple_methods(emb, problem, run):
-    width = {"PCA": 29, "PCA, own + neighbours": 58, "PCA, mean of neighbours": 29, "PCA, mean of neighbours twice": 29}
+    width = {"PCA": 29, "PCA, own + neighbors": 58, "PCA, mean of neighbors": 29, "PCA, mean of neighbors twice": 29}
     width |= {"BANKSY-style, lambda 0.2": 20, "BANKSY-style, lambda 0.8": 20}
     before = problem.adata.copy()
     for name, columns in width.items():
@@ -58,7 +58,7 @@ def test_simple_methods(emb, problem, run):
 
 
 def test_trained_methods_without_labels(emb, problem, run):
-    width = {"scVI": 10, "scVI, mean of neighbours": 10, "scVI, own + 3 hops": 40, "scVIVA, clusters of scVI": 10}
+    width = {"scVI": 10, "scVI, mean of neighbors": 10, "scVI, own + 3 hops": 40, "scVIVA, clusters of scVI": 10}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fits = {name: emb.EMBEDDING[name](problem, run) for name in width}
@@ -69,7 +69,7 @@ def test_trained_methods_without_labels(emb, problem, run):
     own = fits["scVI"].values
     np.testing.assert_array_equal(fits["scVI, own + 3 hops"].values[:, :10], own)
     expected = [own[[i, *row.indices]].mean(0) for i, row in enumerate(emb.spatial(problem, 6))]
-    np.testing.assert_allclose(fits["scVI, mean of neighbours"].values, expected, atol=1e-5)
+    np.testing.assert_allclose(fits["scVI, mean of neighbors"].values, expected, atol=1e-5)
     # One latent was trained and kept.
     assert fits["scVI, own + 3 hops"].training_s == fits["scVI"].training_s
     assert len(list(emb.CACHE.glob("*.npz"))) == 1
@@ -88,7 +88,7 @@ def test_another_seed_or_other_data_are_trained_anew(emb, problem, run, monkeypa
     assert [emb.scvi_latent(*case).values[0, 0] for case in cases] == [1, 1, 2, 3]
 
 
-def test_neighbours_never_join_sections(emb, problem, load_script):
+def test_neighbors_never_join_sections(emb, problem, load_script):
     section = problem.adata.obs["section"].to_numpy()
     graphs = [emb.spatial(problem, 6), *emb.kernel(problem, 12)]
     for graph in graphs:
@@ -107,7 +107,7 @@ def test_hops_are_rings(emb):
     np.testing.assert_allclose(got, expected)
 
 
-def test_banksy_without_neighbours_is_pca_of_standardised_expression(emb, problem):
+def test_banksy_without_neighbors_is_pca_of_standardized_expression(emb, problem):
     x = emb.log_values(problem).toarray()
     u, s, _ = np.linalg.svd((x - x.mean(0)) / x.std(0), full_matrices=False)
     got, expected = emb.banksy(problem, 0.0).values, u[:, :20] * s[:20]

@@ -37,10 +37,10 @@ def small(problems):
     return problems.Masked("toy", *parts, problem.library_key)
 
 
-def test_neighbours_of_the_graph(fimp, problems):
+def test_neighbors_of_the_graph(fimp, problems):
     adata = problems.without_labels("toy", None)[0].adata
     near = fimp.prepare(adata, "section", n_neighbors=3).obsp["spatial_connectivities"]
-    # Symmetric: a cell may be the neighbour of more than three.
+    # Symmetric: a cell may be the neighbor of more than three.
     assert near.getnnz(axis=1).min() >= 3
     shuffled = fimp.prepare(adata, "section", shuffle_seed=0, n_neighbors=3).obsp["spatial_connectivities"]
     xy, section = np.asarray(adata.obsm["spatial"]), adata.obs["section"].to_numpy()
@@ -68,7 +68,7 @@ def test_hidden_values_do_not_reach_the_prediction(fimp, run, small):
     np.testing.assert_allclose(first.values, changed.values, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["FIMP, no messages", "FIMP, paper layer", "FIMP, near neighbours count more"])
+@pytest.mark.parametrize("name", ["FIMP, no messages", "FIMP, paper layer", "FIMP, near neighbors count more"])
 def test_variants_differ_from_the_default(fimp, run, small, name):
     variant = {**fimp.CONTROLS, **fimp.ABLATIONS}[name]
     default, other = (fimp.masked(small, run, v).values for v in (fimp.Variant(), variant))

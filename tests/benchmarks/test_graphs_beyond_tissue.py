@@ -133,8 +133,8 @@ def test_the_most_accurate_classifier_is_that_of_the_validation_nodes(nodes, two
     assert (nodes.most_accurate(replace(problem, labels=labels), problem.x, constant) == 1).all()
 
 
-def test_standardise_sees_only_what_is_shown(signals):
-    got = signals.standardise(np.array([[1.0, 3.0, 100.0]]), np.array([[False, False, True]]))
+def test_standardize_sees_only_what_is_shown(signals):
+    got = signals.standardize(np.array([[1.0, 3.0, 100.0]]), np.array([[False, False, True]]))
     np.testing.assert_allclose(got, [[-1, 1, 98]])  # mean 2, standard deviation 1
 
 
@@ -151,24 +151,24 @@ def test_interpolation_by_hand(signals):
     np.testing.assert_allclose(got, [[1, 1, 2, 3, 4, 4]])
 
 
-def test_neighbours_mean_is_of_those_that_show_the_moment(signals):
+def test_neighbors_mean_is_of_those_that_show_the_moment(signals):
     x = np.array([[0.0, 0, 0], [2, 2, 2], [4, 4, 4]])
     hidden = np.array([[True, True, True], [False, True, True], [False, False, True]])
-    np.testing.assert_allclose(signals.neighbour_mean(x, hidden, STAR)[0], [3, 4, 0])
+    np.testing.assert_allclose(signals.neighbor_mean(x, hidden, STAR)[0], [3, 4, 0])
 
 
 def test_r2_and_mse_by_hand(signals):
     assert signals.score(np.array([1.0, 3.0]), np.array([1.0, 2.0])) == pytest.approx({"r2": 0.5, "mse": 0.5})
 
 
-def test_ridge_finds_a_linear_relation_where_all_neighbours_show(signals, run):
+def test_ridge_finds_a_linear_relation_where_all_neighbors_show(signals, run):
     problem, truth = hidden_segments(signals, n_segments=20)
     for _, gap in (problem.validation, problem.test):
         gap[1:] = False
     problem = replace(problem, test=(np.where(problem.test[1], 0, truth), problem.test[1]), ratio=0.1)
     gap = problem.test[1]
     got = signals.ridge(problem, run).values
-    assert signals.score(truth[0, gap[0]], got[0, gap[0]])["r2"] > 0.9  # neighbours were hidden in training
+    assert signals.score(truth[0, gap[0]], got[0, gap[0]])["r2"] > 0.9  # neighbors were hidden in training
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_problems_do_not_hold_what_is_hidden(brain, run, data):
     shown, gap = problem.test
     assert gap.mean() == 0.5
     assert (shown[gap] == 0).all()
-    whole = fmri.standardise(bold[problem.recording], gap)
+    whole = fmri.standardize(bold[problem.recording], gap)
     np.testing.assert_array_equal(shown[~gap], whole[~gap])
     assert score(whole)["mse"] == 0
     assert len(problem.train) == 2

@@ -77,14 +77,14 @@ def short(masked, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["GCN, expression", "GraphSAGE, PCs"])
-def test_neighbours_tell_hidden_values_unless_places_are_shuffled(short, name):
-    full, _ = patchwork(32, 10)  # genes are independent: only neighbours know
+def test_neighbors_tell_hidden_values_unless_places_are_shuffled(short, name):
+    full, _ = patchwork(32, 10)  # genes are independent: only neighbors know
     problem, hidden = masked_problem(sheet(full, 32), full)
     fit = short.MASKED[name](problem, RUN)
     assert fit.values.shape == hidden.shape
     assert explained(problem, fit, full, hidden) > 0.2
     rng, order = np.random.default_rng(1), np.arange(len(full))
-    for cells in (problem.test, ~problem.test):  # each by itself: no patch of the test is there to be learnt by heart
+    for cells in (problem.test, ~problem.test):  # each by itself: no patch of the test is there to be learned by heart
         order[cells] = rng.permutation(order[cells])
     shuffled, hidden = masked_problem(sheet(full[order], 32), full[order])
     assert explained(shuffled, short.MASKED[name](shuffled, RUN), full[order], hidden) < 0.05
@@ -121,12 +121,12 @@ def test_validation_cells_are_in_no_loss(masked, networks):
     x = sp.csr_matrix(rng.random((80, 12)).astype(np.float32))
     inputs = masked.Inputs(x, np.arange(12), "expression")
     validation = np.arange(80) < 10
-    centred = torch.from_numpy(inputs.centre(x))
-    other = centred.clone()
+    centered = torch.from_numpy(inputs.center(x))
+    other = centered.clone()
     other[:10] = 7
     alone = networks.Graph(sp.csr_matrix((80, 80)))  # without edges cells are seen in their own loss alone
     weights = []
-    for values in (centred, other):
+    for values in (centered, other):
         model, _ = masked.train("GCN", inputs, values, alone, validation, 0, quick=True)
         weights.append(model.head.weight.detach().numpy())
     assert np.abs(weights[0]).max() > 0
@@ -148,7 +148,7 @@ def test_pcs_are_those_of_sklearn_with_gene_means_where_hidden(masked):
     genes = np.random.default_rng(1).permutation(9)
     inputs = masked.Inputs(sp.csr_matrix(x), genes, "PCs")
     hidden = np.random.default_rng(2).random(x.shape) < 0.3
-    got = inputs(torch.from_numpy(inputs.centre(sp.csr_matrix(x))), torch.from_numpy(hidden[:, genes])).numpy()
+    got = inputs(torch.from_numpy(inputs.center(sp.csr_matrix(x))), torch.from_numpy(hidden[:, genes])).numpy()
     pca = PCA(8).fit(x)
     linear = np.expm1(x)
     total, share = np.where(hidden, 0, linear).sum(1), linear.sum(0) / linear.sum()
@@ -199,7 +199,7 @@ def test_only_the_best_configuration_goes_on_and_keeps_its_best_weights(networks
     assert runs[1].finish().weight.item() == seen[1][2]
 
 
-def labelled(seed: int, n_vars: int = 30):
+def labeled(seed: int, n_vars: int = 30):
     """Counts of two kinds of cells in halves of a section; kind and side agree."""
     rng = np.random.default_rng(seed)
     kind = (np.arange(256) % 16 >= 8).astype(int)
@@ -224,7 +224,7 @@ def test_planted_labels_on_another_section_with_other_genes(annotation, name, mo
     rng = np.random.default_rng(0)
     symbols = np.array([f"S{i}" for i in range(3, 30)])
     np.savez(tmp_path / annotation.VECTORS, genes=symbols, values=rng.normal(size=(27, 12)).astype(np.float32))
-    reference, query = labelled(0), labelled(1)[:, 2:][:, ::-1].copy()
+    reference, query = labeled(0), labeled(1)[:, 2:][:, ::-1].copy()
     truth = query.obs["label"].to_numpy().copy()
     query.obs["label"] = "Unknown"
     run = SimpleNamespace(**{**vars(RUN), "data": tmp_path})
@@ -235,7 +235,7 @@ def test_planted_labels_on_another_section_with_other_genes(annotation, name, mo
 def test_labels_of_cells_to_annotate_are_not_among_the_answers(annotation, monkeypatch):
     monkeypatch.setattr(annotation, "CONFIGURATIONS", annotation.CONFIGURATIONS[2:])
     monkeypatch.setattr(annotation, "EPOCHS", 40)
-    adata = labelled(0)
+    adata = labeled(0)
     truth = adata.obs["label"].to_numpy().copy()
     xy = adata.obsm["spatial"]
     unknown = xy[:, 1] < 4
@@ -245,10 +245,10 @@ def test_labels_of_cells_to_annotate_are_not_among_the_answers(annotation, monke
     assert (fit.values[unknown] == truth[unknown]).mean() > 0.9
 
 
-def test_gene_vectors_are_summed_by_centred_expression(annotation, tmp_path):
+def test_gene_vectors_are_summed_by_centered_expression(annotation, tmp_path):
     vectors = np.random.default_rng(0).normal(size=(28, 4)).astype(np.float32)
     np.savez(tmp_path / annotation.VECTORS, genes=[f"S{i}" for i in range(27, -1, -1)], values=vectors[::-1])
-    adata = labelled(0)
+    adata = labeled(0)
     run = SimpleNamespace(**{**vars(RUN), "data": tmp_path})
     got = annotation.inputs(annotation_problem(adata, adata), "gene vectors", run)[0]
     counts = adata.X.toarray()
@@ -264,7 +264,7 @@ def test_graphmae_separates_planted_domains(graphmae, features, monkeypatch):
 
     monkeypatch.setattr(graphmae, "CONFIGURATIONS", graphmae.CONFIGURATIONS[2:])
     monkeypatch.setattr(graphmae, "EPOCHS", 60)
-    adata = labelled(0)
+    adata = labeled(0)
     truth = adata.obs.pop("label")
     problem = SimpleNamespace(data="starmap", adata=adata, library_key=None)
     fit = graphmae.EMBEDDING[f"GraphMAE, {features}"](problem, RUN)
@@ -297,7 +297,7 @@ def test_scaled_cosine_error_by_hand(graphmae):
 
 
 def test_untrained_network_has_no_trained_numbers(graphmae):
-    problem = SimpleNamespace(data="starmap", adata=labelled(0), library_key=None)
+    problem = SimpleNamespace(data="starmap", adata=labeled(0), library_key=None)
     fit = graphmae.EMBEDDING["GraphSAGE, untrained"](problem, RUN)
     assert (fit.parameters, fit.epochs) == (0, 0)
     assert fit.values.std(0).min() > 0

@@ -24,7 +24,7 @@ def expected(common, counts, rates, test, hidden) -> float:
     target = float(np.median(total[~test]))
     draws = np.random.default_rng(9).poisson(rates[test], (200, *rates[test].shape))
     best = np.log1p(draws * target / total[test][:, None]).mean(0)
-    full = common.log_normalise(counts, target)
+    full = common.log_normalize(counts, target)
     mean = np.asarray(full[~test].mean(0)).ravel()
     truth = full[test].toarray()
     return common.expression_scores(truth[hidden], best[hidden], np.tile(mean, (len(truth), 1))[hidden])["r2_gene"]

@@ -57,8 +57,8 @@ def test_labels_of_held_out_blocks_are_hidden(problems, toy, inductive):
     assert score(known_only)["accuracy"] == 1
 
 
-def test_scattered_cells_are_held_out_among_their_neighbours(problems, common, toy):
-    near = common.neighbours(np.asarray(toy.obsm["spatial"], float), 6, toy.obs["section"].to_numpy())
+def test_scattered_cells_are_held_out_among_their_neighbors(problems, common, toy):
+    near = common.neighbors(np.asarray(toy.obsm["spatial"], float), 6, toy.obs["section"].to_numpy())
     alike = {}
     for scattered in (False, True):
         problem, _ = problems.held_out_blocks("toy", None, 1, scattered=scattered)
@@ -80,7 +80,7 @@ def test_hidden_entries_are_gone_and_scored(problems, common, toy):
     assert not {"label", "cell_type"} & set(problem.adata.obs)
     genes = problem.adata.var_names
     target = float(np.median(common.totals(toy[~problem.test, genes].X)))
-    full = common.log_normalise(toy[:, genes].X, target).toarray()
+    full = common.log_normalize(toy[:, genes].X, target).toarray()
     counts = np.where(hidden, 0, toy[:, genes].X.toarray())
     np.testing.assert_array_equal(problem.adata.layers["linear"].toarray(), counts)
     share = counts[~problem.test].sum(0) / counts[~problem.test].sum()
@@ -115,7 +115,7 @@ def test_values_of_fetched_sets_are_brought_to_a_linear_scale(common, monkeypatc
 
     def logged():
         adata = counts.copy()
-        adata.X = common.log_normalise(adata.X, 1e4)
+        adata.X = common.log_normalize(adata.X, 1e4)
         return adata
 
     monkeypatch.setattr(squidpy.datasets, "slideseqv2", logged)

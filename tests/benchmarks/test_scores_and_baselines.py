@@ -60,7 +60,7 @@ def test_folds_keep_blocks_whole(common):
 def test_what_is_hidden_does_not_show_in_the_scale(common):
     rng = np.random.default_rng(0)
     counts, visible = rng.poisson(4.0, (30, 8)), rng.random((30, 8)) < 0.6
-    values = common.log_normalise(counts, 32.0).toarray()
+    values = common.log_normalize(counts, 32.0).toarray()
     linear = np.expm1(values)
     share = linear.sum(0) / linear.sum()
     got = common.as_seen(values, visible)
@@ -71,23 +71,23 @@ def test_what_is_hidden_does_not_show_in_the_scale(common):
     np.testing.assert_allclose(np.nanmin(ratio, 1), np.nanmax(ratio, 1), rtol=1e-4)
 
 
-def test_log_normalise(common):
-    got = common.log_normalise(np.array([[1.0, 3.0], [0.0, 2.0]]), target=4.0).toarray()
+def test_log_normalize(common):
+    got = common.log_normalize(np.array([[1.0, 3.0], [0.0, 2.0]]), target=4.0).toarray()
     np.testing.assert_allclose(got, np.log1p([[1.0, 3.0], [0.0, 4.0]]), rtol=1e-6)
 
 
-def test_neighbours_stay_in_their_section(common):
+def test_neighbors_stay_in_their_section(common):
     xy = np.array([[0.0, 0], [0, 1], [0, 3], [0, 0.1], [0, 1.1], [0, 3.1]])
-    graph = common.neighbours(xy, 1, np.array([0, 0, 0, 1, 1, 1]))
+    graph = common.neighbors(xy, 1, np.array([0, 0, 0, 1, 1, 1]))
     assert graph.indices.tolist() == [1, 0, 1, 4, 3, 4]
 
 
-def test_neighbour_mean_skips_hidden_entries(baselines):
+def test_neighbor_mean_skips_hidden_entries(baselines):
     x = sp.csr_matrix(np.array([[0.0, 0.0], [4.0, 0.0], [2.0, 0.0]]))
     hidden = sp.csr_matrix(np.array([[False, False], [False, True], [False, True]]))
     graph = sp.csr_matrix(np.array([[0.0, 1.0, 1.0]]))
-    got = baselines.neighbour_mean(x, hidden, graph, mean=np.array([9.0, 7.0]))
-    np.testing.assert_allclose(got, [[3.0, 7.0]])  # no neighbour shows the second gene
+    got = baselines.neighbor_mean(x, hidden, graph, mean=np.array([9.0, 7.0]))
+    np.testing.assert_allclose(got, [[3.0, 7.0]])  # no neighbor shows the second gene
 
 
 def test_pca_baselines_ignore_hidden_values_and_recover_low_rank_data(baselines):

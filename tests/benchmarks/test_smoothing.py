@@ -1,4 +1,4 @@
-"""Predictions smoothed over neighbours, as the benchmarks offer them to every method."""
+"""Predictions smoothed over neighbors, as the benchmarks offer them to every method."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def path(n: int) -> sp.csr_matrix:
     return sp.csr_matrix(np.eye(n, k=1) + np.eye(n, k=-1))
 
 
-def test_means_are_over_a_node_and_its_neighbours(smoothing):
+def test_means_are_over_a_node_and_its_neighbors(smoothing):
     graph = sp.csr_matrix(np.array([[0.0, 5.0, 0.0], [0.5, 1.0, 2.0], [0.0, 0.0, 0.0]]))
     values = np.array([[0.0, 1.0], [0.6, 0.4], [0.9, 0.1]])
     expected = [values[:2].mean(0), values.mean(0), values[2]]
@@ -30,7 +30,7 @@ def test_means_are_over_a_node_and_its_neighbours(smoothing):
 
 @pytest.mark.parametrize(("period", "expected"), [(20, 1.0), (1, 0.0)])
 def test_domains_are_smoothed_and_a_chequerboard_is_not(smoothing, period, expected):
-    """Two of three predictions are right; in domains the neighbours of a wrong one know better."""
+    """Two of three predictions are right; in domains the neighbors of a wrong one know better."""
     truth = np.arange(60) // period % 2
     right = np.where(np.arange(60) % 3, 0.8, 0.3)
     probability = np.where(np.arange(2) == truth[:, None], right[:, None], 1 - right[:, None])

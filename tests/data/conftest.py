@@ -6,13 +6,13 @@ import torch
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-from fimp_sc.data import CentredTokens, ExpressionSource, GraphData, NodeGraph
+from fimp_sc.data import CenteredTokens, ExpressionSource, GraphData, NodeGraph
 
 
 def make_graph_data(
     n=90, n_genes=25, seed=0, *, expression=None, matrix=None, hidden=None, self_loops=True, n_neighbors=4
 ):
-    """Cells in two libraries with a kNN graph in each, and log-normalised expression.
+    """Cells in two libraries with a kNN graph in each, and log-normalized expression.
 
     Statistics are those of `expression`, values those of `matrix`.
     """
@@ -35,7 +35,7 @@ def make_graph_data(
         coordinates=coordinates,
         library=library,
         label=rng.integers(-1, 3, n),
-        tokens=CentredTokens(torch.from_numpy(rng.permutation(n_genes))),
+        tokens=CenteredTokens(torch.from_numpy(rng.permutation(n_genes))),
     )
 
 

@@ -84,7 +84,7 @@ def test_parts_gather_several_compact_blocks(graph_data, parts: int) -> None:
 
 def test_contents_of_a_batch(graph_data) -> None:
     expression = graph_data.source.rows(np.arange(90))
-    centre = graph_data.source.center[graph_data.library]
+    center = graph_data.source.center[graph_data.library]
     for batch in make_loader(graph_data, mask_ratio=(0.2, 0.5), gene_mask_ratio=0.3):
         nodes, n_dst = batch["nodes"].numpy(), batch["n_nodes"][-1]
         n, f, g = len(nodes), batch["feature_id"].shape[1], 25
@@ -96,15 +96,15 @@ def test_contents_of_a_batch(graph_data) -> None:
         ):  # fmt: skip
             assert batch[key].shape == shape, key
             assert batch[key].dtype == dtype, key
-        centred = expression[nodes] - centre[nodes]
+        centered = expression[nodes] - center[nodes]
         visible = visible_in(batch).numpy()
-        np.testing.assert_allclose(batch["profile"], np.where(visible, centred, 0), atol=1e-6)
-        np.testing.assert_allclose(batch["target"], centred[:n_dst], atol=1e-6)
+        np.testing.assert_allclose(batch["profile"], np.where(visible, centered, 0), atol=1e-6)
+        np.testing.assert_allclose(batch["target"], centered[:n_dst], atol=1e-6)
         np.testing.assert_array_equal(batch["target_mask"], ~visible[:n_dst])
         np.testing.assert_array_equal(batch["label"], graph_data.label[nodes[:n_dst]])
         feature, padding = batch["feature_id"].numpy(), batch["padding"].numpy()
         row = np.arange(n)[:, None]
-        np.testing.assert_allclose(batch["value"], np.where(padding, 0, centred[row, feature]), atol=1e-6)
+        np.testing.assert_allclose(batch["value"], np.where(padding, 0, centered[row, feature]), atol=1e-6)
         assert (visible[row, feature] | padding).all(), "a hidden gene is no token"
 
 

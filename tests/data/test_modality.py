@@ -63,7 +63,7 @@ def test_all_that_may_be_said():
         "modality": "brain",
         "kind": "signal",
         "n_obs": 6,
-        "n_edges": 12,  # the diagonal makes nobody a neighbour
+        "n_edges": 12,  # the diagonal makes nobody a neighbor
         "connectivities_key": "mesh",
         "library_key": "run",
         "n_dimensions": 3,

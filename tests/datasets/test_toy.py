@@ -20,7 +20,7 @@ def _log(counts: np.ndarray) -> np.ndarray:
     return np.log1p(100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
 
 
-def _neighbour_mean(adata: ad.AnnData, values: np.ndarray) -> np.ndarray:
+def _neighbor_mean(adata: ad.AnnData, values: np.ndarray) -> np.ndarray:
     mean = np.empty_like(values)
     for rows in adata.obs.groupby("section", observed=True).indices.values():
         xy = adata.obsm["spatial"][rows]
@@ -66,26 +66,26 @@ def test_counts_are_recovered_from_the_source() -> None:
     np.testing.assert_allclose(fraction, raw / raw.sum(axis=1, keepdims=True), atol=2e-3)
 
 
-def test_neighbours_inform_the_region(tissue: ad.AnnData) -> None:
+def test_neighbors_inform_the_region(tissue: ad.AnnData) -> None:
     own = _log(tissue.X.toarray())
     half = (tissue.obsm["spatial"] // 60).astype(int).sum(axis=1) % 2 == 0
     score = {}
-    for name, values in {"own": own, "neighbours": _neighbour_mean(tissue, own)}.items():
+    for name, values in {"own": own, "neighbors": _neighbor_mean(tissue, own)}.items():
         parts = PCA(30, random_state=0).fit_transform(values)
         parts /= parts.std(axis=0)
         probe = LogisticRegression(max_iter=1000, C=0.1).fit(parts[half], tissue.obs["region"][half])
         score[name] = probe.score(parts[~half], tissue.obs["region"][~half])
-    assert 0.5 < score["own"] < score["neighbours"] - 0.05
+    assert 0.5 < score["own"] < score["neighbors"] - 0.05
 
 
-def test_neighbours_inform_unseen_expression(tissue: ad.AnnData) -> None:
+def test_neighbors_inform_unseen_expression(tissue: ad.AnnData) -> None:
     counts = tissue.X.toarray().astype(int)
     seen = np.random.default_rng(0).binomial(counts, 0.5)
     own, unseen = _log(seen), _log(counts - seen)
     pca = PCA(20, random_state=0).fit(own)
     rebuilt = pca.inverse_transform(pca.transform(own))
-    with_neighbours = 0.8 * rebuilt + 0.2 * _neighbour_mean(tissue, own)
-    errors = [np.square(unseen - guess).sum() for guess in (own.mean(axis=0), rebuilt, with_neighbours)]
+    with_neighbors = 0.8 * rebuilt + 0.2 * _neighbor_mean(tissue, own)
+    errors = [np.square(unseen - guess).sum() for guess in (own.mean(axis=0), rebuilt, with_neighbors)]
     assert errors[2] < 0.99 * errors[1] < 0.95 * errors[0]
 
 

@@ -15,7 +15,7 @@ ALONE, JOINED = np.arange(4), np.arange(4, N)
 
 
 def graph() -> np.ndarray:
-    """The first four nodes have no neighbours, the others are a ring."""
+    """The first four nodes have no neighbors, the others are a ring."""
     ring = np.zeros((N, N))
     ring[JOINED, np.roll(JOINED, 1)] = 1
     return ring + ring.T

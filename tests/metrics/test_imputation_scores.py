@@ -23,8 +23,8 @@ def test_like_scikit_learn(pair, monkeypatch) -> None:
     assert scores["r2"] == pytest.approx(r2_score(truth.ravel(), imputed.ravel()))
     assert scores["mse"] == pytest.approx(mean_squared_error(truth, imputed))
     np.testing.assert_allclose(scores["r2_per_gene"], r2_score(truth, imputed, multioutput="raw_values"))
-    centred = truth - truth.mean(0)
-    assert scores["r2_gene"] == pytest.approx(1 - ((truth - imputed) ** 2).sum() / (centred**2).sum())
+    centered = truth - truth.mean(0)
+    assert scores["r2_gene"] == pytest.approx(1 - ((truth - imputed) ** 2).sum() / (centered**2).sum())
     assert scores["n_entries"] == 300
 
 

@@ -87,7 +87,7 @@ def copied(saved, tmp_path) -> Path:
 
 @pytest.fixture
 def distinct(tissue):
-    """The tissue with log-normalised values of which no two of a cell are equal: bins then depend on nothing else."""
+    """The tissue with log-normalized values of which no two of a cell are equal: bins then depend on nothing else."""
     rng = np.random.default_rng(0)
     values = np.log1p(tissue.X.toarray()) + rng.random(tissue.shape) * 0.3
     tissue.X = sparse.csr_matrix(np.where(tissue.X.toarray() > 0, values, 0).astype(np.float32))

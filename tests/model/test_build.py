@@ -76,8 +76,8 @@ def test_fimp_base_starts_from_vectors_of_genes(tissue, train, tmp_path, form: s
     FIMP.setup_anndata(tissue)
     model = FIMP(tissue, gene_embeddings=given, n_latent=16, n_heads=2, n_tokens=12)
     identities = model.module.network.embedding.identities().detach().numpy()
-    centred = vectors[::-1] - vectors.mean(0)
-    expected = centred @ centred.T
+    centered = vectors[::-1] - vectors.mean(0)
+    expected = centered @ centered.T
     found = identities[known] @ identities[known].T
     np.testing.assert_allclose(found / np.trace(found), expected / np.trace(expected), atol=1e-5)
     # Genes without a vector have an identity of their own.

@@ -145,7 +145,7 @@ def test_without_coordinates_the_graph_is_enough(tissue, make_model, train) -> N
 
 
 @pytest.mark.parametrize("options", [{}, {"layer": "paper"}])
-def test_without_messages_neighbours_have_no_influence(tissue, make_model, train, options: dict, tmp_path) -> None:
+def test_without_messages_neighbors_have_no_influence(tissue, make_model, train, options: dict, tmp_path) -> None:
     model = train(make_model(tissue, {"labels_key": "label"}, messages=False, **options), max_epochs=1)
     z = model.get_latent_representation()
     rewired = tissue.copy()
@@ -170,7 +170,7 @@ def isolate(adata: ad.AnnData, cells) -> ad.AnnData:
     return adata
 
 
-@pytest.mark.filterwarnings("ignore:.*have no neighbours:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*have no neighbors:UserWarning")
 @pytest.mark.parametrize("options", [{}, {"layer": "paper", "self_loops": False}])
 def test_isolated_cells_are_described_by_their_own_genes(tissue, make_model, train, options: dict) -> None:
     isolate(tissue, [0, 1, 60])
@@ -189,7 +189,7 @@ def test_isolated_cells_are_described_by_their_own_genes(tissue, make_model, tra
 
 
 def test_isolated_cells_are_announced(tissue) -> None:
-    with pytest.warns(UserWarning, match="2 of 120 nodes have no neighbours"):
+    with pytest.warns(UserWarning, match="2 of 120 nodes have no neighbors"):
         FIMP.setup_anndata(isolate(tissue, [3, 4]))
 
 

@@ -80,7 +80,7 @@ def test_without_edges_a_cell_is_what_the_foundation_model_makes_of_it(distinct,
     graph = sparse.lil_matrix((120, 120))
     graph[0, 1] = 1.0
     distinct.obsp["spatial_connectivities"] = graph.tocsr()
-    with pytest.warns(UserWarning, match="119 of 120 nodes have no neighbours"):
+    with pytest.warns(UserWarning, match="119 of 120 nodes have no neighbors"):
         model = make(distinct, LOG)
     z = model.get_latent_representation()
     expected = by_hand(distinct, checkpoint, alone=True)
@@ -97,7 +97,7 @@ def test_stored_self_loops_are_not_counted_twice(distinct, make) -> None:
 
 
 def test_samples_and_batches_do_not_matter_but_for_edges(tissue, make) -> None:
-    """Bins are made of values that are not centred."""
+    """Bins are made of values that are not centered."""
     expected = make(tissue).get_latent_representation()
     setup = {"library_key": "section", "batch_key": "batch"}
     tissue.obs["batch"] = np.array(["x", "y", "z"])[np.arange(120) % 3]
@@ -112,7 +112,7 @@ def test_cells_without_a_known_gene_have_an_embedding(distinct, make) -> None:
     graph = sparse.lil_matrix(distinct.obsp["spatial_connectivities"])
     graph[:2] = 0
     distinct.obsp["spatial_connectivities"] = graph.tocsr()
-    with pytest.warns(UserWarning, match="have no neighbours"):
+    with pytest.warns(UserWarning, match="have no neighbors"):
         z = make(distinct, LOG).get_latent_representation(batch_size=1)
     assert np.isfinite(z).all()
     # Nothing is left of them but <cls>.
@@ -231,7 +231,7 @@ def test_frozen_model_learns_labels(tissue, make) -> None:
 
 
 def test_labels_are_smoothed_as_suits_the_validation_cells(tissue, make) -> None:
-    """It predicts with neighbours alone; the mean over a cell and its neighbours still counts as fitted."""
+    """It predicts with neighbors alone; the mean over a cell and its neighbors still counts as fitted."""
     model = make(tissue, {"labels_key": "label"}, train_foundation="frozen")
     held = np.arange(0, 120, 2)
     model.train(**{**QUICK, "validation_indices": held})
@@ -250,12 +250,12 @@ def test_labels_are_smoothed_as_suits_the_validation_cells(tissue, make) -> None
 
     losses = [-np.log(twice(share)[known, code]).sum() for share in np.linspace(0, 1, 21)]
     assert smoothed == pytest.approx(np.argmin(losses) / 20)
-    assert model.neighbour_share == 1.0
+    assert model.neighbor_share == 1.0
     model.module.smoothed_share.fill_(0.6)
     np.testing.assert_allclose(model.predict(soft=True), twice(0.6), atol=1e-5)
 
 
-def test_labelled_model_is_the_same_with_the_same_seed(tissue, make) -> None:
+def test_labeled_model_is_the_same_with_the_same_seed(tissue, make) -> None:
     results = []
     for seed in (0, 0, 1):
         model = make(tissue, {"labels_key": "label"}, train_foundation="lora", random_state=seed)

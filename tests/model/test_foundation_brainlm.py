@@ -15,7 +15,7 @@ import fimp_sc
 from fimp_sc.model import FIMP
 from fimp_sc.pretrained import read_foundation
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*have no neighbours:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no neighbors:UserWarning")
 
 
 def linear(name: str, out: int, into: int) -> dict:
@@ -117,7 +117,7 @@ def alone(folder: Path, mdata, token_size: int) -> np.ndarray:
     return last.mean(1).numpy()
 
 
-def test_regions_without_neighbours_are_embedded_by_brainlm_itself(segments, only_changed) -> None:
+def test_regions_without_neighbors_are_embedded_by_brainlm_itself(segments, only_changed) -> None:
     mdata = make_bold(n_times=20)
     with only_changed(mdata, ("fmri", "obsm", "X_fimp"), ("fmri", "uns", "X_fimp")):
         fimp_sc.tl.embed(mdata, foundation="brainlm", checkpoint=segments, zero_shot=True, **QUICK)
@@ -147,7 +147,7 @@ def test_a_region_of_a_picture_is_embedded_by_its_class_token(picture) -> None:
     np.testing.assert_allclose(adata.obsm["X_fimp"][ALONE], last[ALONE], rtol=1e-4, atol=1e-4)
 
 
-def test_a_picture_is_embedded_and_labelled_but_not_reconstructed(picture) -> None:
+def test_a_picture_is_embedded_and_labeled_but_not_reconstructed(picture) -> None:
     mdata = make_bold(n_times=14)
     FIMP.setup_mudata(mdata, labels_key="lobe")
     model = FIMP(mdata, foundation="brainlm", checkpoint=picture)
@@ -198,9 +198,9 @@ def test_a_saved_brainlm_does_not_need_the_checkpoint(layout, brainlm, tmp_path)
 
 
 @pytest.mark.parametrize(("n_coordinates", "found"), [(None, 0), (2, 2)])
-def test_brainlm_needs_places_in_millimetres(brainlm, n_coordinates, found: int, only_changed) -> None:
+def test_brainlm_needs_places_in_millimeters(brainlm, n_coordinates, found: int, only_changed) -> None:
     mdata = make_bold(n_coordinates=n_coordinates)
-    message = rf"in millimetres of MNI space: obsm\['spatial'\] must hold 3 coordinates, found {found}"
+    message = rf"in millimeters of MNI space: obsm\['spatial'\] must hold 3 coordinates, found {found}"
     with only_changed(mdata), pytest.raises(ValueError, match=message):
         fimp_sc.tl.embed(mdata, foundation="brainlm", checkpoint=brainlm, zero_shot=True, **QUICK)
 

@@ -15,7 +15,7 @@ from fimp_sc.model import FIMP
 
 SIDE = 12
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-pytestmark = pytest.mark.filterwarnings("ignore:.*have no neighbours:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no neighbors:UserWarning")
 
 
 def make_pixels(channels=3, side=SIDE) -> np.ndarray:
@@ -26,14 +26,14 @@ def make_images(channels=3, side=SIDE):
     return fimp_sc.pp.images(make_pixels(channels, side), adjacency=graph(), labels={"site": list("ab") * (N // 2)})
 
 
-@pytest.fixture(scope="module", params=[3, 1], ids=["colour", "grey"])
+@pytest.fixture(scope="module", params=[3, 1], ids=["color", "gray"])
 def vit(request, tmp_path_factory):
     """A random vision transformer, its folder, and its class tokens of the images."""
     return save_vit(tmp_path_factory.mktemp("vit"), request.param)
 
 
 @pytest.fixture(scope="module")
-def colour(tmp_path_factory):
+def color(tmp_path_factory):
     return save_vit(tmp_path_factory.mktemp("vit"), 3)
 
 
@@ -51,7 +51,7 @@ def save_vit(folder: Path, channels: int, patch: int | tuple[int, int] = 4) -> t
     return folder, channels, last.numpy()
 
 
-def test_images_without_neighbours_are_embedded_by_vit_itself(vit, only_changed) -> None:
+def test_images_without_neighbors_are_embedded_by_vit_itself(vit, only_changed) -> None:
     folder, channels, expected = vit
     mdata = make_images(channels)
     with only_changed(mdata, ("image", "obsm", "X_fimp"), ("image", "uns", "X_fimp")):
@@ -61,7 +61,7 @@ def test_images_without_neighbours_are_embedded_by_vit_itself(vit, only_changed)
     assert (np.abs(found[JOINED] - expected[JOINED]).max(1) > 1e-2).all()
 
 
-def test_images_are_labelled_and_imputed_while_vit_stays(vit) -> None:
+def test_images_are_labeled_and_imputed_while_vit_stays(vit) -> None:
     folder, channels, _ = vit
     mdata = make_images(channels)
     FIMP.setup_mudata(mdata, labels_key="site")
@@ -74,14 +74,14 @@ def test_images_are_labelled_and_imputed_while_vit_stays(vit) -> None:
     made = model.get_reconstruction()
     assert made.shape == (N, SIDE, SIDE, channels)
     assert np.isfinite(made).all()
-    # The heads that were fitted know about colours, which lie around 128.
+    # The heads that were fitted know about colors, which lie around 128.
     assert 90 < made.mean() < 165
 
 
-def test_hidden_patches_of_vit_have_no_influence(colour) -> None:
+def test_hidden_patches_of_vit_have_no_influence(color) -> None:
     mdata, hidden = make_images(), np.random.default_rng(1).random((N, 9)) < 0.3
     FIMP.setup_mudata(mdata)
-    model = FIMP(mdata, foundation="vit", checkpoint=colour[0])
+    model = FIMP(mdata, foundation="vit", checkpoint=color[0])
     model.train(**ONE_EPOCH)
     first = model.get_reconstruction(hidden=hidden)
     other = make_images()
@@ -93,8 +93,8 @@ def test_hidden_patches_of_vit_have_no_influence(colour) -> None:
     np.testing.assert_allclose(second, first, rtol=1e-4, atol=1e-2)
 
 
-def test_tools_for_images_with_vit(colour) -> None:
-    mdata, how = make_images(), {"foundation": "vit", "checkpoint": colour[0], **QUICK}
+def test_tools_for_images_with_vit(color) -> None:
+    mdata, how = make_images(), {"foundation": "vit", "checkpoint": color[0], **QUICK}
     fimp_sc.tl.annotate(mdata, "site", **how)
     assert set(mdata["image"].obs["fimp_site"]) <= {"a", "b"}
     fimp_sc.tl.impute(mdata, **how)
@@ -103,10 +103,10 @@ def test_tools_for_images_with_vit(colour) -> None:
 
 
 @pytest.mark.parametrize("trained", ["full", "last:1", "lora:2"])
-def test_parts_of_vit_can_be_trained(colour, trained: str) -> None:
+def test_parts_of_vit_can_be_trained(color, trained: str) -> None:
     mdata = make_images()
     FIMP.setup_mudata(mdata, labels_key="site")
-    model = FIMP(mdata, foundation="vit", checkpoint=colour[0], train_foundation=trained)
+    model = FIMP(mdata, foundation="vit", checkpoint=color[0], train_foundation=trained)
     before = weights_of(model)
     model.train(**ONE_EPOCH)
     moved = {name for name, value in weights_of(model).items() if not torch.equal(value, before[name])}
@@ -139,18 +139,18 @@ def test_a_saved_model_does_not_need_the_checkpoint(vit, tmp_path, trained: str)
 
 VIT_ERRORS = {
     "size": (lambda: make_images(side=8), {}, r"reads images of 12 × 12 pixels with 3 channels, found 8 × 8 with 3"),
-    "grey": (lambda: make_images(1), {}, r"with 3 channels, found 12 × 12 with 1: .*image_size="),
+    "gray": (lambda: make_images(1), {}, r"with 3 channels, found 12 × 12 with 1: .*image_size="),
     "token_size": (make_images, {"model_kwargs": {"token_size": 4}}, "token_size is that of foundation='vit' itself"),
     "brainlm": (make_images, {"foundation": "brainlm"}, "has 'model_type': 'vit', supported: 'brainlm_mae'"),
 }
 
 
 @pytest.mark.parametrize("case", VIT_ERRORS)
-def test_what_vit_cannot_read_is_said(colour, case: str, only_changed) -> None:
+def test_what_vit_cannot_read_is_said(color, case: str, only_changed) -> None:
     make, how, message = VIT_ERRORS[case]
     mdata = make()
     with only_changed(mdata), pytest.raises(ValueError, match=message):
-        fimp_sc.tl.embed(mdata, **{"foundation": "vit", "checkpoint": colour[0], "zero_shot": True, **QUICK, **how})
+        fimp_sc.tl.embed(mdata, **{"foundation": "vit", "checkpoint": color[0], "zero_shot": True, **QUICK, **how})
 
 
 def test_patches_that_are_no_squares_are_refused(tmp_path) -> None:
@@ -160,15 +160,15 @@ def test_patches_that_are_no_squares_are_refused(tmp_path) -> None:
         FIMP(mdata, foundation="vit", checkpoint=save_vit(tmp_path, 3, (4, 2))[0])
 
 
-def test_vit_reads_no_signals_and_no_expression(colour, recordings, tissue, make_model) -> None:
+def test_vit_reads_no_signals_and_no_expression(color, recordings, tissue, make_model) -> None:
     FIMP.setup_mudata(recordings)
     with pytest.raises(ValueError, match="foundation='vit' reads images, and the modality is of kind 'signal'"):
-        FIMP(recordings, foundation="vit", checkpoint=colour[0])
+        FIMP(recordings, foundation="vit", checkpoint=color[0])
     with pytest.raises(ValueError, match="reads one modality, of images; this model is set up with expression"):
-        make_model(tissue, foundation="vit", checkpoint=colour[0])
+        make_model(tissue, foundation="vit", checkpoint=color[0])
 
 
-def test_foundations_of_sequences_read_one_modality(colour, joint) -> None:
+def test_foundations_of_sequences_read_one_modality(color, joint) -> None:
     FIMP.setup_mudata(joint, modality=["image", "rna"])
     with pytest.raises(ValueError, match=r"reads one modality, of images; this model is set up with \['image'\]"):
-        FIMP(joint, foundation="vit", checkpoint=colour[0])
+        FIMP(joint, foundation="vit", checkpoint=color[0])

@@ -19,7 +19,7 @@ from fimp_sc.data import (
     Batch,
     BlockDataset,
     BlockSampler,
-    CentredTokens,
+    CenteredTokens,
     Destinations,
     ExpressionSource,
     GraphData,
@@ -48,12 +48,12 @@ def spatial(n: int = N) -> sparse.csr_matrix:
 
 
 def expression_like(n: int = N) -> sparse.csr_matrix:
-    """Neighbours that have nothing to do with positions."""
+    """Neighbors that have nothing to do with positions."""
     return nearest(np.random.default_rng(1).random((n, 10)), 10)
 
 
 def directed(n: int = N) -> sparse.csr_matrix:
-    """Long edges that only go one way, sinks, and cells without neighbours."""
+    """Long edges that only go one way, sinks, and cells without neighbors."""
     matrix = sparse.random(n, n, density=0.02, format="lil", random_state=0)
     matrix[:8] = 0
     return matrix.tocsr()
@@ -83,7 +83,7 @@ def make_data(graph: sparse.csr_matrix, *, self_loops=True, points=None, hidden=
         coordinates=positions(n) if points is None else points,
         library=np.sort(rng.integers(0, 2, n)) if points is None else np.zeros(n, dtype=np.int64),
         label=np.full(n, -1),
-        tokens=CentredTokens(torch.from_numpy(rng.permutation(GENES))),
+        tokens=CenteredTokens(torch.from_numpy(rng.permutation(GENES))),
     )
 
 
@@ -222,9 +222,9 @@ def test_layers_pay_counts_the_nodes_that_are_updated() -> None:
 def test_layers_update_only_what_is_needed(self_loops: bool) -> None:
     points, edges = grid(9)
     data = make_data(edges, points=points, self_loops=self_loops)
-    centre = 40
-    distance = np.abs(points - points[centre]).sum(1)
-    for nodes, hop in zip(inference._needed(data, np.array([centre]), 3), (2, 1, 0), strict=True):
+    center = 40
+    distance = np.abs(points - points[center]).sum(1)
+    for nodes, hop in zip(inference._needed(data, np.array([center]), 3), (2, 1, 0), strict=True):
         np.testing.assert_array_equal(nodes, np.flatnonzero(distance <= hop))
     assert all(len(nodes) == 81 for nodes in inference._needed(data, np.arange(81)[::-1], 3))
 
@@ -273,7 +273,7 @@ def test_arrays_that_cannot_be_written_to_are_enough(strategy: str, with_hidden:
     arrays = [csr.data, csr.indices, csr.indptr, data.coordinates, data.library, data.label, data.rank]
     arrays += [source.measured, source.batch, source.center, source.factor]
     for array in arrays:
-        array.flags.writeable = False
+        array.flags.writable = False
     torch.set_warn_always(True)
     try:
         found = run(module, data, strategy=strategy)

@@ -66,7 +66,7 @@ def test_every_node_has_an_embedding_and_labels(model) -> None:
     assert list(soft.columns) == ["one", "two"]
 
 
-def test_absent_nodes_are_not_learnt_from(model) -> None:
+def test_absent_nodes_are_not_learned_from(model) -> None:
     data = model._graph_data(model.adata)
     nodes = np.arange(24)
     for name in ("image", "bold"):
@@ -80,7 +80,7 @@ def test_absent_nodes_are_not_learnt_from(model) -> None:
 
 
 def test_tokens_of_absent_nodes_are_not_read(model) -> None:
-    """Whatever stands there, in own tokens and in those of neighbours."""
+    """Whatever stands there, in own tokens and in those of neighbors."""
     data, network = model._graph_data(model.adata), model.module.eval().network
     batch = BlockDataset(data, n_layers=2, n_tokens=6)[Destinations(np.arange(24), 0)]
     with torch.no_grad():

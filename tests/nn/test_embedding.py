@@ -123,8 +123,8 @@ def test_identities_start_as_principal_components_of_the_vectors(width: int, d_m
     vectors = some_vectors(width)
     embedding = from_vectors(vectors, d_model)
     identities = embedding.identities().detach().numpy()
-    centred = vectors[KNOWN] - vectors[KNOWN].mean(0)
-    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    centered = vectors[KNOWN] - vectors[KNOWN].mean(0)
+    u, s, _ = np.linalg.svd(centered, full_matrices=False)
     kept = min(d_model, width)
     scores = u[:, :kept] * s[:kept]
     scores *= 0.3 / np.sqrt(np.square(scores).sum() / (KNOWN.sum() * d_model))

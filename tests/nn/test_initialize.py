@@ -1,4 +1,4 @@
-"""Where layers over tokens of numbers start: at a mean, with gates, over the same position of neighbours."""
+"""Where layers over tokens of numbers start: at a mean, with gates, over the same position of neighbors."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def without(batch: dict, tokens: list[int]) -> dict:
     return batch | {"sequences": {"x": {**nodes, "value": value}}}
 
 
-def test_a_token_receives_the_same_position_of_its_neighbours(started) -> None:
+def test_a_token_receives_the_same_position_of_its_neighbors(started) -> None:
     name, network = started
     batch = make_batch(SHAPES[name])
     base = received(network, batch)[:, HIDDEN]
@@ -112,7 +112,7 @@ def test_masked_tokens_are_passed_over(started) -> None:
 
 
 @pytest.mark.parametrize("d_model", [64, 128])
-def test_where_signals_are_masked_nothing_of_neighbours_is_received(d_model: int) -> None:
+def test_where_signals_are_masked_nothing_of_neighbors_is_received(d_model: int) -> None:
     """Neither what is shown at other positions, as if those took the place of the masked one."""
     network = make_network("signal", d_model)
     seen, hidden = make_batch(SHAPES["signal"]), make_batch(SHAPES["signal"], masked=[HIDDEN])

@@ -137,12 +137,12 @@ def test_isolated_nodes_are_only_changed_by_the_feedforward_part() -> None:
 
 @pytest.mark.parametrize("read", [slice(6), slice(20, 26)])
 @pytest.mark.parametrize("focus", [0.0, 8.0])
-def test_start_is_the_mean_over_neighbours_of_some_columns_in_columns_of_their_own(focus: float, read: slice) -> None:
+def test_start_is_the_mean_over_neighbors_of_some_columns_in_columns_of_their_own(focus: float, read: slice) -> None:
     """Without noise exactly so: of the counterparts where attention is strict, of all tokens where there is none."""
     torch.manual_seed(0)
     layer = TransformerLayer(32, 4, d_feedforward=64, dropout=0.0)
-    layer.start_as_neighbour_mean(read, slice(20, 26), 1.5, focus=focus, noise=0.0)
-    # Kinds that differ in every head: orthogonal there, and centred as the norm centres them.
+    layer.start_as_neighbor_mean(read, slice(20, 26), 1.5, focus=focus, noise=0.0)
+    # Kinds that differ in every head: orthogonal there, and centered as the norm centers them.
     kinds = 3.0 * torch.eye(8)[torch.stack([torch.randperm(8) for _ in range(4)], 1)[:5]].flatten(1)
     # Nodes hold the same kinds in orders of their own, with small differences and of different size.
     order = torch.stack([torch.randperm(5) for _ in range(4)])
@@ -162,11 +162,11 @@ def test_start_is_the_mean_over_neighbours_of_some_columns_in_columns_of_their_o
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_noise_is_the_share_of_the_random_initialisation_that_remains() -> None:
+def test_noise_is_the_share_of_the_random_initialization_that_remains() -> None:
     torch.manual_seed(0)
     layer = TransformerLayer(16, 2, d_feedforward=32)
     before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
-    layer.start_as_neighbour_mean(slice(1, 4), slice(9, 12), 0.7, focus=1.4, noise=0.1)
+    layer.start_as_neighbor_mean(slice(1, 4), slice(9, 12), 0.7, focus=1.4, noise=0.1)
     expected = {name: before[name] for name in before if name.startswith("expand") or "norm" in name}
     for name in ("attention.query", "attention.key", "attention.value", "attention.output", "contract"):
         expected[f"{name}.weight"] = 0.1 * before[f"{name}.weight"]

@@ -15,7 +15,7 @@ from fimp_sc.data import (
     Batch,
     BlockDataset,
     BlockSampler,
-    CentredTokens,
+    CenteredTokens,
     ExpressionSource,
     GraphData,
     NodeGraph,
@@ -51,7 +51,7 @@ def delaunay() -> sparse.csr_matrix:
 
 
 def directed() -> sparse.csr_matrix:
-    """Long edges that only go one way, sinks, and cells without neighbours."""
+    """Long edges that only go one way, sinks, and cells without neighbors."""
     matrix = sparse.random(N, N, density=0.03, format="lil", random_state=0)
     matrix[:8] = 0
     return matrix.tocsr()
@@ -75,7 +75,7 @@ def make_data(
         coordinates=points()[order],
         library=np.zeros(N, dtype=np.int64),
         label=np.full(N, -1),
-        tokens=CentredTokens(torch.from_numpy(rng.permutation(GENES))),
+        tokens=CenteredTokens(torch.from_numpy(rng.permutation(GENES))),
     )
 
 
@@ -129,7 +129,7 @@ def test_blocks_of_any_size_equal_the_full_graph_with_weights(graph: str, self_l
         np.testing.assert_allclose(embed(network, data, batch_size=batch_size), full, **TOLERANCE)
     plain = embed(network, make_data(GRAPHS[graph](), self_loops=self_loops))
     connected = data.graph.degree > 1
-    assert (np.abs(full - plain).max(1)[connected] > 1e-4).all(), "weights count wherever there are two neighbours"
+    assert (np.abs(full - plain).max(1)[connected] > 1e-4).all(), "weights count wherever there are two neighbors"
     alike = make_data(7.3 * (GRAPHS[graph]() != 0), self_loops=self_loops, weighted=True)
     np.testing.assert_allclose(embed(network, alike), plain, **TOLERANCE)
 
@@ -158,14 +158,14 @@ def test_a_cell_sees_exactly_its_neighbourhood_of_as_many_hops_as_layers(layer: 
     step = (data.graph.csr.toarray() > 0).astype(int)
     reach = np.linalg.matrix_power(step, LAYERS) > 0
     changed = int(reach.sum(0).argmax())
-    matrix[changed] += 1.0  # seen by the source, which made its centres before and reads where the values are
+    matrix[changed] += 1.0  # seen by the source, which made its centers before and reads where the values are
     after = embed(network, data)
     moved = np.abs(after - before).max(1) > 1e-6
     assert 1 < reach[:, changed].sum() < N
     np.testing.assert_array_equal(moved, reach[:, changed])
 
 
-def test_cells_without_neighbours_keep_their_own_description() -> None:
+def test_cells_without_neighbors_keep_their_own_description() -> None:
     network = make_network()
     alone = sparse.csr_matrix((N, N))
     with_loops = embed(network, make_data(alone, self_loops=True))
@@ -180,8 +180,8 @@ def embed_at_the_start(graph: str, n_layers: int, k: int) -> tuple[np.ndarray, n
     """Embeddings of an untrained network; whitened scores, sources as rows that sum to 1, and the vector that marks."""
     torch.manual_seed(0)
     network, data = FIMPNetwork(GENES, 64, n_layers, 4).eval(), make_data(GRAPHS[graph](), self_loops=True)
-    centred = data.source.rows(np.arange(N)) - data.source.center[data.source.batch]
-    _, size, directions = np.linalg.svd(centred, full_matrices=False)
+    centered = data.source.rows(np.arange(N)) - data.source.center[data.source.batch]
+    _, size, directions = np.linalg.svd(centered, full_matrices=False)
     loading = directions[:k].T / size[:k] * N**0.5
     network.embedding.start_from(loading)
     batch = next(iter(make_loader(data, n_layers=n_layers)))
@@ -189,20 +189,20 @@ def embed_at_the_start(graph: str, n_layers: int, k: int) -> tuple[np.ndarray, n
         embedding = network(batch).numpy()[np.argsort(batch["nodes"].numpy())]
     adjacency = data.graph.csr.toarray()
     mark = network.embedding.summary.detach().numpy()
-    return embedding, centred @ loading, adjacency / adjacency.sum(1, keepdims=True), mark
+    return embedding, centered @ loading, adjacency / adjacency.sum(1, keepdims=True), mark
 
 
 @pytest.mark.parametrize(("n_layers", "graph"), [(1, "knn"), (2, "directed"), (3, "delaunay")])
 def test_start_holds_the_components_of_the_cell_itself(n_layers: int, graph: str) -> None:
     embedding, own, *_ = embed_at_the_start(graph, n_layers, 10)
-    # Up to the noise of the initialisation.
+    # Up to the noise of the initialization.
     np.testing.assert_allclose(embedding[:, :10], own, atol=0.25)
     assert np.sqrt(np.mean((embedding[:, :10] - own) ** 2)) < 0.08
     assert np.abs(embedding[:, 10:40]).max() < 0.3, "5 in 8 columns are kept for them"
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_start_holds_beside_them_the_components_of_the_mean_over_neighbours(graph: str) -> None:
+def test_start_holds_beside_them_the_components_of_the_mean_over_neighbors(graph: str) -> None:
     k = 10
     embedding, own, averaging, mark = embed_at_the_start(graph, 1, k)
     received = embedding[:, 40 : 40 + k]
@@ -215,7 +215,7 @@ def test_start_holds_beside_them_the_components_of_the_mean_over_neighbours(grap
     size = (received * expected).sum() / (expected**2).sum()
     assert 0.65 < size <= 1.02
     assert np.sqrt(np.mean((received - size * expected) ** 2)) < 0.25 * expected.std()
-    # What differs between cells is the mean over the neighbours, component by component, and of about its size.
+    # What differs between cells is the mean over the neighbors, component by component, and of about its size.
     mean = averaging @ own
     similarity = np.corrcoef(received.T, mean.T)[:k, k:]
     assert np.diagonal(similarity).min() > 0.8
@@ -242,7 +242,7 @@ def test_start_of_two_layers_counts_the_wider_neighbourhood_most() -> None:
     assert np.abs(embedding[:, 56:]).max() < 0.6, "the rest is free"
 
 
-def test_at_the_start_cells_without_neighbours_have_nothing_in_the_columns_of_the_neighbourhood() -> None:
+def test_at_the_start_cells_without_neighbors_have_nothing_in_the_columns_of_the_neighbourhood() -> None:
     torch.manual_seed(0)
     network, data = FIMPNetwork(GENES, 64, 1, 4).eval(), make_data(sparse.csr_matrix((N, N)), self_loops=False)
     batch = next(iter(make_loader(data, n_layers=1)))

@@ -35,7 +35,7 @@ def make_nodes(shape=SIGNAL, n=N, seed=0, masked=0.0, absent=()) -> dict:
 
 
 def graph(n=N) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two nodes after and one before each are its neighbours."""
+    """Two nodes after and one before each are its neighbors."""
     indices = [(i + step) % n for i in range(n) for step in (1, 2, -1)]
     return torch.arange(0, 3 * n + 1, 3), torch.tensor(indices)
 

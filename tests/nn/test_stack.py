@@ -1,4 +1,4 @@
-"""A stack across nodes, against loops over nodes, edges and neighbours."""
+"""A stack across nodes, against loops over nodes, edges and neighbors."""
 
 from __future__ import annotations
 
@@ -85,17 +85,17 @@ def naive(
             sent[j].append(evolved if stack.source == "evolving" else tokens[j])
     results = []
     for i in range(N_DST):
-        neighbours = indices[indptr[i] : indptr[i + 1]].tolist()
+        neighbors = indices[indptr[i] : indptr[i + 1]].tolist()
         factors = [*weight[indptr[i] : indptr[i + 1]], *([torch.tensor(1.0)] if stack.self_loops else [])]
         if stack.aggregate == "layer":
             own = tokens[i]
             for level, layer in enumerate(stack.layers):
                 mine = [(own, padding[i])] if stack.self_loops else []
-                own = run_layer(layer, own, [(sent[j][level], padding[j]) for j in neighbours] + mine, factors)
+                own = run_layer(layer, own, [(sent[j][level], padding[j]) for j in neighbors] + mine, factors)
             results.append(stack.norm(own))
             continue
         messages = []
-        for j in neighbours + ([None] if stack.self_loops else []):
+        for j in neighbors + ([None] if stack.self_loops else []):
             own = tokens[i]
             for level, layer in enumerate(stack.layers):
                 source = (own, padding[i]) if j is None else (sent[j][level], padding[j])
@@ -162,7 +162,7 @@ def test_modes_differ(mode: dict) -> None:
 @pytest.mark.parametrize("source", ["evolving", "static"])
 @pytest.mark.parametrize("aggregate", ["layer", "final"])
 @KINDS
-def test_without_neighbours_it_is_the_model_itself(source: str, aggregate: str, kind: dict) -> None:
+def test_without_neighbors_it_is_the_model_itself(source: str, aggregate: str, kind: dict) -> None:
     stack = make_stack(source=source, aggregate=aggregate, **kind)
     tokens, padding, indptr, indices = make_inputs()
     result = stack(tokens, padding, torch.zeros_like(indptr), indices[:0])
@@ -217,7 +217,7 @@ def test_edges_at_once_do_not_matter(edges: int, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("aggregate", ["layer", "final"])
-def test_order_of_neighbours_does_not_matter(aggregate: str) -> None:
+def test_order_of_neighbors_does_not_matter(aggregate: str) -> None:
     stack, (tokens, padding, indptr, indices) = make_stack(aggregate=aggregate), make_inputs()
     turned = torch.cat([part.flip(0) for part in indices.split(DEGREES)])
     assert not torch.equal(turned, indices)

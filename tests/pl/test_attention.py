@@ -33,7 +33,7 @@ def test_squares_are_the_table(value) -> None:
     ax.figure.canvas.draw()
 
 
-def test_what_is_missing_is_grey() -> None:
+def test_what_is_missing_is_gray() -> None:
     ax = pl.attention(heard(), show=False)
     image = ax.images[0]
     np.testing.assert_allclose(image.cmap(image.norm(image.get_array()))[1, 1], to_rgba("#d3d3d3"))

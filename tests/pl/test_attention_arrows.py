@@ -11,15 +11,15 @@ from fimp_sc import pl
 
 
 def points(ax) -> dict[tuple[float, float], np.ndarray]:
-    """Return the colour of each cell that is drawn."""
+    """Return the color of each cell that is drawn."""
     return {
-        tuple(place): colour
+        tuple(place): color
         for dots in ax.collections
-        for place, colour in zip(np.asarray(dots.get_offsets()), dots.get_facecolors(), strict=True)
+        for place, color in zip(np.asarray(dots.get_offsets()), dots.get_facecolors(), strict=True)
     }
 
 
-def test_arrows_come_from_neighbours_in_the_colour_and_width_of_their_influence() -> None:
+def test_arrows_come_from_neighbors_in_the_color_and_width_of_their_influence() -> None:
     adata = heard()
     ax = pl.attention_arrows(adata, "c0", show=False)
     weak, strong = ax.patches
@@ -36,13 +36,13 @@ def test_arrows_come_from_neighbours_in_the_colour_and_width_of_their_influence(
     ax.figure.canvas.draw()
 
 
-def test_cells_in_view_of_the_same_sample_have_the_colours_of_their_group() -> None:
+def test_cells_in_view_of_the_same_sample_have_the_colors_of_their_group() -> None:
     adata = heard()
     ax = pl.attention_arrows(adata, 0, show=False)
-    colours = points(ax)
-    assert set(colours) == {(0, 0), (1, 0), (0, 2)}, "c2 is far away, c4 and c5 are in another sample"
-    for cell, colour in (("c0", "#ff0000"), ("c1", "#00ff00"), ("c3", "#ff0000")):
-        np.testing.assert_allclose(colours[tuple(adata[cell].obsm["spatial"][0])], to_rgba(colour))
+    colors = points(ax)
+    assert set(colors) == {(0, 0), (1, 0), (0, 2)}, "c2 is far away, c4 and c5 are in another sample"
+    for cell, color in (("c0", "#ff0000"), ("c1", "#00ff00"), ("c3", "#ff0000")):
+        np.testing.assert_allclose(colors[tuple(adata[cell].obsm["spatial"][0])], to_rgba(color))
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["B", "A"]
     assert ax.get_title() == "Influence on c0"
     np.testing.assert_allclose(np.mean([ax.get_xlim(), ax.get_ylim()], axis=1), 0, atol=1e-12)
@@ -52,10 +52,10 @@ def test_other_columns_and_cells_without_group() -> None:
     adata = heard()
     adata.obs["all"] = "here"
     ax = pl.attention_arrows(adata, "c0", library_key="all", show=False)
-    colours = points(ax)
-    assert set(colours) == {(0, 0), (1, 0), (0, 2), (1, 1), (0.5, 0.5)}
-    np.testing.assert_allclose(colours[1, 1], to_rgba("#d3d3d3", 0.35))
-    np.testing.assert_allclose(colours[0.5, 0.5], to_rgba("#00ff00", 0.35))
+    colors = points(ax)
+    assert set(colors) == {(0, 0), (1, 0), (0, 2), (1, 1), (0.5, 0.5)}
+    np.testing.assert_allclose(colors[1, 1], to_rgba("#d3d3d3", 0.35))
+    np.testing.assert_allclose(colors[0.5, 0.5], to_rgba("#00ff00", 0.35))
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["B", "A", "missing"]
     ax = pl.attention_arrows(adata, "c0", groupby="slide", show=False)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["x"]
@@ -80,7 +80,7 @@ def test_axes_show_and_save(monkeypatch, tmp_path) -> None:
 
 def test_unusable_input() -> None:
     adata = heard()
-    with pytest.raises(ValueError, match="'c2' has no neighbours"):
+    with pytest.raises(ValueError, match="'c2' has no neighbors"):
         pl.attention_arrows(adata, "c2", show=False)
     with pytest.raises(KeyError, match="'c9' is not in obs_names"):
         pl.attention_arrows(adata, "c9", show=False)
@@ -111,7 +111,7 @@ def test_nothing_leaves_the_figure(names: list[str]) -> None:
     assert figure.axes[-1].get_tightbbox().x0 >= 0
 
 
-def test_neighbours_in_the_place_of_the_cell_are_drawn() -> None:
+def test_neighbors_in_the_place_of_the_cell_are_drawn() -> None:
     adata = heard()
     adata.obsm["spatial"][:] = 0
     ax = pl.attention_arrows(adata, "c0", show=False)

@@ -32,8 +32,8 @@ def test_bars_are_the_shares_of_genes_and_counts() -> None:
     assert counts == pytest.approx([0.5, 0.1, 0.1, 0.1, 0.2])
     starts = [group[1].get_x() for group in ax.containers]
     assert starts == pytest.approx([0, 0.5, 0.6, 0.7, 0.8])
-    colours = {group[0].get_facecolor() for group in ax.containers}
-    assert len(colours) == 5
+    colors = {group[0].get_facecolor() for group in ax.containers}
+    assert len(colors) == 5
     assert [label.get_text() for label in ax.get_yticklabels()] == ["genes", "counts"]
     assert "50%" in [text.get_text() for text in ax.texts]
 

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgba
 from fimp_sc import pl, pp
 from fimp_sc.pl._figure._thumbnails import far_apart
 
-COLOURS = ["#ff0000", "#00ff00", "#0000ff"]
+COLORS = ["#ff0000", "#00ff00", "#0000ff"]
 
 
 def points(ax):
@@ -24,12 +24,12 @@ def lines(ax):
     return {tuple(map(tuple, line)) for collection in drawn for line in collection.get_segments()}
 
 
-def centres(ax):
+def centers(ax):
     return np.array([np.reshape(image.get_extent(), (2, 2)).mean(1) for image in ax.images])
 
 
 def flat_map(n, places, side=6):
-    """Return grey squares at places without unit, joined in a ring."""
+    """Return gray squares at places without unit, joined in a ring."""
     ring = np.roll(np.eye(n), 1, axis=1)
     mdata = pp.images(np.full((n, side, side), 7, np.uint8), adjacency=ring)
     mdata["image"].obsm["spatial"] = np.asarray(places, dtype=float)
@@ -41,7 +41,7 @@ def test_images_at_their_places_with_edges_beneath(photos) -> None:
     pixels = photos["image"].obsm["pixels"].reshape(4, 4, 8, 3)
     expected = np.array([[10, 59.5], [10, 60.5], [11, 60.5], [11, 59.5]])  # longitude to the right
     np.testing.assert_allclose(points(ax), expected)
-    np.testing.assert_allclose(centres(ax), expected)
+    np.testing.assert_allclose(centers(ax), expected)
     for image, original in zip(ax.images, pixels, strict=True):
         np.testing.assert_array_equal(image.get_array(), original)
     assert ax.get_aspect() == pytest.approx(2)  # a degree of longitude is half as long at 60 degrees north
@@ -76,16 +76,16 @@ def test_places_without_unit_are_drawn_as_they_are() -> None:
     np.testing.assert_allclose(points(ax), [[0, 60], [1, 61], [2, 60]])
 
 
-def test_frames_have_the_colours_of_categories(photos) -> None:
-    photos["image"].uns["country_colors"] = COLOURS
+def test_frames_have_the_colors_of_categories(photos) -> None:
+    photos["image"].uns["country_colors"] = COLORS
     ax = pl.image_graph(photos, color="country", show=False)
     frames = [patch.get_edgecolor() for patch in ax.patches]
-    np.testing.assert_allclose(frames, [to_rgba(COLOURS[i]) for i in (0, 0, 1, 2)])
+    np.testing.assert_allclose(frames, [to_rgba(COLORS[i]) for i in (0, 0, 1, 2)])
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["x", "y", "z"]
     assert ax.get_title() == "country"
 
 
-def test_frames_have_the_colours_of_numbers(photos) -> None:
+def test_frames_have_the_colors_of_numbers(photos) -> None:
     ax = pl.image_graph(photos, color="height", cmap="gray", show=False)
     frames = np.array([patch.get_edgecolor() for patch in ax.patches])
     np.testing.assert_allclose(frames[0], [0, 0, 0, 1])
@@ -99,7 +99,7 @@ def test_frames_have_the_colours_of_numbers(photos) -> None:
 @pytest.mark.parametrize("nodes", [[2, 1], ["image_1", 2], np.array([False, True, True, False])])
 def test_some_nodes(photos, nodes) -> None:
     ax = pl.image_graph(photos, nodes=nodes, color="country", show=False)
-    np.testing.assert_allclose(centres(ax), [[10, 60.5], [11, 60.5]])
+    np.testing.assert_allclose(centers(ax), [[10, 60.5], [11, 60.5]])
     assert len(lines(ax)) == 1
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["x", "y"]
 
@@ -123,7 +123,7 @@ def test_more_images_than_wanted_are_points(photos, caplog) -> None:
 def test_images_do_not_cover_each_other() -> None:
     places = np.random.default_rng(0).random((300, 2))
     ax = pl.image_graph(flat_map(300, places), image_size=0.1, show=False)
-    middle = centres(ax)
+    middle = centers(ax)
     distance = np.abs(middle[:, None] - middle[None]).max(-1)
     np.fill_diagonal(distance, np.inf)
     side = 0.1 * np.ptp(places, axis=0).max()
@@ -135,7 +135,7 @@ def test_images_do_not_cover_each_other() -> None:
 
 def test_images_at_one_place() -> None:
     ax = pl.image_graph(flat_map(3, np.ones((3, 2))), show=False)
-    np.testing.assert_allclose(centres(ax), [[1, 1]])
+    np.testing.assert_allclose(centers(ax), [[1, 1]])
     ax.figure.canvas.draw()
 
 
@@ -157,14 +157,14 @@ def test_reconstructions_of_either_scale(photos) -> None:
     np.testing.assert_array_equal(pl.image_graph(photos, images="whole", show=False).images[3].get_array(), truth[3])
 
 
-@pytest.mark.parametrize(("channels", "grey"), [(1, True), (2, True), (4, False)])
-def test_other_numbers_of_channels(channels, grey) -> None:
+@pytest.mark.parametrize(("channels", "gray"), [(1, True), (2, True), (4, False)])
+def test_other_numbers_of_channels(channels, gray) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 5, channels)).astype(np.uint8)
     mdata = pp.images(pixels[..., :1], coordinates=[[0, 0], [0, 1], [1, 1]], n_neighbors=1)
     mdata["image"].obsm["pixels"] = pixels.reshape(3, -1)
     mdata["image"].uns["fimp_modality"]["image_shape"] = [5, 5, channels]
     drawn = np.asarray(pl.image_graph(mdata, show=False).images[1].get_array())
-    expected = np.rint(pixels[1].mean(-1, keepdims=True)).repeat(3, -1) if grey else pixels[1, ..., :3]
+    expected = np.rint(pixels[1].mean(-1, keepdims=True)).repeat(3, -1) if gray else pixels[1, ..., :3]
     np.testing.assert_array_equal(drawn, expected)
 
 
@@ -249,7 +249,7 @@ def test_real_street_images(shared_data) -> None:
     assert len(points(ax)) == here.sum()
     assert 1 < len(ax.images) < here.sum()
     ax.figure.canvas.draw()
-    # Equal distances in metres are equal on the screen.
+    # Equal distances in meters are equal on the screen.
     start = np.array([data["lon"][0], data["lat"][0]])
     east, north = np.array([1e-4 / np.cos(np.radians(start[1])), 0]), np.array([0, 1e-4])
     corner, right, up = ax.transData.transform([start, start + east, start + north])

@@ -11,7 +11,7 @@ from fimp_sc import pl
 
 @pytest.fixture
 def cells(toy):
-    """Toy tissue with stored colours and a few cells without niche or type."""
+    """Toy tissue with stored colors and a few cells without niche or type."""
     toy.obs["fimp_niche"] = toy.obs["region"].cat.rename_categories(["0", "1", "2", "3"])
     toy.uns["fimp_niche_colors"] = ["#ff0000", "#00ff00", "#0000ff", "#ffff00"]
     toy.obs.loc[toy.obs_names[:10], "fimp_niche"] = np.nan
@@ -33,7 +33,7 @@ def test_bars_are_shares(cells) -> None:
     ax.figure.canvas.draw()
 
 
-def test_niches_are_marked_in_their_colours(cells) -> None:
+def test_niches_are_marked_in_their_colors(cells) -> None:
     for kind in ("bars", "heatmap"):
         ax = pl.niche_composition(cells, kind=kind, show=False)
         marks = ax.collections[0]

@@ -15,7 +15,7 @@ def _points(ax) -> int:
     return sum(len(collection.get_offsets()) for collection in ax.collections)
 
 
-def test_one_panel_per_sample_and_colour(toy) -> None:
+def test_one_panel_per_sample_and_color(toy) -> None:
     toy.obsm["X_fimp"] = np.random.default_rng(0).normal(size=(toy.n_obs, 3))
     axes = pl.spatial(toy, ["region", toy.var_names[0], ("X_fimp", 2)], library_key="section", show=False)
     assert axes.shape == (3, 2)
@@ -34,13 +34,13 @@ def test_one_panel_without_library(toy) -> None:
 
 
 def test_stored_palette_and_missing_labels(toy) -> None:
-    colours = ["#ff0000", "#00ff00", "#0000ff", "#ffff00"]
-    toy.uns["region_colors"] = colours
+    colors = ["#ff0000", "#00ff00", "#0000ff", "#ffff00"]
+    toy.uns["region_colors"] = colors
     toy.obs.loc[toy.obs_names[0], "region"] = np.nan
     (ax,) = pl.spatial(toy, "region", show=False)[0]
     drawn = ax.collections[0].get_facecolors()
     codes = toy.obs["region"].cat.codes.to_numpy()
-    np.testing.assert_allclose(drawn[5], to_rgba(colours[codes[5]]))
+    np.testing.assert_allclose(drawn[5], to_rgba(colors[codes[5]]))
     np.testing.assert_allclose(drawn[0], to_rgba("#d3d3d3"))
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [*toy.obs["region"].cat.categories, "missing"]
 
@@ -66,7 +66,7 @@ def test_layer_and_missing_numbers(toy) -> None:
     ax.figure.canvas.draw()
 
 
-def test_constant_value_has_one_colour(toy) -> None:
+def test_constant_value_has_one_color(toy) -> None:
     toy.obs["score"] = 0.5
     axes = pl.spatial(toy, "score", library_key="section", show=False)
     axes[0, 0].figure.canvas.draw()
@@ -111,13 +111,13 @@ def test_unusable_input(toy) -> None:
         pl.spatial(toy, "region", spatial_key="line", show=False)
 
 
-def test_cells_without_label_are_grey_and_shift_no_colour(toy) -> None:
+def test_cells_without_label_are_gray_and_shift_no_color(toy) -> None:
     toy.obs["before"] = toy.obs["cell_type"].astype(str)
     toy.obs.loc[toy.obs_names[:10], "before"] = "Unknown"  # sorts between other names
     axes = pl.spatial(toy, ["cell_type", "before"], show=False)
     whole, part = (axes[i, 0].collections[0].get_facecolors() for i in range(2))
     np.testing.assert_array_equal(whole[10:], part[10:])
-    assert {to_hex(colour) for colour in part[:10]} == {"#d3d3d3"}
+    assert {to_hex(color) for color in part[:10]} == {"#d3d3d3"}
 
 
 def test_a_gene_that_is_there_twice_is_refused(toy) -> None:
@@ -136,7 +136,7 @@ def test_gene_without_expression(toy) -> None:
 
 
 @pytest.mark.parametrize(
-    "colours",
+    "colors",
     [
         [(1, 0, 0), (0, 1, 0, 0.5), "blue", "#ffff00"],
         np.random.default_rng(0).random((4, 3)),
@@ -144,20 +144,20 @@ def test_gene_without_expression(toy) -> None:
         np.array(["red", "C1", "0.5", "#ffff00"], dtype=object),
     ],
 )
-def test_stored_colours_of_any_form(toy, colours) -> None:
-    toy.uns["region_colors"] = colours
+def test_stored_colors_of_any_form(toy, colors) -> None:
+    toy.uns["region_colors"] = colors
     (ax,) = pl.spatial(toy, "region", show=False)[0]
-    expected = to_rgba_array(list(colours))[toy.obs["region"].cat.codes]
+    expected = to_rgba_array(list(colors))[toy.obs["region"].cat.codes]
     np.testing.assert_allclose(ax.collections[0].get_facecolors(), expected, atol=1 / 255)
 
 
 @pytest.mark.parametrize(
-    "colours",
-    [["red", "green", "no colour", "blue"], dict.fromkeys("abcd", "red"), np.full((4, 3), 200), "blue", 4],
+    "colors",
+    [["red", "green", "no color", "blue"], dict.fromkeys("abcd", "red"), np.full((4, 3), 200), "blue", 4],
 )
-def test_colours_that_are_none_are_ignored(toy, colours) -> None:
+def test_colors_that_are_none_are_ignored(toy, colors) -> None:
     (plain,) = pl.spatial(toy, "region", show=False)[0]
-    toy.uns["region_colors"] = colours
+    toy.uns["region_colors"] = colors
     (ax,) = pl.spatial(toy, "region", show=False)[0]
     np.testing.assert_array_equal(ax.collections[0].get_facecolors(), plain.collections[0].get_facecolors())
 
@@ -186,9 +186,9 @@ def test_objects_that_stay_out_of_memory(toy, stored) -> None:
     toy.obsm["X_fimp"] = np.random.default_rng(0).normal(size=(toy.n_obs, 3))
     toy.obs["score"] = np.arange(toy.n_obs)
     toy.uns["region_colors"] = ["#ff0000", "#00ff00", "#0000ff", "#ffff00"]
-    colours = ["region", "score", toy.var_names[5], ("X_fimp", 1)]
-    expected = pl.spatial(toy, colours, library_key="section", show=False)
-    axes = pl.spatial(stored(toy), colours, library_key="section", show=False)
+    colors = ["region", "score", toy.var_names[5], ("X_fimp", 1)]
+    expected = pl.spatial(toy, colors, library_key="section", show=False)
+    axes = pl.spatial(stored(toy), colors, library_key="section", show=False)
     assert axes.shape == expected.shape
     for ax, like in zip(axes.flat, expected.flat, strict=True):
         np.testing.assert_array_equal(ax.collections[0].get_offsets(), like.collections[0].get_offsets())

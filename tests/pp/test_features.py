@@ -123,10 +123,10 @@ def test_wrong_input_is_explained(arguments, error, message):
 def test_isolated_nodes_are_logged(caplog):
     adjacency = np.zeros((12, 12))
     adjacency[:3, 5] = 1
-    adjacency[7, 7] = 1  # a node is not its own neighbour
+    adjacency[7, 7] = 1  # a node is not its own neighbor
     with caplog.at_level(logging.WARNING, logger="fimp_sc"):
         features(toy_values(), adjacency)
-    assert "9 of 12 nodes have no neighbours" in caplog.text
+    assert "9 of 12 nodes have no neighbors" in caplog.text
 
 
 def test_survives_a_file(tmp_path):

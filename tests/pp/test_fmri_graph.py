@@ -50,7 +50,7 @@ def test_nearest_regions_by_coordinates():
     assert mdata["fmri"].obsp["spatial_connectivities"].dtype == np.float32
 
 
-def test_regions_at_one_place_are_neighbours_at_distance_zero():
+def test_regions_at_one_place_are_neighbors_at_distance_zero():
     points = toy_points()
     points[:4] = points[0]
     mdata = fmri(toy_bold(), coordinates=points, n_neighbors=2)
@@ -182,10 +182,10 @@ def test_weights_with_names_of_regions_are_brought_into_order():
         fmri(toy_bold(), connectivity=framed.rename(index={"r0": "x"}), region_names=names, threshold=0.1)
 
 
-def test_regions_without_neighbours_are_logged(caplog):
+def test_regions_without_neighbors_are_logged(caplog):
     weights = toy_weights()
     weights[4] = 0
     with caplog.at_level(logging.WARNING, logger="fimp_sc"):
         fmri(toy_bold(), connectivity=weights, threshold=0.1)
-    assert "3 of 30 regions have no neighbours" in caplog.text
+    assert "3 of 30 regions have no neighbors" in caplog.text
     assert "'recording_0:region_4'" in caplog.text

@@ -26,7 +26,7 @@ def toy_images(n=20, seed=0, shape=(6, 8, 3)):
 
 
 def distances_km(places):
-    """Return angles between vectors from the centre of the Earth, which is not how the package does it."""
+    """Return angles between vectors from the center of the Earth, which is not how the package does it."""
     latitude, longitude = np.radians(places).T
     vectors = np.stack(
         [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1
@@ -46,7 +46,7 @@ def files(tmp_path):
     return paths, pixels
 
 
-def test_array_of_colours():
+def test_array_of_colors():
     pixels, places = toy_images(), toy_places()
     mdata = images(pixels, coordinates=places, labels=["a", "b"] * 10, image_size=None)
     adata = mdata["image"]
@@ -82,8 +82,8 @@ def test_layouts_and_number_types_give_the_same_pixels():
         assert adata.obsm["pixels"].dtype == np.uint8
     nearly_white = images(np.full((20, 6, 8), 0.999), coordinates=places)["image"]  # 254.7 of 255
     assert (nearly_white.obsm["pixels"] == 255).all()
-    grey = images(pixels[..., 0], coordinates=places)["image"]
-    np.testing.assert_array_equal(read_pixels(grey, np.arange(20))[..., 0], pixels[..., 0])
+    gray = images(pixels[..., 0], coordinates=places)["image"]
+    np.testing.assert_array_equal(read_pixels(gray, np.arange(20))[..., 0], pixels[..., 0])
     black_and_white = images(pixels[..., 0] > 100, coordinates=places)["image"]
     np.testing.assert_array_equal(black_and_white.obsm["pixels"].reshape(20, 6, 8), (pixels[..., 0] > 100) * 255)
 
@@ -118,7 +118,7 @@ def test_nearest_places_no_farther_than_a_radius():
     assert 0 < expected.sum() < 120
 
 
-def test_neighbours_across_the_date_line_and_at_the_pole():
+def test_neighbors_across_the_date_line_and_at_the_pole():
     places = np.array([[0.0, 179.9], [0.0, -179.9], [0.0, 170.0], [89.9, 0.0], [89.9, 180.0], [80.0, 0.0]])
     graph = images(toy_images(6), coordinates=places, n_neighbors=1)["image"].obsp
     assert graph["spatial_connectivities"].indices[[0, 1, 3, 4]].tolist() == [1, 0, 4, 3]
@@ -254,7 +254,7 @@ def test_isolated_images_are_logged(caplog):
     places[7] = [10.0, 10.0]
     with caplog.at_level(logging.WARNING, logger="fimp_sc"):
         images(toy_images(), coordinates=places, method="radius", radius_km=50)
-    assert "1 of 20 images have no neighbours" in caplog.text
+    assert "1 of 20 images have no neighbors" in caplog.text
     assert "'image_7'" in caplog.text
 
 

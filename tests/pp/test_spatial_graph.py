@@ -93,7 +93,7 @@ def test_radius_equals_brute_force(n, seed, radius, low):
     library = np.arange(n) % 2
     adata = make_adata(coordinates, library)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no neighbours")
+        warnings.filterwarnings("ignore", message=".*no neighbors")
         spatial_graph(adata, method="radius", radius=radius if low is None else (low, radius), library_key="section")
     expected = radius_truth(coordinates, low or 0, radius, library)
     np.testing.assert_array_equal(adata.obsp[CONNECTIVITIES].toarray(), expected)
@@ -185,7 +185,7 @@ def test_logs_what_was_built_and_prints_nothing(caplog, capfd):
     adata = make_adata(random_points(30), ["a", "b"] * 15)
     with caplog.at_level(logging.INFO, logger="fimp_sc"):
         spatial_graph(adata, n_neighbors=3, library_key="section")
-    assert "knn graph of 30 cells in 2 samples: 3.0 neighbours per cell" in caplog.text
+    assert "knn graph of 30 cells in 2 samples: 3.0 neighbors per cell" in caplog.text
     assert capfd.readouterr().out == ""
 
 
@@ -264,9 +264,9 @@ def test_survives_h5ad(arguments, tmp_path):
 
 def test_isolated_cells_warn_once():
     adata = make_adata([[0, 0], [1, 0], [0, 1], [500, 500]])
-    with pytest.warns(UserWarning, match="1 of 4 nodes have no neighbours") as record:
+    with pytest.warns(UserWarning, match="1 of 4 nodes have no neighbors") as record:
         spatial_graph(adata, method="radius", radius=2)
-    assert sum("no neighbours" in str(warning.message) for warning in record) == 1
+    assert sum("no neighbors" in str(warning.message) for warning in record) == 1
 
 
 def test_real_sections_are_never_joined(shared_data):
@@ -285,7 +285,7 @@ def test_real_sections_are_never_joined(shared_data):
 
 def test_real_visium_grid(shared_data):
     adata = ad.read_h5ad(shared_data / "dlpfc_visium_151673.h5ad")
-    with pytest.warns(UserWarning, match="1 of 3,639 nodes have no neighbours"):  # a spot on its own
+    with pytest.warns(UserWarning, match="1 of 3,639 nodes have no neighbors"):  # a spot on its own
         spatial_graph(adata, method="grid", key_added="grid")
     spatial_graph(adata)
     degree = np.diff(adata.obsp["grid_connectivities"].indptr)

@@ -103,7 +103,7 @@ def _one_dimension(adata):
             ValueError,
             r"'b' \(3 cells\), too few for n_neighbors=6.*n_neighbors=2, library_key=.section",
         ),
-        (_one_cell_library, ValueError, r"'b' \(1 cell\).*one cell has no neighbours"),
+        (_one_cell_library, ValueError, r"'b' \(1 cell\).*one cell has no neighbors"),
         (_one_dimension, ValueError, r"found \(20, 1\)"),
     ],
 )

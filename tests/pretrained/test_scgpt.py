@@ -140,7 +140,7 @@ def test_all_names_of_the_weights_give_what_torch_computes(tmp_path: Path, refer
     hidden = model.stack.alone(tokens, padding)
     for ours, theirs in zip((hidden, model.decoder(hidden)), expected[1:], strict=True):
         torch.testing.assert_close(ours[~padding], theirs[~padding], rtol=1e-5, atol=1e-5)
-    # Nodes without neighbours are what the foundation model makes of them.
+    # Nodes without neighbors are what the foundation model makes of them.
     none = torch.zeros(4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     torch.testing.assert_close(model.stack(tokens, padding, *none)[~padding], hidden[~padding])
 

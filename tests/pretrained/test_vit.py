@@ -25,7 +25,7 @@ def write(folder, state, config=None):
 
 
 @torch.no_grad()
-def randomise(module):
+def randomize(module):
     for name, parameter in module.named_parameters():
         noise = torch.randn_like(parameter)
         # Of a size at which hidden states stay near one.
@@ -38,7 +38,7 @@ def transformers_vit(**options):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.ViTConfig(**SIZES, image_size=32, patch_size=8, **options)
-    return randomise(transformers.ViTModel(config))
+    return randomize(transformers.ViTModel(config))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_norms_add_what_the_configuration_says(pixels, tmp_path) -> None:
 def test_equals_timm(tmp_path) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    model = randomise(timm.create_model("vit_tiny_patch16_224", pretrained=False))
+    model = randomize(timm.create_model("vit_tiny_patch16_224", pretrained=False))
     pixels = torch.randn(2, 3, 224, 224)
     settings = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": [3, 224, 224]}}
     foundation = read_foundation("vit", write(tmp_path, model.state_dict(), settings))
@@ -139,7 +139,7 @@ def test_bfloat16_is_close(vit, pixels, tmp_path) -> None:
         assert (a.float() - b).abs().max() < 2e-2 * b.abs().max()
 
 
-def naive_static(state, tokens, neighbours):
+def naive_static(state, tokens, neighbors):
     """All layers with one attention per edge; sources always send their first tokens, a node itself what it is."""
 
     def linear(x, name):
@@ -151,10 +151,10 @@ def naive_static(state, tokens, neighbours):
     def heads(x):
         return x.unflatten(1, (4, 12)).transpose(0, 1)
 
-    own = list(tokens[: len(neighbours)])
+    own = list(tokens[: len(neighbors)])
     for i in range(3):
         at = f"layers.{i}."
-        for node, sources in enumerate(neighbours):
+        for node, sources in enumerate(neighbors):
             messages = []
             for source in [own[node], *(tokens[j] for j in sources)]:
                 query, sent = norm(own[node], at + "layernorm_before"), norm(source, at + "layernorm_before")
@@ -173,18 +173,18 @@ def test_across_nodes_equals_a_loop_over_edges(vit_names, vit, pixels, tmp_path)
     )
     stack, tokens = foundation.stack.double(), foundation.embedding.double()(pixels.double()).detach()
     padding = torch.zeros(tokens.shape[:2], dtype=torch.bool)
-    neighbours = [[1, 4], [], [0, 1, 3], [2]]
+    neighbors = [[1, 4], [], [0, 1, 3], [2]]
     indptr, indices = torch.tensor([0, 2, 2, 5, 6]), torch.tensor([1, 4, 0, 1, 3, 2])
     state = {key: value.double() for key, value in vit_names["new"](vit.state_dict()).items()}
     with torch.no_grad():
         ours = stack(tokens, padding, indptr, indices)
         summary = stack(tokens, padding, indptr, indices, 1)
-    expected = naive_static(state, tokens, neighbours)
+    expected = naive_static(state, tokens, neighbors)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(summary, expected[:, :1], rtol=1e-9, atol=1e-11)
 
 
-def test_without_neighbours_it_is_the_model_itself(vit, pixels, tmp_path) -> None:
+def test_without_neighbors_it_is_the_model_itself(vit, pixels, tmp_path) -> None:
     foundation = read_foundation("vit", write(tmp_path, vit.state_dict(), CONFIG))
     tokens, _, last = states(foundation, pixels)
     padding = torch.zeros(tokens.shape[:2], dtype=torch.bool)

@@ -35,7 +35,7 @@ def test_writes_labels_confidence_and_probabilities_and_nothing_else(tissue, qui
     record = tissue.uns["fimp_label"]
     assert list(record["classes"]) == CLASSES
     model = fimp_sc.tl.get_model(tissue)
-    assert (record["neighbour_share"], record["smoothed_share"]) == (model.neighbour_share, model.smoothed_share)
+    assert (record["neighbor_share"], record["smoothed_share"]) == (model.neighbor_share, model.smoothed_share)
     assert record["params"]["labels_key"] == "label"
 
 

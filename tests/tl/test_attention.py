@@ -82,7 +82,7 @@ def test_what_is_written(tissues, read) -> None:
     assert result["n_tests"] == len(result["pairs"])
     assert set(result["genes"]) <= set(read.var_names)
     assert result["params"]["groupby"] == "cell_type"
-    assert result["params"]["null"] == "neighbours"
+    assert result["params"]["null"] == "neighbors"
     assert (np.diff(result["pairs"]["pvalue"]) >= 0).all()
     assert (result["pairs"]["n_edges"] >= 30).all()
     assert not result["pairs"].duplicated(KEY).any()
@@ -151,7 +151,7 @@ def test_the_model_is_used_again_and_the_seed_repeats(read, model, trainings) ->
 
 
 @pytest.mark.parametrize("statistic", ["covariance", "content", "attention"])
-@pytest.mark.parametrize("null", ["neighbours", "labels"])
+@pytest.mark.parametrize("null", ["neighbors", "labels"])
 def test_other_questions(read, model, null, statistic) -> None:
     names = read.uns["communication"]
     genes = [names["ligand"], names["receptor"], *(g for g in read.var_names if g not in names.values())][:8]
@@ -430,7 +430,7 @@ def test_several_modalities(joint, only_changed) -> None:
 
 
 def test_cells_without_expression_are_left_out_of_pairs_of_genes(joint) -> None:
-    """All of them would be alike in every gene, and be neighbours."""
+    """All of them would be alike in every gene, and be neighbors."""
     how = {"max_epochs": 1, "accelerator": "cpu", "verbose": False, "n_permutations": 10, "min_edges": 3}
     size = {"n_latent": 16, "n_heads": 2, "token_size": {"bold": 3}}
     fimp_sc.tl.attention(

@@ -151,7 +151,7 @@ def test_input_scales(tissue, quick, unchanged, scale: str) -> None:
         fimp_sc.tl.embed(tissue, input_scale=scale, **quick)
     fimp_sc.tl.embed(plain, input_scale="counts", **quick)
     distance = np.abs(tissue.obsm["X_fimp"] - plain.obsm["X_fimp"]).max()
-    # Scaling all cells alike cancels in normalisation up to the target total; log values are used as they are.
+    # Scaling all cells alike cancels in normalization up to the target total; log values are used as they are.
     if scale in ("counts", "auto"):
         assert distance == 0
     else:

@@ -84,9 +84,7 @@ def test_one_line_says_what_is_done(tissue, quick, caplog) -> None:
         )
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("fimp_sc.tl")]
     assert len(ours) == 1
-    pattern = (
-        r"100 cells, 30 genes, 6\.\d neighbours per cell, 3 classes; training on CPU, about \d+\.\d GB of memory\."
-    )
+    pattern = r"100 cells, 30 genes, 6\.\d neighbors per cell, 3 classes; training on CPU, about \d+\.\d GB of memory\."
     assert re.fullmatch(pattern, ours[0]), ours[0]
     assert not [record for record in caplog.records if record.name.startswith("lightning")]
 
@@ -136,17 +134,17 @@ def test_keys_of_the_call_hold_for_a_given_model(tissue, quick, unchanged) -> No
     one = tissue[tissue.obs["section"] == "section_1"].copy()
     fimp_sc.tl.embed(one, **quick)
     how = {"model": fimp_sc.tl.get_model(one), "center": "batch", "accelerator": "cpu", "verbose": False}
-    fimp_sc.tl.embed(tissue, library_key="section", key_added="centred", **how)
+    fimp_sc.tl.embed(tissue, library_key="section", key_added="centered", **how)
     setup = fimp_sc.tl.get_model(tissue).adata_manager.registry["setup_args"]
     assert setup["library_key"] == "section"
     rows = (tissue.obs["section"] == "section_2").to_numpy()
     together = tissue.copy()
-    del together.uns["centred"]
+    del together.uns["centered"]
     fimp_sc.tl.embed(together, key_added="together", **how)
-    assert np.abs(tissue.obsm["centred"] - together.obsm["together"])[rows].max() > 1e-3
+    assert np.abs(tissue.obsm["centered"] - together.obsm["together"])[rows].max() > 1e-3
     alone = tissue[rows].copy()
     fimp_sc.tl.embed(alone, **how)
-    np.testing.assert_allclose(tissue.obsm["centred"][rows], alone.obsm["X_fimp"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(tissue.obsm["centered"][rows], alone.obsm["X_fimp"], rtol=1e-3, atol=1e-4)
     joined = tissue.copy()
     del joined.obsp["spatial_connectivities"]
     joined.obsm["spatial"][joined.obs["section"] == "section_2", 0] -= 1000  # over each other

@@ -28,7 +28,7 @@ def _planted() -> ad.AnnData:
 
 @pytest.fixture
 def planted(_planted) -> ad.AnnData:
-    """Toy tissue with a graph and, as its representation, principal components of the mean over neighbours."""
+    """Toy tissue with a graph and, as its representation, principal components of the mean over neighbors."""
     return _planted.copy()
 
 
@@ -37,9 +37,9 @@ def blobs() -> ad.AnnData:
     """Four clear groups of 40, 60, 80 and 100 cells in five dimensions, shuffled, without a graph."""
     rng = np.random.default_rng(0)
     group = rng.permutation(np.repeat(np.arange(4), [40, 60, 80, 100]))
-    centres = 9 * np.eye(5)[:4]
+    centers = 9 * np.eye(5)[:4]
     adata = ad.AnnData(obs=pd.DataFrame({"group": group.astype(str)}, index=[f"c{i}" for i in range(280)]))
-    adata.obsm["X_fimp"] = (centres[group] + rng.normal(size=(280, 5))).astype(np.float32)
+    adata.obsm["X_fimp"] = (centers[group] + rng.normal(size=(280, 5))).astype(np.float32)
     return adata
 
 
@@ -87,10 +87,10 @@ def test_seeds_differ_and_chosen_numbers_repeat(planted) -> None:
     assert not runs[0]["stability"].equals(runs[2]["stability"])
 
 
-def test_smoothing_is_the_mean_over_cell_and_neighbours() -> None:
+def test_smoothing_is_the_mean_over_cell_and_neighbors() -> None:
     rng = np.random.default_rng(0)
     weights = rng.random((30, 30)) * (rng.random((30, 30)) < 0.1)
-    weights[4] = 0  # without neighbours
+    weights[4] = 0  # without neighbors
     graph = sparse.csr_matrix(weights)
     adata = ad.AnnData(obs=pd.DataFrame(index=[f"c{i}" for i in range(30)]), obsp={"g": graph})
     values, order = rng.normal(size=(30, 3)), rng.permutation(30)
@@ -139,7 +139,7 @@ def test_labels_are_counted_and_everything_survives_a_file(planted, tmp_path, un
     pd.testing.assert_frame_equal(kept["stability"], held["stability"], check_names=False, check_index_type=False)
 
 
-def test_colours_stay_with_the_niche(blobs) -> None:
+def test_colors_stay_with_the_niche(blobs) -> None:
     tl.niches(blobs, 2, **FAST)
     few = blobs.uns["fimp_niche_colors"]
     tl.niches(blobs, 30, **FAST)
@@ -148,13 +148,13 @@ def test_colours_stay_with_the_niche(blobs) -> None:
     assert len(set(many)) == len(many) == blobs.uns["fimp_niche"]["n_niches"]
 
 
-def test_the_map_has_these_colours(planted) -> None:
+def test_the_map_has_these_colors(planted) -> None:
     from matplotlib.colors import to_rgba
 
     tl.niches(planted, 3, n_seeds=2)
     (ax,) = pl.spatial(planted, "fimp_niche", show=False)[0]
-    codes, colours = planted.obs["fimp_niche"].cat.codes.to_numpy(), planted.uns["fimp_niche_colors"]
-    np.testing.assert_allclose(ax.collections[0].get_facecolors(), [to_rgba(colours[code]) for code in codes])
+    codes, colors = planted.obs["fimp_niche"].cat.codes.to_numpy(), planted.uns["fimp_niche_colors"]
+    np.testing.assert_allclose(ax.collections[0].get_facecolors(), [to_rgba(colors[code]) for code in codes])
 
 
 def test_copy_view_and_other_forms(blobs, unchanged) -> None:

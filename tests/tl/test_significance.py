@@ -12,7 +12,7 @@ from sklearn.neighbors import kneighbors_graph
 from fimp_sc.data import NodeGraph
 from fimp_sc.model.predict._gene_pairs import GeneTokens
 from fimp_sc.tl._statistics._significance import (
-    centred,
+    centered,
     gene_tests,
     group_tests,
     plan_tests,
@@ -71,7 +71,7 @@ def test_pvalues_follow_their_definition() -> None:
 def test_more_permutations_of_other_tests_tell_small_pvalues_apart(null) -> None:
     true, permuted = null[0].copy(), null[1]
     true[0] = permuted[0].mean() + 4 * permuted[0].std(ddof=1)
-    # Standardised by 49 others, a normal number has heavier tails than the normal distribution.
+    # Standardized by 49 others, a normal number has heavier tails than the normal distribution.
     assert norm.sf(4) / 2 < significance(true, permuted).pvalue[0] < 20 * norm.sf(4)
 
 
@@ -109,10 +109,10 @@ def test_nodes_change_places_within_their_stratum() -> None:
     assert (place != np.arange(45)).sum() > 20
 
 
-def test_values_are_centred_within_their_stratum() -> None:
+def test_values_are_centered_within_their_stratum() -> None:
     value = np.random.default_rng(0).random((10, 3)).astype(np.float32)
     strata = np.array([0, 0, 0, 2, 2, 2, 2, -1, -1, 5])
-    out = centred(value, strata)
+    out = centered(value, strata)
     for stratum in (0, 2, 5):
         np.testing.assert_allclose(out[strata == stratum].sum(0), 0, atol=1e-6)
     np.testing.assert_allclose(out[0] - out[1], value[0] - value[1], atol=1e-6)
@@ -123,7 +123,7 @@ def test_what_is_constant_within_a_stratum_is_zero() -> None:
     """Not what rounding leaves of it, which would be tested like any gene."""
     strata = np.repeat([0, 1], 20_000)
     value = np.where(strata[:, None], 2.3, 0.7).astype(np.float32)
-    assert (centred(value, strata) == 0).all()
+    assert (centered(value, strata) == 0).all()
 
 
 def test_groups_that_differ_are_found_and_small_ones_not_tested() -> None:
@@ -149,7 +149,7 @@ def test_groups_that_differ_are_found_and_small_ones_not_tested() -> None:
 
 
 def test_pairs_of_groups_without_edges_in_a_permutation_are_not_tested() -> None:
-    """Mean influence over no edges is no number: these two cells are seldom neighbours again."""
+    """Mean influence over no edges is no number: these two cells are seldom neighbors again."""
     n, codes = 60, np.zeros(60, dtype=np.int64)
     codes[:2] = 1
     graph = sparse.csr_matrix((np.ones(2, np.float32), ([0, 1], [1, 0])), shape=(n, n))
@@ -191,12 +191,12 @@ class Simulated:
 
 LEAST = {"min_edges": 30, "min_support": 10}
 HOW = {
-    "null": "neighbours", "statistic": "covariance", "n_permutations": 40, "random_state": 0, "batch_size": None,
+    "null": "neighbors", "statistic": "covariance", "n_permutations": 40, "random_state": 0, "batch_size": None,
     "verbose": False,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("null", "markers"), [("neighbours", True), ("labels", False)])
+@pytest.mark.parametrize(("null", "markers"), [("neighbors", True), ("labels", False)])
 def test_pvalues_are_uniform_in_tissues_where_nobody_speaks(null, markers) -> None:
     found = [Simulated(seed, markers=markers).test(null=null, random_state=seed).result for seed in range(5)]
     pvalue = np.concatenate([result.pvalue for result in found])

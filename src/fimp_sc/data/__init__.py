@@ -1,11 +1,11 @@
 """From the object to batches: values, graph, tokens, blocks, splits."""
 
-from fimp_sc.data._batch import Batch, SequenceBatch, without_neighbours
+from fimp_sc.data._batch import Batch, SequenceBatch, without_neighbors
 from fimp_sc.data._loader import BlockDataset, BlockSampler, Destinations, GraphData, block_loader
 from fimp_sc.data._modality import describe_modality
 from fimp_sc.data.expression._choice import choose_tokens, hide_genes
 from fimp_sc.data.expression._reader import ExpressionSource, GeneStatistics
-from fimp_sc.data.expression._tokenizers import BinnedTokens, CentredTokens, TokenSource
+from fimp_sc.data.expression._tokenizers import BinnedTokens, CenteredTokens, TokenSource
 from fimp_sc.data.graph._graph import Block, NodeGraph
 from fimp_sc.data.graph._splitter import BlockSplitter, split_by_blocks
 from fimp_sc.data.graph._tiles import curve_rank, spatial_blocks
@@ -21,7 +21,7 @@ __all__ = [
     "BlockDataset",
     "BlockSampler",
     "BlockSplitter",
-    "CentredTokens",
+    "CenteredTokens",
     "Destinations",
     "ExpressionSource",
     "GeneStatistics",
@@ -44,5 +44,5 @@ __all__ = [
     "register_kind",
     "spatial_blocks",
     "split_by_blocks",
-    "without_neighbours",
+    "without_neighbors",
 ]

@@ -17,7 +17,7 @@ class SequenceBatch(TypedDict):
     """Nodes of a block as sequences of ``f`` tokens of ``p`` numbers: segments of a signal, patches of an image."""
 
     value: Tensor
-    """``(n, f, p)`` float32, standardised; 0 where not seen."""
+    """``(n, f, p)`` float32, standardized; 0 where not seen."""
     masked: Tensor
     """``(n, f)`` bool, tokens whose numbers are hidden."""
     padding: Tensor
@@ -25,13 +25,13 @@ class SequenceBatch(TypedDict):
     position: Tensor
     """``(f,)`` int64, place of each token in the sequence."""
     coordinates: Tensor
-    """``(n, c)`` float32, standardised place of a node."""
+    """``(n, c)`` float32, standardized place of a node."""
     mean: Tensor
     """``(n_dst, 1, 1)`` float32, what was taken off."""
     std: Tensor
     """``(n_dst, 1, 1)`` float32, by what numbers were divided; 0 for a node that does not move where it is seen."""
     target: Tensor
-    """``(n_dst, f, p)`` float32, standardised numbers to predict."""
+    """``(n_dst, f, p)`` float32, standardized numbers to predict."""
     target_mask: Tensor
     """``(n_dst, f)`` bool, tokens that were hidden on purpose."""
 
@@ -57,17 +57,17 @@ class Batch(TypedDict):
     feature_id: NotRequired[Tensor]
     """``(n, f)`` int64, feature of each token."""
     value: NotRequired[Tensor]
-    """``(n, f)`` float32, value of each token: centred for FIMP-base, binned for foundation models of expression."""
+    """``(n, f)`` float32, value of each token: centered for FIMP-base, binned for foundation models of expression."""
     padding: NotRequired[Tensor]
     """``(n, f)`` bool, True where there is no token."""
     profile: NotRequired[Tensor]
-    """``(n, g)`` float32, centred values of all features, 0 where not visible."""
+    """``(n, g)`` float32, centered values of all features, 0 where not visible."""
     visible: NotRequired[Tensor]
     """``(n_patterns, g)`` bool, features whose value may be used."""
     pattern: NotRequired[Tensor]
     """``(n,)`` int64, which pattern of ``visible`` holds for each node."""
     target: NotRequired[Tensor]
-    """``(n_dst, g)`` float32, centred values to predict."""
+    """``(n_dst, g)`` float32, centered values to predict."""
     target_mask: NotRequired[Tensor]
     """``(n_dst, g)`` bool, entries of ``target`` that were hidden on purpose."""
     label: Tensor
@@ -82,7 +82,7 @@ class Batch(TypedDict):
     """By modality."""
 
 
-def without_neighbours(batch: Batch) -> Batch:
+def without_neighbors(batch: Batch) -> Batch:
     """Return the block of the destinations by themselves, each joined with itself alone.
 
     Parameters

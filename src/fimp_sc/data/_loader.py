@@ -1,4 +1,4 @@
-"""Blocks of neighbouring destinations, with tokens, as batches."""
+"""Blocks of neighboring destinations, with tokens, as batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GraphData:
     source
         Expression, of cells.
     graph
-        Neighbours of every node.
+        Neighbors of every node.
     coordinates
         ``(n_obs, n_dims)`` positions, or ranks along the graph where there are none.
     library
@@ -136,7 +136,7 @@ class BlockSampler(Sampler[Destinations]):
             return []
         data, nodes = self.data, self.indices
         block = spatial_blocks(data.coordinates[nodes], self.block_size, library=data.library[nodes], random_state=rng)
-        # Along the curve within a block: consecutive destinations share neighbours, whose keys and values then stay
+        # Along the curve within a block: consecutive destinations share neighbors, whose keys and values then stay
         # in the cache.
         order = np.argsort(block, kind="stable")
         return np.split(nodes[order], np.flatnonzero(np.diff(block[order])) + 1)

@@ -19,7 +19,7 @@ _SECTIONS = ("section_1", "section_2")
 _TYPES = ("CD19+ B", "CD56+ NK", "Dendritic")
 _SENDER, _RECEIVER = "Dendritic", "CD19+ B"
 _MIN_OBS, _MIN_GENES = 100, 10
-_NEIGHBOURS = 6  # a cell hears so many nearest cells
+_NEIGHBORS = 6  # a cell hears so many nearest cells
 _DETECTED = 0.3  # fraction of the molecules of the source cell that is kept
 _BURST_SHAPE = 0.6  # gamma shape of what a sender expresses; smaller is more often nothing, and sometimes a lot
 _MOLECULES = 60.0  # mean molecules of the ligand in a sender, and of the receptor in a receiver, before detection
@@ -138,7 +138,7 @@ def _heard(spatial: NDArray[np.float64], sender: NDArray[np.bool_], ligand: NDAr
     """Return the mean ligand of the senders around each cell, 0 where there are none."""
     from sklearn.neighbors import NearestNeighbors
 
-    near = NearestNeighbors(n_neighbors=_NEIGHBOURS).fit(spatial).kneighbors(return_distance=False)
+    near = NearestNeighbors(n_neighbors=_NEIGHBORS).fit(spatial).kneighbors(return_distance=False)
     speaking = sender[near]
     total: NDArray[np.float64] = (ligand[near] * speaking).sum(1)
     return total / np.maximum(speaking.sum(1), 1)

@@ -20,10 +20,10 @@ _MIN_OBS = 60
 _DETECTED = 0.3  # fraction of the molecules of the source cell that is kept
 _MIX = 0.9  # how far a region's cell types depart from the source's (0: not at all)
 _MIX_SHAPE = 0.4  # gamma shape of a region's preferences; smaller is more one-sided
-_PROGRAMME_GENES = 40  # genes raised in each region
-_PROGRAMME_MOLECULES = 0.05  # share of a cell's molecules that the programme adds
-_RESPONSE_SHAPE = 4.0  # gamma shape of the cells' response to the programme, mean 1
-_SPACING = 10.0  # mean distance between neighbouring cells, micrometres
+_PROGRAM_GENES = 40  # genes raised in each region
+_PROGRAM_MOLECULES = 0.05  # share of a cell's molecules that the program adds
+_RESPONSE_SHAPE = 4.0  # gamma shape of the cells' response to the program, mean 1
+_SPACING = 10.0  # mean distance between neighboring cells, micrometres
 _SITES_PER_REGION = 2
 
 
@@ -39,7 +39,7 @@ def toy_tissue(n_obs: int = 1500, random_state: int = 0) -> AnnData:
     - each region raises its own set of genes in *all* its cells;
     - only about a third of each cell's molecules is kept (Poisson sampling), so a cell's own evidence is weak.
 
-    The mean over spatial neighbours therefore predicts the region better than the cell itself does, and, added to the
+    The mean over spatial neighbors therefore predicts the region better than the cell itself does, and, added to the
     cell's own expression, predicts molecules that were not seen in it better than the cell alone. The cells'
     expression is real; positions, regions and the raised genes are simulated. Use it to try and to test software,
     never to draw biological conclusions.
@@ -122,10 +122,10 @@ def _source_cells() -> tuple[NDArray[np.float64], NDArray[np.str_], NDArray[np.s
     import scanpy as sc
 
     source = sc.datasets.pbmc68k_reduced().raw.to_adata()
-    normalised = np.expm1(source.X.toarray().astype(np.float64))
+    normalized = np.expm1(source.X.toarray().astype(np.float64))
     # The smallest non-zero value of a cell is one molecule; all others are multiples of it.
-    unit = np.where(normalised > 0, normalised, np.inf).min(axis=1, keepdims=True)
-    counts = np.rint(normalised / unit)
+    unit = np.where(normalized > 0, normalized, np.inf).min(axis=1, keepdims=True)
+    counts = np.rint(normalized / unit)
     cell_types = source.obs["bulk_labels"].to_numpy(dtype=str)
     return counts, cell_types, source.obs_names.to_numpy(dtype=str), pd.Index(source.var_names.astype(str), name=None)
 
@@ -168,14 +168,14 @@ def _sample_cells(region: NDArray[np.intp], cell_types: NDArray[np.str_], rng: n
 
 
 def _expected(counts: NDArray[np.float64], region: NDArray[np.intp], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Add each region's programme to the molecules of its cells, in proportion to the cell's total."""
+    """Add each region's program to the molecules of its cells, in proportion to the cell's total."""
     mean = counts.mean(axis=0)
     # Neither silent nor dominant genes, so that a raised gene still overlaps its usual range.
     eligible = np.flatnonzero(mean > 0)[np.argsort(mean[mean > 0])[::-1]][50:450]
-    genes = rng.permutation(eligible)[: len(_REGIONS) * _PROGRAMME_GENES].reshape(len(_REGIONS), -1)
-    programme = np.zeros((len(_REGIONS), counts.shape[1]))
-    np.put_along_axis(programme, genes, rng.gamma(2.0, size=genes.shape), axis=1)
-    programme *= _PROGRAMME_MOLECULES / programme.sum(axis=1, keepdims=True)
+    genes = rng.permutation(eligible)[: len(_REGIONS) * _PROGRAM_GENES].reshape(len(_REGIONS), -1)
+    program = np.zeros((len(_REGIONS), counts.shape[1]))
+    np.put_along_axis(program, genes, rng.gamma(2.0, size=genes.shape), axis=1)
+    program *= _PROGRAM_MOLECULES / program.sum(axis=1, keepdims=True)
     strength = rng.gamma(_RESPONSE_SHAPE, 1 / _RESPONSE_SHAPE, size=(len(region), 1))
-    expected: NDArray[np.float64] = counts + strength * counts.sum(axis=1, keepdims=True) * programme[region]
+    expected: NDArray[np.float64] = counts + strength * counts.sum(axis=1, keepdims=True) * program[region]
     return expected

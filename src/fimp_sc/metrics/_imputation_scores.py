@@ -49,7 +49,7 @@ def imputation_scores(*given: Any, entries: Any = None, gene_means: ArrayLike | 
     entries
         Boolean ``(n_obs, n_genes)``, dense or sparse, or the name of such a layer: what is scored. All by default.
     gene_means
-        ``(n_genes,)`` means that ``r2_gene`` is measured around, of cells that the imputation learnt from. By default
+        ``(n_genes,)`` means that ``r2_gene`` is measured around, of cells that the imputation learned from. By default
         the means of the entries themselves.
 
     Returns
@@ -104,13 +104,13 @@ def imputation_scores(*given: Any, entries: Any = None, gene_means: ArrayLike | 
     around = np.zeros(n_genes)
     for true, _, kept in _pieces(readers, columns):
         around += np.where(kept, (true - mean) ** 2, 0.0).sum(axis=0)
-    centre = mean if gene_means is None else np.asarray(gene_means, dtype=np.float64).ravel()
-    if centre.shape != mean.shape:
-        raise ValueError(f"gene_means has {centre.size:,} values, but there are {n_genes:,} genes: one for each.")
+    center = mean if gene_means is None else np.asarray(gene_means, dtype=np.float64).ravel()
+    if center.shape != mean.shape:
+        raise ValueError(f"gene_means has {center.size:,} values, but there are {n_genes:,} genes: one for each.")
     per_gene = _r2(error, around)
     return {
         "r2": float(_r2(error.sum(), (around + number * (mean - total.sum() / n_entries) ** 2).sum())),
-        "r2_gene": float(_r2(error.sum(), (around + number * (mean - centre) ** 2).sum())),
+        "r2_gene": float(_r2(error.sum(), (around + number * (mean - center) ** 2).sum())),
         "mse": float(error.sum() / n_entries),
         "n_entries": int(n_entries),
         "r2_per_gene": per_gene if genes is None else pd.Series(per_gene, index=genes),

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._logging import warn
-from fimp_sc.data import BinnedTokens, CentredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
+from fimp_sc.data import BinnedTokens, CenteredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._study import Part, expand_rows, nodes_of, parts_of, tables_of
 from fimp_sc.data.expression._joined import JoinedExpression, split_statistics
 from fimp_sc.data.expression._reader import Panels
@@ -188,7 +188,7 @@ class GraphModel(RegisteringModel):
         if self.use_weights and messages and np.allclose(graph.csr.data, 1.0):
             key = setup["connectivities_key"]
             warn(
-                f"The model uses weights (use_weights=True), but those of the neighbours of a node are all alike in "
+                f"The model uses weights (use_weights=True), but those of the neighbors of a node are all alike in "
                 f"obsp[{key!r}]: store a graph with other weights, for instance ones that fall with distance, and name "
                 "it with connectivities_key=.",
                 about=self,
@@ -258,7 +258,7 @@ class GraphModel(RegisteringModel):
         gene_rank: Tensor = self.module.gene_rank.cpu()  # type: ignore[operator, union-attr]
         network = self.module.network
         if not isinstance(network, FoundationNetwork):
-            return CentredTokens(gene_rank)
+            return CenteredTokens(gene_rank)
         n_queries = 0 if network.frozen or network.decoder is None else _QUERIES
         return BinnedTokens(
             gene_rank, network.embedding.known.cpu(), int(network.n_bins or 0), self.random_state, n_queries,

@@ -379,7 +379,7 @@ def check_known(wanted: Sequence[str], genes: NDArray[Any]) -> None:
 
 
 class GraphField(_Field):
-    """Neighbour graph in ``obsp``; validated, never built here."""
+    """Neighbor graph in ``obsp``; validated, never built here."""
 
     _attr = "obsp"
 
@@ -411,7 +411,7 @@ class GroupField(_Field):
 
 
 class LabelField(_Field):
-    """Labels in ``obs``, checked where they are learnt from.
+    """Labels in ``obs``, checked where they are learned from.
 
     Another object needs none; it may lack the column or have other classes, which are unlabeled there.
     """

@@ -39,11 +39,11 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
     """Foundation-informed message passing between cells (arXiv 2210.09475), brain regions, images or any nodes.
 
     A cell is a sequence of gene tokens; over each edge of the graph the tokens of the destination attend to those of
-    the source, messages are averaged over neighbours and combined with the cell's own tokens. The model learns to
+    the source, messages are averaged over neighbors and combined with the cell's own tokens. The model learns to
     predict hidden expression and, where labels are given, labels. Regions are sequences of time segments, images of
     patches: what holds for cells and genes below holds for them alike.
 
-    What makes the messages is learnt from scratch (FIMP-base), or it is the transformer stack of a foundation model
+    What makes the messages is learned from scratch (FIMP-base), or it is the transformer stack of a foundation model
     whose self-attention runs between cells (``foundation=``). FIMP-base can start from pretrained vectors of genes
     (``gene_embeddings=``).
 
@@ -71,17 +71,17 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
     self_loops
         Whether a cell also attends to its own genes.
     messages
-        Whether cells hear their neighbours. Without, each is embedded by itself by the same network: what neighbours
+        Whether cells hear their neighbors. Without, each is embedded by itself by the same network: what neighbors
         are worth shows beside it.
     use_weights
-        Whether the weights of the graph count. They are divided by their mean over the neighbours of a cell, so that
-        graphs whose weights are all alike give what graphs without weights do: near neighbours may count more than far
-        ones, and a cell with ``self_loops`` counts as its mean neighbour.
+        Whether the weights of the graph count. They are divided by their mean over the neighbors of a cell, so that
+        graphs whose weights are all alike give what graphs without weights do: near neighbors may count more than far
+        ones, and a cell with ``self_loops`` counts as its mean neighbor.
     reduce
-        ``"mean"`` or ``"sum"`` over neighbours, in FIMP-base.
+        ``"mean"`` or ``"sum"`` over neighbors, in FIMP-base.
     dropout
         Rate on messages, on what feed-forward parts add and before the label head; by default 0.2; without
-        genes 0.5 where labels are learnt, 0 otherwise.
+        genes 0.5 where labels are learned, 0 otherwise.
     label_weight
         Weight of the label loss beside the masked-expression loss.
     gene_embeddings
@@ -99,14 +99,14 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
     source, aggregate
         How a stack makes messages, see :class:`fimp_sc.nn.TransformerStack`: sources send their evolving
         (``"evolving"``) or first (``"static"``) hidden states; messages are averaged after every layer
-        (``"layer"``) or every edge runs the whole stack (``"final"``, dearer by the number of neighbours).
+        (``"layer"``) or every edge runs the whole stack (``"final"``, dearer by the number of neighbors).
     species, orthologs
         Of the genes, ``"human"`` or ``"mouse"``; mouse genes are matched with a human vocabulary by a table of
         orthologs. See :func:`fimp_sc.pp.match_genes`.
     vocabulary_key
         Column of ``var`` with ids from :func:`fimp_sc.pp.match_genes`; by default genes are matched now.
     random_state
-        Seed of initialisation, splits, blocks and masks. The global random state is not touched.
+        Seed of initialization, splits, blocks and masks. The global random state is not touched.
     architecture
         What a saved model is built from in place of ``gene_embeddings`` and ``checkpoint``, which then are names only.
 

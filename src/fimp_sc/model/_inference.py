@@ -137,7 +137,7 @@ def infer(
         n_values = 0 if data.source is None else data.source.n_genes
         n_values += sum(source.shape.n_tokens * source.shape.token_size for source in data.sequences.values())
         budget = _NUMBERS_CPU if on_cpu else _NUMBERS_ACCELERATOR
-        # A foundation model computes the neighbours of a block too: small blocks would mostly be halo.
+        # A foundation model computes the neighbors of a block too: small blocks would mostly be halo.
         least = 128 if isinstance(module.network, FoundationNetwork) else 64
         per_node = 4 * n_values + 16 * _most_tokens(data, n_tokens) * module.network.width
         batch_size = int(np.clip(budget // per_node, least, 1 << 14))

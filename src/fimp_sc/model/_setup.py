@@ -98,7 +98,7 @@ class RegisteringModel(BaseModelClass, metaclass=_Listed):
             absent. Tokens of signals know them, too.
         input_scale
             What the values are: ``"counts"`` (non-negative integers), ``"normalized"`` (non-negative reals), both
-            scaled to a common total and ``log1p`` transformed inside; ``"log"`` (log-normalised already, used as
+            scaled to a common total and ``log1p`` transformed inside; ``"log"`` (log-normalized already, used as
             they are); ``"real"`` (any numbers, used as they are). ``"auto"`` decides from the values of expression,
             logs what it decided, warns where that is a guess, and takes features as real.
         center

@@ -30,7 +30,7 @@ def random_rows(n: int, width: int, key: NDArray[np.uint64] | None = None) -> Te
 
 
 class FeatureEmbedding(nn.Module):
-    """Embed features (genes) with continuous values, and summarise all features of a node in one more token.
+    """Embed features (genes) with continuous values, and summarize all features of a node in one more token.
 
     A token is ``value * loading[gene] + identity[gene] + f(value)``. The summary token is the sum of
     ``value * loading`` over *all* visible genes, so it carries what the token budget leaves out; where genes are
@@ -79,9 +79,9 @@ class FeatureEmbedding(nn.Module):
         Parameters
         ----------
         feature_id, value
-            ``(n, f)`` gene and centred value of each token.
+            ``(n, f)`` gene and centered value of each token.
         profile
-            ``(n, g)`` centred values of all genes, 0 where not visible.
+            ``(n, g)`` centered values of all genes, 0 where not visible.
         visible, pattern
             ``(n_patterns, g)`` bool and ``(n,)`` int64, which genes are visible in each node.
 
@@ -111,12 +111,12 @@ class FeatureEmbedding(nn.Module):
 
     @torch.no_grad()
     def start_from_vectors(self, vectors: NDArray[np.float32], known: NDArray[np.bool_]) -> None:
-        """Use pretrained vectors of features; they stay as they are, their projection is learnt.
+        """Use pretrained vectors of features; they stay as they are, their projection is learned.
 
         Parameters
         ----------
         vectors
-            ``(n_features, vector_width)``. Centred and scaled here; the projection starts at their principal
+            ``(n_features, vector_width)``. Centered and scaled here; the projection starts at their principal
             components, at the size that random identities have.
         known
             ``(n_features,)``, where there is a vector. The others keep an identity of their own.
@@ -144,9 +144,9 @@ class FeatureEmbedding(nn.Module):
 
     @torch.no_grad()
     def mark_summary_outside(self, *columns: slice) -> None:
-        """Let the vector that marks summary tokens vanish in ``columns``, so that messages read from these are centred.
+        """Zero the vector that marks summary tokens in ``columns``, so that messages read from these are centered.
 
-        Its length stays about that of a normalised token, its mean over the others is zero.
+        Its length stays about that of a normalized token, its mean over the others is zero.
         """
         marked = torch.ones(len(self.summary), dtype=torch.bool)
         for part in columns:

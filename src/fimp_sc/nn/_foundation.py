@@ -104,14 +104,14 @@ class FoundationNetwork(nn.Module):
 
     @property
     def heads(self) -> dict[str, nn.Module]:
-        """By modality, what reads standardised numbers off the tokens of a sequence."""
+        """By modality, what reads standardized numbers off the tokens of a sequence."""
         return {} if self.sequence is None or self.head is None else {self.sequence: self.head}
 
     def decode(self, batch: Batch, genes: Tensor, absent: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Predict hidden values with the decoder of the foundation model.
 
         A hidden gene is a token of its cell whose value is the foundation model's mask. It reads the cell and its
-        neighbours, and is not sent to them.
+        neighbors, and is not sent to them.
 
         Parameters
         ----------

@@ -18,7 +18,7 @@ SHARES = torch.linspace(0.0, 1.0, 21)
 
 
 class ValueHead(nn.Module):
-    """Predict the centred value of any feature from a node's embedding: ``loading[gene] . W z + bias[gene]``.
+    """Predict the centered value of any feature from a node's embedding: ``loading[gene] . W z + bias[gene]``.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class ValueHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_features))
 
     def forward(self, embedding: Tensor, features: Tensor | None = None) -> Tensor:
-        """Return ``(n, g)`` centred values, of ``features`` (int64) or of all."""
+        """Return ``(n, g)`` centered values, of ``features`` (int64) or of all."""
         loading = self.loading if features is None else self.loading[features]
         bias = self.bias if features is None else self.bias[features]
         return torch.addmm(bias, self.project(embedding), loading.T)

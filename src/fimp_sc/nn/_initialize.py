@@ -26,17 +26,17 @@ _NOISE, _MESSAGE, _LATER = 0.05, 4.0, 0.3
 
 @torch.no_grad()
 def start_as_gated_mean(layer: TransformerLayer, embedding: SequenceEmbedding, *, later: bool) -> None:
-    r"""Initialise a layer as a signed mean, with gates, over what neighbours show at the same position.
+    r"""Initialize a layer as a signed mean, with gates, over what neighbors show at the same position.
 
     Token :math:`(i, t)` starts by receiving
 
     .. math:: \sum_h W_h \, \mathrm{mean}_j \, g_h(i, j) \, x_{jt}, \qquad g_h(i, j) = \sigma(q_h(i)^\top k_h(j) + b)
 
-    for tokens :math:`x_{jt}` of neighbours that are not masked: queries and keys match on the position; the summary of
+    for tokens :math:`x_{jt}` of neighbors that are not masked: queries and keys match on the position; the summary of
     a source competes with that match at about equal strength and carries no value, so that what it takes is a gate,
     which depends on the places of both nodes; keys of masked tokens lie below either. Heads of either sign give each
     pair of places a weight of its own. From a random start most of an epoch budget goes into finding this. Summaries
-    read tokens evenly; where these are aligned, they receive the mean of their neighbours' summaries instead.
+    read tokens evenly; where these are aligned, they receive the mean of their neighbors' summaries instead.
 
     Parameters
     ----------

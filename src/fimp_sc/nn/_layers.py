@@ -225,14 +225,14 @@ class TransformerLayer(nn.Module):
         return self.feedforward_norm(own + self.dropout(self._feedforward(own)))
 
     @torch.no_grad()
-    def start_as_neighbour_mean(
+    def start_as_neighbor_mean(
         self, read: slice, write: slice, scale: float, *, focus: float = 1.4, noise: float = 0.1
     ) -> None:
-        """Initialise so that each token receives some columns of its counterparts in the sources.
+        """Initialize so that each token receives some columns of its counterparts in the sources.
 
         Queries and keys start near a multiple of the identity, so that a token attends to tokens like itself (the
-        same gene, the summary). Values copy the columns ``read`` of the normalised source token, and the output adds
-        them to the columns ``write``: the layer starts as a mean over neighbours, which training then refines. From a
+        same gene, the summary). Values copy the columns ``read`` of the normalized source token, and the output adds
+        them to the columns ``write``: the layer starts as a mean over neighbors, which training then refines. From a
         random start most of an epoch budget goes into finding it.
 
         Parameters
@@ -244,7 +244,7 @@ class TransformerLayer(nn.Module):
         focus
             Scale of queries and keys; larger attends more strictly to the counterpart.
         noise
-            Share of the usual random initialisation that remains.
+            Share of the usual random initialization that remains.
         """
         attention = self.attention
         projections = (attention.query, attention.key, attention.value, attention.output, self.contract)

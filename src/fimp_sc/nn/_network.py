@@ -46,7 +46,7 @@ class FIMPNetwork(nn.Module):
         ``"practical"``: pre-norm transformer layers with residuals and feed-forward part. ``"paper"``: the layer as
         the paper writes it.
     reduce
-        ``"mean"`` or ``"sum"`` over neighbours.
+        ``"mean"`` or ``"sum"`` over neighbors.
     dropout
         Rate in practical layers.
     vector_width
@@ -73,7 +73,7 @@ class FIMPNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.width, self.n_hops = d_model, n_layers
-        # Columns of the embedding where training starts: the cell's own components, then those of its neighbours'
+        # Columns of the embedding where training starts: the cell's own components, then those of its neighbors'
         # mean; the rest is free. Kept apart, neither blurs the other.
         self.n_own, self.n_neighbourhood = d_model * 5 // 8, d_model // 4
         neighbourhood = slice(self.n_own, self.n_own + self.n_neighbourhood)
@@ -100,11 +100,11 @@ class FIMPNetwork(nn.Module):
             if first is not None:
                 start_as_gated_mean(practical, first, later=bool(layers))
             elif not layers:
-                practical.start_as_neighbour_mean(
+                practical.start_as_neighbor_mean(
                     slice(self.n_neighbourhood), neighbourhood, _NORM * (_FIRST if n_layers > 1 else 1)
                 )
             else:
-                practical.start_as_neighbour_mean(neighbourhood, neighbourhood, _NORM * _FIRST ** (-1 / (n_layers - 1)))
+                practical.start_as_neighbor_mean(neighbourhood, neighbourhood, _NORM * _FIRST ** (-1 / (n_layers - 1)))
             layers.append(practical)
         self.layers = nn.ModuleList(layers)
 
@@ -155,7 +155,7 @@ class FIMPNetwork(nn.Module):
     def read(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Return the embedding of each node from its tokens after the last layer.
 
-        The vector that marks summary tokens is taken off again, so that an embedding is centred like the values. Of
+        The vector that marks summary tokens is taken off again, so that an embedding is centered like the values. Of
         signals and images alone, what their tokens say is added: these are what training asks for.
         """
         summary = tokens[:, 0] - self.summary_mark
@@ -169,5 +169,5 @@ class FIMPNetwork(nn.Module):
 
     @property
     def heads(self) -> dict[str, nn.Module]:
-        """By modality, what reads standardised numbers off the tokens of sequences."""
+        """By modality, what reads standardized numbers off the tokens of sequences."""
         return {} if self.sequences is None else dict(zip(self.sequences.names, self.sequences.heads, strict=True))

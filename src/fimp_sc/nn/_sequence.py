@@ -21,7 +21,7 @@ _PLACE_FEATURES, _PLACE_LENGTH = 128, 0.4
 # attention hardly depends on them and layers start nearly linear.
 _VALUE, _PLACE = 0.3, 0.4
 # Components of each token that enter the start of a summary.
-_SUMMARISED = 16
+_SUMMARIZED = 16
 # Of masked tokens, in their column.
 MARK = 2.0
 
@@ -61,7 +61,7 @@ class SequenceEmbedding(nn.Module):
         self.whole: nn.Sequential | None = None
         self.pool: nn.Sequential | None = None
         if shape.aligned:
-            n_inputs = shape.n_tokens * min(width, _SUMMARISED)
+            n_inputs = shape.n_tokens * min(width, _SUMMARIZED)
             self.whole = nn.Sequential(nn.Linear(n_inputs, 2 * d_model), nn.GELU(), nn.Linear(2 * d_model, d_model))
             self.pool = nn.Sequential(
                 nn.Linear((1 + blocks) * n_inputs, 2 * d_model), nn.GELU(), nn.Dropout(dropout),
@@ -85,7 +85,7 @@ class SequenceEmbedding(nn.Module):
         if self.whole is not None:
             # As large as if all tokens were seen.
             share = seen.shape[1] / seen.sum(1, keepdim=True).clamp(min=1)
-            parts = value[..., self.own][..., :_SUMMARISED] / _VALUE * seen[..., None]
+            parts = value[..., self.own][..., :_SUMMARIZED] / _VALUE * seen[..., None]
             whole = self.whole((parts * share[..., None]).flatten(1))
         if self.place is not None and self.place_of_summary is not None:
             angle = nodes["coordinates"] @ self.frequency.T
@@ -107,7 +107,7 @@ class SequenceEmbedding(nn.Module):
         tokens = tokens.masked_fill(padding[..., None], 0.0)
         if self.pool is None:
             return tokens.sum(1) / (~padding).sum(1, keepdim=True).clamp(min=1)
-        blocks = [tokens[..., start : start + min(self.own.stop, _SUMMARISED)] for start in self._blocks()]
+        blocks = [tokens[..., start : start + min(self.own.stop, _SUMMARIZED)] for start in self._blocks()]
         return self.pool((torch.cat(blocks, dim=2) / _VALUE).flatten(1))
 
     def _blocks(self) -> list[int]:

@@ -41,10 +41,10 @@ class TransformerStack(nn.Module):
     model itself has of node :math:`j`. ``source="static"``: :math:`S_j^\ell = H_j`; cheaper, but layers above the first
     read tokens of a kind that they never saw in pretraining.
 
-    With ``self_loops`` a node is one of its own neighbours and sends what it is at that moment, :math:`D_i^\ell` (or
-    :math:`D_{ii}^\ell`). Without other neighbours the result then is exactly that of the foundation model.
+    With ``self_loops`` a node is one of its own neighbors and sends what it is at that moment, :math:`D_i^\ell` (or
+    :math:`D_{ii}^\ell`). Without other neighbors the result then is exactly that of the foundation model.
 
-    Cost of one layer for a node with :math:`k` neighbours, where 1 is what the layer costs a node by itself without
+    Cost of one layer for a node with :math:`k` neighbors, where 1 is what the layer costs a node by itself without
     attention (its projections and feed-forward part): ``"layer"`` with evolving sources 2.5, with static ones 1.5;
     ``"final"`` with evolving sources about k + 2, with static ones k + 1. To this each comes the attention of k + 1
     edges, :math:`f / (3 d)` per edge for :math:`f` tokens of width :math:`d` where the feed-forward part is as wide as
@@ -143,7 +143,7 @@ class TransformerStack(nn.Module):
 
         Returns
         -------
-        ``(n_destinations, n_queries or f + q, d_model)``. Without neighbours and without self-loops there is no
+        ``(n_destinations, n_queries or f + q, d_model)``. Without neighbors and without self-loops there is no
         message: ``aggregate="final"`` then gives zeros.
         """
         n_dst = len(indptr) - 1

@@ -10,7 +10,7 @@ import pandas as pd
 from fimp_sc._options import checked
 from fimp_sc.data._elements import missing_key
 from fimp_sc.pl._figure._common import finish, results_of
-from fimp_sc.pl._spatial import _MISSING_COLOUR
+from fimp_sc.pl._spatial import _MISSING_COLOR
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,13 +57,13 @@ def attention(
     value
         `"influence"`, mean over edges; `"z"`, how many standard deviations it is above that of groups dealt out at
         random; `"n_edges"`; `"n_significant"`, the number of pairs of genes with a false discovery rate of at most
-        `fdr`. Groups that share no edge, and those that were not tested, are grey.
+        `fdr`. Groups that share no edge, and those that were not tested, are gray.
     fdr
         Where the false discovery rate of the drawn influence (or z) is at most this, its number has a star.
     numbers
         Write numbers into the squares; by default for up to 12 groups.
     cmap
-        Colour map.
+        Color map.
     ax
         Axes to draw into; by default a new figure.
     show
@@ -100,7 +100,7 @@ def attention(
     if ax is None:
         side = max(0.5 * min(len(names), _MOST_NUMBERS), 0.3 * len(names), 1.5)
         _, ax = plt.subplots(figsize=(side + 2.6, side + 1.4), layout="constrained")
-    shades = colormaps[cmap].with_extremes(bad=_MISSING_COLOUR)
+    shades = colormaps[cmap].with_extremes(bad=_MISSING_COLOR)
     counts = value.startswith("n_")
     lowest = 0 if counts and np.isfinite(drawn).any() else None
     image = ax.imshow(np.ma.masked_invalid(drawn), cmap=shades, vmin=lowest, interpolation="nearest")

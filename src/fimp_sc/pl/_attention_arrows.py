@@ -1,4 +1,4 @@
-"""What one cell hears of each of its neighbours."""
+"""What one cell hears of each of its neighbors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fimp_sc._options import checked
 from fimp_sc.data._elements import get_graph, get_obs, missing_key
 from fimp_sc.pl._attention import attention_result
 from fimp_sc.pl._figure._common import finish, fit_legends, node_positions, results_of
-from fimp_sc.pl._spatial import _MISSING_COLOUR, _coordinates, _palette
+from fimp_sc.pl._spatial import _MISSING_COLOR, _coordinates, _palette
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,7 @@ def attention_arrows(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes | None:
-    """Draw the surroundings of a cell, with an arrow from each neighbour as strong as its influence.
+    """Draw the surroundings of a cell, with an arrow from each neighbor as strong as its influence.
 
     Parameters
     ----------
@@ -54,8 +54,8 @@ def attention_arrows(
     key
         Where the results are in `.obsp` and `.uns`.
     groupby
-        Column of `.obs` to colour cells by, in `.uns[f"{groupby}_colors"]` if that fits; by default the one of which
-        attention was read. Cells without group, as these results have it, are grey.
+        Column of `.obs` to color cells by, in `.uns[f"{groupby}_colors"]` if that fits; by default the one of which
+        attention was read. Cells without group, as these results have it, are gray.
     library_key
         Column of `.obs` that tells the samples apart: cells of others are not drawn. By default the one of the results.
     spatial_key
@@ -63,7 +63,7 @@ def attention_arrows(
     size
         Marker area in square points; by default it follows from the number of cells in view.
     cmap
-        Colour map of the arrows, from 0 to the largest influence on this cell.
+        Color map of the arrows, from 0 to the largest influence on this cell.
     ax
         Axes to draw into; by default a new figure.
     show
@@ -80,7 +80,7 @@ def attention_arrows(
     KeyError
         If the results, the cell, a column or the coordinates are not found.
     ValueError
-        If the cell has no neighbours.
+        If the cell has no neighbors.
     """
     from matplotlib import pyplot as plt
 
@@ -94,19 +94,19 @@ def attention_arrows(
     for name in (groupby, library_key):
         if name is not None and name not in adata.obs:
             raise missing_key(name, "adata.obs", adata.obs, "Set groupby= or library_key=.")
-    centre = int(node_positions(adata, [cell])[0])
-    row = get_graph(adata, key)[[centre]].tocoo()
+    center = int(node_positions(adata, [cell])[0])
+    row = get_graph(adata, key)[[center]].tocoo()
     if not row.nnz:
-        raise ValueError(f"Cell {adata.obs_names[centre]!r} has no neighbours in adata.obsp[{key!r}]: choose another.")
+        raise ValueError(f"Cell {adata.obs_names[center]!r} has no neighbors in adata.obsp[{key!r}]: choose another.")
     order = np.argsort(row.data, kind="stable")
-    neighbours, influence = row.col[order], np.asarray(row.data[order], dtype=np.float64)
+    neighbors, influence = row.col[order], np.asarray(row.data[order], dtype=np.float64)
 
-    # Neighbours may all be in the very place of the cell.
-    half = 1.35 * np.abs(xy[neighbours] - xy[centre]).max() or 1.0
-    seen = (np.abs(xy - xy[centre]) <= 1.05 * half).all(1)
+    # Neighbors may all be in the very place of the cell.
+    half = 1.35 * np.abs(xy[neighbors] - xy[center]).max() or 1.0
+    seen = (np.abs(xy - xy[center]) <= 1.05 * half).all(1)
     if library_key is not None:
         library = get_obs(adata, [library_key])[library_key].to_numpy()
-        seen &= library == library[centre]
+        seen &= library == library[center]
     rows = np.flatnonzero(seen)
     if size is None:
         size = float(np.clip(25_000 / len(rows), 12, 260))
@@ -115,13 +115,13 @@ def attention_arrows(
     if ax is None:
         _, ax = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
     ax.set_aspect("equal")
-    ax.set_xlim(xy[centre, 0] - half, xy[centre, 0] + half)
-    ax.set_ylim(xy[centre, 1] - half, xy[centre, 1] + half)
-    _draw_cells(ax, adata, groupby, params.get("unlabeled_category"), xy, rows, np.append(neighbours, centre), size)
-    _draw_arrows(ax, xy[neighbours], xy[centre], influence, size, cmap)
+    ax.set_xlim(xy[center, 0] - half, xy[center, 0] + half)
+    ax.set_ylim(xy[center, 1] - half, xy[center, 1] + half)
+    _draw_cells(ax, adata, groupby, params.get("unlabeled_category"), xy, rows, np.append(neighbors, center), size)
+    _draw_arrows(ax, xy[neighbors], xy[center], influence, size, cmap)
     ax.set_xticks([])
     ax.set_yticks([])
-    ax.set_title(f"Influence on {adata.obs_names[centre]}", fontsize="medium")
+    ax.set_title(f"Influence on {adata.obs_names[center]}", fontsize="medium")
     if alone:
         fit_legends(ax.figure, room=1.2)
     return None if finish(ax, show, save) else ax
@@ -149,17 +149,17 @@ def _draw_cells(
         codes = np.where(category.astype(object) == unlabeled, -1, codes)
         names = [(str(name), palette[i]) for i, name in enumerate(category.categories) if (codes[rows] == i).any()]
         if (codes[rows] < 0).any():
-            names.append(("missing", _MISSING_COLOUR))
-    colours = to_rgba_array([*palette, _MISSING_COLOUR])[codes]
+            names.append(("missing", _MISSING_COLOR))
+    colors = to_rgba_array([*palette, _MISSING_COLOR])[codes]
     others = np.setdiff1d(rows, joined)
-    faint = colours[others]
+    faint = colors[others]
     faint[:, 3] = 0.35
     if len(others):
         ax.scatter(xy[others, 0], xy[others, 1], s=0.6 * size, c=faint, linewidths=0, zorder=1)
     widths = [0.8] * (len(joined) - 1) + [2.2]
-    ax.scatter(xy[joined, 0], xy[joined, 1], s=size, c=colours[joined], edgecolors="black", linewidths=widths, zorder=3)
+    ax.scatter(xy[joined, 0], xy[joined, 1], s=size, c=colors[joined], edgecolors="black", linewidths=widths, zorder=3)
     if names:
-        handles = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in names]
+        handles = [Line2D([], [], marker="o", linestyle="", color=color, label=name) for name, color in names]
         ax.legend(
             handles=handles, title=groupby, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
             fontsize="small",

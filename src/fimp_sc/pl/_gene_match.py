@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from fimp_sc.pp import GeneMatch
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; what is not used is grey. Labels are black or
+# Okabe and Ito's colors, which stay apart for color-blind readers; what is not used is gray. Labels are black or
 # white, whichever is easier to read on them.
 _STYLES = {
     "exact": ("#0072b2", "white"),
@@ -26,7 +26,7 @@ _STYLES = {
     "ambiguous, not used": ("#666666", "white"),
     "lost": ("#d9d9d9", "black"),
 }
-_LABELLED = 0.045
+_LABELED = 0.045
 
 
 @checked
@@ -73,14 +73,14 @@ def gene_match(
         _, ax = plt.subplots(figsize=(6.5, 2.4), layout="constrained")
     rows = np.arange(len(bars))
     left = np.zeros(len(bars))
-    for i, (name, (colour, ink)) in enumerate(_STYLES.items()):
+    for i, (name, (color, ink)) in enumerate(_STYLES.items()):
         width = np.array([shares[i] for shares in bars.values()])
         if not numbers[i]:
             continue
         label = f"{name} ({numbers[i]:,})"
-        ax.barh(rows, width, 0.7, left=left, color=colour, edgecolor="white", linewidth=0.8, label=label)
+        ax.barh(rows, width, 0.7, left=left, color=color, edgecolor="white", linewidth=0.8, label=label)
         for row, start, share in zip(rows, left, width, strict=True):
-            if share >= _LABELLED:
+            if share >= _LABELED:
                 middle = start + share / 2
                 ax.text(middle, float(row), f"{share:.0%}", color=ink, ha="center", va="center", fontsize="small")
         left += width

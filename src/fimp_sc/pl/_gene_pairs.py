@@ -1,4 +1,4 @@
-"""Pairs of genes that go together in neighbours."""
+"""Pairs of genes that go together in neighbors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def gene_pairs(
     fdr
         Dots of at most this false discovery rate have a black rim.
     cmap
-        Colour map of −log10 FDR.
+        Color map of −log10 FDR.
     ax
         Axes to draw into; by default a new figure.
     show

@@ -65,12 +65,12 @@ def image_graph(
     modality
         Name of the modality; not needed if only one holds images.
     color
-        What frames and points are coloured by: a column of `.obs`, or a pair such as `("X_fimp", 0)`, a column of that
-        `.obsm` array. Categories take their colours from `.uns[f"{color}_colors"]` if that fits.
+        What frames and points are colored by: a column of `.obs`, or a pair such as `("X_fimp", 0)`, a column of that
+        `.obsm` array. Categories take their colors from `.uns[f"{color}_colors"]` if that fits.
     images
         True draws the images, False points alone. A name such as `"fimp"` draws reconstructions from that `.obsm` array
         `(n_obs, height × width × channels)` instead: integers from 0 to 255, or real numbers from 0 to 1 or (if any is
-        above 2) from 0 to 255; NaN is grey.
+        above 2) from 0 to 255; NaN is gray.
     nodes
         What to draw: names, positions counted from 0, or one bool for each image; all by default. Edges to others are
         left out.
@@ -90,7 +90,7 @@ def image_graph(
     size
         Marker area of points in square points.
     cmap
-        Colour map of numeric values.
+        Color map of numeric values.
     ax
         Axes to draw into; by default a new figure.
     show
@@ -107,7 +107,7 @@ def image_graph(
     Raises
     ------
     KeyError
-        If the coordinates, the graph, a colour, an image or the modality is not found.
+        If the coordinates, the graph, a color, an image or the modality is not found.
     IndexError
         If a position is out of range.
     ValueError
@@ -133,9 +133,9 @@ def image_graph(
         lines = np.stack([xy[graph[0]], xy[graph[1]]], axis=1)
         ax.add_collection(LineCollection(list(lines), colors=_EDGE, linewidths=0.7, zorder=1))
     title = color if isinstance(color, str) else None if color is None else f"{color[0]}[{color[1]}]"
-    colours = _draw_points(ax, adata, xy, value, title, cmap, {"s": size, "linewidths": 0, "zorder": 2, **kwargs})
-    for place, thumbnail, colour in zip(xy[chosen], thumbnails, colours[chosen], strict=True):
-        _draw_image(ax, thumbnail, place - room / 2, room, colour if color is not None else _FRAME)
+    colors = _draw_points(ax, adata, xy, value, title, cmap, {"s": size, "linewidths": 0, "zorder": 2, **kwargs})
+    for place, thumbnail, color in zip(xy[chosen], thumbnails, colors[chosen], strict=True):
+        _draw_image(ax, thumbnail, place - room / 2, room, color if color is not None else _FRAME)
     margin = room * (0.6 if images else 0.2)
     low, high = xy.min(axis=0) - margin, xy.max(axis=0) + margin
     ax.set_xlim(low[0], high[0])
@@ -212,7 +212,7 @@ def _draw_points(
     cmap: str,
     style: dict[str, Any],
 ) -> NDArray[np.float64]:
-    """Draw all nodes as points, with legend or colour bar, and return their colours ``(n, 4)``."""
+    """Draw all nodes as points, with legend or color bar, and return their colors ``(n, 4)``."""
     from matplotlib.colors import to_rgba_array
 
     panel, rows = np.array([ax], dtype=object), [np.arange(len(xy))]

@@ -19,7 +19,7 @@ from fimp_sc.data.validate._values import check_values
 from fimp_sc.metrics import imputation_scores
 from fimp_sc.metrics._common import as_index, expression
 from fimp_sc.pl._figure._common import finish, gene_columns, read_columns
-from fimp_sc.pl._spatial import _MISSING_COLOUR, _coordinates, _panels
+from fimp_sc.pl._spatial import _MISSING_COLOR, _coordinates, _panels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,9 +46,9 @@ def imputation(
     save: str | Path | None = None,
     **kwargs: Any,
 ) -> NDArray[np.object_] | None:
-    """Draw measured and imputed expression of genes, as maps on one colour scale and against each other.
+    """Draw measured and imputed expression of genes, as maps on one color scale and against each other.
 
-    The colours end at the 99.5th percentile, so that a few high values do not darken all others.
+    The colors end at the 99.5th percentile, so that a few high values do not darken all others.
 
     The coefficient of determination (R²) in the last panel tells how close they are in all cells drawn there; only of
     values that were hidden (``hidden`` of :func:`fimp_sc.tl.impute`) it tells how well unseen values are predicted.
@@ -75,7 +75,7 @@ def imputation(
     size
         Marker area in square points; by default it follows from the number of cells.
     cmap
-        Colour map.
+        Color map.
     show
         Show the figure and return nothing; if False, return the axes.
     save
@@ -123,7 +123,7 @@ def imputation(
     xy, panels = _coordinates(adata, spatial_key), _panels(adata, library_key)
     if size is None:
         size = float(np.clip(12_000 / max(len(rows) for _, rows in panels), 1, 45))
-    style = {"s": size, "linewidths": 0, "cmap": colormaps[cmap].with_extremes(bad=_MISSING_COLOUR), **kwargs}
+    style = {"s": size, "linewidths": 0, "cmap": colormaps[cmap].with_extremes(bad=_MISSING_COLOR), **kwargs}
 
     figure, axes = plt.subplots(
         len(names) * len(panels), 3, figsize=(9.5, 3.1 * len(names) * len(panels)), squeeze=False, layout="constrained"
@@ -133,7 +133,7 @@ def imputation(
         both = both[np.isfinite(both)]
         low, high = (min(float(both.min()), 0.0), float(both.max())) if both.size else (0.0, 1.0)
         high = high if high > low else low + 1.0
-        # A few high values would leave all others in the darkest colours.
+        # A few high values would leave all others in the darkest colors.
         brightest = max(float(np.percentile(both, 99.5)), low + 1e-9) if both.size else high
         for j, (library, rows) in enumerate(panels):
             row = axes[i * len(panels) + j]

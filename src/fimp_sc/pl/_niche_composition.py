@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
 _MAX_ROWS = 18
-_TOO_MANY = 20  # kinds whose colours can be told apart in bars
+_TOO_MANY = 20  # kinds whose colors can be told apart in bars
 
 
 @checked
@@ -44,9 +44,9 @@ def niche_composition(
     adata
         Object with niches, as :func:`fimp_sc.tl.niches` writes them; or a MuData object.
     key
-        Column of `.obs` with niches; their colours, `.uns[f"{key}_colors"]`, mark them at the left.
+        Column of `.obs` with niches; their colors, `.uns[f"{key}_colors"]`, mark them at the left.
     groupby
-        Column of `.obs` with the kinds, for instance cell types, in the colours of `.uns[f"{groupby}_colors"]` if that
+        Column of `.obs` with the kinds, for instance cell types, in the colors of `.uns[f"{groupby}_colors"]` if that
         fits. Cells that miss either are left out.
     modality
         Of a MuData object, the one that the results are of, or the several; by default where they are found.
@@ -54,7 +54,7 @@ def niche_composition(
         `"bars"`, stacked to 100 %; `"heatmap"`, where many kinds are easier to read; `"auto"`, the former for up to
         20 kinds.
     cmap
-        Colour map of the heat map.
+        Color map of the heat map.
     ax
         Axes to draw into; by default a new figure.
     show
@@ -102,7 +102,7 @@ def niche_composition(
         _draw_heatmap(ax, shares[:, parts], names, groupby, cmap)
     else:
         _draw_bars(ax, shares, parts, names, _palette(adata, groupby, kinds), groupby)
-    colours = _palette(adata, key, niches)
+    colors = _palette(adata, key, niches)
     # Nine points left of the axes, whatever these show.
     place = ax.get_yaxis_transform() + ScaledTranslation(-9 / 72, 0, ax.figure.dpi_scale_trans)
     ax.scatter(
@@ -110,7 +110,7 @@ def niche_composition(
         np.arange(len(rows)),
         s=70,
         marker="s",
-        c=[colours[row] for row in rows],
+        c=[colors[row] for row in rows],
         clip_on=False,
         transform=place,
     )
@@ -126,11 +126,11 @@ def niche_composition(
     return None if finish(ax, show, save) else ax
 
 
-def _draw_bars(ax: Axes, shares: Any, parts: Any, names: list[str], colours: list[Any], title: str) -> None:
+def _draw_bars(ax: Axes, shares: Any, parts: Any, names: list[str], colors: list[Any], title: str) -> None:
     left = np.zeros(len(shares))
     for part, name in zip(parts, names, strict=True):
         ax.barh(
-            np.arange(len(shares)), shares[:, part], 0.78, left=left, color=colours[part], edgecolor="white",
+            np.arange(len(shares)), shares[:, part], 0.78, left=left, color=colors[part], edgecolor="white",
             linewidth=0.6, label=name,
         )  # fmt: skip
         left += shares[:, part]

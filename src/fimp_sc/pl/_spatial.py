@@ -1,4 +1,4 @@
-"""Cells in space, coloured by what is known about them."""
+"""Cells in space, colored by what is known about them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from fimp_sc.data._study import Part
 
-_MISSING_COLOUR = "#d3d3d3"
+_MISSING_COLOR = "#d3d3d3"
 _MAX_LEGEND_ROWS = 15
 # Inches beside the panels for a legend; the figure grows where one needs more.
 _LEGEND_WIDTH = 2.4
@@ -47,17 +47,17 @@ def spatial(
     show: bool = True,
     **kwargs: Any,
 ) -> NDArray[np.object_] | None:
-    """Scatter the cells of a tissue, one row of panels per colour and one panel per sample.
+    """Scatter the cells of a tissue, one row of panels per color and one panel per sample.
 
     Parameters
     ----------
     adata
         Annotated data with coordinates in `.obsm[spatial_key]`, whose first two columns are drawn; or a MuData object.
     color
-        What to colour by, one or several of: a column of `.obs`; a gene of `.var_names` (values of `.X` or of
+        What to color by, one or several of: a column of `.obs`; a gene of `.var_names` (values of `.X` or of
         `layer`); a pair such as `("X_fimp", 0)`, a column of that `.obsm` array.
-        Categories take their colours from `.uns[f"{color}_colors"]` if that fits, else colours that stay apart for
-        colour-blind readers; cells that are "Unknown" are grey.
+        Categories take their colors from `.uns[f"{color}_colors"]` if that fits, else colors that stay apart for
+        color-blind readers; cells that are "Unknown" are gray.
     modality
         Name of the modality of a MuData object to draw; of several read together, columns and coordinates are those of
         the MuData object or of a modality with all nodes, and genes those of any. By default the MuData object where it
@@ -71,7 +71,7 @@ def spatial(
     size
         Marker area in square points; by default it follows from the number of cells.
     cmap
-        Colour map of numeric values.
+        Color map of numeric values.
     show
         Show the figure and return nothing; if False, return the axes.
     **kwargs
@@ -79,14 +79,14 @@ def spatial(
 
     Returns
     -------
-    Array of axes `(n_colours, n_samples)` if `show` is False, else None.
+    Array of axes `(n_colors, n_samples)` if `show` is False, else None.
 
     Raises
     ------
     KeyError
-        If a colour, `library_key`, `layer` or `spatial_key` is not found.
+        If a color, `library_key`, `layer` or `spatial_key` is not found.
     ValueError
-        If no colour is given, the coordinates have fewer than two columns, a gene is there more than once, or `.X` is
+        If no color is given, the coordinates have fewer than two columns, a gene is there more than once, or `.X` is
         to be read and is empty.
     """
     from matplotlib import pyplot as plt
@@ -209,28 +209,28 @@ def _panels(adata: AnnData, library_key: str | None) -> list[tuple[str | None, N
 
 
 def _palette(adata: AnnData, key: str, value: pd.Categorical) -> list[Any]:
-    stored = _stored_colours(adata, f"{key}_colors", len(value.categories))
+    stored = _stored_colors(adata, f"{key}_colors", len(value.categories))
     if stored is not None:
         return stored
-    # Cells without label take no colour from the others, so that these look alike before and after annotation.
+    # Cells without label take no color from the others, so that these look alike before and after annotation.
     known = value.categories != _UNKNOWN
-    colours = np.full(len(known), _MISSING_COLOUR, dtype=object)
-    colours[known] = palette(int(known.sum()))
-    return colours.tolist()
+    colors = np.full(len(known), _MISSING_COLOR, dtype=object)
+    colors[known] = palette(int(known.sum()))
+    return colors.tolist()
 
 
-def _stored_colours(adata: AnnData, key: str, n: int) -> list[str] | None:
-    """Return the first colours of `.uns[key]`, in any form that matplotlib knows, or None where these do not fit."""
+def _stored_colors(adata: AnnData, key: str, n: int) -> list[str] | None:
+    """Return the first colors of `.uns[key]`, in any form that matplotlib knows, or None where these do not fit."""
     from matplotlib.colors import is_color_like, to_hex
 
     stored = in_memory(adata.uns.get(key), f"adata.uns[{key!r}]")
     # Names, or numbers as tuples or as rows of an array.
     if isinstance(stored, str | Mapping) or not np.iterable(stored):
         return None
-    colours = list(stored)[:n]
-    if len(colours) < n or not all(is_color_like(colour) for colour in colours):
+    colors = list(stored)[:n]
+    if len(colors) < n or not all(is_color_like(color) for color in colors):
         return None
-    return [to_hex(colour, keep_alpha=True) for colour in colours]
+    return [to_hex(color, keep_alpha=True) for color in colors]
 
 
 def _draw_categories(
@@ -245,14 +245,14 @@ def _draw_categories(
     from matplotlib.lines import Line2D
 
     codes = np.asarray(value.codes)
-    # The code of a missing value is -1 and picks the last colour.
-    colours = to_rgba_array([*palette, _MISSING_COLOUR])[codes]
+    # The code of a missing value is -1 and picks the last color.
+    colors = to_rgba_array([*palette, _MISSING_COLOR])[codes]
     for ax, rows in zip(axes, panels, strict=True):
-        ax.scatter(xy[rows, 0], xy[rows, 1], c=colours[rows], **style)
+        ax.scatter(xy[rows, 0], xy[rows, 1], c=colors[rows], **style)
     names = [(str(name), palette[code]) for code, name in enumerate(value.categories) if (codes == code).any()]
     if (codes < 0).any():
-        names.append(("missing", _MISSING_COLOUR))
-    handles = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in names]
+        names.append(("missing", _MISSING_COLOR))
+    handles = [Line2D([], [], marker="o", linestyle="", color=color, label=name) for name, color in names]
     axes[-1].legend(
         handles=handles,
         loc="center left",
@@ -275,9 +275,9 @@ def _draw_numbers(
 
     finite = value[np.isfinite(value)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    if low == high:  # the colour bar would widen this range for the last panel only
+    if low == high:  # the color bar would widen this range for the last panel only
         low, high = low - 0.5, high + 0.5
-    style = {"cmap": colormaps[cmap].with_extremes(bad=_MISSING_COLOUR), "vmin": low, "vmax": high, **style}
+    style = {"cmap": colormaps[cmap].with_extremes(bad=_MISSING_COLOR), "vmin": low, "vmax": high, **style}
     for ax, rows in zip(axes, panels, strict=True):
         points = ax.scatter(xy[rows, 0], xy[rows, 1], c=value[rows], plotnonfinite=True, **style)
     axes[-1].figure.colorbar(points, cax=axes[-1].inset_axes((1.04, 0.1, 0.05, 0.8)))

@@ -66,7 +66,7 @@ def features(
 
     - ``X`` has the features, float32 unless they are of another floating type; sparse ones become CSR;
     - ``obsp[connectivities_key]`` is a CSR matrix with the weights as they are (self-loops too, although a node is
-      nobody's neighbour through them);
+      nobody's neighbor through them);
     - ``obsm["spatial"]`` and ``obsp["spatial_distances"]`` are there if ``coordinates`` are given;
     - ``uns["fimp_modality"]`` has ``kind="feature"`` and ``graph="adjacency"``.
 

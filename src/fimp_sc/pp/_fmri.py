@@ -189,7 +189,7 @@ def fmri(
     mdata = make_mudata(adata, modality, info, graph, distances=distances, parameters=parameters)
     report_isolated(graph, list(obs_names), "region")
     logger.info(
-        "%d recordings × %d regions × %d time points; %s graph with %.1f neighbours per region, in mdata[%r].obsp[%r].",
+        "%d recordings × %d regions × %d time points; %s graph with %.1f neighbors per region, in mdata[%r].obsp[%r].",
         n_recordings,
         n_regions,
         n_times,

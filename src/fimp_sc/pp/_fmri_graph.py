@@ -94,7 +94,7 @@ def _check_arguments(
     if value is None or (name == "train_recordings" and not len(value)):
         why = {
             "structural": "pass the weights between regions",
-            "coordinates": "pass the centres of the regions (region, 3), or a graph with connectivity=",
+            "coordinates": "pass the centers of the regions (region, 3), or a graph with connectivity=",
             "functional": "name the recordings a model is trained on, so that the graph knows nothing of the others",
         }
         raise ValueError(f"The {method} graph needs {name}=: {why[method]}.")

@@ -57,7 +57,7 @@ def images(
     ----------
     images
         ``(n, H, W)`` or ``(n, H, W, C)`` array, uint8, or real numbers between 0 and 1 (stored with 8 bits); or a list
-        of PNG, JPEG, TIFF or WebP files, which are read with Pillow. Files become grey (one channel) if all are grey,
+        of PNG, JPEG, TIFF or WebP files, which are read with Pillow. Files become gray (one channel) if all are gray,
         RGB otherwise, without transparency; turned as the camera noted.
     coordinates
         ``(n, 2)`` latitude and longitude in degrees, in this order.
@@ -159,7 +159,7 @@ def images(
     mdata = make_mudata(adata, modality, info, graph, distances=distances, parameters=parameters)
     report_isolated(graph, list(adata.obs_names), "image")
     logger.info(
-        "%d images of %d × %d pixels × %d channels; %s graph with %.1f neighbours per image, in mdata[%r].obsp[%r].",
+        "%d images of %d × %d pixels × %d channels; %s graph with %.1f neighbors per image, in mdata[%r].obsp[%r].",
         n,
         *shape,
         parameters["method"],

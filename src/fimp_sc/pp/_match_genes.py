@@ -208,7 +208,7 @@ def _gene_totals(matrix: Any, where: str) -> NDArray[np.float64]:
         if values.size and not (np.isfinite(values).all() and values.min() >= 0):
             raise ValueError(
                 f"{where} holds negative, missing or infinite values, so that shares of counts make no sense: pass "
-                "layer= with counts or normalised expression."
+                "layer= with counts or normalized expression."
             )
         sums = np.asarray(piece.sum(int(turned), dtype=np.float64)).ravel()
         if turned:

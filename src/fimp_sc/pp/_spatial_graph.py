@@ -49,7 +49,7 @@ def spatial_graph(
     key_added: str = "spatial",
     overwrite: bool = False,
 ) -> None:
-    """Connect cells with their spatial neighbours.
+    """Connect cells with their spatial neighbors.
 
     The graph is built by squidpy and stored under squidpy's keys, so every squidpy function can use it, and a graph
     that squidpy built is used as it is. Samples are built one by one and never joined.
@@ -61,7 +61,7 @@ def spatial_graph(
         values are not touched. A view becomes an independent object; the object it was taken from stays unchanged.
     method
         ``"knn"``
-            the ``n_neighbors`` nearest cells. Every cell has the same number of neighbours; the relation need not be
+            the ``n_neighbors`` nearest cells. Every cell has the same number of neighbors; the relation need not be
             mutual.
         ``"radius"``
             all cells within ``radius``.
@@ -72,7 +72,7 @@ def spatial_graph(
             the ``n_neighbors`` (6 for hexagons, 4 for squares) adjacent positions of a regular grid such as Visium's,
             out to ``n_rings`` rings.
     n_neighbors
-        Number of neighbours for ``"knn"`` and ``"grid"``; left alone otherwise.
+        Number of neighbors for ``"knn"`` and ``"grid"``; left alone otherwise.
     radius
         Distance in the unit of the coordinates. Needed by ``"radius"``, optional for ``"delaunay"``. A pair
         ``(minimum, maximum)`` keeps the edges whose length lies between the two.
@@ -96,7 +96,7 @@ def spatial_graph(
     ``None``. Written to ``adata``:
 
     ``adata.obsp[f"{key_added}_connectivities"]``
-        float32 CSR, ``(n_obs, n_obs)``, 1 where the cell of the column is a neighbour of the cell of the row.
+        float32 CSR, ``(n_obs, n_obs)``, 1 where the cell of the column is a neighbor of the cell of the row.
     ``adata.obsp[f"{key_added}_distances"]``
         CSR, ``(n_obs, n_obs)``, lengths of the edges in the unit of the coordinates (for ``"grid"``: the ring).
     ``adata.uns[f"{key_added}_neighbors"]``
@@ -117,7 +117,7 @@ def spatial_graph(
     Warns
     -----
     UserWarning
-        Some cells have no neighbours; or, without ``library_key``, edges join samples that lie over each other, as told
+        Some cells have no neighbors; or, without ``library_key``, edges join samples that lie over each other, as told
         by a column of ``adata.obs`` named like fov, sample, section, slide, donor or batch, by ``adata.uns["spatial"]``
         or by the names of cells.
 
@@ -200,7 +200,7 @@ def add_graph(
 
     _write(adata, key_added, connectivities, distances, {**keys, "params": params})
     logger.info(
-        "Built a %s graph of %d cells in %d %s: %.1f neighbours per cell on average. Stored in adata.obsp[%r].",
+        "Built a %s graph of %d cells in %d %s: %.1f neighbors per cell on average. Stored in adata.obsp[%r].",
         method,
         adata.n_obs,
         len(groups),
@@ -291,7 +291,7 @@ def _check_library_sizes(
         small = [describe(name, len(cells)) for name, cells in groups.items() if len(cells) <= n_neighbors]
         if small:
             largest = min(map(len, groups.values())) - 1
-            advice = "a sample of one cell has no neighbours"
+            advice = "a sample of one cell has no neighbors"
             if largest:
                 sample = "" if library_key is None else f", library_key={library_key!r}"
                 advice = f"call fimp_sc.pp.spatial_graph(adata, n_neighbors={largest}{sample}) or with less"

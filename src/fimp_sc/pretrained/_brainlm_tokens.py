@@ -40,7 +40,7 @@ class SegmentTokens(nn.Module):
         Parameters
         ----------
         signal
-            ``(n, segments, n_points)``, normalised as in pretraining.
+            ``(n, segments, n_points)``, normalized as in pretraining.
         xyz
             ``(n, 3)`` coordinates of the regions.
 
@@ -73,7 +73,7 @@ class PictureTokens(nn.Module):
     first. Patches of padding alone are left out, as pretraining leaves out most patches of every picture.
 
     With patches one row high this is what the original makes of a region. Otherwise it is not: there a token also
-    holds the region's neighbours in the order by y, and padding in the first and last rows.
+    holds the region's neighbors in the order by y, and padding in the first and last rows.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ class PictureTokens(nn.Module):
         ----------
         signal
             ``(n, points)`` or ``(n, segments, points)``, 200 time points in all, scaled as in pretraining (the
-            original divides its normalised recordings by 5.6430855). Other numbers of points, up to the width of the
+            original divides its normalized recordings by 5.6430855). Other numbers of points, up to the width of the
             padded picture, are put into its middle as well.
         rows
             ``(n,)`` int, row of each region in the picture without padding, see :meth:`places`.

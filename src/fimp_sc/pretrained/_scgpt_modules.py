@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ScGPTTokens(nn.Module):
-    """Tokens of scGPT: a gene's vector and the encoding of its binned value, each normalised, added; ``<cls>`` first.
+    """Tokens of scGPT: a gene's vector and the encoding of its binned value, each normalized, added; ``<cls>`` first.
 
     Parameters
     ----------

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from fimp_sc.pretrained._foundation import Foundation
 
 # Pixels from 0 to 255 to numbers from -1 to 1, as ViT was trained on them.
-_GREY = 127.5
-# By this the recordings that BrainLM's second format was trained on were divided, after they had been normalised.
+_GRAY = 127.5
+# By this the recordings that BrainLM's second format was trained on were divided, after they had been normalized.
 _PICTURE_SCALE = 5.6430855
 
 
 class PatchInput(nn.Module):
-    """Images for ViT: patches are put together again; hidden ones are of the mean colour.
+    """Images for ViT: patches are put together again; hidden ones are of the mean color.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class PatchInput(nn.Module):
 
     def statistics(self) -> SequenceStatistics:
         """Return how values are scaled, whatever the data."""
-        return SequenceStatistics(_GREY, _GREY, np.zeros(0, np.float32), np.ones(0, np.float32))
+        return SequenceStatistics(_GRAY, _GRAY, np.zeros(0, np.float32), np.ones(0, np.float32))
 
     def places(self, coordinates: NDArray[np.floating]) -> NDArray[np.floating]:
         """Return what tokens know of where nodes are: nothing."""
@@ -133,7 +133,7 @@ def sequence_input(foundation: Foundation, kind: str, size: Sequence[int], n_coo
         return PatchInput(foundation.embedding, side)
     if n_coordinates != 3:
         raise ValueError(
-            f"BrainLM reads where regions are, in millimetres of MNI space: obsm['spatial'] must hold 3 coordinates, "
+            f"BrainLM reads where regions are, in millimeters of MNI space: obsm['spatial'] must hold 3 coordinates, "
             f"found {n_coordinates}."
         )
     if config["layout"] != "segments" and size[0] > config["image_size"][1]:

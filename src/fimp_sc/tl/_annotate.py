@@ -78,10 +78,10 @@ def annotate(
     -------
     ``None``, or the copy. Writes ``obs[key]`` (categorical, all cells), ``obs[f"{key}_confidence"]`` (float32,
     probability of the label), ``obsm[f"{key}_probabilities"]`` (``(n_obs, n_classes)`` float32), ``uns[key]``
-    (``classes`` in the order of the columns, ``neighbour_share``, ``smoothed_share``, parameters, seed, versions), and
-    the graph if it was built. Nothing is written when the call fails. ``neighbour_share``, 0 to 1, is how much the
-    prediction with neighbours counts, beside that of the cell by itself (:attr:`fimp_sc.model.FIMP.neighbour_share`);
-    ``smoothed_share`` how much the mean prediction over the cell and its neighbours does, beside its own
+    (``classes`` in the order of the columns, ``neighbor_share``, ``smoothed_share``, parameters, seed, versions), and
+    the graph if it was built. Nothing is written when the call fails. ``neighbor_share``, 0 to 1, is how much the
+    prediction with neighbors counts, beside that of the cell by itself (:attr:`fimp_sc.model.FIMP.neighbor_share`);
+    ``smoothed_share`` how much the mean prediction over the cell and its neighbors does, beside its own
     (:attr:`fimp_sc.model.FIMP.smoothed_share`).
 
     Raises
@@ -124,7 +124,7 @@ def annotate(
             target.obsm[f"{key}_probabilities"] = probabilities
             target.uns[key] = record(fitted, inputs, target, "tl.annotate") | {
                 "classes": classes,
-                "neighbour_share": fitted.neighbour_share,
+                "neighbor_share": fitted.neighbor_share,
                 "smoothed_share": fitted.smoothed_share,
             }
     return adata if copy else None

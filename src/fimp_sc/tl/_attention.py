@@ -42,7 +42,7 @@ def attention(
     genes: Sequence[str] | None = None,
     n_genes: int = 50,
     pairs: pd.DataFrame | None = None,
-    null: Literal["neighbours", "labels"] = "neighbours",
+    null: Literal["neighbors", "labels"] = "neighbors",
     statistic: Literal["covariance", "content", "attention"] = "covariance",
     n_permutations: int = 100,
     min_edges: int = 30,
@@ -73,11 +73,11 @@ def attention(
     train_kwargs: dict[str, Any] | None = None,
     inference_kwargs: dict[str, Any] | None = None,
 ) -> AnnData | MuData | None:
-    r"""Read the attention between neighbouring cells: which neighbours matter, and which genes go with which.
+    r"""Read the attention between neighboring cells: which neighbors matter, and which genes go with which.
 
     Uses the model that :func:`embed`, :func:`annotate` or :func:`impute` trained on this object before, if nothing
-    has changed, and trains one otherwise. What is found are associations between neighbours. They do not tell which
-    cell acts on which, and every domain or gradient of the tissue makes neighbours alike.
+    has changed, and trains one otherwise. What is found are associations between neighbors. They do not tell which
+    cell acts on which, and every domain or gradient of the tissue makes neighbors alike.
 
     Parameters
     ----------
@@ -98,12 +98,12 @@ def attention(
         ``"ligand"`` and ``"receptor"``. Pairs with genes that are not measured, or that the model does not know, are
         left out, with a warning.
     null
-        What attention is compared with. ``"neighbours"``: cells swap places with cells of the same group and sample.
+        What attention is compared with. ``"neighbors"``: cells swap places with cells of the same group and sample.
         Groups, edges and the expression in each group stay as they are; what is lost is who is next to whom. It
         is significant what two random cells of these groups would not show. ``"labels"``: groups are dealt out anew to
         the cells of each sample. It is significant what distinguishes these groups from others, marker genes included.
     statistic
-        What is tested of a pair of genes. ``"covariance"``: whether their values go together in neighbours, whatever
+        What is tested of a pair of genes. ``"covariance"``: whether their values go together in neighbors, whatever
         the model attends to; attention then tells how much of it the model uses. ``"content"``: covariance weighted by
         attention. ``"attention"``: mean attention alone. See below; the first finds most.
     n_permutations
@@ -166,15 +166,15 @@ def attention(
     gene in the source; 0 on edges where either is no token of its cell. ``attention`` is its mean over edges,
     :math:`a_{ij}`.
 
-    With the log-normalised values :math:`x` of both genes, centred within group and sample (``null="labels"``: within
+    With the log-normalized values :math:`x` of both genes, centered within group and sample (``null="labels"``: within
     sample), and the number :math:`k_{ij}` of sources of the group of :math:`j` that :math:`i` has, ``"covariance"`` is
     :math:`\sum t_{ij} / \sqrt{\sum t_{ij}^2}` over edges with :math:`t_{ij} = x_i x_j / k_{ij}`: the mean over
-    neighbours that messages are, divided by its own size so that few edges cannot decide alone. ``"content"`` has
+    neighbors that messages are, divided by its own size so that few edges cannot decide alone. ``"content"`` has
     :math:`t_{ij} = a_{ij} x_i x_j / k_{ij}`.
 
-    p-values are one-sided and pool standardised permutations of all tests: (1 + b) / (1 + n), where b of n are at least
+    p-values are one-sided and pool standardized permutations of all tests: (1 + b) / (1 + n), where b of n are at least
     as large. Where permutations do not vary (a gene that is constant within groups, groups of one cell), nothing can be
-    told: ``z`` is 0, ``pvalue`` and ``fdr`` are 1. With ``null="neighbours"`` and ``"covariance"`` the permutations are
+    told: ``z`` is 0, ``pvalue`` and ``fdr`` are 1. With ``null="neighbors"`` and ``"covariance"`` the permutations are
     exact: the model has no part in them. With attention they are nearly so, as a model has seen in training who is next
     to whom.
 

@@ -48,9 +48,9 @@ def embed(
     train_kwargs: dict[str, Any] | None = None,
     inference_kwargs: dict[str, Any] | None = None,
 ) -> AnnData | MuData | None:
-    """Embed each cell (region, image) from its own tokens and those of its neighbours.
+    """Embed each cell (region, image) from its own tokens and those of its neighbors.
 
-    Builds a graph of 6 nearest neighbours when cells have none, trains a model on masked expression (or
+    Builds a graph of 6 nearest neighbors when cells have none, trains a model on masked expression (or
     signals, or images; FIMP-base, unless ``foundation`` names another), and writes the embedding.
 
     Parameters

@@ -62,7 +62,7 @@ def impute(
     train_kwargs: dict[str, Any] | None = None,
     inference_kwargs: dict[str, Any] | None = None,
 ) -> AnnData | MuData | None:
-    """Predict expression (signals, images) of every node from its own tokens and those of its neighbours.
+    """Predict expression (signals, images) of every node from its own tokens and those of its neighbors.
 
     Uses the model that :func:`embed` or :func:`annotate` trained on this object before, if nothing has changed, and
     trains one otherwise (a line of the log says why); so it does where that model has seen what is ``hidden``.

@@ -75,10 +75,10 @@ def niches(
         ``"mixture"``
             a mixture of normal distributions of scikit-learn, the likeliest of ``n_seeds`` starts.
         ``"leiden"``
-            Leiden clusters of scanpy's graph of nearest neighbours in the representation; the resolution that gives
+            Leiden clusters of scanpy's graph of nearest neighbors in the representation; the resolution that gives
             the number is searched by bisection. Needs igraph (``pip install igraph``).
     smooth
-        How many times the representation of a cell is replaced by the mean over the cell itself and its neighbours in
+        How many times the representation of a cell is replaced by the mean over the cell itself and its neighbors in
         the spatial graph, whose edges all count alike. More makes larger, smoother niches; 0 needs no graph. By
         default 1 for a mixture, and 0 for Leiden, whose clusters it would make stringy.
     n_components
@@ -109,7 +109,7 @@ def niches(
     Returns
     -------
     ``None``, or the copy. Writes ``obs[key_added]`` (categorical, ``"0"`` is the largest niche, ``"1"`` the next),
-    ``uns[f"{key_added}_colors"]`` (colours that stay apart for colour-blind readers), and ``uns[key_added]``:
+    ``uns[f"{key_added}_colors"]`` (colors that stay apart for color-blind readers), and ``uns[key_added]``:
     parameters, seed, versions, ``n_niches``; ``stability`` (table of the numbers that were tried, with their agreement)
     without ``n_niches``; ``composition`` (numbers of cells, labels × niches; cells without label are left out) with
     ``labels_key``. Nothing is written when the call fails.
@@ -232,13 +232,13 @@ def _representation(adata: Any, key: str) -> NDArray[np.float64]:
 
 
 def _components(values: NDArray[np.float64], n_components: int | None) -> NDArray[np.float64]:
-    """Return centred values, or their leading principal components."""
-    centred: NDArray[np.float64] = values - values.mean(axis=0)
-    if n_components is None or n_components >= min(centred.shape):
-        return centred
+    """Return centered values, or their leading principal components."""
+    centered: NDArray[np.float64] = values - values.mean(axis=0)
+    if n_components is None or n_components >= min(centered.shape):
+        return centered
     from sklearn.decomposition import PCA
 
-    scores: NDArray[np.float64] = PCA(n_components, svd_solver="full").fit_transform(centred)
+    scores: NDArray[np.float64] = PCA(n_components, svd_solver="full").fit_transform(centered)
     return scores
 
 

@@ -24,7 +24,7 @@ def smoothed(
     connectivities_key: str,
     library_key: str | None,
 ) -> NDArray[np.float64]:
-    """Return ``values[order]``, replaced ``times`` times by the mean over each cell and its neighbours.
+    """Return ``values[order]``, replaced ``times`` times by the mean over each cell and its neighbors.
 
     Parameters
     ----------
@@ -54,8 +54,8 @@ def smoothed(
         )
         raise missing_key(connectivities_key, "adata.obsp", adata.obsp, advice)
     with warnings.catch_warnings():
-        # A cell without neighbours keeps its own values; whoever embedded the cells knows of it.
-        warnings.filterwarnings("ignore", message=".*have no neighbours", category=UserWarning)
+        # A cell without neighbors keeps its own values; whoever embedded the cells knows of it.
+        warnings.filterwarnings("ignore", message=".*have no neighbors", category=UserWarning)
         check_graph(adata, connectivities_key, library_key)
     where = f"adata.obsp[{connectivities_key!r}]"
     edges = check_adjacency(get_graph(adata, connectivities_key), len(values), where=where)

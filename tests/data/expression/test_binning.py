@@ -71,7 +71,7 @@ def test_equal_values_fill_their_bins_evenly() -> None:
     # All 50 edges are 1. Each bin expects 800; 5 standard deviations.
     assert len(counts) == 50
     assert (abs(counts - n / 50) < 5 * np.sqrt(n / 50)).all()
-    # Neither cells nor neighbouring genes go together.
+    # Neither cells nor neighboring genes go together.
     first, second = bins[: n // 2], bins[n // 2 :]
     assert abs(np.corrcoef(first, second)[0, 1]) < 5 / np.sqrt(n / 2)
     assert abs(np.corrcoef(bins[1:], bins[:-1])[0, 1]) < 5 / np.sqrt(n)

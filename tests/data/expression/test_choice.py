@@ -92,7 +92,7 @@ def test_zeros_are_tokens_only_where_the_panel_fits() -> None:
     assert not padding.any()
 
 
-def test_ties_favour_no_gene_by_its_position() -> None:
+def test_ties_favor_no_gene_by_its_position() -> None:
     expression, observed = torch.ones(1, 200), torch.ones(1, 200, dtype=torch.bool)
     times = torch.zeros(200)
     for seed in range(300):

@@ -64,8 +64,8 @@ def test_nothing_of_absent_nodes_is_seen_or_a_target(graph_data_factory, nodes, 
     elif not gone.all() and len(nodes) > 10:
         assert made["target_mask"].any()
     there = ~gone
-    centred = expression()[nodes] - data.source.center[data.library[nodes]]
-    np.testing.assert_allclose(made["profile"][there], np.where(visible, centred, 0)[there], atol=1e-6)
+    centered = expression()[nodes] - data.source.center[data.library[nodes]]
+    np.testing.assert_allclose(made["profile"][there], np.where(visible, centered, 0)[there], atol=1e-6)
 
 
 def test_masks_do_not_depend_on_which_nodes_are_absent(graph_data_factory) -> None:
@@ -115,6 +115,6 @@ def test_masked_counts_change_nothing_that_is_seen(graph_data_factory, binned) -
         fields["profile"].numpy() + visible * source.center[0] for fields, source in ((first, source), (second, moved))
     )
     np.testing.assert_allclose(a, b, atol=2e-5)
-    # What is to be learnt stays on the scale of whole cells.
+    # What is to be learned stays on the scale of whole cells.
     whole = np.log1p(counts / counts.sum(1, keepdims=True) * np.median(counts.sum(1)))
     np.testing.assert_allclose(first["target"].numpy() + source.center[0], whole[:30], atol=1e-5)

@@ -135,7 +135,7 @@ def test_a_cell_whose_genes_have_their_usual_share_looks_the_same_on_a_smaller_p
 
 
 @pytest.mark.parametrize("kind", ["csr", "dense"])
-def test_centres_are_the_shrunken_means_of_batches(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_centers_are_the_shrunken_means_of_batches(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = (EVERYTHING >= 30).astype(np.int64)
     shifted = FORMATS[kind](counts())
     source = make_source(shifted, batch=batch)
@@ -148,18 +148,18 @@ def test_centres_are_the_shrunken_means_of_batches(kind: str, monkeypatch: pytes
     np.testing.assert_allclose(make_source(shifted, batch=batch).center, source.center, rtol=1e-5)
 
 
-def test_centring_takes_a_batch_effect_out() -> None:
+def test_centering_takes_a_batch_effect_out() -> None:
     batch = np.repeat([0, 1], N_OBS // 2)
     logged = np.log1p(counts())
     logged[batch == 1] += 2.0
     many = np.tile(logged, (50, 1))
     statistics = ExpressionSource(many, SAME, "log", None).gene_statistics(np.arange(len(many)))
     source = ExpressionSource(many, SAME, "log", statistics, batch=np.tile(batch, 50))
-    centred = source.rows(np.arange(len(many))) - source.center[source.batch]
-    assert np.abs(centred[source.batch == 0].mean(0) - centred[source.batch == 1].mean(0)).max() < 0.05
+    centered = source.rows(np.arange(len(many))) - source.center[source.batch]
+    assert np.abs(centered[source.batch == 0].mean(0) - centered[source.batch == 1].mean(0)).max() < 0.05
 
 
-def test_centre_of_a_gene_that_is_not_measured_is_the_training_mean() -> None:
+def test_center_of_a_gene_that_is_not_measured_is_the_training_mean() -> None:
     columns = np.where(SAME == 4, -1, SAME)
     source = make_source(counts(), columns)
     mean = ExpressionSource(counts(), SAME, "counts", None).gene_statistics(EVERYTHING).mean
@@ -168,7 +168,7 @@ def test_centre_of_a_gene_that_is_not_measured_is_the_training_mean() -> None:
 
 @pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
 @pytest.mark.parametrize("hidden_kind", ["csr", "dense"])
-def test_hidden_entries_are_not_observed_and_do_not_move_the_centres(kind: str, hidden_kind: str) -> None:
+def test_hidden_entries_are_not_observed_and_do_not_move_the_centers(kind: str, hidden_kind: str) -> None:
     rng = np.random.default_rng(0)
     order = rng.permutation(N_GENES)
     hidden = rng.random((N_OBS, N_GENES)) < 0.3
@@ -242,8 +242,8 @@ def test_empty_cells_are_zero_and_finite() -> None:
     assert np.isfinite(source.factor).all()
 
 
-def test_total_of_a_log_normalised_object_is_the_one_that_it_was_normalised_to() -> None:
-    """A model trained on log-normalised values can be applied to counts: both end on the same scale."""
+def test_total_of_a_log_normalized_object_is_the_one_that_it_was_normalized_to() -> None:
+    """A model trained on log-normalized values can be applied to counts: both end on the same scale."""
     reference = ad.AnnData(counts())
     sc.pp.normalize_total(reference, target_sum=321.0)
     sc.pp.log1p(reference)
@@ -267,7 +267,7 @@ def test_statistics_are_plain_values() -> None:
 @pytest.mark.parametrize("kind", ["csr", "dense"])
 @pytest.mark.parametrize("scale", ["counts", "real"])
 def test_absent_nodes_count_nowhere(kind: str, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches have the centres that they have in an object without these nodes."""
+    """Batches have the centers that they have in an object without these nodes."""
     read_in_pieces(monkeypatch)
     values = counts() if scale == "counts" else counts() - 5
     absent, batch = EVERYTHING % 3 == 1, (EVERYTHING >= 25).astype(np.int64)
@@ -366,7 +366,7 @@ def test_statistics_do_not_depend_on_what_is_hidden(kind: str) -> None:
 # Totals of what is visible ------------------------------------------------------------------------------------------
 
 
-def normalised(matrix: np.ndarray, visible: np.ndarray, fraction: np.ndarray, target: float) -> np.ndarray:
+def normalized(matrix: np.ndarray, visible: np.ndarray, fraction: np.ndarray, target: float) -> np.ndarray:
     """Dense reference: ``log1p`` of values scaled so that visible ones have their expected part of the target."""
     total, share = np.where(visible, matrix, 0).sum(1, keepdims=True), (visible * fraction).sum(1, keepdims=True)
     there = (total > 0) & (share > 0)
@@ -381,7 +381,7 @@ def test_cells_are_scaled_by_what_is_visible(kind: str, scale: str, monkeypatch:
     columns = np.where(SAME == 4, -1, SAME)
     statistics = ExpressionSource(counts(), SAME, "counts", None).gene_statistics(EVERYTHING)
     stored = FORMATS[kind](counts() if scale == "counts" else np.log1p(counts() / 7))
-    expected = normalised(counts(), ~hidden & (SAME != 4), statistics.fraction, statistics.target_sum)
+    expected = normalized(counts(), ~hidden & (SAME != 4), statistics.fraction, statistics.target_sum)
     read_in_pieces(monkeypatch)
     source = ExpressionSource(stored, columns, scale, statistics, hidden=hidden, trained_scale="counts")
     visible = ~hidden & (SAME != 4)
@@ -430,7 +430,7 @@ def test_rows_as_seen_under_masks_equal_a_dense_reference(kind: str) -> None:
     source = make_source(FORMATS[kind](counts()))
     found = source.as_seen(source.sparse_rows(EVERYTHING), torch.from_numpy(visible), torch.from_numpy(pattern))
     fraction = counts().sum(0) / counts().sum()
-    expected = normalised(counts(), visible[pattern], fraction, float(np.median(counts().sum(1))))
+    expected = normalized(counts(), visible[pattern], fraction, float(np.median(counts().sum(1))))
     seen = visible[pattern]
     np.testing.assert_allclose(found.toarray()[seen], expected[seen], rtol=1e-4, atol=1e-6)
     logged = ExpressionSource(np.log1p(counts()), SAME, "log", None)

@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from fimp_sc.data import BinnedTokens, BlockDataset, CentredTokens, Destinations
+from fimp_sc.data import BinnedTokens, BlockDataset, CenteredTokens, Destinations
 from fimp_sc.data.expression._binning import bin_values, content_key
 from fimp_sc.data.expression._choice import choose_tokens
 
@@ -203,11 +203,11 @@ def test_batches_ask_where_genes_are_hidden_for_training_only(graph_data) -> Non
 
 
 @pytest.mark.parametrize("n_tokens", [G, 5])
-def test_centred_tokens_have_the_centred_values_of_the_highest_genes(n_tokens: int) -> None:
+def test_centered_tokens_have_the_centered_values_of_the_highest_genes(n_tokens: int) -> None:
     values, (visible, pattern) = expression(ties=True), masks()
     rank = torch.from_numpy(np.random.default_rng(2).permutation(G))
     rows, profile = sparse.csr_matrix(values), torch.from_numpy(values - 0.7) * visible[pattern]
-    genes, found, padding = CentredTokens(rank)(rows, profile, visible, pattern, n_tokens)
+    genes, found, padding = CenteredTokens(rank)(rows, profile, visible, pattern, n_tokens)
     chosen, absent = choose_tokens(rows, visible, pattern, n_tokens, rank)
     torch.testing.assert_close((genes, padding), (chosen, absent))
     for cell in range(N):
@@ -224,7 +224,7 @@ def test_of_real_numbers_those_furthest_from_zero_become_tokens(n_tokens: int) -
     values *= np.random.default_rng(4).choice([-1, 1], values.shape).astype(np.float32)
     # The furthest are hidden in some cells, and their values must not count.
     profile = torch.from_numpy(values + 0.3) * visible[pattern]
-    genes, found, padding = CentredTokens(torch.arange(G))(
+    genes, found, padding = CenteredTokens(torch.arange(G))(
         sparse.csr_matrix(values), profile, visible, pattern, n_tokens
     )
     signs = set()

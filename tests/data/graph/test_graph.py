@@ -28,7 +28,7 @@ def test_edges_are_the_non_zero_entries(kind: str, self_loops: bool) -> None:
     np.fill_diagonal(expected, float(self_loops))
     np.testing.assert_array_equal(graph.csr.toarray(), expected)
     np.fill_diagonal(expected, 0)
-    np.testing.assert_array_equal(graph.degree, expected.sum(1), err_msg="self-loops make nobody a neighbour")
+    np.testing.assert_array_equal(graph.degree, expected.sum(1), err_msg="self-loops make nobody a neighbor")
 
 
 def test_the_matrix_of_the_user_is_not_changed() -> None:
@@ -154,8 +154,8 @@ def test_halo_is_exactly_the_in_neighbourhood(n, density, seed, n_layers, self_l
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_weights_say_how_much_more_one_neighbour_counts(n, density, seed, self_loops, scale, data) -> None:
-    """Against dense rows: weighted means, once with the node as a neighbour of mean weight."""
+def test_weights_say_how_much_more_one_neighbor_counts(n, density, seed, self_loops, scale, data) -> None:
+    """Against dense rows: weighted means, once with the node as a neighbor of mean weight."""
     matrix = messy(random_matrix(n, density, seed).toarray() * scale, seed)
     graph, dense = NodeGraph(matrix, self_loops=self_loops, weighted=True), matrix.toarray()
     np.fill_diagonal(dense, 0.0)
@@ -211,7 +211,7 @@ def test_row_is_the_destination() -> None:
     data=st.data(),
 )
 @settings(max_examples=40, deadline=None)
-def test_averaging_is_the_mean_over_neighbours_again_and_again(n, density, seed, self_loops, hops, data) -> None:
+def test_averaging_is_the_mean_over_neighbors_again_and_again(n, density, seed, self_loops, hops, data) -> None:
     matrix = random_matrix(n, density, seed)
     graph = NodeGraph(matrix, self_loops=self_loops)
     before = graph.csr.toarray()
@@ -255,7 +255,7 @@ small_graphs = given(
 
 @small_graphs
 @settings(max_examples=40, deadline=None)
-def test_surroundings_are_means_over_nodes_and_their_neighbours(n, density, seed, self_loops, data) -> None:
+def test_surroundings_are_means_over_nodes_and_their_neighbors(n, density, seed, self_loops, data) -> None:
     matrix = random_matrix(n, density, seed)
     graph = NodeGraph(matrix, self_loops=self_loops)
     before = graph.csr.toarray()
@@ -272,7 +272,7 @@ def test_surroundings_are_means_over_nodes_and_their_neighbours(n, density, seed
 
 @small_graphs
 @settings(max_examples=40, deadline=None)
-def test_among_is_the_mean_over_those_neighbours_that_are_there(n, density, seed, self_loops, data) -> None:
+def test_among_is_the_mean_over_those_neighbors_that_are_there(n, density, seed, self_loops, data) -> None:
     matrix = random_matrix(n, density, seed)
     nodes = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n, unique=True))
     among = NodeGraph(matrix, self_loops=self_loops).among(nodes)

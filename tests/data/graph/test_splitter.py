@@ -55,8 +55,8 @@ def test_validation_cells_lie_together() -> None:
     coordinates = np.random.default_rng(0).random((2000, 2))
     validation = np.zeros(2000, dtype=bool)
     validation[split_by_blocks(coordinates, np.zeros(2000, dtype=int), 0.2, 0)[1]] = True
-    neighbours = cKDTree(coordinates).query(coordinates, 7)[1][:, 1:]
-    together = validation[neighbours[validation]].mean()
+    neighbors = cKDTree(coordinates).query(coordinates, 7)[1][:, 1:]
+    together = validation[neighbors[validation]].mean()
     assert together > 0.6, "a random split has 0.2"
 
 

@@ -97,20 +97,20 @@ def test_photographs_are_turned_as_the_camera_noted(tmp_path, turn):
         np.testing.assert_array_equal(read_pixels(of_files([tmp_path / name], shape), [0])[0], upright)
 
 
-def test_grey_colour_palette_and_transparent_files(tmp_path):
-    colour, grey = random_pixels(4, 6, 3), random_pixels(4, 6)
-    opaque = np.concatenate([colour, np.full((4, 6, 1), 255, np.uint8)], axis=2)
-    few = np.array([[255, 0, 0], [0, 0, 255]], np.uint8)[grey % 2]
-    for name, pixels in (("colour", colour), ("grey", grey), ("alpha", opaque)):
+def test_gray_color_palette_and_transparent_files(tmp_path):
+    color, gray = random_pixels(4, 6, 3), random_pixels(4, 6)
+    opaque = np.concatenate([color, np.full((4, 6, 1), 255, np.uint8)], axis=2)
+    few = np.array([[255, 0, 0], [0, 0, 255]], np.uint8)[gray % 2]
+    for name, pixels in (("color", color), ("gray", gray), ("alpha", opaque)):
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     palette = Image.fromarray(few).quantize(4)
     palette.save(tmp_path / "palette.png", transparency=bytes([255, 128, 255, 255]))
-    paths = [tmp_path / f"{name}.png" for name in ("colour", "grey", "alpha", "palette")]
+    paths = [tmp_path / f"{name}.png" for name in ("color", "gray", "alpha", "palette")]
     assert inspect_files(paths, None)[1] == (4, 6, 3)
     assert inspect_files(paths[1:2], None)[1] == (4, 6, 1)
-    expected = np.stack([colour, np.repeat(grey[..., None], 3, axis=2), colour, few])
+    expected = np.stack([color, np.repeat(gray[..., None], 3, axis=2), color, few])
     np.testing.assert_array_equal(read_pixels(of_files(paths, (4, 6, 3)), np.arange(4)), expected)
-    np.testing.assert_array_equal(read_pixels(of_files(paths, (4, 6, 1)), [1])[0, ..., 0], grey)
+    np.testing.assert_array_equal(read_pixels(of_files(paths, (4, 6, 1)), [1])[0, ..., 0], gray)
 
 
 def test_more_than_eight_bits_are_not_cut_off(tmp_path):

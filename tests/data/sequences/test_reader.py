@@ -1,4 +1,4 @@
-"""Nodes as sequences of numbers, against NumPy: how they are standardised, what is hidden, and what leaks of it."""
+"""Nodes as sequences of numbers, against NumPy: how they are standardized, what is hidden, and what leaks of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def some_tokens(share=0.4, seed=2) -> np.ndarray:
     return tokens
 
 
-# Standardisation ------------------------------------------------------------------------------------------------------
+# Standardization ------------------------------------------------------------------------------------------------------
 
 
 def test_fields_of_signals_as_they_are_seen() -> None:
@@ -67,7 +67,7 @@ def test_what_was_taken_off_can_be_put_back() -> None:
     np.testing.assert_allclose(back, numbers(), rtol=1e-4)
 
 
-def test_numbers_on_a_common_scale_are_standardised_with_that_of_training_nodes() -> None:
+def test_numbers_on_a_common_scale_are_standardized_with_that_of_training_nodes() -> None:
     hidden = some_tokens()
     made = make_source(statistics=statistics(), hidden=hidden).fields(ALL, 5)
     standard = (numbers() - 3.0) / 2.0

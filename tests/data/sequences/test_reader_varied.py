@@ -47,7 +47,7 @@ def test_varied_signals_are_segments_cut_anywhere_of_either_sign() -> None:
         far = [np.abs(made["value"].numpy()[:, :, None] - s * standard[:, None]).max((0, 3)) for s in (-1, 1)]
         sign = 1 if far[1].min(1).max() < far[0].min(1).max() else -1
         near = far[sign > 0]
-        assert near.min(1).max() < 1e-3, "one sign for a whole block, as neighbours move together"
+        assert near.min(1).max() < 1e-3, "one sign for a whole block, as neighbors move together"
         segment = near.argmin(1)
         assert len(set(segment)) == n_shown
         back = made["target"] * made["std"] + made["mean"]

@@ -195,7 +195,7 @@ def test_only_the_rows_asked_for_are_read_from_a_file(
     distinct = DENSE[np.unique(nodes)]
     wanted = distinct.size if name == "hdf5 dense" else 2 * np.count_nonzero(distinct)  # values and their columns
     assert sum(read) == wanted
-    assert len(read) == (3 if name == "hdf5 dense" else 6)  # neighbours in one go
+    assert len(read) == (3 if name == "hdf5 dense" else 6)  # neighbors in one go
 
 
 def recording(computed: list[int], chunks: Any = (10, 8)) -> Any:

@@ -83,9 +83,9 @@ def test_edges_joining_libraries_are_counted():
 def test_isolated_nodes_give_one_warning_and_self_loops_do_not_help():
     graph = (ring() + sparse.eye(12)).tolil()
     graph[3, 4] = graph[7, 8] = 0
-    with pytest.warns(UserWarning, match="2 of 12 nodes have no neighbours.*their own tokens alone") as record:
+    with pytest.warns(UserWarning, match="2 of 12 nodes have no neighbors.*their own tokens alone") as record:
         check_connectivities(graph.tocsr(), 12)
-    assert sum("no neighbours" in str(warning.message) for warning in record) == 1
+    assert sum("no neighbors" in str(warning.message) for warning in record) == 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ GENES = 60
 
 
 def on_a_line(n: int = 600, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Expression (n, GENES), averages over both neighbours (n, n), and the direction in which neighbours are alike.
+    """Expression (n, GENES), averages over both neighbors (n, n), and the direction in which neighbors are alike.
 
     Most of the variance is that of strong factors of single cells.
     """
@@ -32,26 +32,26 @@ def compressed(*arrays: np.ndarray) -> list[sparse.csr_matrix]:
 @pytest.mark.parametrize(("seed", "weight"), [(0, 1.0), (1, 1.0), (2, 4.0)])
 def test_shared_components_are_leading_eigenvectors(seed: int, weight: float) -> None:
     values, near, _ = on_a_line(seed=seed)
-    centred = (values - values.mean(0)).astype(float)
-    expected, vectors = np.linalg.eigh(centred.T @ (np.eye(len(near)) + weight * (near + near.T) / 2) @ centred)
+    centered = (values - values.mean(0)).astype(float)
+    expected, vectors = np.linalg.eigh(centered.T @ (np.eye(len(near)) + weight * (near + near.T) / 2) @ centered)
     directions, variance = shared_components(*compressed(values, near), weight, 5, 0)
     assert directions.shape == (5, GENES)
     np.testing.assert_allclose(directions @ directions.T, np.eye(5), atol=1e-4)
     np.testing.assert_allclose(np.abs(np.sum(directions * vectors.T[::-1][:5], axis=1)), 1.0, atol=1e-3)
-    np.testing.assert_allclose(variance, (centred @ directions.T).var(0, ddof=1), rtol=1e-3)
+    np.testing.assert_allclose(variance, (centered @ directions.T).var(0, ddof=1), rtol=1e-3)
     assert (np.diff(expected[::-1][:5]) < 0).all()
 
 
-def test_they_find_what_neighbours_share_under_noise_that_is_stronger() -> None:
+def test_they_find_what_neighbors_share_under_noise_that_is_stronger() -> None:
     values, near, alike = on_a_line(n=2000)
     cells, *graphs = compressed(values, near, near[np.random.default_rng(0).permutation(len(near))])
     of_cells = principal_components(cells, 1, 0).directions[0]
-    of_neighbours, of_strangers = (shared_components(cells, graph, 1.0, 1, 0).directions[0] for graph in graphs)
-    assert abs(of_neighbours @ alike) > 0.85
+    of_neighbors, of_strangers = (shared_components(cells, graph, 1.0, 1, 0).directions[0] for graph in graphs)
+    assert abs(of_neighbors @ alike) > 0.85
     assert max(abs(of_cells @ alike), abs(of_strangers @ alike)) < 0.5
 
 
-def test_without_neighbours_they_are_principal_components() -> None:
+def test_without_neighbors_they_are_principal_components() -> None:
     values, near, _ = on_a_line()
     cells, nothing = compressed(values, 0 * near)
     shared, principal = shared_components(cells, nothing, 1.0, 4, 0), principal_components(cells, 4, 0)

@@ -92,15 +92,15 @@ def test_without_validation_the_start_reconstructs_like_pca() -> None:
     module, train = make_module(), cells()
     start(module, train)
     assert (module.network.n_own, module.network.n_neighbourhood) == (5, 2)
-    centred = train - train.mean(0)
-    scores = torch.from_numpy(centred) @ module.network.embedding.loading
+    centered = train - train.mean(0)
+    scores = torch.from_numpy(centered) @ module.network.embedding.loading
     value = module.value_head(scores).detach().numpy()
     gene_scale, directions, _ = half_scaled_pca(train, 5)
-    np.testing.assert_allclose(value, centred / gene_scale @ directions.T @ directions * gene_scale, atol=1e-4)
-    assert (module.value_head.loading[:, 5:] == 0).all(), "nothing is known of the neighbours"
+    np.testing.assert_allclose(value, centered / gene_scale @ directions.T @ directions * gene_scale, atol=1e-4)
+    assert (module.value_head.loading[:, 5:] == 0).all(), "nothing is known of the neighbors"
     np.testing.assert_allclose(module.gene_mean, train.mean(0), rtol=1e-5)
     assert float(module.target_sum) == 100.0
-    assert float(module.value_variance) == pytest.approx(np.mean(centred**2), rel=1e-3)
+    assert float(module.value_variance) == pytest.approx(np.mean(centered**2), rel=1e-3)
 
 
 def test_scores_start_between_plain_and_whitened_ones() -> None:
@@ -119,7 +119,7 @@ def test_scores_start_between_plain_and_whitened_ones() -> None:
 
 
 def make_smoother_problem(seed: int, n=40, genes=8, k=4) -> dict:
-    """Own and neighbours' scores that agree, contradict each other, or mislead, on any scale."""
+    """Own and neighbors' scores that agree, contradict each other, or mislead, on any scale."""
     rng = np.random.default_rng(seed)
     cells = rng.standard_normal((n, genes))
     around = rng.choice([0.1, 1.0, 3.0]) * rng.standard_normal((n, genes)) + rng.choice([-1.0, -0.1, 0.0, 0.5]) * cells
@@ -140,17 +140,17 @@ def hidden_entries(values: np.ndarray, random_state: int) -> np.ndarray:
 
 def fit_by_brute_force(cells, around, mean, encode, decode, n_neighbourhood, random_state) -> tuple[list, list]:
     """Non-negative least squares over the list of all hidden entries, one component at a time."""
-    centred = cells - mean
-    hidden = hidden_entries(centred, random_state)
+    centered = cells - mean
+    hidden = hidden_entries(centered, random_state)
     row, gene = np.nonzero(hidden)
-    scores = np.where(hidden, 0.0, centred) @ encode / 0.85, (around - mean) @ encode
-    own, neighbours = [], []
+    scores = np.where(hidden, 0.0, centered) @ encode / 0.85, (around - mean) @ encode
+    own, neighbors = [], []
     for k in range(encode.shape[1]):
         read = scores if k < n_neighbourhood else scores[:1]
-        factors = nnls(np.stack([part[row, k] * decode[gene, k] for part in read], axis=1), centred[row, gene])[0]
+        factors = nnls(np.stack([part[row, k] * decode[gene, k] for part in read], axis=1), centered[row, gene])[0]
         own.append(factors[0])
-        neighbours.extend(factors[1:])
-    return own, neighbours
+        neighbors.extend(factors[1:])
+    return own, neighbors
 
 
 def test_linear_smoother_is_non_negative_least_squares_component_by_component() -> None:
@@ -159,11 +159,11 @@ def test_linear_smoother_is_non_negative_least_squares_component_by_component() 
         problem = make_smoother_problem(seed, n=530 if seed == 0 else 40)
         expected = fit_by_brute_force(**problem, n_neighbourhood=3, random_state=seed)
         problem |= {name: sparse.csr_matrix(problem[name]) for name in ("cells", "around")}
-        own, neighbours, *_ = linear_smoother(**problem, n_neighbourhood=3, random_state=seed)
-        assert (own.shape, neighbours.shape) == ((4,), (3,))
+        own, neighbors, *_ = linear_smoother(**problem, n_neighbourhood=3, random_state=seed)
+        assert (own.shape, neighbors.shape) == ((4,), (3,))
         np.testing.assert_allclose(own, expected[0], rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(neighbours, expected[1], rtol=1e-3, atol=1e-5)
-        kinds |= set(zip(own[:3] > 0, neighbours > 0, strict=True))
+        np.testing.assert_allclose(neighbors, expected[1], rtol=1e-3, atol=1e-5)
+        kinds |= set(zip(own[:3] > 0, neighbors > 0, strict=True))
     assert len(kinds) == 4, "each of the two, both and none are in use"
 
 
@@ -177,17 +177,17 @@ def test_value_head_starts_reading_as_strongly_as_the_linear_smoother_says() -> 
     encode = plain.network.embedding.loading.detach().numpy().astype(float)[:, :5]
     decode = plain.value_head.loading.detach().numpy().astype(float)[:, :5]
     np.testing.assert_allclose(fitted.network.embedding.loading[:, :5].detach(), encode, rtol=1e-3, atol=1e-4)
-    own, neighbours = fit_by_brute_force(validation, around, train.mean(0), encode, decode, 2, 3)
+    own, neighbors = fit_by_brute_force(validation, around, train.mean(0), encode, decode, 2, 3)
     loading = fitted.value_head.loading.detach().numpy()
     np.testing.assert_allclose(loading[:, :5], decode * own, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(loading[:, 5:7], decode[:, :2] * neighbours, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(loading[:, 5:7], decode[:, :2] * neighbors, rtol=1e-3, atol=1e-4)
     assert (loading[:, 7:] == 0).all()
-    assert min(own[0], neighbours[0]) > 0.1, "both are informative here"
+    assert min(own[0], neighbors[0]) > 0.1, "both are informative here"
 
 
-@pytest.mark.parametrize(("noise", "neighbours", "alike"), [(1.5, True, True), (1.5, False, False), (0.1, True, False)])
-def test_start_asks_neighbours_where_single_cells_are_mostly_noise(noise: float, neighbours: bool, alike: bool) -> None:
-    """Neighbours are alike in one direction, single cells vary most in another; noise is the same in all genes."""
+@pytest.mark.parametrize(("noise", "neighbors", "alike"), [(1.5, True, True), (1.5, False, False), (0.1, True, False)])
+def test_start_asks_neighbors_where_single_cells_are_mostly_noise(noise: float, neighbors: bool, alike: bool) -> None:
+    """Neighbors are alike in one direction, single cells vary most in another; noise is the same in all genes."""
     n, rng = 800, np.random.default_rng(5)
     shared, private = np.linalg.qr(rng.standard_normal((GENES, 2)))[0].T
     near = sparse.csr_matrix((np.eye(n, k=1) + np.eye(n, k=-1)).astype(np.float32) / 2)
@@ -200,7 +200,7 @@ def test_start_asks_neighbours_where_single_cells_are_mostly_noise(noise: float,
     train, validation = made(wave[:n]), made(wave[n:])
     around = near @ validation
     module = make_module()
-    start(module, train, validation, around, near=near if neighbours else None)
+    start(module, train, validation, around, near=near if neighbors else None)
     gene_scale = np.sqrt(train.astype(float).std(0))
     first = module.network.embedding.loading.detach().numpy()[:, 0] * gene_scale
     first /= np.linalg.norm(first)
@@ -211,7 +211,7 @@ def test_start_asks_neighbours_where_single_cells_are_mostly_noise(noise: float,
 def test_components_of_noise_start_smaller_than_those_of_signal() -> None:
     plain, shrunk = make_module(), make_module()
     start(plain, cells())
-    # Neighbours that say nothing: what is known comes from the cell itself.
+    # Neighbors that say nothing: what is known comes from the cell itself.
     start(shrunk, cells(), cells(400, seed=1), np.tile(cells().mean(0), (400, 1)))
     with torch.no_grad():
         factor = shrunk.value_head.loading[:, :5].norm(dim=0) / plain.value_head.loading[:, :5].norm(dim=0)
@@ -234,17 +234,17 @@ def test_components_that_tell_something_are_counted() -> None:
     found = set()
     for seed in range(100):
         problem = make_smoother_problem(seed)
-        encode, decode, centred = problem["encode"], problem["decode"], problem["cells"] - problem["mean"]
-        hidden = hidden_entries(centred, seed)
+        encode, decode, centered = problem["encode"], problem["decode"], problem["cells"] - problem["mean"]
+        hidden = hidden_entries(centered, seed)
         row, gene = np.nonzero(hidden)
-        scores = (np.where(hidden, 0.0, centred) @ encode / 0.85)[row] * decode[gene]
+        scores = (np.where(hidden, 0.0, centered) @ encode / 0.85)[row] * decode[gene]
         square = (scores**2).sum(0)
-        expected = count_by_brute_force(scores.T @ centred[row, gene] / square, square)
+        expected = count_by_brute_force(scores.T @ centered[row, gene] / square, square)
         problem |= {name: sparse.csr_matrix(problem[name]) for name in ("cells", "around")}
         fit = linear_smoother(**problem, n_neighbourhood=3, random_state=seed)
         assert fit.n_telling == expected
         first = scores[:, :3]
-        assert fit.signal == pytest.approx((first.T @ centred[row, gene]).sum() / (first**2).sum(), rel=1e-3, abs=1e-4)
+        assert fit.signal == pytest.approx((first.T @ centered[row, gene]).sum() / (first**2).sum(), rel=1e-3, abs=1e-4)
         found.add(expected)
     assert len(found) >= 4
 
@@ -257,7 +257,7 @@ def test_components_of_noise_are_left_out_of_the_summary_on_demand(drop: bool) -
     start(module, cells(), strangers, strangers, drop_noise=drop)
     told = (module.network.embedding.loading[:, :5].abs().sum(0) > 0).numpy()
     read = (module.value_head.loading[:, :5].abs().sum(0) > 0).numpy()
-    assert told[:2].all(), "the neighbours' mean is read from these"
+    assert told[:2].all(), "the neighbors' mean is read from these"
     assert told.all() != drop
     assert not read[~told].any()
 

@@ -1,4 +1,4 @@
-"""Labels with and without neighbours, smoothed over neighbours: the views, their mixture, what each teaches."""
+"""Labels with and without neighbors, smoothed over neighbors: the views, their mixture, what each teaches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from module_toys import make_batch, make_module
 from scipy import sparse
 
-from fimp_sc.data import BlockDataset, Destinations, without_neighbours
+from fimp_sc.data import BlockDataset, Destinations, without_neighbors
 from fimp_sc.model import FIMP
 from fimp_sc.model.predict._labels import _shifts
 
@@ -23,13 +23,13 @@ def draw_heads(module: torch.nn.Module) -> None:
 
 
 def both_views(model, adata, indices) -> tuple[np.ndarray, np.ndarray]:
-    """What the model predicts with neighbours, and without."""
-    with_neighbours = model._with_neighbours(adata, indices, {}, model._graph_data(adata))
-    return with_neighbours, model._alone(adata, indices, {}, model._graph_data(adata, messages=False))
+    """What the model predicts with neighbors, and without."""
+    with_neighbors = model._with_neighbors(adata, indices, {}, model._graph_data(adata))
+    return with_neighbors, model._alone(adata, indices, {}, model._graph_data(adata, messages=False))
 
 
 def smooth(graph: np.ndarray, probability: np.ndarray, share: float) -> np.ndarray:
-    """Geometric means over cells and their neighbours, twice: one cell after the other."""
+    """Geometric means over cells and their neighbors, twice: one cell after the other."""
     logs = np.log(np.maximum(probability.astype(float), 1e-6))
     for _ in range(2):
         before = logs.copy()
@@ -63,8 +63,8 @@ def test_destinations_by_themselves_are_those_of_a_graph_without_edges(tissue, m
         alone = module.inference(batch, alone=True)["alone"]
         np.testing.assert_allclose(alone, module.inference(without)["embedding"], atol=1e-5)
         assert (alone - module.inference(batch)["embedding"]).abs().max() > 1e-2
-    assert "edge_weight" not in without_neighbours({**batch, "edge_weight": [torch.ones(3)] * model.n_layers})
-    assert without_neighbours(batch)["n_nodes"] == without["n_nodes"] == [len(nodes)] * (model.n_layers + 1)
+    assert "edge_weight" not in without_neighbors({**batch, "edge_weight": [torch.ones(3)] * model.n_layers})
+    assert without_neighbors(batch)["n_nodes"] == without["n_nodes"] == [len(nodes)] * (model.n_layers + 1)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -72,33 +72,33 @@ def test_predictions_are_mixed_by_the_share(tissue, make_model, train, share: fl
     model = train(make_model(tissue, LABELS), max_epochs=1)
     draw_heads(model.module)
     model.module.smoothed_share.zero_()
-    model.module.neighbour_share.fill_(share)
-    assert model.neighbour_share == pytest.approx(share)
+    model.module.neighbor_share.fill_(share)
+    assert model.neighbor_share == pytest.approx(share)
     mixed = model.predict(soft=True).to_numpy()
     np.testing.assert_allclose(mixed.sum(1), 1, rtol=1e-5)
-    model.module.neighbour_share.fill_(1.0)
+    model.module.neighbor_share.fill_(1.0)
     first = model.predict(soft=True).to_numpy()
-    model.module.neighbour_share.fill_(0.0)
+    model.module.neighbor_share.fill_(0.0)
     second = model.predict(soft=True).to_numpy()
     assert np.abs(first - second).max() > 0.1
     np.testing.assert_allclose(mixed, share * first + (1 - share) * second, atol=1e-6)
     rewired = tissue.copy()
     section = rewired.obs["section"].to_numpy()
     rng = np.random.default_rng(0)
-    # Other neighbours, of the same section.
+    # Other neighbors, of the same section.
     order = np.arange(120)
     for name in np.unique(section):
         order[section == name] = rng.permutation(order[section == name])
     rewired.obsp["spatial_connectivities"] = rewired.obsp["spatial_connectivities"][order][:, order]
     np.testing.assert_allclose(model.predict(rewired, soft=True), second, atol=1e-5)
-    model.module.neighbour_share.fill_(1.0)
+    model.module.neighbor_share.fill_(1.0)
     assert np.abs(model.predict(rewired, soft=True).to_numpy() - first).max() > 0.1
 
 
-@pytest.mark.filterwarnings("ignore:.*have no neighbours")
+@pytest.mark.filterwarnings("ignore:.*have no neighbors")
 @pytest.mark.parametrize("options", [{}, {"self_loops": False}])
 @pytest.mark.parametrize("share", [0.35, 1.0])
-def test_predictions_are_smoothed_over_cells_and_their_neighbours(
+def test_predictions_are_smoothed_over_cells_and_their_neighbors(
     tissue, make_model, train, share: float, options: dict
 ) -> None:
     graph = tissue.obsp["spatial_connectivities"].toarray()
@@ -115,7 +115,7 @@ def test_predictions_are_smoothed_over_cells_and_their_neighbours(
     np.testing.assert_allclose(found, expected, atol=1e-5)
     # Smoothed are logarithms of at least 1e-6.
     alone = np.maximum(own[5], 1e-6) / np.maximum(own[5], 1e-6).sum()
-    np.testing.assert_allclose(found[5], alone, atol=1e-6, err_msg="a cell without neighbours is its own mean")
+    np.testing.assert_allclose(found[5], alone, atol=1e-6, err_msg="a cell without neighbors is its own mean")
     assert np.abs(found - own).max() > 0.05
     some = [70, 3, 5, 3]
     np.testing.assert_allclose(model.predict(indices=some, soft=True), found[some], atol=1e-6)
@@ -126,7 +126,7 @@ def test_predictions_are_smoothed_over_cells_and_their_neighbours(
 def test_mixture_is_the_best_of_the_validation_cells(tissue, make_model, train) -> None:
     held = np.arange(40)
     model = train(make_model(tissue, LABELS), validation_indices=held)
-    shares = (model.neighbour_share, model.smoothed_share)
+    shares = (model.neighbor_share, model.smoothed_share)
     known = held[tissue.obs["label"].isin(model.classes).to_numpy()[held]]
     code = np.array([model.classes.index(name) for name in tissue.obs["label"].iloc[known]])
     graph = tissue.obsp["spatial_connectivities"].toarray() != 0
@@ -134,7 +134,7 @@ def test_mixture_is_the_best_of_the_validation_cells(tissue, make_model, train) 
     best = np.array(np.unravel_index(loss.argmin(), loss.shape)) / 20
     assert shares == pytest.approx(tuple(best))
     unvalidated = train(make_model(tissue, LABELS), validation_size=0)
-    assert (unvalidated.neighbour_share, unvalidated.smoothed_share) == (0.5, 0.0)
+    assert (unvalidated.neighbor_share, unvalidated.smoothed_share) == (0.5, 0.0)
 
 
 @pytest.mark.parametrize(("view", "expected"), [(0, 1.0), (1, 0.0)])
@@ -145,7 +145,7 @@ def test_the_better_view_is_chosen(tissue, make_model, train, view: int, expecte
     views = both_views(model, tissue, known)
     # Classes for which this view gives more than the other, everywhere.
     model._fit_shares(np.arange(120), known, (views[view] - views[1 - view]).argmax(1))
-    assert model.neighbour_share == expected
+    assert model.neighbor_share == expected
 
 
 def test_the_mixture_for_other_sections_stands_shifts(tissue, make_model, train, monkeypatch) -> None:
@@ -172,28 +172,28 @@ def test_the_mixture_for_other_sections_stands_shifts(tissue, make_model, train,
         sources = [model._graph_data(tissue), model._graph_data(tissue, messages=False)]
         for part in sources:
             part.source.center = part.source.center + shift
-        first = model._with_neighbours(tissue, None, {}, sources[0])
+        first = model._with_neighbors(tissue, None, {}, sources[0])
         loss = loss + grid(graph, first, model._alone(tissue, None, {}, sources[1]), known, code)
     best = np.array(np.unravel_index(loss.argmin(), loss.shape)) / 20
     np.testing.assert_allclose(model.module.mixtures[1].numpy(), best, atol=1e-6)
-    np.testing.assert_allclose(model.module.mixtures[0].numpy(), (model.neighbour_share, model.smoothed_share))
+    np.testing.assert_allclose(model.module.mixtures[0].numpy(), (model.neighbor_share, model.smoothed_share))
 
 
 def test_other_sections_have_the_other_mixture(tissue, make_model, train) -> None:
     model = train(make_model(tissue, LABELS), max_epochs=1)
     model.module.mixtures.copy_(torch.tensor([[0.7, 0.45], [0.2, 0.9]]))
     same = FIMP.load_query_data(tissue.copy(), model)
-    assert (same.neighbour_share, same.smoothed_share) == pytest.approx((0.7, 0.45))
+    assert (same.neighbor_share, same.smoothed_share) == pytest.approx((0.7, 0.45))
     other = tissue.copy()
     other.obs_names = [f"other_{name}" for name in other.obs_names]
     other = FIMP.load_query_data(other, model)
-    assert (other.neighbour_share, other.smoothed_share) == pytest.approx((0.2, 0.9))
+    assert (other.neighbor_share, other.smoothed_share) == pytest.approx((0.2, 0.9))
     barcodes = tissue.copy()
     barcodes.X = barcodes.X[np.random.default_rng(0).permutation(120)]
     barcodes = FIMP.load_query_data(barcodes, model)
-    assert barcodes.neighbour_share == pytest.approx(0.2), "the same names of other cells"
+    assert barcodes.neighbor_share == pytest.approx(0.2), "the same names of other cells"
     again = FIMP.load_query_data(tissue.copy(), other)
-    assert again.neighbour_share == pytest.approx(0.7), "a model remembers its training"
+    assert again.neighbor_share == pytest.approx(0.7), "a model remembers its training"
 
 
 def test_an_object_that_is_passed_has_its_own_mixture(tissue, make_model, train) -> None:
@@ -216,7 +216,7 @@ def test_a_training_without_labeled_validation_cells_forgets_the_shares(tissue, 
     model.module.mixtures.copy_(torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
     model._use_mixture(elsewhere=True)
     train(model, max_epochs=1, validation_size=0)
-    assert (model.neighbour_share, model.smoothed_share) == (0.5, 0.0)
+    assert (model.neighbor_share, model.smoothed_share) == (0.5, 0.0)
 
 
 def test_shares_are_saved(tissue, make_model, train, tmp_path) -> None:
@@ -231,7 +231,7 @@ def test_shares_are_saved(tissue, make_model, train, tmp_path) -> None:
         FIMP.load(str(tmp_path / "model"), adata=tissue, accelerator="cpu"),
     )
     for other in again:
-        assert other.neighbour_share == model.neighbour_share == pytest.approx(0.7)
+        assert other.neighbor_share == model.neighbor_share == pytest.approx(0.7)
         assert other.smoothed_share == model.smoothed_share == pytest.approx(0.45)
     np.testing.assert_allclose(again[-1].predict(soft=True), model.predict(soft=True), atol=1e-6)
 
@@ -239,7 +239,7 @@ def test_shares_are_saved(tissue, make_model, train, tmp_path) -> None:
 def test_without_messages_there_is_one_prediction(tissue, make_model, train) -> None:
     model = train(make_model(tissue, LABELS, messages=False))
     assert model.module.label_head_alone is None
-    assert (model.neighbour_share, model.smoothed_share) == (0.0, 0.0)
+    assert (model.neighbor_share, model.smoothed_share) == (0.0, 0.0)
 
 
 def module_with_both() -> tuple:
@@ -251,17 +251,17 @@ def module_with_both() -> tuple:
 
 @pytest.mark.parametrize(("share", "learns"), [(0.0, 0.3), (0.25, 0.3), (0.5, 0.5), (1.0, 1.0)])
 def test_network_learns_from_either_prediction_as_much_as_it_counts(share: float, learns: float) -> None:
-    """The gradient is that of the cross-entropies weighted with the shares; neighbours have a floor."""
+    """The gradient is that of the cross-entropies weighted with the shares; neighbors have a floor."""
     module, batch = module_with_both()
     module.value_head = None
-    module.neighbour_share.fill_(share)
+    module.neighbor_share.fill_(share)
     weights = list(module.network.parameters())
     module(batch)[2].loss.backward()
     found = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in weights]
     module.zero_grad()
     views = (
         (module.label_head, module.network(batch), learns),
-        (module.label_head_alone, module.network(without_neighbours(batch)), 1 - learns),
+        (module.label_head_alone, module.network(without_neighbors(batch)), 1 - learns),
     )
     loss = sum(
         part * torch.nn.functional.cross_entropy(head(embedding), batch["label"], ignore_index=-1)
@@ -275,7 +275,7 @@ def test_network_learns_from_either_prediction_as_much_as_it_counts(share: float
 
 def test_heads_learn_whatever_counts() -> None:
     module, batch = module_with_both()
-    module.neighbour_share.fill_(1.0)
+    module.neighbor_share.fill_(1.0)
     module(batch)[2].loss.backward()
     assert module.label_head_alone.score.weight.grad.abs().max() > 1e-3
     assert module.label_head.score.weight.grad.abs().max() > 1e-3

@@ -230,7 +230,7 @@ def test_signals_keep_their_own_scale(signals, copied_mudata) -> None:
     np.testing.assert_allclose(apply(signals, other), expected, rtol=1e-3, atol=0.3)
 
 
-def test_images_are_predicted_as_colours(models) -> None:
+def test_images_are_predicted_as_colors(models) -> None:
     """With an untrained head of zeros the mean of the training images is predicted."""
     case = models["image"]
     twin = FIMP.load_query_data(case.mdata, case.model)
@@ -276,8 +276,8 @@ def test_the_order_of_nodes_does_not_matter(case, mask) -> None:
     np.testing.assert_allclose(case.tokens(found)[hidden], case.tokens(expected)[hidden], **near(case))
 
 
-@pytest.mark.filterwarnings("ignore:.*have no neighbours")
-def test_nodes_without_neighbours_are_predicted_from_themselves(case, mask, copied_mudata) -> None:
+@pytest.mark.filterwarnings("ignore:.*have no neighbors")
+def test_nodes_without_neighbors_are_predicted_from_themselves(case, mask, copied_mudata) -> None:
     lonely = copied_mudata(case.mdata)
     graph = lonely[case.name].obsp["spatial_connectivities"].tolil()
     graph[4], graph[:, 4] = 0, 0

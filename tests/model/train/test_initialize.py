@@ -37,9 +37,9 @@ def test_components_of_noise_start_empty_without_labels_on_few_cells(
     assert not started[0][: network.n_neighbourhood].any()
 
 
-@pytest.mark.parametrize(("signal", "by_neighbours"), [(0.0, False), (1.1, True)])
-def test_components_are_those_of_training_cells_and_their_neighbours(
-    tissue, make_model, train, monkeypatch, signal, by_neighbours
+@pytest.mark.parametrize(("signal", "by_neighbors"), [(0.0, False), (1.1, True)])
+def test_components_are_those_of_training_cells_and_their_neighbors(
+    tissue, make_model, train, monkeypatch, signal, by_neighbors
 ) -> None:
     """`signal` decides; cells that are held out, and edges to them, take no part."""
     monkeypatch.setattr(_module_start, "_MOSTLY_SIGNAL", signal)
@@ -54,8 +54,8 @@ def test_components_are_those_of_training_cells_and_their_neighbours(
     held_out = np.arange(0, tissue.n_obs, 7)
     model = train(make_model(tissue), max_epochs=1, validation_indices=held_out)
     assert np.isfinite(model.get_latent_representation()).all()
-    assert len(asked) == by_neighbours
-    if by_neighbours:
+    assert len(asked) == by_neighbors
+    if by_neighbors:
         rest = np.setdiff1d(np.arange(tissue.n_obs), held_out)
         joined = tissue.obsp["spatial_connectivities"].toarray()[np.ix_(rest, rest)] > 0
         np.testing.assert_allclose(asked[0], joined / np.maximum(joined.sum(1, keepdims=True), 1), rtol=1e-6)

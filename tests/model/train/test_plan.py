@@ -22,7 +22,7 @@ def make_plan(steps: int = 200, *, module: FIMPModule | None = None, **kwargs):
     return plan, plan.configure_optimizers()
 
 
-def test_every_parameter_is_optimised_once() -> None:
+def test_every_parameter_is_optimized_once() -> None:
     plan, configured = make_plan()
     grouped = [id(p) for group in configured["optimizer"].param_groups for p in group["params"]]
     assert len(grouped) == len(set(grouped))
@@ -195,7 +195,7 @@ def test_training_without_labeled_validation_cells(partly, train) -> None:
     loss, masked = (model.history[name].to_numpy(float) for name in ("validation_loss", "masked_loss_validation"))
     assert np.isfinite(loss).all()
     np.testing.assert_allclose(loss, masked, rtol=1e-6)
-    assert (model.neighbour_share, model.smoothed_share) == (0.5, 0.0)
+    assert (model.neighbor_share, model.smoothed_share) == (0.5, 0.0)
 
 
 def test_label_loss_of_training_is_a_mean_over_labeled_cells(partly, train, monkeypatch) -> None:

@@ -91,11 +91,11 @@ def test_what_signals_and_images_learn_from_differs() -> None:
     assert found.mask_ratio == (0.1, 0.6)
     assert found.plan == {"lr": 2e-3}
     assert (found.steps, found.most_epochs, found.validations, found.patience) == (800, 400, 30, 6)
-    assert of(100, expression=False, labeled=[4]).plan == {"lr": 1e-3}, "labels are learnt more slowly"
+    assert of(100, expression=False, labeled=[4]).plan == {"lr": 1e-3}, "labels are learned more slowly"
     assert of(100, labeled=[4]).plan == {}
 
 
-def test_labels_are_learnt_from_nodes_without_a_mask() -> None:
+def test_labels_are_learned_from_nodes_without_a_mask() -> None:
     assert of(100).mask_cells(labeled=True) == 0.5
     assert of(100).mask_cells(labeled=False) == 1.0
     assert of(100, expression=False).mask_cells(labeled=True) == 1.0

@@ -242,7 +242,7 @@ def test_labels_of_validation_cells_do_not_reach_the_training_loss(
 ) -> None:
     """Wrong labels on the held-out cells: training and its losses stay the same to the last bit.
 
-    But for how much neighbours count, which these cells are there to tell, and which is kept as it is here.
+    But for how much neighbors count, which these cells are there to tell, and which is kept as it is here.
     """
     monkeypatch.setattr(FIMPTrainingPlan, "_fit_share", lambda plan, log_loss: None)
     held = np.arange(40)

@@ -112,7 +112,7 @@ def test_hidden_features_are_scored_on_their_own_scale(tissue, make_model, train
 
 @pytest.mark.parametrize("scale", ["counts", "log"])
 def test_hidden_values_have_no_influence_on_labels(tissue, make_model, train, scale) -> None:
-    """Nor on how much neighbours count."""
+    """Nor on how much neighbors count."""
     tissue.X = tissue.X.toarray() if scale == "counts" else np.log1p(tissue.X.toarray())
     mask = np.random.default_rng(0).random(tissue.shape) < 0.2
     other = tissue.copy()

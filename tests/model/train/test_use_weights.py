@@ -49,9 +49,9 @@ def test_weights_count_when_they_are_asked_for(tissue, make_model, train, traine
     np.testing.assert_allclose(model.get_latent_representation(same), there, atol=2e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*(have no neighbours|all alike):UserWarning")
-def test_neighbours_of_hardly_any_weight_are_as_good_as_none(tissue, make_model, train) -> None:
-    """Without self-loops, whose share depends on the number of neighbours."""
+@pytest.mark.filterwarnings("ignore:.*(have no neighbors|all alike):UserWarning")
+def test_neighbors_of_hardly_any_weight_are_as_good_as_none(tissue, make_model, train) -> None:
+    """Without self-loops, whose share depends on the number of neighbors."""
     weigh(tissue, lambda length: np.where(length > np.median(length), 1e-20, 1.0))
     graph = tissue.obsp["near_connectivities"]
     kept = np.asarray((graph > 0.5).sum(1)).ravel()
@@ -65,7 +65,7 @@ def test_neighbours_of_hardly_any_weight_are_as_good_as_none(tissue, make_model,
 
 
 def test_weights_that_are_all_alike_are_announced(tissue, make_model, train) -> None:
-    message = r"neighbours of a node are all alike in obsp\['spatial_connectivities'\]"
+    message = r"neighbors of a node are all alike in obsp\['spatial_connectivities'\]"
     model = train(make_model(weigh(tissue, near), WEIGHTED, use_weights=True), max_epochs=1)
     with pytest.warns(UserWarning, match=message):
         train(make_model(tissue.copy(), use_weights=True), max_epochs=1)

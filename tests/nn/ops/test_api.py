@@ -213,7 +213,7 @@ def test_gradcheck(reduce: str) -> None:
 
 @given(order=st.permutations(range(7)), seed=st.integers(0, 100))
 @HYPOTHESIS
-def test_order_of_nodes_and_of_neighbours_does_not_matter(order: list[int], seed: int) -> None:
+def test_order_of_nodes_and_of_neighbors_does_not_matter(order: list[int], seed: int) -> None:
     query, key, value = random_inputs(n_dst=7, seed=seed)
     rows = [[0, 3, 6], [], [2], [1, 2, 3, 4, 5], [6, 0], [5], [4, 3, 2, 1]]
     weights = {(i, j): 1.0 + 0.1 * i + 0.01 * j for i, row in enumerate(rows) for j in row}

@@ -30,13 +30,13 @@ def choose_tokens(
     """Choose the genes that become tokens: the highest visible values of each cell.
 
     Equal values (counts are full of them) are ordered by ``gene_rank``, a seeded permutation, so that the choice is
-    reproducible and favours no gene by its position in the file. Zeros carry no token, unless the whole panel fits
+    reproducible and favors no gene by its position in the file. Zeros carry no token, unless the whole panel fits
     into the budget: in small imaging panels an absent gene is informative too.
 
     Parameters
     ----------
     expression
-        ``(n_nodes, n_genes)`` float32, log-normalised, not negative.
+        ``(n_nodes, n_genes)`` float32, log-normalized, not negative.
     visible, pattern
         ``(n_patterns, n_genes)`` bool and ``(n_nodes,)`` int64: which genes each node shows. Genes that are hidden
         or not measured never become tokens.

@@ -1,4 +1,4 @@
-"""Expression as FIMP sees it: log-normalised, mapped onto the genes of the model, centered."""
+"""Expression as FIMP sees it: log-normalized, mapped onto the genes of the model, centered."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # The mean of a batch is shrunk towards the training mean as if that many training cells were added to it.
 _PRIOR_CELLS = 20.0
-# A total that differs by this factor is not that of the same normalisation.
+# A total that differs by this factor is not that of the same normalization.
 _OTHER_TOTAL = 2.0
 # Rows read at once where rows are picked rather than streamed.
 _ROWS = 4096
@@ -35,7 +35,7 @@ class GeneStatistics:
     Attributes
     ----------
     mean
-        ``(n_genes,)`` float32, mean log-normalised expression.
+        ``(n_genes,)`` float32, mean log-normalized expression.
     fraction
         ``(n_genes,)`` float32, share of all counts; sums to 1.
     target_sum
@@ -71,10 +71,10 @@ def used_as_is(input_scale: InputScale, trained_scale: InputScale | None) -> boo
 class ExpressionSource:
     """Rows of expression in the genes of the model.
 
-    Counts and normalised values are divided by the cell's total over the genes that the model knows and that are
+    Counts and normalized values are divided by the cell's total over the genes that the model knows and that are
     visible in this cell, multiplied by ``target_sum`` times the share that these genes have in the training data, and
     ``log1p`` transformed; values on the log scale, and real numbers, are used as they are. Where training saw counts or
-    normalised values, logarithms are undone first, as they may be those of another total. The user's matrix is never
+    normalized values, logarithms are undone first, as they may be those of another total. The user's matrix is never
     changed and stays where it is, in memory or on disk: one pass over it finds totals and means, after which only the
     rows of a block are read, and only they become dense.
 
@@ -191,14 +191,14 @@ class ExpressionSource:
         return len(self._columns)
 
     def rows(self, nodes: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return ``(len(nodes), n_genes)`` float32 log-normalised values, 0 for genes that are not measured."""
-        values = self._normalised(self._in_genes(self._rows.read(nodes)), nodes)
+        """Return ``(len(nodes), n_genes)`` float32 log-normalized values, 0 for genes that are not measured."""
+        values = self._normalized(self._in_genes(self._rows.read(nodes)), nodes)
         return values.toarray() if sparse.issparse(values) else values
 
     def sparse_rows(self, nodes: NDArray[np.int64]) -> sparse.csr_matrix:
         """Return the same values as :meth:`rows` as CSR; for statistics that must not become dense."""
         parts = [
-            sparse.csr_matrix(self._normalised(self._in_genes(self._rows.read(part)), part))
+            sparse.csr_matrix(self._normalized(self._in_genes(self._rows.read(part)), part))
             for part in (nodes[i : i + _ROWS] for i in range(0, len(nodes), _ROWS))
         ]
         empty = sparse.csr_matrix((0, self.n_genes), dtype=np.float32)
@@ -265,7 +265,7 @@ class ExpressionSource:
             raw = self._in_genes(self._rows.read(part))
             if self._scale != "real":
                 self._add_by_panel(counts, self._visible(self._linear(raw), part), part)
-            total += _gene_sums(self._visible(self._normalised(raw, part), part))
+            total += _gene_sums(self._visible(self._normalized(raw, part), part))
             seen += self._seen(part)
         return GeneStatistics(
             mean=(total / np.maximum(seen.sum(0), 1)).astype(np.float32),
@@ -305,7 +305,7 @@ class ExpressionSource:
         """Return values of which the total of a cell is the sum."""
         return _apply(raw, np.expm1) if self._scale == "log" else raw
 
-    def _normalised(self, raw: Any, nodes: NDArray[np.int64]) -> Any:
+    def _normalized(self, raw: Any, nodes: NDArray[np.int64]) -> Any:
         if self._as_is:
             return raw.astype(np.float32)
         raw = self._linear(raw)
@@ -379,7 +379,7 @@ class ExpressionSource:
                 seen_total[nodes] = _cell_sums(self._linear(self._visible(raw, nodes)))
             if not self._own_means:
                 continue
-            values = self._visible(self._normalised(raw, nodes), nodes)
+            values = self._visible(self._normalized(raw, nodes), nodes)
             for code in np.unique(self.batch[nodes]):
                 mine = self.batch[nodes] == code
                 if self.absent is not None:
@@ -429,8 +429,8 @@ def _shares(sums: NDArray[np.float64], seen: NDArray[np.float64]) -> NDArray[np.
 def _check_total(found: float, expected: float) -> None:
     if not expected / _OTHER_TOTAL <= found <= expected * _OTHER_TOTAL:
         warn(
-            f"These log-normalised values have a median total of {found:,.4g} over the genes of the model, and those "
-            f"it was trained on {expected:,.4g}: normalise both to the same total, or pass counts.",
+            f"These log-normalized values have a median total of {found:,.4g} over the genes of the model, and those "
+            f"it was trained on {expected:,.4g}: normalize both to the same total, or pass counts.",
         )
 
 

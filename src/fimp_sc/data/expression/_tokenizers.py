@@ -34,9 +34,9 @@ class TokenSource(Protocol):
         Parameters
         ----------
         rows
-            ``(n, g)`` log-normalised expression.
+            ``(n, g)`` log-normalized expression.
         profile
-            ``(n, g)`` float32, the same, centred and 0 where not visible.
+            ``(n, g)`` float32, the same, centered and 0 where not visible.
         visible, pattern
             ``(n_patterns, g)`` bool and ``(n,)`` int64: which genes each cell shows.
         n_tokens
@@ -49,8 +49,8 @@ class TokenSource(Protocol):
 
 
 @dataclass
-class CentredTokens:
-    """The genes of highest expression, with centred log-normalised values: what FIMP-base reads.
+class CenteredTokens:
+    """The genes of highest expression, with centered log-normalized values: what FIMP-base reads.
 
     Of numbers that may be negative, those furthest from zero.
 

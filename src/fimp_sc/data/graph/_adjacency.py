@@ -102,10 +102,10 @@ def strongest_edges(
     return kept
 
 
-def neighbour_lists(
+def neighbor_lists(
     indices: Sequence[NDArray[np.integer]], distances: Sequence[NDArray[np.floating]]
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Return the graph (float32 ones) and the lengths of its edges from the neighbours of every node."""
+    """Return the graph (float32 ones) and the lengths of its edges from the neighbors of every node."""
     n = len(indices)
     indptr = np.concatenate([[0], np.cumsum([len(row) for row in indices])]).astype(np.int64)
     columns = np.concatenate([np.asarray(row, dtype=np.int64) for row in indices])
@@ -179,7 +179,7 @@ def nearest_places(
         within = [row <= radius_km for row in distances]
         lists = [row[keep] for row, keep in zip(lists, within, strict=True)]
         distances = [row[keep] for row, keep in zip(distances, within, strict=True)]
-    return neighbour_lists(lists, distances)
+    return neighbor_lists(lists, distances)
 
 
 def report_isolated(graph: sparse.csr_matrix, names: Sequence[str], what: str) -> None:
@@ -189,7 +189,7 @@ def report_isolated(graph: sparse.csr_matrix, names: Sequence[str], what: str) -
     alone = np.flatnonzero(degree == 0)
     if alone.size:
         logger.warning(
-            "%d of %d %ss have no neighbours and are described by their own tokens alone: %s.",
+            "%d of %d %ss have no neighbors and are described by their own tokens alone: %s.",
             alone.size,
             graph.shape[0],
             what,

@@ -37,7 +37,7 @@ class Block(NamedTuple):
 
 
 class NodeGraph:
-    """Neighbours of every node; row = destination, entries of a row = its sources.
+    """Neighbors of every node; row = destination, entries of a row = its sources.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class NodeGraph:
         Whether every node is also a source of itself. Stored self-loops are dropped otherwise.
     weighted
         Whether the entries, which must be positive, count: those of a row are divided by their mean, so that weights
-        say how much more one neighbour counts than another, and a self-loop (1) counts as much as the mean neighbour.
+        say how much more one neighbor counts than another, and a self-loop (1) counts as much as the mean neighbor.
         All edges are 1 otherwise.
     """
 
@@ -104,9 +104,9 @@ class NodeGraph:
         return Block(nodes, counts[::-1], indptr[::-1], indices[::-1], weight[::-1] if self.weighted else None)
 
     def averaging(self, destinations: ArrayLike, hops: int) -> sparse.csr_matrix:
-        """Return ``(n_destinations, n_nodes)`` CSR that averages over neighbours ``hops`` times in a row.
+        """Return ``(n_destinations, n_nodes)`` CSR that averages over neighbors ``hops`` times in a row.
 
-        The node itself is left out at the end, and the weights of a row sum to 1. A node without neighbours is its
+        The node itself is left out at the end, and the weights of a row sum to 1. A node without neighbors is its
         own mean.
         """
         nodes = np.asarray(destinations, dtype=np.int64)
@@ -124,9 +124,9 @@ class NodeGraph:
         return sparse.csr_matrix(sparse.diags(1.0 / np.where(total > 0, total, 1.0)) @ rows, dtype=np.float32)
 
     def among(self, nodes: ArrayLike) -> sparse.csr_matrix:
-        """Return ``(n, n)`` CSR that averages over those neighbours of each node that are among the ``n`` nodes.
+        """Return ``(n, n)`` CSR that averages over those neighbors of each node that are among the ``n`` nodes.
 
-        The node itself is left out; a node without such neighbours has an empty row.
+        The node itself is left out; a node without such neighbors has an empty row.
         """
         chosen = np.asarray(nodes, dtype=np.int64)
         edges = self.csr[chosen][:, chosen].tocoo()
@@ -137,9 +137,9 @@ class NodeGraph:
         return sparse.csr_matrix(((weight / total[row]).astype(np.float32), (row, column)), shape=edges.shape)
 
     def surroundings(self, destinations: ArrayLike) -> tuple[NDArray[np.int64], sparse.csr_matrix]:
-        """Return the destinations and their neighbours, ascending, and ``(n_destinations, n)`` CSR that averages them.
+        """Return the destinations and their neighbors, ascending, and ``(n_destinations, n)`` CSR that averages them.
 
-        Every row is the mean over a destination and its neighbours.
+        Every row is the mean over a destination and its neighbors.
         """
         nodes = np.asarray(destinations, dtype=np.int64)
         rows = self.csr[nodes]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fimp_sc.data._batch import Batch
     from fimp_sc.data._loader import GraphData
 
-# Blocks small enough to sample the whole section, large enough that most validation cells have no training neighbour.
+# Blocks small enough to sample the whole section, large enough that most validation cells have no training neighbor.
 _CELLS_PER_SPLIT_BLOCK = 64
 _MIN_SPLIT_BLOCKS = 20
 

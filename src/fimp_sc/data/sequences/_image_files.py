@@ -87,7 +87,7 @@ def inspect_files(paths: Sequence[Any], image_size: tuple[int, int] | None) -> t
 
     Returns
     -------
-    Absolute paths, and the height, width and channels of all images (1 channel if all are grey, 3 otherwise).
+    Absolute paths, and the height, width and channels of all images (1 channel if all are gray, 3 otherwise).
 
     Raises
     ------
@@ -100,12 +100,12 @@ def inspect_files(paths: Sequence[Any], image_size: tuple[int, int] | None) -> t
     missing = [repr(str(path)) for path in files if not path.is_file()]
     if missing:
         raise ValueError(f"{len(missing):,} of {len(files):,} image files do not exist: {shorten(missing)}.")
-    sizes, grey = [], True
+    sizes, gray = [], True
     for path in files:
         try:
             with Image.open(path, formats=_FORMATS) as image:
                 sizes.append(_upright_size(image))
-                grey &= image.mode in {"1", "L", "LA"}
+                gray &= image.mode in {"1", "L", "LA"}
                 mode = image.mode
                 image.verify()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -125,7 +125,7 @@ def inspect_files(paths: Sequence[Any], image_size: tuple[int, int] | None) -> t
             f"image_size={tuple(usual)}, to resize all."
         )
     height, width = image_size if image_size is not None else sizes[0]
-    return [str(path) for path in files], (height, width, 1 if grey else 3)
+    return [str(path) for path in files], (height, width, 1 if gray else 3)
 
 
 def _upright_size(image: Image) -> tuple[int, int]:

@@ -33,7 +33,7 @@ class SequenceKind(ABC):
     size_names
         What the numbers that :meth:`size` returns are, for messages and model cards.
     by_node
-        Whether each node is standardised by itself, as those without a common scale must be, rather than by mean and
+        Whether each node is standardized by itself, as those without a common scale must be, rather than by mean and
         standard deviation of the training nodes. Training then also shows its tokens in any order and of either sign.
     located
         Whether tokens know the coordinates of their node.
@@ -91,7 +91,7 @@ class SequenceKind(ABC):
         token_size
             Of tokens.
         start
-            Where the first token starts; not 0 only in training, of kinds that are standardised by node.
+            Where the first token starts; not 0 only in training, of kinds that are standardized by node.
         """
 
     @abstractmethod

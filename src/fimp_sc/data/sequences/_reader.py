@@ -31,7 +31,7 @@ class SequenceShape:
     n_tokens
         Tokens of a node, ``f``.
     token_size
-        Numbers in a token, ``p``: time points of a segment, or colour values of a patch.
+        Numbers in a token, ``p``: time points of a segment, or color values of a patch.
     n_coordinates
         Coordinates of a node that its tokens know of, ``c``; 0 for none.
     aligned
@@ -52,7 +52,7 @@ class SequenceStatistics:
     Attributes
     ----------
     mean, std
-        Of all numbers, where nodes are not standardised one by one.
+        Of all numbers, where nodes are not standardized one by one.
     center, spread
         ``(c,)`` float32, mean and standard deviation of the coordinates.
     """
@@ -64,9 +64,9 @@ class SequenceStatistics:
 
 
 class SequenceSource:
-    """Tokens of nodes as standardised numbers.
+    """Tokens of nodes as standardized numbers.
 
-    Numbers are standardised with mean and standard deviation of the training nodes or, ``by_node``, of what is seen of
+    Numbers are standardized with mean and standard deviation of the training nodes or, ``by_node``, of what is seen of
     each node: signals of regions have no common scale. A node that does not move where it is seen has none: its
     numbers are 0 then, and nothing of it is predicted.
 
@@ -80,7 +80,7 @@ class SequenceSource:
     n_obs
         Number of nodes.
     by_node
-        Whether each node is standardised by itself.
+        Whether each node is standardized by itself.
     coordinates
         ``(n_obs, c)`` that tokens know of.
     statistics
@@ -146,7 +146,7 @@ class SequenceSource:
             Probability that a node is masked at all.
         vary
             Whether to show signals differently every time: some of their segments, cut anywhere, in any order and of
-            either sign. What was measured when must not be learnt, and fewer segments cost less.
+            either sign. What was measured when must not be learned, and fewer segments cost less.
         seed
             Of masks, which do not depend on values, and of how signals are shown.
         """
@@ -162,7 +162,7 @@ class SequenceSource:
         kept = torch.zeros_like(padding)
         if self.hidden is not None:
             kept = torch.from_numpy(self.hidden[nodes]) & ~padding
-        # Numbers are standardised by all that is seen, tokens that stay out of the block included.
+        # Numbers are standardized by all that is seen, tokens that stay out of the block included.
         position, shown = torch.arange(values.shape[1]), torch.ones(values.shape[1], dtype=torch.bool)
         if vary:
             chosen = torch.randperm(values.shape[1], generator=generator)[:_VARIED]

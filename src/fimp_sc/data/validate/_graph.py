@@ -1,4 +1,4 @@
-"""Checks of neighbourhood graphs: those of any graph, and samples and nodes without neighbours beside."""
+"""Checks of neighbourhood graphs: those of any graph, and samples and nodes without neighbors beside."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def check_connectivities(
     library: pd.Categorical | None = None,
     advice: str = "",
 ) -> None:
-    """Check a neighbourhood graph: a row holds the weights of the neighbours of its node.
+    """Check a neighbourhood graph: a row holds the weights of the neighbors of its node.
 
-    Stored zeros are no edges. Graphs need not be symmetric. Self-loops are allowed and make nobody a neighbour.
+    Stored zeros are no edges. Graphs need not be symmetric. Self-loops are allowed and make nobody a neighbor.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def check_connectivities(
     library
         Sample of each node, length ``n_obs``, without missing values.
     advice
-        What to do about nodes without neighbours.
+        What to do about nodes without neighbors.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def check_connectivities(
     Warns
     -----
     UserWarning
-        Nodes without neighbours.
+        Nodes without neighbors.
     """
     if not sparse.issparse(graph):
         raise TypeError(
@@ -71,6 +71,6 @@ def check_connectivities(
     isolated = int((np.diff(checked.indptr) == 0).sum())
     if isolated:
         warn(
-            f"{where}: {isolated:,} of {n_obs:,} nodes have no neighbours and are described by their own tokens alone. "
+            f"{where}: {isolated:,} of {n_obs:,} nodes have no neighbors and are described by their own tokens alone. "
             f"{advice}".rstrip()
         )

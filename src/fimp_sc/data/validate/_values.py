@@ -89,7 +89,7 @@ def inspect_values(
         Where the matrix was found, for messages, for instance ``"adata.X"`` or ``"adata.layers['counts']"``.
     input_scale
         ``"counts"`` (non-negative whole numbers), ``"normalized"`` (non-negative numbers), ``"log"`` (already
-        log-normalised, non-negative), ``"real"`` (any numbers, used as they are), or ``"auto"``, which resolves to
+        log-normalized, non-negative), ``"real"`` (any numbers, used as they are), or ``"auto"``, which resolves to
 
         1. ``"counts"`` if all values are whole numbers, otherwise
         2. ``"normalized"`` if the largest value exceeds 20 (``log1p`` of 485 million), otherwise by 256 evenly spaced
@@ -163,8 +163,8 @@ def inspect_values(
     if found.negative and input_scale != "real":
         raise ValueError(
             f"{where} contains {found.count('negative')} below zero (lowest {found.minimum:.4g}), first at "
-            f"{found.position('negative')}. Centred or scaled expression cannot be used: pass layer= with counts or "
-            'log-normalised values. For numbers that are no expression pass input_scale="real".'
+            f"{found.position('negative')}. Centered or scaled expression cannot be used: pass layer= with counts or "
+            'log-normalized values. For numbers that are no expression pass input_scale="real".'
         )
     if not found.expressed_in.any() and not found.negative:
         what = "NaN or zero" if found.nan else "zero"
@@ -358,7 +358,7 @@ def _warn_empty(found: _Findings, where: str, lacking: np.ndarray | None, *, lea
     if cells:
         warn(
             f"{cells:,} of {found.expressed_in.size:,} cells are empty (zero for every gene in {where}), first at "
-            f"position {int(found.expressed_in.argmin())}. They are described by their neighbours alone; "
+            f"position {int(found.expressed_in.argmin())}. They are described by their neighbors alone; "
             "scanpy.pp.filter_cells(adata, min_counts=1) removes them."
         )
     # A crop need not show every gene, and what it does not show is measured all the same.

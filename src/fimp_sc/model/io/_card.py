@@ -14,7 +14,7 @@ _TAGS = ("fimp-sc", "single-cell", "spatial-transcriptomics", "graph-neural-netw
 _SCALES = {
     "counts": "counts (non-negative integers); scaled to a common total and log1p transformed inside",
     "normalized": "non-negative values; scaled to a common total and log1p transformed inside",
-    "log": "log-normalised values, used as they are",
+    "log": "log-normalized values, used as they are",
     "real": "any numbers, used as they are",
 }
 _MOST_SHOWN = 50
@@ -65,12 +65,12 @@ def _introduction(config: Mapping[str, Any]) -> dict[str, str]:
     if not config.get("sequences"):
         return {
             "FIMP model of a tissue": "Embeds cells of a spatial transcriptomics section from their own genes and "
-            f"those of their neighbours, and predicts expression{labels}. Attention runs between the gene tokens of "
-            "neighbouring cells (foundation-informed message passing, arXiv:2210.09475)."
+            f"those of their neighbors, and predicts expression{labels}. Attention runs between the gene tokens of "
+            "neighboring cells (foundation-informed message passing, arXiv:2210.09475)."
         }
     return {
-        "FIMP model of a graph": "Embeds nodes from their own tokens and those of their neighbours, and predicts "
-        f"hidden tokens{labels}. Attention runs between the tokens of neighbouring nodes (foundation-informed message "
+        "FIMP model of a graph": "Embeds nodes from their own tokens and those of their neighbors, and predicts "
+        f"hidden tokens{labels}. Attention runs between the tokens of neighboring nodes (foundation-informed message "
         "passing, arXiv:2210.09475)."
     }
 
@@ -110,7 +110,7 @@ def _architecture(params: Mapping[str, Any], n_parameters: int) -> list[str]:
         ]
     vectors = params["gene_embeddings"]
     return [
-        f"FIMP-base: {params['n_layers']} layers ({_code(params['layer'])}), {params['reduce']} over neighbours",
+        f"FIMP-base: {params['n_layers']} layers ({_code(params['layer'])}), {params['reduce']} over neighbors",
         f"width {params['n_latent']}, {params['n_heads']} heads",
         *([f"started from pretrained vectors of genes ({_code(vectors)})"] if vectors else []),
         *shared,

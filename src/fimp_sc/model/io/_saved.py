@@ -49,7 +49,7 @@ class SavedModel(GraphModel):
         registry = reference.registry
         if cls._is_object(adata):
             reference._check_genes(setup_kwargs.get("user_object", adata))
-        # What a model learnt from a modality is also applied to an object that is this modality, and the reverse.
+        # What a model learned from a modality is also applied to an object that is this modality, and the reverse.
         setup = {name: value for name, value in registry["setup_args"].items() if name != "modality"} | setup_kwargs
         how = {"source_registry": registry, "sequences": list(reference.module.sequences)}
         if isinstance(adata, AnnData):

@@ -36,19 +36,19 @@ def principal_components(cells: sparse.csr_matrix, k: int, random_state: int) ->
 def shared_components(
     cells: sparse.csr_matrix, near: sparse.csr_matrix, weight: float, k: int, random_state: int
 ) -> Components:
-    """Return the ``k`` directions of largest covariance of cells with themselves and their neighbours.
+    """Return the ``k`` directions of largest covariance of cells with themselves and their neighbors.
 
     Directions in which single cells vary most are those of noise where there is much of it. Noise of different cells
-    does not covary, so what neighbours have in common stands out.
+    does not covary, so what neighbors have in common stands out.
 
     Parameters
     ----------
     cells
         ``(n_cells, n_features)`` CSR expression.
     near
-        ``(n_cells, n_cells)`` CSR, a row averages over a cell's neighbours.
+        ``(n_cells, n_cells)`` CSR, a row averages over a cell's neighbors.
     weight
-        How much the neighbours' mean counts beside the cell itself.
+        How much the neighbors' mean counts beside the cell itself.
     k
         Number of directions, less than there are features.
     random_state

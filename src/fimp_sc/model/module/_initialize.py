@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Of the mean square, in units of which less is rounding.
 _LEAST_VARIANCE = 1e-8
-# Share of signal in the first principal components of single cells below which neighbours help to find better ones.
+# Share of signal in the first principal components of single cells below which neighbors help to find better ones.
 _MOSTLY_SIGNAL = 0.4
 
 
@@ -65,7 +65,7 @@ class StartingModule(BaseModuleClass):
         statistics
             Of the training cells.
         train
-            ``(n_cells, n_features)`` CSR log-normalised expression of training cells.
+            ``(n_cells, n_features)`` CSR log-normalized expression of training cells.
         """
         self.gene_mean.copy_(torch.from_numpy(statistics.mean))
         self.gene_fraction.copy_(torch.from_numpy(statistics.fraction))
@@ -104,7 +104,7 @@ class StartingModule(BaseModuleClass):
         name
             Of the modality.
         tokens
-            ``(n, p)`` standardised numbers of training nodes.
+            ``(n, p)`` standardized numbers of training nodes.
         """
         numbers = tokens.double()
         basis = torch.linalg.eigh(numbers.T @ numbers).eigenvectors.flip(1)
@@ -148,7 +148,7 @@ class StartingModule(BaseModuleClass):
 
     @torch.no_grad()
     def start_from_embeddings(self, embedding: np.ndarray) -> None:
-        """Let the heads of a foundation model see standardised embeddings, and start by predicting gene means.
+        """Let the heads of a foundation model see standardized embeddings, and start by predicting gene means.
 
         Embeddings of one tissue differ little from each other beside their common mean, which would hide from a
         linear map what they say about a cell.
@@ -173,33 +173,33 @@ class StartingModule(BaseModuleClass):
         around: sparse.csr_matrix,
         mean: np.ndarray,
         *,
-        neighbour_weight: float = 1.0,
+        neighbor_weight: float = 1.0,
         drop_noise: bool = False,
         random_state: int = 0,
     ) -> None:
         """Let training start as the best linear smoother of leading components.
 
         The gene loadings become the leading principal components of the training cells, so the summary token of a
-        cell is its vector of PCA scores, beside which the layers write the scores of its neighbours' mean. How much a
+        cell is its vector of PCA scores, beside which the layers write the scores of its neighbors' mean. How much a
         component of either tells about hidden entries is measured on the validation cells, and sets how strongly the
-        value head reads it: components that only memorise the noise of the training cells start at zero. Where
-        principal components of single cells are mostly noise, those are taken that cells share with their neighbours.
+        value head reads it: components that only memorize the noise of the training cells start at zero. Where
+        principal components of single cells are mostly noise, those are taken that cells share with their neighbors.
 
         Parameters
         ----------
         train, validation
-            ``(n_cells, n_features)`` CSR log-normalised expression.
+            ``(n_cells, n_features)`` CSR log-normalized expression.
         near
-            ``(n_train, n_train)`` CSR, a row averages over a training cell's neighbours among these.
+            ``(n_train, n_train)`` CSR, a row averages over a training cell's neighbors among these.
         around
             ``(n_validation, n_features)`` CSR, mean expression around each validation cell.
         mean
             ``(n_features,)`` mean expression of the training cells.
-        neighbour_weight
-            Of neighbours beside the cell itself, where components are taken that both share.
+        neighbor_weight
+            Of neighbors beside the cell itself, where components are taken that both share.
         drop_noise
             Whether the summary leaves out the last components, which tell nothing: their columns are free for what is
-            learnt.
+            learned.
         random_state
             Seed.
         """
@@ -220,12 +220,12 @@ class StartingModule(BaseModuleClass):
         how = (gene_scale, validation, around, mean, shared, random_state, self.gene_key)
         loadings, fit = fit_components(principal_components(scaled, n_components, random_state), *how)
         if fit.signal < _MOSTLY_SIGNAL and near.nnz and n_components < train.shape[1]:
-            components = shared_components(scaled, near, neighbour_weight, n_components, random_state)
+            components = shared_components(scaled, near, neighbor_weight, n_components, random_state)
             loadings, fit = fit_components(components, *how)
         encode, decode, spread = loadings
         columns = np.zeros((len(mean), n_own + shared))
         columns[:, :n_components] = decode * fit.own
-        columns[:, n_own:] = decode[:, :shared] * fit.neighbours
+        columns[:, n_own:] = decode[:, :shared] * fit.neighbors
         if drop_noise:
             kept = max(fit.n_telling, shared)
             encode[:, kept:] = columns[:, kept:n_components] = 0.0

@@ -1,4 +1,4 @@
-"""Labels read off embeddings with and without neighbours, and what the network learns from them."""
+"""Labels read off embeddings with and without neighbors, and what the network learns from them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fimp_sc.nn._heads import mixture_loss
 if TYPE_CHECKING:
     from fimp_sc.nn import LabelHead
 
-# Where neighbours count nothing in the first epochs, as with cell types, the network would be late to learn what they
+# Where neighbors count nothing in the first epochs, as with cell types, the network would be late to learn what they
 # tell.
 _LEAST_SHARE = 0.3
 
 
-class LabellingModule(BaseModuleClass):
-    """A module with a head for labels and, where they are also predicted without neighbours, a second one."""
+class LabelingModule(BaseModuleClass):
+    """A module with a head for labels and, where they are also predicted without neighbors, a second one."""
 
     label_head: LabelHead | None
     label_head_alone: LabelHead | None
-    neighbour_share: Tensor
+    neighbor_share: Tensor
     smoothed_share: Tensor
     embedding_mean: Tensor
     embedding_std: Tensor
@@ -35,13 +35,13 @@ class LabellingModule(BaseModuleClass):
         Parameters
         ----------
         embedding, alone
-            ``(n, n_latent)``, :meth:`standardised`: with neighbours, for ``"logits"``, and without, for
+            ``(n, n_latent)``, :meth:`standardized`: with neighbors, for ``"logits"``, and without, for
             ``"logits_alone"``.
         """
         out: dict[str, Tensor] = {}
         if embedding is not None and alone is not None:
             # The network learns from either prediction as much as it counts; the heads learn alike.
-            share = self.neighbour_share.clamp(min=_LEAST_SHARE)
+            share = self.neighbor_share.clamp(min=_LEAST_SHARE)
             embedding = _scaled_gradient(embedding, 2 * share)
             alone = _scaled_gradient(alone, 2 - 2 * share)
         if alone is not None and self.label_head_alone is not None:
@@ -63,7 +63,7 @@ class LabellingModule(BaseModuleClass):
             ``(n_dst,)`` int64, -1 where not labeled.
         """
         n_labeled = (labels >= 0).sum().clamp(min=1)
-        # Validation asks how good predictions are, not how well a weighted loss is minimised.
+        # Validation asks how good predictions are, not how well a weighted loss is minimized.
         if not self.training:
             return self.log_loss(generative_outputs, labels).min() / n_labeled
         how: Any = {"weight": self.class_weight, "ignore_index": -1, "reduction": "sum"}
@@ -90,7 +90,7 @@ class LabellingModule(BaseModuleClass):
         true = labels[known, None]
         return mixture_loss(*(part.softmax(1).gather(1, true).squeeze(1) for part in logits))
 
-    def standardised(self, embedding: Tensor) -> Tensor:
+    def standardized(self, embedding: Tensor) -> Tensor:
         """Return embeddings on the scale that heads read."""
         return (embedding - self.embedding_mean) / self.embedding_std
 

@@ -24,8 +24,8 @@ class Smoother(NamedTuple):
 
     Attributes
     ----------
-    own, neighbours
-        ``(k,)`` and ``(n_neighbourhood,)``: non-negative factors of the cell's and of its neighbours' scores.
+    own, neighbors
+        ``(k,)`` and ``(n_neighbourhood,)``: non-negative factors of the cell's and of its neighbors' scores.
     signal
         Share of the variance of the first ``n_neighbourhood`` scores of the cell that is signal, not noise.
     n_telling
@@ -33,7 +33,7 @@ class Smoother(NamedTuple):
     """
 
     own: np.ndarray
-    neighbours: np.ndarray
+    neighbors: np.ndarray
     signal: float
     n_telling: int
 
@@ -93,18 +93,18 @@ def linear_smoother(
     random_state: int,
     gene_key: np.ndarray | None = None,
 ) -> Smoother:
-    """Fit hidden entries by each component of the cell's visible entries and of its neighbours' mean.
+    """Fit hidden entries by each component of the cell's visible entries and of its neighbors' mean.
 
     Parameters
     ----------
     cells, around
-        ``(n_cells, n_features)`` expression of cells and mean expression of their neighbours.
+        ``(n_cells, n_features)`` expression of cells and mean expression of their neighbors.
     mean
         ``(n_features,)``.
     encode, decode
         ``(n_features, k)`` loadings to scores, and from scores back.
     n_neighbourhood
-        Number of leading components of which the neighbours' mean is used.
+        Number of leading components of which the neighbors' mean is used.
     random_state
         Seed of the hidden entries.
     gene_key
@@ -120,13 +120,13 @@ def linear_smoother(
     square = np.zeros((encode.shape[1], 2, 2))
     product = np.zeros((encode.shape[1], 2))
     for i in range(0, cells.shape[0], 512):
-        centred = cells[i : i + 512].toarray() - mean
-        hidden = uniform(random_state, np.arange(i, i + len(centred)), columns) < _HIDDEN
-        own = np.where(hidden, 0.0, centred) @ encode / (1.0 - _HIDDEN)
+        centered = cells[i : i + 512].toarray() - mean
+        hidden = uniform(random_state, np.arange(i, i + len(centered)), columns) < _HIDDEN
+        own = np.where(hidden, 0.0, centered) @ encode / (1.0 - _HIDDEN)
         scores = np.stack([own, (around[i : i + 512].toarray() - mean) @ encode], axis=2)
         weight = hidden.astype(np.float32) @ decode**2
         square += np.einsum("nk,nka,nkb->kab", weight, scores, scores)
-        product += np.einsum("nka,nk->ka", scores, np.where(hidden, centred, 0.0) @ decode)
+        product += np.einsum("nka,nk->ka", scores, np.where(hidden, centered, 0.0) @ decode)
     single = np.maximum(product, 0.0) / np.maximum(np.diagonal(square, axis1=1, axis2=2), 1e-12)
     ridge = 1e-6 * np.trace(square, axis1=1, axis2=2)[:, None, None] + 1e-12
     both = np.linalg.solve(square + ridge * np.eye(2), product[..., None])[..., 0]

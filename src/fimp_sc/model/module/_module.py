@@ -10,9 +10,9 @@ from scvi.module.base import LossOutput, auto_move_data
 from torch import Tensor, nn
 
 from fimp_sc._draws import combined
-from fimp_sc.data import without_neighbours
+from fimp_sc.data import without_neighbors
 from fimp_sc.model.module._initialize import StartingModule
-from fimp_sc.model.module._labels import LabellingModule
+from fimp_sc.model.module._labels import LabelingModule
 from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 N_REFERENCE = 512
 
 
-class FIMPModule(LabellingModule, StartingModule):
+class FIMPModule(LabelingModule, StartingModule):
     """FIMP network with heads for masked values and, where there are labels, a label head.
 
     Parameters
@@ -49,7 +49,7 @@ class FIMPModule(LabellingModule, StartingModule):
     network
         A foundation model instead of FIMP-base, which makes the parameters of the network above meaningless.
     alone
-        Whether labels are also predicted from each node without its neighbours, by a head of its own.
+        Whether labels are also predicted from each node without its neighbors, by a head of its own.
     gene_key
         ``(n_features,)`` keys of the features, by default their places: what is drawn for a feature depends on its key.
     n_tables
@@ -57,8 +57,8 @@ class FIMPModule(LabellingModule, StartingModule):
 
     Attributes
     ----------
-    neighbour_share
-        ``()``, share of the prediction with neighbours in predicted labels; the rest is the prediction without.
+    neighbor_share
+        ``()``, share of the prediction with neighbors in predicted labels; the rest is the prediction without.
     smoothed_share
         ``()``, how much of what is so predicted is smoothed over neighbors.
     mixtures
@@ -100,10 +100,10 @@ class FIMPModule(LabellingModule, StartingModule):
         self.value_head = ValueHead(n_features, width, gene_key) if n_features else None
         self.label_head = LabelHead(width, n_labels, dropout) if n_labels else None
         self.label_head_alone = LabelHead(width, n_labels, dropout) if n_labels and alone else None
-        self.register_buffer("neighbour_share", torch.tensor(1.0 if self.label_head_alone is None else 0.5))
+        self.register_buffer("neighbor_share", torch.tensor(1.0 if self.label_head_alone is None else 0.5))
         self.register_buffer("smoothed_share", torch.zeros(()))
         # Of cells of training, and of other sections.
-        self.register_buffer("mixtures", torch.stack([self.neighbour_share, self.smoothed_share]).repeat(2, 1))
+        self.register_buffer("mixtures", torch.stack([self.neighbor_share, self.smoothed_share]).repeat(2, 1))
         self.register_buffer("embedding_mean", torch.zeros(width))
         self.register_buffer("embedding_std", torch.ones(width))
         # Embeddings of training cells, and how far from them is usual.
@@ -147,12 +147,12 @@ class FIMPModule(LabellingModule, StartingModule):
         reconstruct
             Whether sequences are wanted, too.
         alone
-            Whether the embedding of each destination without its neighbours is wanted, too.
+            Whether the embedding of each destination without its neighbors is wanted, too.
 
         Returns
         -------
-        ``"embedding"`` and, without neighbours, ``"alone"``: ``(n_dst, n_latent)``; for genes that a decoder predicts
-        their ``"bin"``; and, where there are signals or images, their standardised numbers as ``"sequences"``,
+        ``"embedding"`` and, without neighbors, ``"alone"``: ``(n_dst, n_latent)``; for genes that a decoder predicts
+        their ``"bin"``; and, where there are signals or images, their standardized numbers as ``"sequences"``,
         ``(n_dst, f, p)`` by modality.
         """
         absent = None
@@ -164,7 +164,7 @@ class FIMPModule(LabellingModule, StartingModule):
             n_queries, tokens = self.network.n_queries(batch, reconstruct=reconstruct), self.network.tokens(batch)
             out = self.outputs(self.network.states(batch, n_queries, tokens), batch, reconstruct=reconstruct)
             if alone:
-                own = without_neighbours(batch)
+                own = without_neighbors(batch)
                 n_dst = len(own["nodes"])
                 own_tokens = tokens[0][:n_dst], tokens[1][:n_dst]
                 states = self.network.states(own, self.network.n_queries(own), own_tokens)
@@ -187,25 +187,25 @@ class FIMPModule(LabellingModule, StartingModule):
     def generative(
         self, embedding: Tensor, features: Tensor | None = None, alone: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return centred ``"value"`` ``(n, g)`` and ``"logits"`` ``(n, n_labels)``, where there are such heads.
+        """Return centered ``"value"`` ``(n, g)`` and ``"logits"`` ``(n, n_labels)``, where there are such heads.
 
-        ``"logits_alone"`` come from embeddings without neighbours, where these are given.
+        ``"logits_alone"`` come from embeddings without neighbors, where these are given.
         """
-        embedding = self.standardised(embedding)
+        embedding = self.standardized(embedding)
         out: dict[str, Tensor] = {}
         if self.value_head is not None:
             out["value"] = self.value_head(embedding, features)
-        return out | self.labels(embedding, None if alone is None else self.standardised(alone))
+        return out | self.labels(embedding, None if alone is None else self.standardized(alone))
 
     def loss(self, tensors: Batch, inference_outputs: dict, generative_outputs: dict) -> LossOutput:
         """Masked-value loss plus weighted label loss.
 
         The masked-value loss is the mean squared error over hidden entries divided by the variance of an entry around
         its gene's mean, so that 1 is what predicting gene means achieves. The label loss is the cross-entropy over
-        labeled destinations; where labels are predicted with and without neighbours the mean of both and, in
+        labeled destinations; where labels are predicted with and without neighbors the mean of both and, in
         validation, that of their best mixture. The decoder of a foundation model that is trained has the mean squared
         error of bins, on the scale from 0 to 1. Signals and images add the mean squared error of their hidden tokens;
-        as their numbers are standardised, 1 is what predicting the mean achieves here, too.
+        as their numbers are standardized, 1 is what predicting the mean achieves here, too.
         """
         n_obs = tensors["label"].shape[0]
         parts: dict[str, Tensor] = {}

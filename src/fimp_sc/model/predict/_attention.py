@@ -1,4 +1,4 @@
-"""What a model's attention tells of edges, as arrays: influence of neighbours, and attention between genes."""
+"""What a model's attention tells of edges, as arrays: influence of neighbors, and attention between genes."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class AttentiveModel(GraphModel):
     ) -> sparse.csr_matrix:
         r"""Return how large the message of each edge is.
 
-        The rows of attention sum to one, so that attention itself cannot tell which neighbour matters. The influence of
+        The rows of attention sum to one, so that attention itself cannot tell which neighbor matters. The influence of
         node :math:`j` on node :math:`i` in one layer is the length of what its message adds to the summary token of
-        :math:`i`, over all heads together and before the mean over neighbours,
+        :math:`i`, over all heads together and before the mean over neighbors,
         :math:`w_{ij} \lVert W_O \, \mathrm{softmax}(q_i K_j^\top / \sqrt d) V_j \rVert`. The weight of an edge is 1
         unless the model uses those of the graph.
 

@@ -42,7 +42,7 @@ def decoded_expression(
 
     Returns
     -------
-    ``(n, g)`` float32 log-normalised expression, NaN for genes that the vocabulary does not know.
+    ``(n, g)`` float32 log-normalized expression, NaN for genes that the vocabulary does not know.
     """
     source = data.tokens
     if not isinstance(source, BinnedTokens) or data.source is None:

@@ -43,7 +43,7 @@ class GeneTokens(NamedTuple):
     gene: Tensor
     """``(n, m)`` int64, which of the chosen genes a token is; ``g`` where there is none."""
     value: NDArray[np.float32]
-    """``(n, g)`` log-normalised expression."""
+    """``(n, g)`` log-normalized expression."""
 
 
 def token_genes(data: GraphData, n_tokens: int, genes: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -157,7 +157,7 @@ def pair_sums(
     tokens
         Of all nodes.
     value
-        ``(n, g)`` numbers by which attention is multiplied, for instance centred expression.
+        ``(n, g)`` numbers by which attention is multiplied, for instance centered expression.
     destination, source, pair
         ``(n_edges,)`` nodes, and the pair of groups of each edge, in ascending order.
     n_pairs

@@ -39,21 +39,21 @@ class MixingModel(GraphModel):
     """
 
     @property
-    def neighbour_share(self) -> float:
+    def neighbor_share(self) -> float:
         """How much the prediction with neighbors counts in predicted labels, 0 to 1; the one without has the rest.
 
         Fitted to the log loss of the labeled validation cells; 0.5 where there are none, 0 without messages, and 1 of
         a foundation model, which predicts with neighbors alone, or without labels. A model that is bound to other cells
         than those of training has the share that suits shifted validation cells.
         """
-        return float(self.module.neighbour_share) if self.messages else 0.0
+        return float(self.module.neighbor_share) if self.messages else 0.0
 
     @property
     def smoothed_share(self) -> float:
         """How much predicted labels are smoothed, 0 to 1.
 
         Log-probabilities are replaced twice by their mean over the cell and its neighbors, which has this weight, and
-        those of the cell itself, which have the rest. Fitted together with :attr:`neighbour_share`; 0 where there are
+        those of the cell itself, which have the rest. Fitted together with :attr:`neighbor_share`; 0 where there are
         no labeled validation cells, without messages or without labels.
         """
         return float(self.module.smoothed_share) if self.messages else 0.0
@@ -64,7 +64,7 @@ class MixingModel(GraphModel):
         wanted = self._indices(self._nodes(adata), indices)
         if not len(wanted):
             raise ValueError("indices is empty: there is nothing to compute.")
-        share, smoothed = float(self.module.neighbour_share), self.smoothed_share
+        share, smoothed = float(self.module.neighbor_share), self.smoothed_share
         if adata is not self.adata and self.messages and (same := compare(self, adata)) is not None:
             share, smoothed = self.module.mixtures[int(not same)].tolist()
         return self._mixed(adata, wanted, how, data, share, smoothed)
@@ -78,7 +78,7 @@ class MixingModel(GraphModel):
             nodes = around.nodes
         views = []
         if share != 0:
-            views.append(self._with_neighbours(adata, nodes, how, data))
+            views.append(self._with_neighbors(adata, nodes, how, data))
         if share != 1:
             views.append(self._alone(adata, nodes, how, self._graph_data(adata, messages=False)))
         mixed = views[0] if len(views) == 1 else _mix(share, *views)
@@ -104,7 +104,7 @@ class MixingModel(GraphModel):
         around = _Surroundings(with_messages, indices)
 
         def log_loss() -> NDArray[np.floating]:
-            views = [self._with_neighbours(self.adata, around.nodes, {}, with_messages)]
+            views = [self._with_neighbors(self.adata, around.nodes, {}, with_messages)]
             if len(graphs) > 1:
                 views.append(self._alone(self.adata, around.nodes, {}, graphs[1]))
             return around.log_loss(views, label)
@@ -127,7 +127,7 @@ class MixingModel(GraphModel):
     def _use_mixture(self, *, elsewhere: bool) -> None:
         """Predict cells of training, or those of another section."""
         share, smoothed = self.module.mixtures[int(elsewhere)]
-        self.module.neighbour_share.copy_(share)
+        self.module.neighbor_share.copy_(share)
         self.module.smoothed_share.copy_(smoothed)
 
     def _reset_shares(self) -> None:
@@ -136,7 +136,7 @@ class MixingModel(GraphModel):
         self.module.mixtures[:, 1] = 0.0
         self._use_mixture(elsewhere=False)
 
-    def _with_neighbours(self, adata: Any, indices: Any, how: dict[str, Any], data: GraphData) -> NDArray[np.float32]:
+    def _with_neighbors(self, adata: Any, indices: Any, how: dict[str, Any], data: GraphData) -> NDArray[np.float32]:
         return self._collect(adata, indices, _probability, how, data)
 
     def _alone(self, adata: Any, indices: Any, how: dict[str, Any], data: GraphData) -> NDArray[np.float32]:
@@ -232,8 +232,8 @@ def _mix(share: float, first: NDArray[np.float32], second: NDArray[np.float32]) 
 
 
 def _probability(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> torch.Tensor:
-    return module.labels(module.standardised(outputs["embedding"]))["logits"].softmax(-1)
+    return module.labels(module.standardized(outputs["embedding"]))["logits"].softmax(-1)
 
 
 def _probability_alone(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> torch.Tensor:
-    return module.labels(None, module.standardised(outputs["embedding"]))["logits_alone"].softmax(-1)
+    return module.labels(None, module.standardized(outputs["embedding"]))["logits_alone"].softmax(-1)

@@ -60,7 +60,7 @@ class PredictiveModel(MixingModel):
         adata
             Object to embed; the training object by default. It may have other genes, and needs a graph.
         indices
-            Cells to embed; all by default. Their neighbours are read from the whole object.
+            Cells to embed; all by default. Their neighbors are read from the whole object.
         batch_size
             Destinations per block; by default what fits into some hundred MB. Like ``strategy`` and ``distribute`` it
             changes speed and memory, not the result.
@@ -99,9 +99,9 @@ class PredictiveModel(MixingModel):
     ) -> NDArray[Any] | pd.DataFrame:
         """Predict labels.
 
-        FIMP-base predicts them twice, with and without neighbours, and mixes both predictions with the share that suits
-        the validation cells of its training best (:attr:`neighbour_share`). What comes of it is averaged over cells and
-        their neighbours, again as much as suits these cells (:attr:`smoothed_share`).
+        FIMP-base predicts them twice, with and without neighbors, and mixes both predictions with the share that suits
+        the validation cells of its training best (:attr:`neighbor_share`). What comes of it is averaged over cells and
+        their neighbors, again as much as suits these cells (:attr:`smoothed_share`).
 
         Parameters
         ----------
@@ -143,7 +143,7 @@ class PredictiveModel(MixingModel):
         strategy: Strategy = "auto",
         distribute: bool = False,
     ) -> NDArray[np.float32]:
-        """Predict expression from a cell's visible genes and its neighbours.
+        """Predict expression from a cell's visible genes and its neighbors.
 
         Parameters
         ----------
@@ -235,7 +235,7 @@ class PredictiveModel(MixingModel):
         strategy: Strategy = "auto",
         distribute: bool = False,
     ) -> NDArray[np.float32]:
-        """Predict signals or images; every segment or patch while it is hidden, from the others and the neighbours.
+        """Predict signals or images; every segment or patch while it is hidden, from the others and the neighbors.
 
         Parameters
         ----------

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 _MOST_CELLS_TO_START = 4096
 _MOST_CELLS_FOR_COMPONENTS = 50_000
-_CELLS_TO_STANDARDISE = 256
+_CELLS_TO_STANDARDIZE = 256
 # Nodes whose tokens give components, and blocks of them to which heads of sequences are fitted.
 _NODES_FOR_COMPONENTS, _NODES_PER_BLOCK, _BLOCKS = 1000, 128, 4
 _RIDGE = 0.3
-# Of neighbours in components of noisy cells: without labels they alone tell signal from noise.
+# Of neighbors in components of noisy cells: without labels they alone tell signal from noise.
 _WEIGHT, _WEIGHT_WITH_LABELS = 4.0, 1.0
 
 
@@ -52,7 +52,7 @@ class StartingModel(GraphModel):
         data = self._graph_data(self.adata, **hidden)
         module.eval()
         if foundation:
-            few = self._some(data, train_idx, _CELLS_TO_STANDARDISE)
+            few = self._some(data, train_idx, _CELLS_TO_STANDARDIZE)
             module.start_from_embeddings(
                 infer(module, data, few, read_embedding, n_layers=self.n_layers, n_tokens=self.n_tokens)
             )
@@ -86,7 +86,7 @@ class StartingModel(GraphModel):
             source.complete_rows(seen, statistics.mean),
             around,
             statistics.mean,
-            neighbour_weight=_WEIGHT_WITH_LABELS if self.classes else _WEIGHT,
+            neighbor_weight=_WEIGHT_WITH_LABELS if self.classes else _WEIGHT,
             drop_noise=drop,
             random_state=self.random_state,
         )

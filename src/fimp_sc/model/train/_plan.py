@@ -1,4 +1,4 @@
-"""How FIMP is optimised."""
+"""How FIMP is optimized."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FIMPTrainingPlan(pl.LightningModule):
 
     Losses are means over cells, and those of labels over labeled cells; an epoch without any has none. The validation
     loss is that of all validation cells at once: its labels are predicted by the mixture that suits these best. The
-    train loss is the mean of what steps minimise.
+    train loss is the mean of what steps minimize.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ class FIMPTrainingPlan(pl.LightningModule):
 
     def _fit_share(self, log_loss: torch.Tensor) -> None:
         if self.module.label_head_alone is not None and log_loss.any():
-            self.module.neighbour_share.copy_(SHARES[int(log_loss.argmin())])
+            self.module.neighbor_share.copy_(SHARES[int(log_loss.argmin())])
 
     def _log_parts(self, losses: LossOutput, mode: str) -> dict[str, Any]:
         """Log what is a mean over all cells of the epoch, and return how to."""

@@ -17,11 +17,11 @@ _STEPS, _EPOCHS = 600, (8, 100)
 # Compact blocks that make up a batch: small enough for a batch to hold cells of several domains.
 _CELLS_PER_PART = 64
 _BATCH = (64, 256)
-# Nodes of a recording that go into one batch: a part of it would read most of the others as neighbours.
+# Nodes of a recording that go into one batch: a part of it would read most of the others as neighbors.
 _RECORDING = 512
 _VALIDATIONS = 30
 # Expression: up to this many training cells the linear model that training starts from is nearly all that can be
-# learnt, and small steps keep it; the more cells, the more and the larger the steps that pay.
+# learned, and small steps keep it; the more cells, the more and the larger the steps that pay.
 FEW_CELLS = 4000
 _MOST, _FASTEST, _FASTEST_LABELS = 4.0, 16.0, 8.0
 _LR, _LR_LOADINGS = 5e-4, 2e-3
@@ -42,7 +42,7 @@ class Schedule:
     patience
         Validations without gain after which to stop.
     spare_labeled
-        Whether half of the nodes go without a mask where there are labels, so that these are learnt from nodes as they
+        Whether half of the nodes go without a mask where there are labels, so that these are learned from nodes as they
         are predicted.
     plan
         Arguments of the training plan.

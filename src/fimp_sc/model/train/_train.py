@@ -124,9 +124,9 @@ class TrainableModel(MixingModel, StartingModel):
         validation_size
             Share of cells held out for validation in whole spatial blocks.
         train_indices, validation_indices
-            Cells of each part, instead of ``validation_size``. Cells in neither are seen as neighbours only.
+            Cells of each part, instead of ``validation_size``. Cells in neither are seen as neighbors only.
         hidden
-            Values that are kept for tests: neither shown nor learnt from. As in :meth:`get_expression` or
+            Values that are kept for tests: neither shown nor learned from. As in :meth:`get_expression` or
             :meth:`get_reconstruction`; of several modalities a dictionary by name. Totals of cells are of what is
             visible, also where genes are masked to learn from.
         batch_size
@@ -139,7 +139,7 @@ class TrainableModel(MixingModel, StartingModel):
             Largest share of genes hidden in a whole block, so that the model copes with other gene panels.
         mask_cells
             Probability that a cell is masked at all. By default 1 without labels or without genes, and 0.5 otherwise,
-            so that labels are learnt from cells as they are predicted.
+            so that labels are learned from cells as they are predicted.
         class_balance
             0 weighs cells alike, 1 classes alike, in the label loss.
         early_stopping

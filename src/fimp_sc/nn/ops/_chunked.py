@@ -1,6 +1,6 @@
 """Attention over parts of a graph, a bounded number of edges at a time, and its gradients: batched products.
 
-Products run over several neighbours of a node in their inner dimension, so that the sum over neighbours is part of the
+Products run over several neighbors of a node in their inner dimension, so that the sum over neighbors is part of the
 product.
 """
 
@@ -57,14 +57,14 @@ class Buffers:
         return self(name, *one.shape).copy_(one)
 
     def gather(self, name: str, nodes: Tensor, sources: Tensor, n: int, factor: Tensor | None = None) -> Tensor:
-        """Return ``(n, neighbours x tokens, head_dim)``: the sources of each of ``n`` destinations in a row."""
+        """Return ``(n, neighbors x tokens, head_dim)``: the sources of each of ``n`` destinations in a row."""
         rows = torch.index_select(nodes, 0, sources, out=self(name, len(sources), *nodes.shape[1:]))
         if factor is not None:
             rows.mul_(factor[:, None, None])
         return rows.view(n, -1, nodes.shape[-1])
 
     def attention(self, q: Tensor, keys: Tensor, bias: Tensor | None, sources: Tensor, *, small: bool) -> Tensor:
-        """Return ``(n, tokens, neighbours, source tokens)``, one softmax for each neighbour."""
+        """Return ``(n, tokens, neighbors, source tokens)``, one softmax for each neighbor."""
         n, tokens = q.shape[:2]
         scores = self("scores", n, tokens, keys.shape[1])
         if bias is None:

@@ -27,7 +27,7 @@ def far_apart(xy: NDArray[np.float64], room: NDArray[np.float64], limit: int) ->
     Parameters
     ----------
     xy
-        ``(n, 2)``, the centres of the boxes.
+        ``(n, 2)``, the centers of the boxes.
     room
         ``(2,)``, width and height.
     limit
@@ -82,12 +82,12 @@ def read_thumbnails(adata: AnnData, nodes: NDArray[np.int64], key: str | None) -
 
 
 def _small(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return ``(height, width, 3)``, reduced by a whole factor; what is no RGB becomes grey."""
+    """Return ``(height, width, 3)``, reduced by a whole factor; what is no RGB becomes gray."""
     height, width, channels = image.shape
     factor = -(-max(height, width) // _LONGEST_SIDE)
     rows, columns = max(height // factor, 1), max(width // factor, 1)
     across, down = min(factor, width), min(factor, height)
     cut = image[: rows * down, : columns * across].reshape(rows, down, columns, across, channels)
     small = cut.mean(axis=(1, 3))
-    colour = small[..., :3] if channels in {3, 4} else np.repeat(small.mean(axis=-1, keepdims=True), 3, axis=-1)
-    return np.rint(colour).astype(np.uint8)
+    color = small[..., :3] if channels in {3, 4} else np.repeat(small.mean(axis=-1, keepdims=True), 3, axis=-1)
+    return np.rint(color).astype(np.uint8)

@@ -19,7 +19,7 @@ AliasSource: TypeAlias = "Mapping[str, str | Sequence[str]] | str | Path | None"
 
 _ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{6,})(?:\.\d+)?")
 _SPECIAL = re.compile(r"<.*>")
-_CAPITALISED = re.compile(r"[A-Z][a-z]")
+_CAPITALIZED = re.compile(r"[A-Z][a-z]")
 Entry = TypeVar("Entry")
 
 
@@ -154,5 +154,5 @@ def mostly_ensembl(names: Iterable[str]) -> bool:
 
 def mostly_mouse(names: Iterable[str]) -> bool:
     """Tell whether more than half of the names are written as those of mouse genes are: Aqp4, ENSMUSG00000024411."""
-    found = [_CAPITALISED.match(name) is not None or name.startswith("ENSMUSG") for name in names]
+    found = [_CAPITALIZED.match(name) is not None or name.startswith("ENSMUSG") for name in names]
     return 2 * sum(found) > len(found)

@@ -315,7 +315,7 @@ def _report(model: FIMP, work: AnnData | MuData, inputs: Inputs, accelerator: st
     tables = [part.adata for part in parts if not part.is_sequence]
     n_vars = sum(table.n_vars for table in tables)
     shapes = model.module.sequences.values()
-    # With what the optimiser keeps of those that are trained.
+    # With what the optimizer keeps of those that are trained.
     weights = sum(p.numel() * (16 if p.requires_grad and not zero_shot else 4) for p in model.module.parameters())
     # A block: about twice its destinations with the halo, a dozen dense copies of its expression, and copies of its
     # tokens, a few dozen in training; a stack that computes its layers again in backward keeps two for each.
@@ -335,7 +335,7 @@ def _report(model: FIMP, work: AnnData | MuData, inputs: Inputs, accelerator: st
     things = [f"{table.n_vars:,} genes" for table in tables]
     things += [f"{shape.n_tokens} tokens of {name}" for name, shape in model.module.sequences.items()]
     logger.info(
-        "%s %s, %s, %.1f neighbours per %s, %d classes; %s on %s, about %.1f GB of memory.",
+        "%s %s, %s, %.1f neighbors per %s, %d classes; %s on %s, about %.1f GB of memory.",
         f"{nodes.n_obs:,}", f"{what}s", ", ".join(things),
         nodes.obsp[inputs.connectivities_key].nnz / nodes.n_obs, what,
         len(model.classes),

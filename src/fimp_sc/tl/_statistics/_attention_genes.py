@@ -160,14 +160,14 @@ def say_untested(chosen: list[str], wanted: NDArray[np.bool_], tests: Tests, *, 
     names = [f"{chosen[source]} → {chosen[destination]}" for destination, source in np.argwhere(left)[:3]]
     logger.log(
         logging.WARNING if asked else logging.INFO,
-        "%s of %s pairs of genes are tested between no groups, as too few neighbours have both as tokens: %s. More "
+        "%s of %s pairs of genes are tested between no groups, as too few neighbors have both as tokens: %s. More "
         "tokens (n_tokens) or a lower min_support test more.", f"{left.sum():,}", f"{wanted.sum():,}",
         ", ".join(names) + (", …" if left.sum() > len(names) else ""),
     )  # fmt: skip
 
 
 def _most_variable(data: Any, n_genes: int) -> NDArray[np.int64]:
-    """Return the positions of the genes whose log-normalised values vary most."""
+    """Return the positions of the genes whose log-normalized values vary most."""
     if n_genes < 1:
         raise ValueError(f"n_genes must be at least 1, found {n_genes}.")
     source, n_obs = data.source, data.graph.csr.shape[0]

@@ -1,4 +1,4 @@
-"""Two ways to cluster a representation: a mixture of normal distributions, and Leiden on its nearest neighbours."""
+"""Two ways to cluster a representation: a mixture of normal distributions, and Leiden on its nearest neighbors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def fit_mixture(
 
 
 class Leiden:
-    """Leiden clusterings of the graph of nearest neighbours in a representation, by scanpy.
+    """Leiden clusterings of the graph of nearest neighbors in a representation, by scanpy.
 
     Parameters
     ----------

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from fimp_sc.data import NodeGraph
     from fimp_sc.model.predict._gene_pairs import GeneTokens
 
-Null = Literal["neighbours", "labels"]
+Null = Literal["neighbors", "labels"]
 Edges: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]"
 Statistic = Literal["covariance", "content", "attention"]
 
 # Below this a standard deviation is rounding.
 _LEAST = 1e-12
-# Statistics that are standardised at once.
+# Statistics that are standardized at once.
 _TESTS = 4096
 
 
@@ -43,11 +43,11 @@ class Significance(NamedTuple):
 def significance(true: NDArray[np.floating], permuted: NDArray[np.floating]) -> Significance:
     """Compare statistics with their permutations, one-sided: larger than expected.
 
-    Each statistic is standardised by mean and standard deviation of its own permutations. Its p-value is the share of
-    standardised permutations *of all tests* that are at least as large, where each permutation is standardised by the
+    Each statistic is standardized by mean and standard deviation of its own permutations. Its p-value is the share of
+    standardized permutations *of all tests* that are at least as large, where each permutation is standardized by the
     others of its test, and the statistic itself counts as one more: (1 + b) / (1 + n), never 0. 100 permutations of
     1,000 tests thus tell p-values down to 1e-5 apart, which a test by itself could not. That is right on average over
-    tests, and for each of them as far as their standardised statistics are distributed alike.
+    tests, and for each of them as far as their standardized statistics are distributed alike.
 
     Permutations that do not vary tell nothing, for instance those of a gene that is constant within groups: z is 0
     and the p-value 1.
@@ -179,9 +179,9 @@ def gene_tests(
         See :func:`fimp_sc.tl.attention`.
     """
     tests, n_pairs = plan.tests, len(plan.pairs)
-    strata = library * n_groups + codes if null == "neighbours" else library
+    strata = library * n_groups + codes if null == "neighbors" else library
     strata = np.where(codes >= 0, strata, -1)
-    value = centred(tokens.value, strata) if statistic != "attention" else None
+    value = centered(tokens.value, strata) if statistic != "attention" else None
 
     def mean(edges: Edges) -> NDArray[np.float64]:
         sums = tested_sums(pair_sums(tokens, None, *edges, n_pairs, batch_size=batch_size), tests, n_pairs)
@@ -201,7 +201,7 @@ def gene_tests(
     permuted = np.empty((len(score), n_permutations), dtype=np.float32)
     for i in drawn(n_permutations, "Permutations, pairs of genes", verbose=verbose):
         place = shuffled(rows, len(strata), rng)
-        if null == "neighbours":
+        if null == "neighbors":
             permuted[:, i] = scores((place[edges[0]], place[edges[1]], edges[2]), weight)
         else:
             other = _of_pairs(edge_pairs(graph, codes[place], n_groups), plan.pairs)
@@ -313,7 +313,7 @@ def shuffled(strata: list[NDArray[np.int64]], n_nodes: int, rng: np.random.Gener
     return place
 
 
-def centred(value: NDArray[np.float32], strata: NDArray[np.int64]) -> NDArray[np.float32]:
+def centered(value: NDArray[np.float32], strata: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return values minus the mean of their stratum; 0 for those of -1."""
     out = np.zeros_like(value)
     for rows in rows_of(strata):

@@ -1,6 +1,6 @@
 r"""Cross-node attention as three fused Triton kernels.
 
-The forward pass reads the neighbours of a destination one after the other and keeps scores and messages on the chip.
+The forward pass reads the neighbors of a destination one after the other and keeps scores and messages on the chip.
 It saves its inputs only. The backward pass goes through the graph twice: once per destination for the gradient of the
 queries, once per source, over the transposed graph, for the gradients of keys and values. Every number has one writer
 that adds in a fixed order, so that results are the same bit by bit from run to run.
@@ -183,7 +183,7 @@ def _tiles(head_dim: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[
     if dtype == torch.float32:
         most, columns_most, stages = 32, 16 if wide else 32, 2
     else:
-        # 128 rows read each neighbour half as often, unless the last tile would be half empty.
+        # 128 rows read each neighbor half as often, unless the last tile would be half empty.
         most = 128 if not wide and _ceil_div(rows, 64) % 2 == 0 else 64
         columns_most, stages = 32 if wide else 64, 2 if wide else 3
     block_m = min(max(_power_of_two(rows), 16), most)

@@ -21,7 +21,7 @@ def _jit(function: Any) -> Any:
     return function if triton is None else triton.jit(function, do_not_specialize=("n_nodes",))
 
 
-# Programs are numbered tile first, then node, then head: what runs at one time are neighbouring nodes of one head, and
+# Programs are numbered tile first, then node, then head: what runs at one time are neighboring nodes of one head, and
 # these share sources (in L2) when nodes are in spatial order. All of it in the first axis of the grid, the only one
 # that goes beyond 65,535.
 @_jit
@@ -62,7 +62,7 @@ def _scores(q, k, scale, live, PRECISION: tl.constexpr):
     return tl.where(live[None, :], s, -float("inf"))
 
 
-# In all kernels the program owns BLOCK_M tokens of one node and goes through the tokens of its neighbours in steps of
+# In all kernels the program owns BLOCK_M tokens of one node and goes through the tokens of its neighbors in steps of
 # BLOCK_N. ONE_TILE makes that inner loop vanish at compile time, so that loads are pipelined over the edges instead.
 # Scores are in base 2 (their scale includes log2 e). The running maximum starts at a finite number: minus infinity
 # minus minus infinity would be NaN in a tile that is padding throughout.
