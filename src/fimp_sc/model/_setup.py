@@ -104,7 +104,7 @@ class RegisteringModel(BaseModelClass, metaclass=_Listed):
         center
             What is subtracted from the expression of each gene: ``"training"``, its mean over all training cells, so
             that results of a cell do not depend on which other cells the object holds; or ``"batch"``, its mean over
-            the cells of the same batch (shrunk towards the training mean). The latter takes out what differs between
+            the cells of the same batch (shrunk toward the training mean). The latter takes out what differs between
             batches where each holds about the same mixture of cells, and with it what sets a batch apart that holds
             another: a section of one class is then taken for a mixture of all.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # The norm before attention divides summary tokens by about this length, because of the vector that marks them.
 _NORM = 2**0.5
 # Size of the first layer's message; later layers average these messages again and bring them back to full size, so
-# that the widest neighbourhood counts most. It is what carries domains, and the nearest cells are seen in any case.
+# that the widest neighborhood counts most. It is what carries domains, and the nearest cells are seen in any case.
 _FIRST = 0.3
 
 
@@ -75,12 +75,12 @@ class FIMPNetwork(nn.Module):
         self.width, self.n_hops = d_model, n_layers
         # Columns of the embedding where training starts: the cell's own components, then those of its neighbors'
         # mean; the rest is free. Kept apart, neither blurs the other.
-        self.n_own, self.n_neighbourhood = d_model * 5 // 8, d_model // 4
-        neighbourhood = slice(self.n_own, self.n_own + self.n_neighbourhood)
+        self.n_own, self.n_neighborhood = d_model * 5 // 8, d_model // 4
+        neighborhood = slice(self.n_own, self.n_own + self.n_neighborhood)
         self.embedding: FeatureEmbedding | None = None
         if n_features:
             self.embedding = FeatureEmbedding(n_features, d_model, vector_width, gene_key)
-            self.embedding.mark_summary_outside(slice(self.n_neighbourhood), neighbourhood)
+            self.embedding.mark_summary_outside(slice(self.n_neighborhood), neighborhood)
         self.sequences: SequenceParts | None = None
         if sequences:
             self.sequences = SequenceParts(sequences, d_model, apart=bool(n_features), dropout=dropout)
@@ -101,10 +101,10 @@ class FIMPNetwork(nn.Module):
                 start_as_gated_mean(practical, first, later=bool(layers))
             elif not layers:
                 practical.start_as_neighbor_mean(
-                    slice(self.n_neighbourhood), neighbourhood, _NORM * (_FIRST if n_layers > 1 else 1)
+                    slice(self.n_neighborhood), neighborhood, _NORM * (_FIRST if n_layers > 1 else 1)
                 )
             else:
-                practical.start_as_neighbor_mean(neighbourhood, neighbourhood, _NORM * _FIRST ** (-1 / (n_layers - 1)))
+                practical.start_as_neighbor_mean(neighborhood, neighborhood, _NORM * _FIRST ** (-1 / (n_layers - 1)))
             layers.append(practical)
         self.layers = nn.ModuleList(layers)
 

@@ -1,4 +1,4 @@
-"""Neighbourhood graph from spatial coordinates."""
+"""Neighborhood graph from spatial coordinates."""
 
 from __future__ import annotations
 

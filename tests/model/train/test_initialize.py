@@ -32,9 +32,9 @@ def test_components_of_noise_start_empty_without_labels_on_few_cells(
     monkeypatch.setattr(model.module, "start_as_smoother", spy)
     train(model, max_epochs=1)
     network = model.module.network
-    free = started[0][network.n_neighbourhood : network.n_own]
+    free = started[0][network.n_neighborhood : network.n_own]
     assert free.any() == dropped
-    assert not started[0][: network.n_neighbourhood].any()
+    assert not started[0][: network.n_neighborhood].any()
 
 
 @pytest.mark.parametrize(("signal", "by_neighbors"), [(0.0, False), (1.1, True)])

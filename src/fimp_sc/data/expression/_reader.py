@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fimp_sc.data.validate._checks import InputScale
 
-# The mean of a batch is shrunk towards the training mean as if that many training cells were added to it.
+# The mean of a batch is shrunk toward the training mean as if that many training cells were added to it.
 _PRIOR_CELLS = 20.0
 # A total that differs by this factor is not that of the same normalization.
 _OTHER_TOTAL = 2.0
@@ -89,7 +89,7 @@ class ExpressionSource:
     statistics
         Of the training cells; ``None`` while these are computed.
     batch
-        ``(n_obs,)`` int64 code of the technical batch: values are centered by the mean of their batch, shrunk towards
+        ``(n_obs,)`` int64 code of the technical batch: values are centered by the mean of their batch, shrunk toward
         the training mean. Without, by the training mean, so that what is read of a cell does not depend on which other
         cells there are.
     hidden

@@ -1,4 +1,4 @@
-"""Checks of neighbourhood graphs: those of any graph, and samples and nodes without neighbors beside."""
+"""Checks of neighborhood graphs: those of any graph, and samples and nodes without neighbors beside."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_connectivities(
     library: pd.Categorical | None = None,
     advice: str = "",
 ) -> None:
-    """Check a neighbourhood graph: a row holds the weights of the neighbors of its node.
+    """Check a neighborhood graph: a row holds the weights of the neighbors of its node.
 
     Stored zeros are no edges. Graphs need not be symmetric. Self-loops are allowed and make nobody a neighbor.
 

@@ -205,7 +205,7 @@ class StartingModule(BaseModuleClass):
         """
         if not isinstance(self.network, FIMPNetwork) or self.network.embedding is None or self.value_head is None:
             raise TypeError("Only FIMP-base of genes starts from principal components.")
-        n_own, n_neighbourhood = self.network.n_own, self.network.n_neighbourhood
+        n_own, n_neighborhood = self.network.n_own, self.network.n_neighborhood
         n_components = min(n_own, min(train.shape) - 1)
         least = _least_variance(float(train.power(2).mean()))
         if n_components < 1 or float(self.value_variance) <= 1.001 * least:
@@ -216,7 +216,7 @@ class StartingModule(BaseModuleClass):
         # Halfway between covariance, where a few strong genes decide, and correlation, where noise does.
         gene_scale = np.sqrt(np.maximum(deviation, 1e-3 * float(deviation.max())))
         scaled = sparse.csr_matrix(train @ sparse.diags(1.0 / gene_scale))
-        shared = min(n_components, n_neighbourhood)
+        shared = min(n_components, n_neighborhood)
         how = (gene_scale, validation, around, mean, shared, random_state, self.gene_key)
         loadings, fit = fit_components(principal_components(scaled, n_components, random_state), *how)
         if fit.signal < _MOSTLY_SIGNAL and near.nnz and n_components < train.shape[1]:

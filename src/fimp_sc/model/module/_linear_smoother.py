@@ -25,9 +25,9 @@ class Smoother(NamedTuple):
     Attributes
     ----------
     own, neighbors
-        ``(k,)`` and ``(n_neighbourhood,)``: non-negative factors of the cell's and of its neighbors' scores.
+        ``(k,)`` and ``(n_neighborhood,)``: non-negative factors of the cell's and of its neighbors' scores.
     signal
-        Share of the variance of the first ``n_neighbourhood`` scores of the cell that is signal, not noise.
+        Share of the variance of the first ``n_neighborhood`` scores of the cell that is signal, not noise.
     n_telling
         Number of leading components whose scores of the cell alone tell anything.
     """
@@ -60,7 +60,7 @@ def fit_components(
     cells: sparse.csr_matrix,
     around: sparse.csr_matrix,
     mean: np.ndarray,
-    n_neighbourhood: int,
+    n_neighborhood: int,
     random_state: int,
     gene_key: np.ndarray | None = None,
 ) -> tuple[Loadings, Smoother]:
@@ -70,7 +70,7 @@ def fit_components(
     ----------
     components
         Of genes divided by ``gene_scale``, ``(n_features,)``.
-    cells, around, mean, n_neighbourhood, random_state, gene_key
+    cells, around, mean, n_neighborhood, random_state, gene_key
         See :func:`linear_smoother`.
     """
     spread = np.sqrt(np.maximum(components.variance, 1e-12))
@@ -79,7 +79,7 @@ def fit_components(
     scale *= np.mean(spread / scale)
     encode = components.directions.T / (gene_scale[:, None] * scale)
     decode = components.directions.T * (gene_scale[:, None] * scale)
-    fit = linear_smoother(cells, around, mean, encode, decode, n_neighbourhood, random_state, gene_key)
+    fit = linear_smoother(cells, around, mean, encode, decode, n_neighborhood, random_state, gene_key)
     return Loadings(encode, decode, spread / scale), fit
 
 
@@ -89,7 +89,7 @@ def linear_smoother(
     mean: np.ndarray,
     encode: np.ndarray,
     decode: np.ndarray,
-    n_neighbourhood: int,
+    n_neighborhood: int,
     random_state: int,
     gene_key: np.ndarray | None = None,
 ) -> Smoother:
@@ -103,7 +103,7 @@ def linear_smoother(
         ``(n_features,)``.
     encode, decode
         ``(n_features, k)`` loadings to scores, and from scores back.
-    n_neighbourhood
+    n_neighborhood
         Number of leading components of which the neighbors' mean is used.
     random_state
         Seed of the hidden entries.
@@ -115,7 +115,7 @@ def linear_smoother(
     Factors fitted with least squares, component by component. Without cells, scores tell what they say.
     """
     if not cells.shape[0]:
-        return Smoother(np.ones(encode.shape[1]), np.zeros(n_neighbourhood), 1.0, encode.shape[1])
+        return Smoother(np.ones(encode.shape[1]), np.zeros(n_neighborhood), 1.0, encode.shape[1])
     columns = np.arange(cells.shape[1]) if gene_key is None else gene_key
     square = np.zeros((encode.shape[1], 2, 2))
     product = np.zeros((encode.shape[1], 2))
@@ -133,10 +133,10 @@ def linear_smoother(
     # Where the joint fit is negative, the one that explains more on its own is the non-negative solution.
     better = (single * product).argmax(1)[:, None] == np.arange(2)
     fitted = np.where(both.min(1, keepdims=True) >= 0, both, np.where(better, single, 0.0))
-    fitted[n_neighbourhood:, 0] = single[n_neighbourhood:, 0]
+    fitted[n_neighborhood:, 0] = single[n_neighborhood:, 0]
     alone, told = square[:, 0, 0], product[:, 0]
-    signal = float(told[:n_neighbourhood].sum() / max(alone[:n_neighbourhood].sum(), 1e-12))
-    return Smoother(fitted[:, 0], fitted[:n_neighbourhood, 1], signal, _n_telling(alone, told))
+    signal = float(told[:n_neighborhood].sum() / max(alone[:n_neighborhood].sum(), 1e-12))
+    return Smoother(fitted[:, 0], fitted[:n_neighborhood, 1], signal, _n_telling(alone, told))
 
 
 def _n_telling(square: np.ndarray, product: np.ndarray) -> int:

@@ -65,7 +65,7 @@ class PredictiveModel(MixingModel):
             Destinations per block; by default what fits into some hundred MB. Like ``strategy`` and ``distribute`` it
             changes speed and memory, not the result.
         strategy
-            ``"blocks"`` computes blocks of cells with the neighbourhood that all layers read, ``"layers"`` one layer
+            ``"blocks"`` computes blocks of cells with the neighborhood that all layers read, ``"layers"`` one layer
             for all cells before the next; ``"auto"`` takes what is less work for the graph at hand.
         distribute
             Compute blocks as Dask tasks: on the workers of a ``dask.distributed.Client`` where one is open, else on
