@@ -10,6 +10,7 @@ from anndata import AnnData
 
 from fimp_sc._draws import name_key
 from fimp_sc._options import checked
+from fimp_sc._recipe import recipe
 from fimp_sc.data._elements import missing_key
 from fimp_sc.model._build import foundation_network, gene_vectors, sequence_network, sequence_shapes
 from fimp_sc.model._fields import X_KEY, table_states
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-_TOKENS, _TOKENS_FOUNDATION = 16, 200
-_WIDTH, _WIDTH_SEQUENCES, _LEAST_WIDTH = 64, 128, 12
-_DROPOUT, _DROPOUT_LABELS = 0.2, 0.5
+_LEAST_WIDTH = 12
 _CHECKPOINTS = {
     "scgpt": "args.json, vocab.json and best_model.pt; the authors of scGPT link it from their repository",
     "vit": "config.json and model.safetensors, or the name of a repository on the Hugging Face hub",
@@ -161,14 +160,15 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
         architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(adata, registry)
+        numbers = recipe()
         if n_tokens is None:
-            n_tokens = _TOKENS if foundation is None else _TOKENS_FOUNDATION
+            n_tokens = numbers.tokens if foundation is None else numbers.tokens_foundation
         tables = bool(self.summary_stats.n_vars)
         states = table_states(self._state(X_KEY))
         n_tables = len(states)
-        n_latent = (_WIDTH if tables else _WIDTH_SEQUENCES) if n_latent is None else n_latent
+        n_latent = (numbers.width if tables else numbers.width_sequences) if n_latent is None else n_latent
         if dropout is None:
-            dropout = _DROPOUT if tables else _DROPOUT_LABELS if self.classes else 0.0
+            dropout = numbers.dropout if tables else numbers.dropout_sequences if self.classes else 0.0
         _check_foundation(foundation, checkpoint, gene_embeddings, architecture)
         if vocabulary_key is not None and foundation is None:
             raise ValueError("vocabulary_key holds ids in the vocabulary of a foundation model: name one, foundation=.")
@@ -229,7 +229,7 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
                 vector_width=stored.get("vector_width"),
                 sequences=shapes,
                 network=network,
-                alone=messages and foundation is None,
+                alone=messages and foundation is None and numbers.self_prediction,
                 gene_key=name_key(self.genes),
                 n_tables=max(n_tables, 1),
             )

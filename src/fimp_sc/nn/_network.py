@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fimp_sc._recipe import recipe
 from fimp_sc.nn._embedding import FeatureEmbedding
 from fimp_sc.nn._initialize import start_as_gated_mean
 from fimp_sc.nn._layers import PaperLayer, TransformerLayer, run_layers
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 # The norm before attention divides summary tokens by about this length, because of the vector that marks them.
 _NORM = 2**0.5
-# Size of the first layer's message; later layers average these messages again and bring them back to full size, so
-# that the widest neighborhood counts most. It is what carries domains, and the nearest cells are seen in any case.
-_FIRST = 0.3
 
 
 class FIMPNetwork(nn.Module):
@@ -92,6 +90,7 @@ class FIMPNetwork(nn.Module):
             # As long as the mark of a position.
             self.mark.data[first.summary_flag] = (first.at.stop - first.at.start) ** 0.5
         layers: list[nn.Module] = []
+        size = recipe().first_message
         for _ in range(n_layers):
             if layer == "paper":
                 layers.append(PaperLayer(d_model, n_heads, reduce=reduce))
@@ -99,12 +98,12 @@ class FIMPNetwork(nn.Module):
             practical = TransformerLayer(d_model, n_heads, d_feedforward=2 * d_model, dropout=dropout, reduce=reduce)
             if first is not None:
                 start_as_gated_mean(practical, first, later=bool(layers))
-            elif not layers:
+            elif not layers and recipe().layers:
                 practical.start_as_neighbor_mean(
-                    slice(self.n_neighborhood), neighborhood, _NORM * (_FIRST if n_layers > 1 else 1)
+                    slice(self.n_neighborhood), neighborhood, _NORM * (size if n_layers > 1 else 1)
                 )
-            else:
-                practical.start_as_neighbor_mean(neighborhood, neighborhood, _NORM * _FIRST ** (-1 / (n_layers - 1)))
+            elif recipe().layers:
+                practical.start_as_neighbor_mean(neighborhood, neighborhood, _NORM * size ** (-1 / (n_layers - 1)))
             layers.append(practical)
         self.layers = nn.ModuleList(layers)
 

@@ -8,6 +8,7 @@ import torch
 from module_toys import make_batch, make_module
 from scipy import sparse
 
+from fimp_sc._recipe import changed
 from fimp_sc.data import BlockDataset, Destinations, without_neighbors
 from fimp_sc.model import FIMP
 from fimp_sc.model.predict._labels import _shifts
@@ -148,27 +149,28 @@ def test_the_better_view_is_chosen(tissue, make_model, train, view: int, expecte
     assert model.neighbor_share == expected
 
 
-def test_the_mixture_for_other_sections_stands_shifts(tissue, make_model, train, monkeypatch) -> None:
+def test_the_mixture_for_other_sections_stands_shifts(tissue, make_model, train) -> None:
     """It is the best under the very shifts, which have the covariance of cells."""
     model = train(make_model(tissue, LABELS), max_epochs=2)
     draw_heads(model.module)
     data = model._graph_data(tissue)
     everything = np.arange(120)
     rows = data.source.rows(everything).astype(float)
-    monkeypatch.setattr("fimp_sc.model.predict._labels._N_SHIFTS", 4000)
     mean = model.module.gene_mean.numpy()
-    drawn = np.stack(list(_shifts(data.source, everything, mean, 0)))
+    with changed(shifts=4000):
+        drawn = np.stack(list(_shifts(data.source, everything, mean, 0)))
     covariance = np.cov(rows.T, ddof=0)
     strong = np.argsort(np.diag(covariance))[-10:]
     expected = 0.25 * covariance[np.ix_(strong, strong)]
     np.testing.assert_allclose(np.cov(drawn[:, strong].T), expected, atol=0.12 * expected.max())
-    monkeypatch.setattr("fimp_sc.model.predict._labels._N_SHIFTS", 3)
     known = np.flatnonzero(tissue.obs["label"].isin(model.classes))
     code = np.array([model.classes.index(name) for name in tissue.obs["label"].iloc[known]])
-    model._fit_shares(everything, known, code)
+    with changed(shifts=3):
+        model._fit_shares(everything, known, code)
+        shifts = list(_shifts(data.source, everything, mean, model.random_state))
     graph = tissue.obsp["spatial_connectivities"].toarray() != 0
     loss = 0.0
-    for shift in _shifts(data.source, everything, mean, model.random_state):
+    for shift in shifts:
         sources = [model._graph_data(tissue), model._graph_data(tissue, messages=False)]
         for part in sources:
             part.source.center = part.source.center + shift

@@ -9,6 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from fimp_sc._logging import warn
+from fimp_sc._recipe import recipe
 from fimp_sc.data.storage._rows import open_rows
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     from fimp_sc.data.validate._checks import InputScale
 
-# The mean of a batch is shrunk toward the training mean as if that many training cells were added to it.
-_PRIOR_CELLS = 20.0
 # A total that differs by this factor is not that of the same normalization.
 _OTHER_TOTAL = 2.0
 # Rows read at once where rows are picked rather than streamed.
@@ -391,7 +390,8 @@ class ExpressionSource:
             _check_total(float(np.median(seen_total[there])), self.target_sum * float(np.median(self._share[there])))
         if not self._own_means:
             return statistics.mean[None]
-        mean = (total + _PRIOR_CELLS * statistics.mean) / (seen + _PRIOR_CELLS)
+        prior = recipe().prior_cells
+        mean = (total + prior * statistics.mean) / (seen + prior)
         return mean.astype(np.float32)
 
 

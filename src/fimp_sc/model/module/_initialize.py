@@ -10,6 +10,7 @@ from scipy import sparse
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
+from fimp_sc._recipe import recipe
 from fimp_sc.model.module._components import principal_components, shared_components
 from fimp_sc.model.module._linear_smoother import fit_components
 from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 # Of the mean square, in units of which less is rounding.
 _LEAST_VARIANCE = 1e-8
-# Share of signal in the first principal components of single cells below which neighbors help to find better ones.
-_MOSTLY_SIGNAL = 0.4
 
 
 def _least_variance(square: float) -> float:
@@ -206,20 +205,19 @@ class StartingModule(BaseModuleClass):
         if not isinstance(self.network, FIMPNetwork) or self.network.embedding is None or self.value_head is None:
             raise TypeError("Only FIMP-base of genes starts from principal components.")
         n_own, n_neighborhood = self.network.n_own, self.network.n_neighborhood
-        n_components = min(n_own, min(train.shape) - 1)
+        n_components = min(n_own, min(train.shape) - 1) if recipe().components else 0
         least = _least_variance(float(train.power(2).mean()))
         if n_components < 1 or float(self.value_variance) <= 1.001 * least:
             return
         deviation = np.sqrt(np.maximum(np.asarray(train.power(2).mean(0)).ravel() - mean**2, 0.0))
         if not deviation.any():
             return  # all cells are alike
-        # Halfway between covariance, where a few strong genes decide, and correlation, where noise does.
-        gene_scale = np.sqrt(np.maximum(deviation, 1e-3 * float(deviation.max())))
+        gene_scale = np.maximum(deviation, 1e-3 * float(deviation.max())) ** recipe().gene_scale
         scaled = sparse.csr_matrix(train @ sparse.diags(1.0 / gene_scale))
         shared = min(n_components, n_neighborhood)
         how = (gene_scale, validation, around, mean, shared, random_state, self.gene_key)
         loadings, fit = fit_components(principal_components(scaled, n_components, random_state), *how)
-        if fit.signal < _MOSTLY_SIGNAL and near.nnz and n_components < train.shape[1]:
+        if fit.signal < recipe().mostly_signal and near.nnz and n_components < train.shape[1]:
             components = shared_components(scaled, near, neighbor_weight, n_components, random_state)
             loadings, fit = fit_components(components, *how)
         encode, decode, spread = loadings

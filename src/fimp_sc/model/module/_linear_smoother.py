@@ -8,15 +8,12 @@ import numpy as np
 from sklearn.isotonic import isotonic_regression
 
 from fimp_sc._draws import uniform
+from fimp_sc._recipe import recipe
 
 if TYPE_CHECKING:
     from scipy import sparse
 
     from fimp_sc.model.module._components import Components
-
-_HIDDEN = 0.15
-# Least share of a component's score that is not noise.
-_TELLING = 0.05
 
 
 class Smoother(NamedTuple):
@@ -74,8 +71,7 @@ def fit_components(
         See :func:`linear_smoother`.
     """
     spread = np.sqrt(np.maximum(components.variance, 1e-12))
-    # Between plain scores and whitened ones.
-    scale = np.sqrt(spread)
+    scale = spread ** recipe().whitening
     scale *= np.mean(spread / scale)
     encode = components.directions.T / (gene_scale[:, None] * scale)
     decode = components.directions.T * (gene_scale[:, None] * scale)
@@ -114,15 +110,16 @@ def linear_smoother(
     -------
     Factors fitted with least squares, component by component. Without cells, scores tell what they say.
     """
-    if not cells.shape[0]:
+    if not cells.shape[0] or not recipe().smoother:
         return Smoother(np.ones(encode.shape[1]), np.zeros(n_neighborhood), 1.0, encode.shape[1])
     columns = np.arange(cells.shape[1]) if gene_key is None else gene_key
+    share = recipe().smoother_hidden
     square = np.zeros((encode.shape[1], 2, 2))
     product = np.zeros((encode.shape[1], 2))
     for i in range(0, cells.shape[0], 512):
         centered = cells[i : i + 512].toarray() - mean
-        hidden = uniform(random_state, np.arange(i, i + len(centered)), columns) < _HIDDEN
-        own = np.where(hidden, 0.0, centered) @ encode / (1.0 - _HIDDEN)
+        hidden = uniform(random_state, np.arange(i, i + len(centered)), columns) < share
+        own = np.where(hidden, 0.0, centered) @ encode / (1.0 - share)
         scores = np.stack([own, (around[i : i + 512].toarray() - mean) @ encode], axis=2)
         weight = hidden.astype(np.float32) @ decode**2
         square += np.einsum("nk,nka,nkb->kab", weight, scores, scores)
@@ -147,4 +144,4 @@ def _n_telling(square: np.ndarray, product: np.ndarray) -> int:
     """
     slope = product / np.maximum(square, 1e-12)
     weight = square + 1e-6 * square.mean() + 1e-12
-    return int((isotonic_regression(slope, sample_weight=weight, increasing=False) > _TELLING).sum())
+    return int((isotonic_regression(slope, sample_weight=weight, increasing=False) > recipe().telling).sum())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fimp_sc._recipe import recipe
 from fimp_sc.model._base import GraphModel
 from fimp_sc.model.predict._reference import compare
 from fimp_sc.nn._heads import SHARES
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
     from fimp_sc.data.expression._joined import JoinedExpression
     from fimp_sc.model.module._module import FIMPModule
 
-# Shifts of a whole section that predictions of other sections must stand, and their size in standard deviations of
-# cells along each principal component: neighboring sections of one donor differ by about 0.4 (DLPFC 151673, 151674).
-_N_SHIFTS, _SHIFT = 16, 0.5
-# Training cells whose deviations make up a shift.
-_CELLS_PER_SHIFT = 2000
 _LEAST_PROBABILITY = 1e-6
 
 
@@ -112,7 +108,7 @@ class MixingModel(GraphModel):
         mixtures = [_best(log_loss())] * 2
         source = with_messages.source
         # What foundation models read are ranks, which shifts of this kind hardly change.
-        if source is not None and module.n_bins == 0:
+        if source is not None and module.n_bins == 0 and recipe().shifts:
             centers = [part.source.center for part in graphs if part.source is not None]
             total: Any = 0.0
             mean = module.gene_mean.cpu().numpy()
@@ -174,7 +170,7 @@ class _Surroundings:
         for i, share in enumerate(shares, start=len(SHARES) - len(shares)):
             mixed = views[0] if share == 1 else _mix(float(share), *views)
             rounds = self.rounds(_log(mixed))
-            for j, weight in enumerate(SHARES.numpy()):
+            for j, weight in enumerate(SHARES.numpy() if recipe().smoothing else SHARES.numpy()[:1]):
                 logits = _blend(weight, *rounds)
                 true = logits[np.arange(len(label)), label]
                 found[i, j] = np.sum(_log_sum(logits) - true, dtype=np.float64)
@@ -193,11 +189,11 @@ def _shifts(
     standard deviation of cells times the size asked for. What is not seen of a cell is at its mean.
     """
     rng = np.random.default_rng(random_state)
-    cells = np.sort(rng.permutation(source.present(train_idx))[:_CELLS_PER_SHIFT])
+    cells = np.sort(rng.permutation(source.present(train_idx))[: recipe().cells_per_shift])
     rows = source.complete_rows(cells, gene_mean)
     mean = np.asarray(rows.mean(0)).ravel()
-    for _ in range(_N_SHIFTS):
-        weight = rng.standard_normal(len(cells)) * (_SHIFT / np.sqrt(len(cells)))
+    for _ in range(recipe().shifts):
+        weight = rng.standard_normal(len(cells)) * (recipe().shift / np.sqrt(len(cells)))
         yield (rows.T @ weight - mean * weight.sum()).astype(np.float32)
 
 

@@ -7,23 +7,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from lightning.fabric.utilities import move_data_to_device
 
+from fimp_sc._recipe import recipe
 from fimp_sc.data import BlockDataset, BlockSampler
 from fimp_sc.model._base import GraphModel
 from fimp_sc.model._inference import infer, read_embedding
-from fimp_sc.model.train._schedule import FEW_CELLS
 from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from fimp_sc.data import ExpressionSource, GraphData
-
-_MOST_CELLS_TO_START = 4096
-_MOST_CELLS_FOR_COMPONENTS = 50_000
-_CELLS_TO_STANDARDIZE = 256
-# Nodes whose tokens give components, and blocks of them to which heads of sequences are fitted.
-_NODES_FOR_COMPONENTS, _NODES_PER_BLOCK, _BLOCKS = 1000, 128, 4
-_RIDGE = 0.3
-# Of neighbors in components of noisy cells: without labels they alone tell signal from noise.
-_WEIGHT, _WEIGHT_WITH_LABELS = 4.0, 1.0
 
 
 class StartingModel(GraphModel):
@@ -52,7 +43,7 @@ class StartingModel(GraphModel):
         data = self._graph_data(self.adata, **hidden)
         module.eval()
         if foundation:
-            few = self._some(data, train_idx, _CELLS_TO_STANDARDIZE)
+            few = self._some(data, train_idx, recipe().cells_standardized)
             module.start_from_embeddings(
                 infer(module, data, few, read_embedding, n_layers=self.n_layers, n_tokens=self.n_tokens)
             )
@@ -64,7 +55,7 @@ class StartingModel(GraphModel):
         self, data: GraphData, train_idx: np.ndarray, val_idx: np.ndarray, hidden: dict[str, Any]
     ) -> None:
         module, source = self.module, cast("ExpressionSource", data.source)
-        some = self._some(data, train_idx, _MOST_CELLS_FOR_COMPONENTS)
+        some = self._some(data, train_idx, recipe().cells_components)
         statistics = source.gene_statistics(train_idx)
         rows = source.complete_rows(some, statistics.mean)
         module.set_statistics(statistics, rows)
@@ -74,19 +65,18 @@ class StartingModel(GraphModel):
         source = cast("ExpressionSource", data.source)
         seen = source.present(val_idx[data.graph.degree[val_idx] > 0])
         # Values are hidden in turn.
-        seen = data.ordered(self._some(data, seen, _MOST_CELLS_TO_START))
+        seen = data.ordered(self._some(data, seen, recipe().cells_smoother))
         mean_of = data.graph.averaging(seen, self.n_layers)
         sources = np.unique(mean_of.indices)
         around = mean_of[:, sources] @ source.complete_rows(sources, statistics.mean)
-        # Labels, and training on many cells, make use of components that tell nothing by themselves.
-        drop = not self.classes and len(train_idx) <= FEW_CELLS
+        drop = recipe().drop_noise and not self.classes and len(train_idx) <= recipe().few_cells
         module.start_as_smoother(
             rows,
             data.graph.among(some),
             source.complete_rows(seen, statistics.mean),
             around,
             statistics.mean,
-            neighbor_weight=_WEIGHT_WITH_LABELS if self.classes else _WEIGHT,
+            neighbor_weight=recipe().neighbor_weight_labels if self.classes else recipe().neighbor_weight,
             drop_noise=drop,
             random_state=self.random_state,
         )
@@ -97,13 +87,15 @@ class StartingModel(GraphModel):
         if not isinstance(module.network, FoundationNetwork):
             for name, source in data.sequences.items():
                 there = train_idx[~source.absent[train_idx]]
-                few = self._some(data, there, _NODES_FOR_COMPONENTS)
+                few = self._some(data, there, recipe().nodes_components)
                 fields = source.fields(few, len(few))
                 module.start_from_components(name, fields["target"][~fields["masked"]])
         dataset = BlockDataset(data, n_layers=self.n_layers, n_tokens=self.n_tokens, mask_ratio=mask_ratio)
-        blocks = list(BlockSampler(data, train_idx, batch_size=_NODES_PER_BLOCK, random_state=self.random_state))
-        chosen = rng.permutation(len(blocks))[:_BLOCKS]
-        module.fit_heads((move_data_to_device(dataset[blocks[i]], module.device) for i in chosen), _RIDGE)
+        blocks = list(
+            BlockSampler(data, train_idx, batch_size=recipe().nodes_per_block, random_state=self.random_state)
+        )
+        chosen = rng.permutation(len(blocks))[: recipe().blocks_heads]
+        module.fit_heads((move_data_to_device(dataset[blocks[i]], module.device) for i in chosen), recipe().ridge_heads)
 
     def _some(self, data: GraphData, nodes: np.ndarray, n: int) -> np.ndarray:
         """Return at most ``n`` of ``nodes``, ascending: a sample that their order does not decide."""

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fimp_sc._options import checked
+from fimp_sc._recipe import recipe
 from fimp_sc._threads import ONE_AT_A_TIME
 from fimp_sc.data import BlockSplitter, split_by_blocks
 from fimp_sc.model.predict._labels import MixingModel
@@ -40,12 +41,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The masked loss is relative to gene means, so that a smaller gain is one that no result shows.
-_LEAST_GAIN = 2e-4
 # Enough to keep an accelerator busy; on a CPU making batches and training would only take turns.
 _WORKERS_ACCELERATOR = 4
-# Weights used are an exponential average over some tens of steps, which evens out what single blocks ask for.
-_AVERAGING = 0.97
 
 
 class _BestWeights(Callback):
@@ -95,12 +92,12 @@ class TrainableModel(MixingModel, StartingModel):
         hidden: Any = None,
         batch_size: int | None = None,
         mask_ratio: tuple[float, float] | None = None,
-        gene_mask_ratio: float = 0.3,
+        gene_mask_ratio: float | None = None,
         mask_cells: float | None = None,
-        class_balance: float = 0.5,
+        class_balance: float | None = None,
         early_stopping: bool = True,
         early_stopping_patience: int | None = None,
-        early_stopping_min_delta: float = _LEAST_GAIN,
+        early_stopping_min_delta: float | None = None,
         plan_kwargs: dict[str, Any] | None = None,
         checkpoint: str | Path | None = None,
         **trainer_kwargs: Any,
@@ -136,19 +133,20 @@ class TrainableModel(MixingModel, StartingModel):
             Smallest and largest share of a cell's genes, or of a node's segments or patches, hidden in training; each
             draws its own. By default from 0 to 0.4, and from 0.1 to 0.6 where there are no genes.
         gene_mask_ratio
-            Largest share of genes hidden in a whole block, so that the model copes with other gene panels.
+            Largest share of genes hidden in a whole block, by default 0.3, so that the model copes with other
+            gene panels.
         mask_cells
             Probability that a cell is masked at all. By default 1 without labels or without genes, and 0.5 otherwise,
             so that labels are learned from cells as they are predicted.
         class_balance
-            0 weighs cells alike, 1 classes alike, in the label loss.
+            0 weighs cells alike, 1 classes alike, in the label loss; by default 0.5.
         early_stopping
             Stop when the validation loss no longer improves. With validation cells the weights of the best epoch are
             kept in any case.
         early_stopping_patience
             Validations without improvement to wait for, by default 3, and 6 where there are labels or no genes.
         early_stopping_min_delta
-            A smaller gain is none.
+            A smaller gain is none; by default 2e-4.
         plan_kwargs
             Passed to the training plan (``lr``, ``weight_decay``, ...). By default ``lr`` grows with the number of
             steps, from 5e-4 to 8e-3 (4e-3 with labels), and so does ``lr_loadings``, from 2e-3.
@@ -181,6 +179,10 @@ class TrainableModel(MixingModel, StartingModel):
                 "There is nothing to learn: this foundation model does not reconstruct signals, and there are no "
                 "labels. Use it without training (zero_shot=True in fimp_sc.tl.embed), or name labels with labels_key=."
             )
+        numbers = recipe()
+        gene_mask_ratio = numbers.gene_mask_ratio if gene_mask_ratio is None else gene_mask_ratio
+        class_balance = numbers.class_balance if class_balance is None else class_balance
+        least_gain = numbers.least_gain if early_stopping_min_delta is None else early_stopping_min_delta
         unseen = self._unseen(hidden)
         data = self._graph_data(self.adata, **unseen)
         train_idx, val_idx = self._split(data, validation_size, train_indices, validation_indices)
@@ -188,7 +190,7 @@ class TrainableModel(MixingModel, StartingModel):
             "max_epochs": max_epochs, "batch_size": batch_size, "mask_ratio": mask_ratio,
             "gene_mask_ratio": gene_mask_ratio, "mask_cells": mask_cells, "class_balance": class_balance,
             "early_stopping": early_stopping, "early_stopping_patience": early_stopping_patience,
-            "early_stopping_min_delta": early_stopping_min_delta, "plan_kwargs": plan_kwargs,
+            "early_stopping_min_delta": least_gain, "plan_kwargs": plan_kwargs,
         }  # fmt: skip
         kept = []
         if checkpoint is not None:
@@ -213,7 +215,7 @@ class TrainableModel(MixingModel, StartingModel):
                 parts=schedule.parts,
                 mask_ratio=mask_ratio,
                 gene_mask_ratio=gene_mask_ratio,
-                mask_cells=schedule.mask_cells(bool(self.classes)) if mask_cells is None else mask_cells,
+                mask_cells=schedule.mask_cells if mask_cells is None else mask_cells,
                 random_state=self.random_state,
                 num_workers=_workers(accelerator) if num_workers is None else num_workers,
                 pin_memory=on_gpu(accelerator),
@@ -223,14 +225,14 @@ class TrainableModel(MixingModel, StartingModel):
             validated = len(val_idx) > 0
             patience = schedule.patience if early_stopping_patience is None else early_stopping_patience
             # Lightning's own callback: that of scvi-tools prints when it stops, asked to be quiet or not.
-            stopping = EarlyStopping("validation_loss", min_delta=early_stopping_min_delta, patience=patience)
+            stopping = EarlyStopping("validation_loss", min_delta=least_gain, patience=patience)
             best = _BestWeights()
             callbacks = [
                 *trainer_kwargs.pop("callbacks", []),
                 *([best] if validated else []),
                 *([stopping] if early_stopping and validated else []),
                 # This form of averaging leaves weights that do not change as they are, to the bit.
-                WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGING)),
+                WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(numbers.averaging)),
                 *kept,  # last, to see what the others write
             ]
             with tempfile.TemporaryDirectory() as folder, seeded(self.random_state), _quiet():
