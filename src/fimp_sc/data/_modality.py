@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fimp_sc.data._elements import in_memory, missing_key
 from fimp_sc.data.graph._adjacency import check_adjacency
 from fimp_sc.data.sequences._kinds import sequence_kinds
 from fimp_sc.data.sequences._pixels import check_images
+from fimp_sc.data.storage._elements import in_memory, missing_key
 from fimp_sc.data.validate._checks import check_coordinates, check_obs_key
 
 if TYPE_CHECKING:

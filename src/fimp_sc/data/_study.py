@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from fimp_sc.data._elements import in_memory, missing_key
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, described, get_modality, modality_info
 from fimp_sc.data.sequences._kinds import sequence_kinds
 from fimp_sc.data.sequences._pixels import PIXELS_KEY
+from fimp_sc.data.storage._elements import in_memory, missing_key
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -11,7 +11,7 @@ from anndata import AnnData
 from fimp_sc._draws import name_key
 from fimp_sc._options import checked
 from fimp_sc._recipe import recipe
-from fimp_sc.data._elements import missing_key
+from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.model._build import foundation_network, gene_vectors, sequence_network, sequence_shapes
 from fimp_sc.model._fields import X_KEY, table_states
 from fimp_sc.model.io._saved import SavedModel

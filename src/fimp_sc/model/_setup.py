@@ -12,7 +12,7 @@ from scvi.model.base import BaseModelClass
 
 from fimp_sc._options import checked
 from fimp_sc.data._study import Part, as_modalities, check_columns, nodes_of, parts_of, registered_keys
-from fimp_sc.data.validate._warnings import warn_inputs
+from fimp_sc.data._warnings import warn_inputs
 from fimp_sc.model._fields import SEQUENCE_KEY, registered_fields
 
 if TYPE_CHECKING:

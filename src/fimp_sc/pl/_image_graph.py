@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._options import checked
-from fimp_sc.data._elements import in_memory, missing_key
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY
 from fimp_sc.data.graph._adjacency import check_adjacency
 from fimp_sc.data.sequences._pixels import image_shape
+from fimp_sc.data.storage._elements import in_memory, missing_key
 from fimp_sc.data.validate._checks import check_coordinates
 from fimp_sc.pl._figure._common import finish, fit_legends, modality_of_kind, node_positions
 from fimp_sc.pl._figure._thumbnails import far_apart, read_thumbnails

@@ -11,10 +11,10 @@ from anndata import AnnData
 from fimp_sc._keys import joined_modalities
 from fimp_sc._logging import warn
 from fimp_sc._options import checked
-from fimp_sc.data._elements import get_matrix, in_memory, missing_key
 from fimp_sc.data._modality import get_modality
 from fimp_sc.data._study import is_mudata, nodes_of
 from fimp_sc.data.expression._reader import ExpressionSource, GeneStatistics, used_as_is
+from fimp_sc.data.storage._elements import get_matrix, in_memory, missing_key
 from fimp_sc.data.validate._values import check_values
 from fimp_sc.metrics import imputation_scores
 from fimp_sc.metrics._common import as_index, expression

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from fimp_sc._options import checked
-from fimp_sc.data._elements import get_obs, missing_key
+from fimp_sc.data.storage._elements import get_obs, missing_key
 from fimp_sc.pl._figure._common import as_list, finish, modality_of_kind, node_positions, read_rows
 
 if TYPE_CHECKING:

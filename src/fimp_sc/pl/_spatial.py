@@ -12,8 +12,8 @@ from scipy import sparse
 from fimp_sc._errors import MissingKeyError
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
-from fimp_sc.data._elements import get_matrix, get_obs, in_memory
 from fimp_sc.data._study import feature_names, is_mudata, tables_of
+from fimp_sc.data.storage._elements import get_matrix, get_obs, in_memory
 from fimp_sc.pl._figure._common import fit_legends, gene_columns, read_columns, results_of
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from scipy import sparse
 from fimp_sc._keys import check_key, new_record
 from fimp_sc._logging import warn
 from fimp_sc._options import checked
-from fimp_sc.data._elements import get_matrix, missing_key
+from fimp_sc.data.storage._elements import get_matrix, missing_key
 from fimp_sc.data.storage._rows import open_rows
 from fimp_sc.data.validate._checks import check_anndata
 from fimp_sc.pp._gene_match import GeneMatch, percent

@@ -10,7 +10,6 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._options import checked
-from fimp_sc.data._elements import get_obs, in_memory, missing_key
 from fimp_sc.data._modality import (
     CONNECTIVITIES_KEY,
     SPATIAL_KEY,
@@ -22,6 +21,7 @@ from fimp_sc.data._modality import (
 from fimp_sc.data._nodes import node_names
 from fimp_sc.data.graph._adjacency import report_isolated
 from fimp_sc.data.sequences._pixels import PIXELS_KEY, read_pixels
+from fimp_sc.data.storage._elements import get_obs, in_memory, missing_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fimp_sc.data._elements import shorten
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.nn import TransformerStack
 from fimp_sc.pretrained._foundation import Foundation, load_layer, load_module
 from fimp_sc.pretrained._scgpt_modules import ScGPTDecoder, ScGPTTokens

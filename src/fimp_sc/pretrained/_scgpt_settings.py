@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fimp_sc.data._elements import shorten
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.pretrained.files._files import CheckpointError, read_json
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from fimp_sc.data._elements import shorten
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.pretrained._foundation import load_layer, load_module
 from fimp_sc.pretrained.files._files import CheckpointError
 from fimp_sc.pretrained.files._settings import Config

@@ -9,8 +9,8 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
-from fimp_sc.data._elements import get_obs, missing_key
 from fimp_sc.data._study import feature_names, nodes_of, parts_of, tables_of
+from fimp_sc.data.storage._elements import get_obs, missing_key
 from fimp_sc.data.validate._labels import warn_words
 from fimp_sc.model.predict._attention import cell_groups, edge_pairs, measured_codes
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy

@@ -8,9 +8,9 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
-from fimp_sc.data._elements import missing_key
 from fimp_sc.data._study import expand_rows, parts_of
 from fimp_sc.data.sequences._kinds import sequence_kind
+from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._call._models import fitted_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, measured_scale, placed, record

@@ -12,8 +12,8 @@ from fimp_sc._keys import check_key, find_results, new_record
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
-from fimp_sc.data._elements import get_obs, in_memory, label_text, missing_key
 from fimp_sc.data._study import nodes_of
+from fimp_sc.data.storage._elements import get_obs, in_memory, label_text, missing_key
 from fimp_sc.tl._call._inputs import copied, inherit
 from fimp_sc.tl._smooth import smoothed
 from fimp_sc.tl._statistics._clusterings import Leiden, fit_mixture

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fimp_sc.data._elements import in_memory
 from fimp_sc.data.sequences._cuts import segments, series
 from fimp_sc.data.sequences._kinds import SequenceKind
 from fimp_sc.data.sequences._signal_checks import check_signals
+from fimp_sc.data.storage._elements import in_memory
 from fimp_sc.data.storage._rows import open_rows
 
 if TYPE_CHECKING:

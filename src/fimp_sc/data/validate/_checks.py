@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
-from fimp_sc.data._elements import get_graph, get_matrix, get_obs, in_memory, label_text, missing_key, shorten
+from fimp_sc.data.storage._elements import get_graph, get_matrix, get_obs, in_memory, label_text, missing_key, shorten
 from fimp_sc.data.storage._rows import open_rows
 from fimp_sc.data.validate._coordinates import coordinates_hint
 from fimp_sc.data.validate._graph import check_connectivities

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from fimp_sc.data._elements import get_obs
+from fimp_sc.data.storage._elements import get_obs
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from fimp_sc._logging import warn
-from fimp_sc.data._elements import get_obs, label_text, missing_key, shorten
+from fimp_sc.data.storage._elements import get_obs, label_text, missing_key, shorten
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from fimp_sc._logging import warn
-from fimp_sc.data._elements import shorten
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.data.storage._rows import PIECE_VALUES, MatrixRows, open_rows
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import fimp_sc
 from fimp_sc._files import is_unfinished, write_files
 from fimp_sc._logging import warn
-from fimp_sc.data._elements import shorten
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.model.io._card import model_card
 from fimp_sc.model.io._config import FORMAT, FORMAT_VERSION, describe, make_history, make_registry
 from fimp_sc.pretrained.files._files import (

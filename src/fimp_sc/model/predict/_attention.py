@@ -12,7 +12,7 @@ from scipy import sparse
 
 from fimp_sc._options import checked
 from fimp_sc.data import BlockDataset, BlockSampler, NodeGraph
-from fimp_sc.data._elements import label_text, shorten
+from fimp_sc.data.storage._elements import label_text, shorten
 from fimp_sc.model._base import GraphModel
 from fimp_sc.model.predict._gene_pairs import GeneTokens, gene_tokens, pair_sums, token_genes
 from fimp_sc.nn._read_attention import message_layers, recorded_influence

@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch import Callback
 
 import fimp_sc
-from fimp_sc.data._elements import shorten
 from fimp_sc.data._study import parts_of
 from fimp_sc.data.expression._joined import JoinedExpression
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._checksums import checksum
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.data.validate._checks import get_matrix
 from fimp_sc.model._fields import X_KEY, ExpressionField, table_states
 from fimp_sc.model.train._plan import frozen, stored_weights

@@ -10,9 +10,9 @@ import numpy as np
 from scipy import sparse
 
 from fimp_sc._keys import find_results
-from fimp_sc.data._elements import get_obs, missing_key, shorten
 from fimp_sc.data._modality import MODALITY_KEY, described, get_modality
 from fimp_sc.data._study import nodes_of, parts_of
+from fimp_sc.data.storage._elements import get_obs, missing_key, shorten
 from fimp_sc.data.storage._rows import open_rows
 from fimp_sc.data.storage._stored import storage
 

@@ -12,10 +12,10 @@ from anndata import AnnData
 
 from fimp_sc._keys import check_key, choose_target, last_record
 from fimp_sc._logging import user_messages
-from fimp_sc.data._elements import missing_key
 from fimp_sc.data._modality import MODALITY_KEY, quiet_mudata
 from fimp_sc.data._study import check_whole, is_mudata, nodes_of, parts_of, registered_keys, tables_of
 from fimp_sc.data.sequences._kinds import sequence_kind
+from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.data.validate._checks import (
     check_anndata,
     check_coordinates,

@@ -18,9 +18,9 @@ from scipy import sparse
 
 from fimp_sc._keys import choose_target, last_record
 from fimp_sc._options import checked
-from fimp_sc.data._elements import shorten
 from fimp_sc.data._study import nodes_of, parts_of
 from fimp_sc.data.sequences._kinds import sequence_kind
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.data.storage._stored import identity, storage
 from fimp_sc.model import FIMP
 from fimp_sc.model._fields import X_KEY, check_known, table_states

@@ -10,8 +10,8 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._logging import warn
-from fimp_sc.data._elements import in_memory, shorten
 from fimp_sc.data._study import nodes_of, parts_of
+from fimp_sc.data.storage._elements import in_memory, shorten
 from fimp_sc.data.validate._samples import warn_joined_samples
 
 if TYPE_CHECKING:
