@@ -10,9 +10,9 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._logging import warn
+from fimp_sc.data._samples import warn_joined_samples
 from fimp_sc.data._study import nodes_of, parts_of
 from fimp_sc.data.storage._elements import in_memory, shorten
-from fimp_sc.data.validate._samples import warn_joined_samples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +52,7 @@ def warn_inputs(
     Warns
     -----
     UserWarning
-        See :func:`warn_control_features` and :func:`~fimp_sc.data.validate._samples.warn_joined_samples`.
+        See :func:`warn_control_features` and :func:`~fimp_sc.data._samples.warn_joined_samples`.
     """
     for part in parts_of(data, modality):
         if part.kind == "expression":

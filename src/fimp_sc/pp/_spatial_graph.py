@@ -14,6 +14,7 @@ import pandas as pd
 
 from fimp_sc._compat import quiet_squidpy, squidpy_graph_builder
 from fimp_sc._options import checked
+from fimp_sc.data._samples import warn_joined_samples
 from fimp_sc.data.validate._checks import (
     check_connectivities,
     check_coordinates,
@@ -24,7 +25,6 @@ from fimp_sc.data.validate._checks import (
     get_graph,
     shorten,
 )
-from fimp_sc.data.validate._samples import warn_joined_samples
 
 if TYPE_CHECKING:
     from anndata import AnnData
