@@ -12,7 +12,7 @@ from fimp_sc._keys import joined_modalities
 from fimp_sc._logging import warn
 from fimp_sc._options import checked
 from fimp_sc.data._modality import get_modality
-from fimp_sc.data._study import is_mudata, nodes_of
+from fimp_sc.data._study import is_mudata, resolve
 from fimp_sc.data.expression._reader import ExpressionSource, GeneStatistics, used_as_is
 from fimp_sc.data.storage._elements import get_matrix, in_memory, missing_key
 from fimp_sc.data.validate._values import check_values
@@ -187,7 +187,7 @@ def _table(
     names = joined_modalities(mdata)
     if names is None or name not in names:
         return adata
-    nodes = nodes_of(mdata, names)
+    nodes = resolve(mdata, names).nodes
     rows = nodes.obs_names.get_indexer(adata.obs_names)
     columns = [*columns, dict(dict(adata.uns.get(layer, {})).get("params", {})).get("library_key")]
     # Of a copy of the parts alone that are read, as nothing is to be written to the user's object.

@@ -11,7 +11,7 @@ from scipy import sparse
 
 from fimp_sc._keys import find_results
 from fimp_sc.data._modality import MODALITY_KEY, described, get_modality
-from fimp_sc.data._study import nodes_of, parts_of
+from fimp_sc.data._study import resolve
 from fimp_sc.data.storage._elements import get_obs, missing_key, shorten
 from fimp_sc.data.storage._rows import open_rows
 from fimp_sc.data.storage._stored import storage
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from mudata import MuData
     from numpy.typing import NDArray
 
-    from fimp_sc.data._study import Part
+    from fimp_sc.data._study import Modality
 
 # Inches between a legend and what is beside it.
 _MARGIN = 0.4
 
 
 def results_of(
-    data: AnnData | MuData, modality: str | Sequence[str] | None, holds: Callable[[Any, list[Part]], bool]
-) -> tuple[AnnData, list[Part]]:
+    data: AnnData | MuData, modality: str | Sequence[str] | None, holds: Callable[[Any, list[Modality]], bool]
+) -> tuple[AnnData, list[Modality]]:
     """Return an object with the results that a figure shows, and the modalities that it brings together.
 
     Of several modalities read together these are nodes, columns, coordinates and graphs of all, see
-    :func:`~fimp_sc.data._study.nodes_of`, with what the whole object says of them in ``uns``, and the colors that the
+    :class:`~fimp_sc.data._study.Study`, with what the whole object says of them in ``uns``, and the colors that the
     modalities have. Else it is the object, or the modality, itself, and there are no others.
 
     Parameters
@@ -50,14 +50,15 @@ def results_of(
     return _together(target, names)
 
 
-def _together(data: Any, names: list[str] | None) -> tuple[Any, list[Part]]:
+def _together(data: Any, names: list[str] | None) -> tuple[Any, list[Modality]]:
     if names is None:
         return data, []
-    nodes, parts = nodes_of(data, names), parts_of(data, names)
-    for part in parts:
-        nodes.uns |= {k: v for k, v in part.adata.uns.items() if str(k).endswith("_colors") and k not in nodes.uns}
+    study = resolve(data, names)
+    nodes = study.nodes
+    for modality in study.modalities:
+        nodes.uns |= {k: v for k, v in modality.adata.uns.items() if str(k).endswith("_colors") and k not in nodes.uns}
     nodes.uns |= dict(data.uns)
-    return nodes, parts
+    return nodes, list(study.modalities)
 
 
 def modality_of_kind(mdata: Any, modality: str | None, kind: str) -> tuple[str, AnnData, dict[str, Any]]:
