@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._logging import warn
-from fimp_sc.data import BinnedTokens, CenteredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
+from fimp_sc.data import ExpressionSource, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._study import Part, expand_rows, nodes_of, parts_of, tables_of
 from fimp_sc.data.expression._joined import JoinedExpression, split_statistics
 from fimp_sc.data.expression._reader import Panels
@@ -34,7 +34,6 @@ from fimp_sc.model._fields import (
 from fimp_sc.model._inference import infer
 from fimp_sc.model._setup import RegisteringModel
 from fimp_sc.model._shared_genes import check_shared_genes
-from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -45,9 +44,6 @@ if TYPE_CHECKING:
     from fimp_sc.data import SequenceKind, SequenceSource, TokenSource
     from fimp_sc.model._inference import Read
     from fimp_sc.model.module._module import FIMPModule
-
-# Hidden genes of a cell that the decoder of a foundation model learns from: a fraction of its tokens.
-_QUERIES = 32
 
 
 class GraphModel(RegisteringModel):
@@ -180,8 +176,7 @@ class GraphModel(RegisteringModel):
             )
         }
         messages = self.messages if messages is None else messages
-        # The stack of a foundation model adds self-loops itself.
-        self_loops = (self.self_loops or not messages) and not isinstance(self.module.network, FoundationNetwork)
+        self_loops = (self.self_loops or not messages) and not self.module.network.adds_self_loops
         edges = get_graph(nodes, setup["connectivities_key"])
         edges = edges if messages else sparse.csr_matrix(edges.shape)
         graph = NodeGraph(edges, self_loops=self_loops, weighted=self.use_weights)
@@ -233,9 +228,7 @@ class GraphModel(RegisteringModel):
         located: NDArray[np.floating] | None,
         hidden_tokens: Mapping[str, NDArray[np.bool_]],
     ) -> dict[str, SequenceSource]:
-        network = self.module.network
-        if located is not None and isinstance(network, FoundationNetwork) and network.sequence is not None:
-            located = network.embedding.places(located)
+        located = None if located is None else self.module.network.places(located)
         sources = {}
         for i, (name, shape) in enumerate(self.module.sequences.items()):
             (kind, size), token_size = self._sequence_size(adata, name), self.token_sizes[name]
@@ -256,14 +249,7 @@ class GraphModel(RegisteringModel):
 
     def _token_source(self) -> TokenSource:
         gene_rank: Tensor = self.module.gene_rank.cpu()  # type: ignore[operator, union-attr]
-        network = self.module.network
-        if not isinstance(network, FoundationNetwork):
-            return CenteredTokens(gene_rank)
-        n_queries = 0 if network.frozen or network.decoder is None else _QUERIES
-        return BinnedTokens(
-            gene_rank, network.embedding.known.cpu(), int(network.n_bins or 0), self.random_state, n_queries,
-            self.module.gene_key,
-        )  # fmt: skip
+        return self.module.network.token_source(gene_rank, self.module.gene_key, self.random_state)
 
     def _statistics(self) -> GeneStatistics | None:
         module = self.module

@@ -12,7 +12,6 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from fimp_sc.data import BlockDataset, BlockSampler, Destinations, block_loader
-from fimp_sc.nn import FoundationNetwork
 from fimp_sc.nn._layers import weight_of
 
 if TYPE_CHECKING:
@@ -137,10 +136,8 @@ def infer(
         n_values = 0 if data.source is None else data.source.n_genes
         n_values += sum(source.shape.n_tokens * source.shape.token_size for source in data.sequences.values())
         budget = _NUMBERS_CPU if on_cpu else _NUMBERS_ACCELERATOR
-        # A foundation model computes the neighbors of a block too: small blocks would mostly be halo.
-        least = 128 if isinstance(module.network, FoundationNetwork) else 64
         per_node = 4 * n_values + 16 * _most_tokens(data, n_tokens) * module.network.width
-        batch_size = int(np.clip(budget // per_node, least, 1 << 14))
+        batch_size = int(np.clip(budget // per_node, module.network.least_batch, 1 << 14))
     sampler = BlockSampler(data, nodes, batch_size=batch_size)
     dataset = BlockDataset(data, n_layers=n_layers, n_tokens=n_tokens)
     runner = BlockRunner(module, dataset, read, genes=genes, reconstruct=reconstruct)

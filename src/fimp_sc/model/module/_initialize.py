@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from fimp_sc._recipe import recipe
 from fimp_sc.model.module._components import principal_components, shared_components
 from fimp_sc.model.module._linear_smoother import fit_components
-from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fimp_sc.data import Batch, GeneStatistics, SequenceShape, SequenceStatistics
+    from fimp_sc.nn import LabelHead, ValueHead
+    from fimp_sc.nn._network import Network
 
 
 # Of the mean square, in units of which less is rounding.
@@ -40,7 +41,7 @@ class StartingModule(BaseModuleClass):
         By modality: tokens of signals and images.
     """
 
-    network: FIMPNetwork | FoundationNetwork
+    network: Network
     value_head: ValueHead | None
     label_head: LabelHead | None
     label_head_alone: LabelHead | None
@@ -141,9 +142,9 @@ class StartingModule(BaseModuleClass):
 
     def start_from_vectors(self, vectors: np.ndarray, known: np.ndarray) -> None:
         """Use pretrained vectors of genes, see :meth:`~fimp_sc.nn.FeatureEmbedding.start_from_vectors`."""
-        if not isinstance(self.network, FIMPNetwork) or self.network.embedding is None:
+        if self.network.gene_table is None:
             raise TypeError("Only FIMP-base of genes starts from their vectors.")
-        self.network.embedding.start_from_vectors(vectors, known)
+        self.network.gene_table.start_from_vectors(vectors, known)
 
     @torch.no_grad()
     def start_from_embeddings(self, embedding: np.ndarray) -> None:
@@ -202,7 +203,7 @@ class StartingModule(BaseModuleClass):
         random_state
             Seed.
         """
-        if not isinstance(self.network, FIMPNetwork) or self.network.embedding is None or self.value_head is None:
+        if self.network.gene_table is None or self.value_head is None:
             raise TypeError("Only FIMP-base of genes starts from principal components.")
         n_own, n_neighborhood = self.network.n_own, self.network.n_neighborhood
         n_components = min(n_own, min(train.shape) - 1) if recipe().components else 0
@@ -227,7 +228,7 @@ class StartingModule(BaseModuleClass):
         if drop_noise:
             kept = max(fit.n_telling, shared)
             encode[:, kept:] = columns[:, kept:n_components] = 0.0
-        self.network.embedding.start_from(encode)
+        self.network.gene_table.start_from(encode)
         self.value_head.start_from(columns)
         deviations = np.ones(n_own + shared)
         deviations[:n_components] = spread

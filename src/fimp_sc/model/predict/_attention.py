@@ -15,7 +15,7 @@ from fimp_sc.data import BlockDataset, BlockSampler, NodeGraph
 from fimp_sc.data.storage._elements import label_text, shorten
 from fimp_sc.model._base import GraphModel
 from fimp_sc.model.predict._gene_pairs import GeneTokens, gene_tokens, pair_sums, token_genes
-from fimp_sc.nn._read_attention import message_layers, recorded_influence
+from fimp_sc.nn._read_attention import recorded_influence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -155,14 +155,14 @@ class AttentiveModel(GraphModel):
         return mean.reshape(shape), n_edges.reshape(n_groups, n_groups), [str(name) for name in category.categories]
 
     def _check_layer(self, layer: int | None) -> None:
-        n_layers = len(message_layers(self.module.network))
+        n_layers = len(self.module.network.message_layers())
         if layer is not None and not 0 <= layer < n_layers:
             raise ValueError(f"layer must be from 0 to {n_layers - 1}, found {layer}.")
 
     def _attention_data(self, adata: AnnData | MuData | None, *, untrained: bool = False) -> GraphData:
         if self.foundation is None and not untrained:  # type: ignore[attr-defined]
             self._check_if_trained(warn=False)
-        message_layers(self.module.network)
+        self.module.network.message_layers()
         if not self.messages:
             raise ValueError("This model passes no messages (messages=False), and has no attention between cells.")
         data = self._graph_data(self._validate_anndata(adata))

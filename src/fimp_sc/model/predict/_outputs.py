@@ -16,7 +16,6 @@ from fimp_sc.model._fields import X_KEY, ExpressionField, check_known, table_sta
 from fimp_sc.model.predict._decode import decoded_expression
 from fimp_sc.model.predict._labels import MixingModel
 from fimp_sc.model.predict._reconstruct import hidden_tokens, predict_all
-from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -262,7 +261,7 @@ class PredictiveModel(MixingModel):
         names = list(self.module.sequences)
         if modality is None and len(names) == 1:
             modality = names[0]
-        if getattr(self.module.network, "head", True) is None:
+        if names and not self.module.network.heads:
             raise ValueError(
                 "The patches of this BrainLM do not agree with segments of time: it embeds signals and does not "
                 "reconstruct them. Leave foundation= out, or use the first format (13M)."
@@ -293,9 +292,7 @@ class PredictiveModel(MixingModel):
 
 def _latent(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
     embedding = outputs["embedding"]
-    # As scGPT does; ViT and BrainLM do not.
-    of_cells = isinstance(module.network, FoundationNetwork) and not module.sequences
-    return torch.nn.functional.normalize(embedding) if of_cells else embedding
+    return torch.nn.functional.normalize(embedding) if module.network.unit_length else embedding
 
 
 def _values(module: FIMPModule, outputs: dict[str, Any], batch: Batch, features: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from fimp_sc._recipe import recipe
 from fimp_sc.data import BlockDataset, BlockSampler
 from fimp_sc.model._base import GraphModel
 from fimp_sc.model._inference import infer, read_embedding
-from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from fimp_sc.data import ExpressionSource, GraphData
@@ -31,8 +30,7 @@ class StartingModel(GraphModel):
         """Start from training nodes, without what is ``hidden`` (arguments of :meth:`_graph_data`)."""
         module = self.module
         # A foundation model has a scale of its own.
-        foundation = isinstance(module.network, FoundationNetwork)
-        if not foundation:
+        if not module.network.pretrained:
             for name, sequence in data.sequences.items():
                 module.set_sequence_statistics(name, sequence.statistics(train_idx))
         if data.source is not None:
@@ -42,7 +40,7 @@ class StartingModel(GraphModel):
             self._start_from_expression(data, measured, val_idx, hidden)
         data = self._graph_data(self.adata, **hidden)
         module.eval()
-        if foundation:
+        if module.network.pretrained:
             few = self._some(data, train_idx, recipe().cells_standardized)
             module.start_from_embeddings(
                 infer(module, data, few, read_embedding, n_layers=self.n_layers, n_tokens=self.n_tokens)
@@ -59,7 +57,7 @@ class StartingModel(GraphModel):
         statistics = source.gene_statistics(train_idx)
         rows = source.complete_rows(some, statistics.mean)
         module.set_statistics(statistics, rows)
-        if isinstance(module.network, FoundationNetwork):
+        if module.network.pretrained:
             return
         data = self._graph_data(self.adata, **hidden)
         source = cast("ExpressionSource", data.source)
@@ -84,7 +82,7 @@ class StartingModel(GraphModel):
     def _start_from_sequences(self, data: GraphData, train_idx: np.ndarray, mask_ratio: tuple[float, float]) -> None:
         """Let tokens start as their components, and heads as least squares on hidden tokens of some blocks."""
         module, rng = self.module, np.random.default_rng(self.random_state)
-        if not isinstance(module.network, FoundationNetwork):
+        if not module.network.pretrained:
             for name, source in data.sequences.items():
                 there = train_idx[~source.absent[train_idx]]
                 few = self._some(data, there, recipe().nodes_components)

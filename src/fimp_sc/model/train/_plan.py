@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 
 from fimp_sc._recipe import recipe
-from fimp_sc.nn import FoundationNetwork
 from fimp_sc.nn._heads import SHARES
 
 if TYPE_CHECKING:
@@ -139,12 +138,11 @@ class FIMPTrainingPlan(pl.LightningModule):
             "head": {"lr": self.lr_head, "weight_decay": self.weight_decay},
             "foundation": {"lr": self.lr_foundation, "weight_decay": self.weight_decay},
         }
-        foundation = isinstance(self.module.network, FoundationNetwork)
         members: dict[str, list[torch.nn.Parameter]] = {name: [] for name in groups}
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if foundation and name.startswith("network."):
+            if self.module.network.pretrained and name.startswith("network."):
                 members["foundation"].append(parameter)
             elif name.endswith("loading"):
                 # A table that starts at zero must be able to leave it.

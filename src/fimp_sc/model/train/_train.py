@@ -29,7 +29,6 @@ from fimp_sc.model.train._plan import FIMPTrainingPlan, trained_weights
 from fimp_sc.model.train._runner import FIMPTrainRunner, unchanged_if_it_fails
 from fimp_sc.model.train._schedule import Schedule
 from fimp_sc.model.train._seeded import seeded
-from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -196,8 +195,7 @@ class TrainableModel(MixingModel, StartingModel):
         if checkpoint is not None:
             marks = training_marks(self, data, (train_idx, val_idx), unseen, asked, trainer_kwargs)
             kept = [KeptTraining(checkpoint, marks)]
-        pretrained = isinstance(module.network, FoundationNetwork)
-        schedule = Schedule.of(data, train_idx, batch_size, pretrained=pretrained)
+        schedule = Schedule.of(data, train_idx, batch_size, pretrained=module.network.pretrained)
         mask_ratio = schedule.mask_ratio if mask_ratio is None else mask_ratio
         with unchanged_if_it_fails(self):
             if self.classes:

@@ -25,7 +25,6 @@ from fimp_sc.data.storage._stored import identity, storage
 from fimp_sc.model import FIMP
 from fimp_sc.model._fields import X_KEY, check_known, table_states
 from fimp_sc.model.train._train import on_gpu
-from fimp_sc.nn import FoundationNetwork
 from fimp_sc.tl._call._inputs import CONNECTIVITIES, Inputs
 
 if TYPE_CHECKING:
@@ -317,13 +316,9 @@ def _report(model: FIMP, work: AnnData | MuData, inputs: Inputs, accelerator: st
     shapes = model.module.sequences.values()
     # With what the optimizer keeps of those that are trained.
     weights = sum(p.numel() * (16 if p.requires_grad and not zero_shot else 4) for p in model.module.parameters())
-    # A block: about twice its destinations with the halo, a dozen dense copies of its expression, and copies of its
-    # tokens, a few dozen in training; a stack that computes its layers again in backward keeps two for each.
-    network, n_nodes, copies = model.module.network, 2 * 256, 40
-    if isinstance(network, FoundationNetwork):
-        n_nodes, copies = (
-            (2 * 128, 12) if zero_shot or network.frozen else (n_nodes, 24 + 2 * len(network.stack.layers))
-        )
+    # A block: its nodes with the halo, a dozen dense copies of its expression, and copies of its tokens.
+    network = model.module.network
+    n_nodes, copies = network.block_memory(training=not zero_shot)
     n_tokens = (model.n_tokens if tables else 0) + sum(shape.n_tokens for shape in shapes)
     n_values = n_vars + sum(shape.n_tokens * shape.token_size for shape in shapes)
     block = min(n_nodes, 2 * nodes.n_obs) * (12 * n_values + copies * (n_tokens + 1) * network.width) * 4
