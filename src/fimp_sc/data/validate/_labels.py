@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Words for no label, in lower case and without spaces around.
 _NO_LABEL = frozenset(
     {"", "-", "?", "-1", "nan", "na", "n/a", "n.a.", "<na>", "none", "null", "nil", "missing"}
-    | {"unknown", "unlabeled", "unassigned", "unannotated", "unclassified", "unidentified"}
+    | {"unknown", "unlabeled", "unlabelled", "unassigned", "unannotated", "unclassified", "unidentified"}
     | {"undefined", "undetermined", "not assigned", "not annotated", "not available", "no label"}
 )
 
