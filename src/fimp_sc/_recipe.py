@@ -42,6 +42,10 @@ class Recipe:
     # Whether factors of components are fitted to hidden entries of validation cells; else all are 1, of neighbors 0.
     smoother: bool = True
     smoother_hidden: float = 0.15
+    # Largest factors of own and of neighbors' scores. A score of the cell is signal and noise, so that its factor is at
+    # most 1; the mean over neighbors may understate what they share with the cell. A handful of validation cells would
+    # give any number by chance.
+    largest_factors: tuple[float, float] = (1.0, 2.0)
     # Fraction of signal in components of single cells below which components shared with neighbors are taken instead,
     # and the weight of neighbors there: without labels they alone tell signal from noise.
     mostly_signal: float = 0.4

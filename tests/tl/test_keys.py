@@ -155,9 +155,7 @@ def test_later_calls_take_the_keys_of_the_earlier(prepared, quick, trainings, tm
         silent = {"train_kwargs": options["train_kwargs"] | {"enable_progress_bar": False}} if from_file else {}
         tl.impute(adata, **options | silent | {"verbose": True})
     found = keys_of(adata)
-    assert {name: found[name] for name in keys if name != "layer"} == {
-        name: value for name, value in keys.items() if name != "layer"
-    }
+    assert {name: found[name] for name in keys} == keys
     said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("As in")]
     assert len(said) == 1
     assert "'X_fimp'" in said[0]

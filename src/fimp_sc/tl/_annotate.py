@@ -8,7 +8,7 @@ import pandas as pd
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
-from fimp_sc.tl._call._models import fitted_model, write_back
+from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, placed, record
 
 if TYPE_CHECKING:
@@ -94,8 +94,9 @@ def annotate(
     """
     key = key_added or f"fimp_{labels_key}".replace("/", "_")
     adata = copied(adata) if copy else adata
+    model = given_model(model, accelerator, verbose=verbose)
     target, inputs = choose(
-        adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
+        adata, modality, verbose=verbose, model=model, layer=layer, library_key=library_key, batch_key=batch_key,
         spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
         center=center, labels_key=labels_key,
         unlabeled_category=unlabeled_category,

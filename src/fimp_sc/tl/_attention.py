@@ -14,7 +14,7 @@ from fimp_sc.data.storage._elements import get_obs, missing_key
 from fimp_sc.data.validate._labels import warn_words
 from fimp_sc.model.predict._attention import cell_groups, edge_pairs, measured_codes
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
-from fimp_sc.tl._call._models import fitted_model, write_back
+from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, record
 from fimp_sc.tl._statistics._attention_genes import check_genes, check_pairs, choose_genes, say_untested
 from fimp_sc.tl._statistics._significance import gene_tests, group_tests, plan_tests
@@ -188,8 +188,9 @@ def attention(
     if not (model_kwargs or {}).get("messages", True):
         raise ValueError("model_kwargs has messages=False: without messages there is no attention between cells.")
     adata = copied(adata) if copy else adata
+    model = given_model(model, accelerator, verbose=verbose)
     target, inputs = choose(
-        adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
+        adata, modality, verbose=verbose, model=model, layer=layer, library_key=library_key, batch_key=batch_key,
         spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
         center=center,
         unlabeled_category=unlabeled_category,

@@ -12,7 +12,7 @@ from fimp_sc.data._study import expand_rows, parts_of
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
-from fimp_sc.tl._call._models import fitted_model, write_back
+from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, measured_scale, placed, record
 
 if TYPE_CHECKING:
@@ -120,8 +120,9 @@ def impute(
     """
     genes = [genes] if isinstance(genes, str) else genes if genes is None else list(genes)
     adata = copied(adata) if copy else adata
+    model = given_model(model, accelerator, verbose=verbose)
     target, inputs = choose(
-        adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
+        adata, modality, verbose=verbose, model=model, layer=layer, library_key=library_key, batch_key=batch_key,
         spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
         center=center,
     )  # fmt: skip

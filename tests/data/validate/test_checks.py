@@ -265,7 +265,7 @@ def test_class_with_one_cell_warns_and_names_it():
 
 NO_LABEL = [
     *("nan", "", "NA", "N/A", "None", "null", "unknown", "Unlabelled", "Unlabeled", "Unassigned", "undefined", "-1"),
-    *("UNKNOWN", " Unknown ", "NaN", "<NA>", -1, "unlabeled\t"),
+    *("UNKNOWN", " Unknown ", "NaN", "<NA>", -1, "unlabelled\t"),
 ]
 
 

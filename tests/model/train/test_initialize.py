@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+import fimp_sc
 from fimp_sc._recipe import changed
 from fimp_sc.model.module import _initialize
 
@@ -58,3 +59,17 @@ def test_components_are_those_of_training_cells_and_their_neighbors(
         rest = np.setdiff1d(np.arange(tissue.n_obs), held_out)
         joined = tissue.obsp["spatial_connectivities"].toarray()[np.ix_(rest, rest)] > 0
         np.testing.assert_allclose(asked[0], joined / np.maximum(joined.sum(1, keepdims=True), 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_handful_of_cells_does_not_make_expression_explode(make_model, train, seed) -> None:
+    """Three validation cells tell next to nothing about components."""
+    few = fimp_sc.datasets.toy_tissue(60, random_state=seed)[:30].copy()
+    few = few[:, np.asarray(few.X.sum(0)).ravel() > 0].copy()
+    fimp_sc.pp.spatial_graph(few, library_key="section", n_neighbors=4)
+    model = train(make_model(few, {"library_key": "section"}), max_epochs=1)
+    assert len(model.validation_indices) == 3
+    assert model.get_expression(scale="counts").max() < 3 * few.X.max()
+    counts = few.X.toarray()
+    true = np.log1p(counts / counts.sum(1, keepdims=True) * np.median(counts.sum(1)))
+    assert np.square(model.get_expression() - true).mean() < true.var(0).mean(), "the mean of each gene is worse"

@@ -22,7 +22,7 @@ class Smoother(NamedTuple):
     Attributes
     ----------
     own, neighbors
-        ``(k,)`` and ``(n_neighborhood,)``: non-negative factors of the cell's and of its neighbors' scores.
+        ``(k,)`` and ``(n_neighborhood,)``: factors of the cell's and of its neighbors' scores, from 0 to 1 and 2.
     signal
         Share of the variance of the first ``n_neighborhood`` scores of the cell that is signal, not noise.
     n_telling
@@ -108,7 +108,7 @@ def linear_smoother(
 
     Returns
     -------
-    Factors fitted with least squares, component by component. Without cells, scores tell what they say.
+    Factors fitted with least squares within bounds, component by component. Without cells, scores tell what they say.
     """
     if not cells.shape[0] or not recipe().smoother:
         return Smoother(np.ones(encode.shape[1]), np.zeros(n_neighborhood), 1.0, encode.shape[1])
@@ -124,16 +124,47 @@ def linear_smoother(
         weight = hidden.astype(np.float32) @ decode**2
         square += np.einsum("nk,nka,nkb->kab", weight, scores, scores)
         product += np.einsum("nka,nk->ka", scores, np.where(hidden, centered, 0.0) @ decode)
-    single = np.maximum(product, 0.0) / np.maximum(np.diagonal(square, axis1=1, axis2=2), 1e-12)
-    ridge = 1e-6 * np.trace(square, axis1=1, axis2=2)[:, None, None] + 1e-12
-    both = np.linalg.solve(square + ridge * np.eye(2), product[..., None])[..., 0]
-    # Where the joint fit is negative, the one that explains more on its own is the non-negative solution.
-    better = (single * product).argmax(1)[:, None] == np.arange(2)
-    fitted = np.where(both.min(1, keepdims=True) >= 0, both, np.where(better, single, 0.0))
-    fitted[n_neighborhood:, 0] = single[n_neighborhood:, 0]
+    fitted = _bounded(square, product)
+    # Beyond the leading components the cell is by itself.
+    fitted[n_neighborhood:, 0] = np.clip(_slope(square[:, 0, 0], product[:, 0]), 0.0, recipe().largest_factors[0])[
+        n_neighborhood:
+    ]
     alone, told = square[:, 0, 0], product[:, 0]
     signal = float(told[:n_neighborhood].sum() / max(alone[:n_neighborhood].sum(), 1e-12))
     return Smoother(fitted[:, 0], fitted[:n_neighborhood, 1], signal, _n_telling(alone, told))
+
+
+def _slope(square: np.ndarray, product: np.ndarray) -> np.ndarray:
+    return product / np.maximum(square, 1e-12)
+
+
+def _bounded(square: np.ndarray, product: np.ndarray) -> np.ndarray:
+    """Solve least squares within bounds.
+
+    Parameters
+    ----------
+    square, product
+        ``(k, 2, 2)`` and ``(k, 2)``, normal equations.
+
+    Returns
+    -------
+    ``(k, 2)`` factors from 0 to ``recipe().largest_factors``.
+    """
+    ridge = 1e-6 * np.trace(square, axis1=1, axis2=2)[:, None, None] + 1e-12
+    free = np.linalg.solve(square + ridge * np.eye(2), product[..., None])[..., 0]
+    # Where the solution is outside, the best one inside is on a side: one factor is at its bound, the other free.
+    sides = []
+    for i, other in ((0, 1), (1, 0)):
+        for bound in (0.0, recipe().largest_factors[i]):
+            side = np.full_like(product, bound)
+            rest = product[:, other] - square[:, 0, 1] * bound
+            side[:, other] = np.clip(_slope(square[:, other, other], rest), 0.0, recipe().largest_factors[other])
+            sides.append(side)
+    candidates = np.stack(sides)
+    error = np.einsum("ska,kab,skb->sk", candidates, square, candidates) - 2 * (candidates * product).sum(2)
+    best = candidates[error.argmin(0), np.arange(len(product))]
+    inside = ((free >= 0.0) & (free <= recipe().largest_factors)).all(1, keepdims=True)
+    return np.where(inside, free, best)
 
 
 def _n_telling(square: np.ndarray, product: np.ndarray) -> int:
@@ -142,6 +173,6 @@ def _n_telling(square: np.ndarray, product: np.ndarray) -> int:
     The slope of what is hidden on a score is the share of the score that is signal. Few cells leave it noisy, which
     the order makes up for.
     """
-    slope = product / np.maximum(square, 1e-12)
+    slope = _slope(square, product)
     weight = square + 1e-6 * square.mean() + 1e-12
     return int((isotonic_regression(slope, sample_weight=weight, increasing=False) > recipe().telling).sum())

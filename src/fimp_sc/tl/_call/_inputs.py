@@ -13,7 +13,7 @@ from anndata import AnnData
 from fimp_sc._keys import check_key, choose_target, last_record
 from fimp_sc._logging import user_messages
 from fimp_sc.data._modality import MODALITY_KEY, quiet_mudata
-from fimp_sc.data._study import check_whole, is_mudata, nodes_of, parts_of, registered_keys, tables_of
+from fimp_sc.data._study import as_modalities, check_whole, is_mudata, nodes_of, parts_of, registered_keys, tables_of
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.data.validate._checks import (
@@ -36,9 +36,15 @@ if TYPE_CHECKING:
 
     from mudata import MuData
 
+    from fimp_sc.model import FIMP
+
 logger = logging.getLogger(__name__)
 
 CONNECTIVITIES = "_connectivities"
+# Where keys are looked up.
+_SLOTS = {
+    "layer": "layers", "library_key": "obs", "batch_key": "obs", "spatial_key": "obsm", "connectivities_key": "obsp",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Inputs:
     spatial_key: str = "spatial"
     connectivities_key: str = "spatial_connectivities"
     input_scale: str | dict[str, str] = "auto"
-    center: str | None = None
+    center: str = "training"
     labels_key: str | None = None
     unlabeled_category: str = "Unknown"
     modality: tuple[str, ...] | None = None
@@ -64,7 +70,12 @@ def copied(data: AnnData | MuData) -> AnnData | MuData:
 
 
 def choose(
-    data: AnnData | MuData, modality: str | Sequence[str] | None, *, verbose: bool, **keys: Any
+    data: AnnData | MuData,
+    modality: str | Sequence[str] | None,
+    *,
+    verbose: bool,
+    model: FIMP | None = None,
+    **keys: Any,
 ) -> tuple[AnnData | MuData, Inputs]:
     """Return the object that a call reads and writes, and where it finds its data there.
 
@@ -77,15 +88,19 @@ def choose(
     modality
         Names of modalities; ``None`` for those of earlier results, if these are of the same ones.
     verbose
-        Say which keys are taken from an earlier call.
+        Say which keys are taken from a model or an earlier call.
+    model
+        A given model, whose modalities and keys go before those of earlier calls.
     **keys
         Of :class:`Inputs`; see :func:`inherit` for those that are ``None``.
     """
+    if modality is None and model is not None and is_mudata(data):
+        modality = _modalities_of(model, data, verbose=verbose)
     target, names = choose_target(data, modality)
     also = {}
     if modality is None and is_mudata(data) and len(data.mod) > 1:
         also["modality"] = names or next(name for name, part in data.mod.items() if part is target)
-    keys = inherit(target, names, keys, verbose=verbose, also=also)
+    keys = inherit(target, names, keys, verbose=verbose, also=also, model=model)
     parts = parts_of(target, names)
     check_layer(keys["layer"], parts)
     if isinstance(keys["input_scale"], dict):
@@ -104,11 +119,13 @@ def inherit(
     *,
     verbose: bool,
     also: dict[str, Any] | None = None,
+    model: FIMP | None = None,
 ) -> dict[str, Any]:
     """Return keys without those that are ``None``: these are as in the latest of the calls whose results are there.
 
-    Where there is none, graph and samples are those that a modality names itself, all else the defaults of
-    :class:`Inputs`. The scale of values is as before only for the same layer.
+    Those that a given model was trained with go before, see :func:`_own_keys`. Where there is neither, graph and
+    samples are those that a modality names itself, all else the defaults of :class:`Inputs`. The scale of values is as
+    before only for the same layer.
 
     Parameters
     ----------
@@ -120,11 +137,13 @@ def inherit(
         Say which keys are taken from an earlier call, if they are others than the defaults.
     also
         What else is taken from it.
+    model
+        A given model.
 
     Raises
     ------
     MissingKeyError
-        The object does not hold the layer or column of the earlier call any more.
+        The object does not hold what the model reads, or the layer or column of the earlier call any more.
     """
     whole = is_mudata(data) and names is None
     default = asdict(Inputs()) | ({} if whole else registered_keys(data, names))
@@ -134,6 +153,8 @@ def inherit(
     given = {name: value for name, value in keys.items() if value is not None}
     if given.get("layer") == "X" and all("X" not in part.adata.layers for part in parts_of(data, names)):
         given["layer"] = None
+    if model is not None:
+        given |= _own_keys(model, data, names, given, earlier, default, verbose=verbose)
     if given.get("layer", earlier["layer"]) != earlier["layer"]:
         earlier = earlier | {"input_scale": default["input_scale"]}
     taken = {name: earlier[name] for name in keys if name not in given}
@@ -142,18 +163,101 @@ def inherit(
     if last is None:
         return given | taken
     said = {name: value for name, value in taken.items() if value != default[name]}
-    slots = {"layer": "layers", "library_key": "obs", "batch_key": "obs"}
-    for name in said.keys() & slots.keys():
-        tables = [nodes_of(data, names)] if slots[name] == "obs" else [part.adata for part in parts_of(data, names)]
-        if all(said[name] not in getattr(table, slots[name]) for table in tables):
+    for name in [name for name in ("layer", "library_key", "batch_key") if name in said]:
+        slot, tables = _holders(name, data, names)
+        if all(said[name] not in getattr(table, slot) for table in tables):
             advice = f"It is the {name} of the call that wrote adata.uns[{last[0]!r}]: pass {name}= for another one."
-            raise missing_key(said[name], f"adata.{slots[name]}", getattr(tables[0], slots[name]), advice)
-    said = (also or {}) | said
-    if said:
-        with user_messages(verbose=verbose):
-            text = ", ".join(f"{name}={value!r}" for name, value in said.items())
-            logger.info("As in the call that wrote uns[%r]: %s.", last[0], text)
+            raise missing_key(said[name], f"adata.{slot}", getattr(tables[0], slot), advice)
+    _say(f"As in the call that wrote uns[{last[0]!r}]", (also or {}) | said, verbose)
     return given | taken
+
+
+def _own_keys(
+    model: FIMP,
+    data: AnnData | MuData,
+    names: list[str] | None,
+    given: Mapping[str, Any],
+    earlier: Mapping[str, Any],
+    described: Mapping[str, Any],
+    *,
+    verbose: bool,
+) -> dict[str, Any]:
+    """Return the keys that a model was trained with, without those that are ``given``; the log says which.
+
+    What a model does not name is as without it, and what the values are is a matter of the object. A column of samples
+    may be missing, as from a single sample, unless the model subtracts the mean of each batch, by this column.
+
+    Parameters
+    ----------
+    earlier, described
+        Keys of the latest call whose results are there, and those that the object names for itself.
+
+    Raises
+    ------
+    MissingKeyError
+        The object lacks what a key names.
+    """
+    setup, default = model.registry["setup_args"], asdict(Inputs())
+    own = {name: setup.get(name) for name in _SLOTS if described[name] == default[name]}
+    own = {name: key for name, key in own.items() if key not in (None, default[name])}
+    own["center"] = setup.get("center", "training")
+    if own["center"] == "batch" and "library_key" in own:
+        own.setdefault("batch_key", None)  # samples are the batches
+    own = {name: key for name, key in own.items() if name not in given}
+    used = {**earlier, **given, **own}
+    batches = (used["batch_key"] or used["library_key"]) if used["center"] == "batch" else None
+    for name in [name for name in _SLOTS if own.get(name) is not None]:
+        key, (slot, tables) = own[name], _holders(name, data, names)
+        if any(key in getattr(table, slot) for table in tables):
+            continue
+        if slot == "obs" and key != batches:
+            _say("adata.obs has no such column, and is read without", {f"{name} of the model": key}, verbose)
+            del own[name]
+            continue
+        advice = f"It is the {name} of the model: pass {name}= for another one."
+        if name == "layer":
+            advice += " layer='X' reads X."
+        elif slot == "obs":
+            advice += (
+                f" The model subtracts the mean of each batch: of a single one, adata.obs[{key!r}] = 'one' will do."
+            )
+        raise missing_key(key, f"adata.{slot}", getattr(tables[0], slot), advice)
+    _say("From the model", {k: v for k, v in own.items() if not v == default[k] == earlier[k]}, verbose)
+    return own
+
+
+def _holders(name: str, data: AnnData | MuData, names: list[str] | None) -> tuple[str, list[Any]]:
+    """Return the element in which a key of :class:`Inputs` is looked up, and the objects whose it is."""
+    slot = _SLOTS[name]
+    return slot, [part.adata for part in parts_of(data, names)] if slot == "layers" else [nodes_of(data, names)]
+
+
+def _modalities_of(model: FIMP, data: MuData, *, verbose: bool) -> list[str] | None:
+    """Return the modalities that a model reads together, if it reads several.
+
+    Raises
+    ------
+    MissingKeyError
+        The object lacks one.
+    """
+    known = as_modalities(model.registry["setup_args"].get("modality"))
+    if known is None or len(known) == 1:
+        return None
+    for name in known:
+        if name not in data.mod:
+            raise missing_key(
+                name, "mdata.mod", data.mod,
+                f"The model reads {known} together: rename modalities to these, or name yours with modality=. Of a "
+                f"modality that was not measured, train a model on {[n for n in known if n in data.mod]} alone.",
+            )  # fmt: skip
+    _say("From the model", {"modality": known}, verbose)
+    return known
+
+
+def _say(origin: str, keys: Mapping[str, Any], verbose: bool) -> None:
+    if keys:
+        with user_messages(verbose=verbose):
+            logger.info("%s: %s.", origin, ", ".join(f"{name}={value!r}" for name, value in keys.items()))
 
 
 def check_results(
@@ -237,7 +341,7 @@ def working_copy(adata: AnnData | MuData, inputs: Inputs, *, labels_required: bo
 
 def _light(adata: AnnData, inputs: Inputs, name: str = "adata") -> AnnData:
     """Return values, coordinates and columns of one modality, shared with the user's object."""
-    part = parts_of(adata, None)[0]
+    part, layer = parts_of(adata, None)[0], None
     keys = dict.fromkeys([inputs.library_key, inputs.batch_key, inputs.labels_key])
     obsm = [inputs.spatial_key] if inputs.spatial_key in adata.obsm else []
     if part.is_sequence:
@@ -250,9 +354,11 @@ def _light(adata: AnnData, inputs: Inputs, name: str = "adata") -> AnnData:
         if part.kind == "expression":
             check_scaled(adata, inputs.layer, scale_of(inputs.input_scale, name))
         matrix = get_matrix(adata, inputs.layer)
+        layer = inputs.layer
     columns = [key for key in keys if key is not None and key in adata.obs]
     work = AnnData(
-        matrix,
+        matrix if layer is None else None,
+        layers=None if layer is None else {layer: matrix},
         var=None if matrix is None else pd.DataFrame(index=adata.var_names),
         obs=pd.DataFrame(get_obs(adata, columns), index=adata.obs_names),
         obsm={key: in_memory(adata.obsm[key], f"adata.obsm[{key!r}]") for key in obsm},

@@ -17,10 +17,11 @@ from anndata import AnnData, ImplicitModificationWarning
 from scipy import sparse
 
 from fimp_sc._keys import choose_target, last_record
+from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
-from fimp_sc.data._study import nodes_of, parts_of
+from fimp_sc.data._study import nodes_of, parts_of, tables_of
 from fimp_sc.data.sequences._kinds import sequence_kind
-from fimp_sc.data.storage._elements import shorten
+from fimp_sc.data.storage._elements import get_matrix, shorten
 from fimp_sc.data.storage._stored import identity, storage
 from fimp_sc.model import FIMP
 from fimp_sc.model._fields import X_KEY, check_known, table_states
@@ -58,12 +59,28 @@ class _Training(NamedTuple):
     unseen: dict[str, int]
 
 
+def given_model(model: FIMP | str | Path | None, accelerator: str, *, verbose: bool) -> FIMP | None:
+    """Return the model that a call was given, read if it is a folder or a name on the hub.
+
+    Raises
+    ------
+    ValueError
+        It is not trained, or cannot be read.
+    """
+    if isinstance(model, str | Path):
+        with user_messages(verbose=verbose):
+            model = FIMP.load(model, accelerator=accelerator)
+    if model is not None and not model.is_trained and model.foundation is None:
+        raise ValueError("The model is not trained: call model.train() first, or leave model out.")
+    return model
+
+
 def fitted_model(
     adata: AnnData | MuData,
     work: AnnData | MuData,
     inputs: Inputs,
     *,
-    model: FIMP | str | Path | None,
+    model: FIMP | None,
     reuse: bool,
     max_epochs: int | None,
     accelerator: str,
@@ -101,20 +118,17 @@ def fitted_model(
             f"max_epochs={max_epochs} and train_kwargs={{'max_epochs': {twice}}} are the same argument: leave one out."
         )
     max_epochs = twice if max_epochs is None else max_epochs
-    given = FIMP.load(model, accelerator=accelerator) if isinstance(model, str | Path) else model
-    if given is not None:
-        if not given.is_trained and given.foundation is None:
-            raise ValueError("The model is not trained: call model.train() first, or leave model out.")
+    if model is not None:
         if inputs.labels_key is not None:
-            given._check_classes()
+            model._check_classes()
         unused = [name for name, value in what.items() if value is not None]
         unused += [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]
         if unused:
             raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
-        _check_modalities(given, work, inputs)
-        bound = _forgettable(FIMP.load_query_data(work, given, user_object=adata, **_given_keys(inputs)))
-        if given in _trainings:
-            _trainings[bound] = _trainings[given]
+        _check_modalities(model, work, inputs)
+        bound = _forgettable(FIMP.load_query_data(work, model, user_object=adata, **_given_keys(inputs)))
+        if model in _trainings:
+            _trainings[bound] = _trainings[model]
         return bound
     marks = _marks(work, inputs)
     remembered = _remembered(adata)
@@ -153,7 +167,7 @@ def fitted_model(
             "model= for a saved one."
         )
     ids = arguments.get("vocabulary_key")
-    setup = asdict(inputs) | {"layer": None, "center": inputs.center or "training"}
+    setup = asdict(inputs)
     names = setup.pop("modality")
     if isinstance(work, AnnData):
         if ids is not None and ids in adata.var:
@@ -204,12 +218,10 @@ def _check_modalities(model: FIMP, work: AnnData | MuData, inputs: Inputs) -> No
 
 def _given_keys(inputs: Inputs) -> dict[str, Any]:
     """Return where a given model finds its data in the working copy: the caller's keys name the caller's data."""
-    names = ("library_key", "batch_key", "connectivities_key", "spatial_key")
-    keys: dict[str, Any] = {"layer": None} | {name: getattr(inputs, name) for name in names}
+    names = ("layer", "library_key", "batch_key", "connectivities_key", "spatial_key", "center")
+    keys = {name: getattr(inputs, name) for name in names}
     if inputs.input_scale != "auto":
         keys["input_scale"] = inputs.input_scale
-    if inputs.center is not None:
-        keys["center"] = inputs.center
     return keys
 
 
@@ -279,7 +291,7 @@ def _marks(work: AnnData | MuData, inputs: Inputs) -> dict[str, Any]:
             # Names of files tell images apart; they are not opened.
             marks[f"values{which}"] = [_table_checksum(v) if hasattr(v, "iloc") else _checksum(v) for v in held]
             continue
-        values = part.adata.X
+        values = get_matrix(part.adata, inputs.layer)
         marks[f"var_names{which}"] = _table_checksum(part.adata.var_names)
         # Expression that is not in memory is known by where it is: reading all of it would take longer than most calls.
         marks[f"values{which}"] = _checksum(values) if storage(values) == "memory" else identity(values)
@@ -311,8 +323,8 @@ def _device(accelerator: str) -> str:
 
 def _report(model: FIMP, work: AnnData | MuData, inputs: Inputs, accelerator: str, zero_shot: bool) -> None:
     nodes, parts = nodes_of(work, inputs.modality), parts_of(work, inputs.modality)
-    tables = [part.adata for part in parts if not part.is_sequence]
-    n_vars = sum(table.n_vars for table in tables)
+    tables = tables_of(parts)
+    n_vars = sum(table.adata.n_vars for table in tables)
     shapes = model.module.sequences.values()
     # With what the optimizer keeps of those that are trained.
     weights = sum(p.numel() * (16 if p.requires_grad and not zero_shot else 4) for p in model.module.parameters())
@@ -324,10 +336,11 @@ def _report(model: FIMP, work: AnnData | MuData, inputs: Inputs, accelerator: st
     block = min(n_nodes, 2 * nodes.n_obs) * (12 * n_values + copies * (n_tokens + 1) * network.width) * 4
     matrix = 0
     for table in tables:
-        if storage(table.X) == "memory":
-            matrix += 3 * (table.X.nnz * 8 if sparse.issparse(table.X) else table.X.nbytes)
+        values = get_matrix(table.adata, inputs.layer)
+        if storage(values) == "memory":
+            matrix += 3 * (values.nnz * 8 if sparse.issparse(values) else values.nbytes)
     what = "cell" if parts[0].kind == "expression" else "node"
-    things = [f"{table.n_vars:,} genes" for table in tables]
+    things = [f"{table.adata.n_vars:,} genes" for table in tables]
     things += [f"{shape.n_tokens} tokens of {name}" for name, shape in model.module.sequences.items()]
     logger.info(
         "%s %s, %s, %.1f neighbors per %s, %d classes; %s on %s, about %.1f GB of memory.",
