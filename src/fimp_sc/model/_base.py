@@ -11,7 +11,7 @@ from scipy import sparse
 
 from fimp_sc._logging import warn
 from fimp_sc.data import ExpressionSource, GeneStatistics, GraphData, NodeGraph
-from fimp_sc.data._study import Part, expand_rows, nodes_of, parts_of, tables_of
+from fimp_sc.data._study import Modality, Study, expand_rows, resolve
 from fimp_sc.data.expression._joined import JoinedExpression, split_statistics
 from fimp_sc.data.expression._reader import Panels
 from fimp_sc.data.sequences._kinds import sequence_kind
@@ -100,7 +100,7 @@ class GraphModel(RegisteringModel):
         states = table_states(self._state(X_KEY))
         if not states:
             return
-        tables = tables_of(parts_of(data, self.registry["setup_args"].get("modality")))
+        tables = resolve(data, self.registry["setup_args"].get("modality")).tables
         if not tables:
             return  # which is said where they are registered
         weights = np.split(self.module.gene_fraction.cpu().numpy(), self._table_ends[:-1])
@@ -117,19 +117,16 @@ class GraphModel(RegisteringModel):
             raise IndexError(f"indices must be in [0, {adata.n_obs}), found {nodes.min()} to {nodes.max()}")
         return nodes.astype(np.int64)
 
-    def _modality(self, adata: AnnData | MuData) -> Any:
-        return self.get_anndata_manager(adata, required=True).registry["setup_args"].get("modality")
+    def _study(self, adata: AnnData | MuData | None) -> Study:
+        """Return what the model reads of a registered object, by default its own."""
+        adata = self._validate_anndata(adata)
+        return resolve(adata, self.get_anndata_manager(adata, required=True).registry["setup_args"].get("modality"))
 
-    def _nodes(self, adata: AnnData | MuData) -> AnnData:
-        """Return the object that describes the nodes of a registered one."""
-        return nodes_of(adata, self._modality(adata))
+    def _tables(self, study: Study) -> list[Modality]:
+        """Return the modalities with expression or features, in the order of the model."""
+        return as_trained(study.tables, table_states(self._state(X_KEY))) if study.tables else []
 
-    def _tables(self, adata: AnnData | MuData) -> list[Part]:
-        """Return the modalities of a registered object with expression or features, in the order of the model."""
-        tables = tables_of(parts_of(adata, self._modality(adata)))
-        return as_trained(tables, table_states(self._state(X_KEY))) if tables else []
-
-    def _known_columns(self, tables: list[Part]) -> list[NDArray[np.int64]]:
+    def _known_columns(self, tables: Sequence[Modality]) -> list[NDArray[np.int64]]:
         """Return the place among the genes of the model of each column of tables as :meth:`_tables` returns them.
 
         Columns that it does not know have -1.
@@ -148,26 +145,22 @@ class GraphModel(RegisteringModel):
         states = table_states(self._state(X_KEY)).values()
         return np.cumsum([len(state[ExpressionField.NAMES]) for state in states]).astype(np.int64)
 
-    def _sequence_part(self, adata: AnnData | MuData, name: str) -> Part:
-        """Return the modality of a registered object that holds signals or images under ``name``."""
-        return SequenceField(name, "", self._modality(adata)).part(adata)
-
-    def _sequence_size(self, adata: AnnData | MuData, name: str) -> tuple[SequenceKind, list[int]]:
+    def _sequence_size(self, study: Study, name: str) -> tuple[SequenceKind, list[int]]:
         """Return the kind of a modality of signals or images, and the size of the values of a node."""
-        registries = self.get_anndata_manager(adata, required=True).registry["field_registries"]
+        registries = self.get_anndata_manager(study.data, required=True).registry["field_registries"]
         state = registries[SEQUENCE_KEY + name]["state_registry"]
         return sequence_kind(state[SequenceField.KIND]), state[SequenceField.SIZE]
 
     def _graph_data(
         self,
-        adata: AnnData | MuData,
+        study: Study,
         hidden: Any = None,
         hidden_tokens: Mapping[str, NDArray[np.bool_]] | None = None,
         *,
         messages: bool | None = None,
     ) -> GraphData:
-        manager = self.get_anndata_manager(adata, required=True)
-        setup, nodes = manager.registry["setup_args"], self._nodes(adata)
+        manager = self.get_anndata_manager(study.data, required=True)
+        setup, nodes = manager.registry["setup_args"], study.nodes
         codes = {
             key: check_obs_key(nodes, name, role).codes.astype(np.int64) if name else np.zeros(nodes.n_obs, np.int64)
             for key, name, role in (
@@ -196,7 +189,7 @@ class GraphModel(RegisteringModel):
             labels = get_obs(nodes, [setup["labels_key"]])[setup["labels_key"]]
             label = pd.Index(self.classes).get_indexer(pd.Index(label_text(labels))).astype(np.int64)
         data = GraphData(None, graph, coordinates, codes[LIBRARY_KEY], label, names=names)
-        tables = self._tables(adata)
+        tables = self._tables(study)
         if tables:
             states = table_states(manager.registry["field_registries"][X_KEY]["state_registry"])
             sizes = [len(state[ExpressionField.NAMES]) for state in states.values()]
@@ -219,23 +212,23 @@ class GraphModel(RegisteringModel):
                 sources.append(source)
             data.source = sources[0] if len(sources) == 1 else JoinedExpression(sources)
             data.tokens = self._token_source()
-        data.sequences = self._sequence_sources(adata, located, hidden_tokens or {})
+        data.sequences = self._sequence_sources(study, located, hidden_tokens or {})
         return data
 
     def _sequence_sources(
         self,
-        adata: AnnData | MuData,
+        study: Study,
         located: NDArray[np.floating] | None,
         hidden_tokens: Mapping[str, NDArray[np.bool_]],
     ) -> dict[str, SequenceSource]:
         located = None if located is None else self.module.network.places(located)
         sources = {}
         for i, (name, shape) in enumerate(self.module.sequences.items()):
-            (kind, size), token_size = self._sequence_size(adata, name), self.token_sizes[name]
+            (kind, size), token_size = self._sequence_size(study, name), self.token_sizes[name]
             known: Any = self.module.statistics[str(i)]
             sources[name] = sequence_source(
-                self._sequence_part(adata, name),
-                self._nodes(adata).n_obs,
+                sequence_modality(study, name),
+                study.nodes.n_obs,
                 # Another object may have fewer tokens.
                 token_shape(kind.name, size, token_size, shape.n_coordinates),
                 token_size,

@@ -11,7 +11,7 @@ from scvi.data._manager import AnnDataManagerValidationCheck
 from scvi.model.base import BaseModelClass
 
 from fimp_sc._options import checked
-from fimp_sc.data._study import Part, as_modalities, check_columns, nodes_of, parts_of, registered_keys
+from fimp_sc.data._study import Study, as_modalities, resolve
 from fimp_sc.data._warnings import warn_inputs
 from fimp_sc.model._fields import SEQUENCE_KEY, registered_fields
 
@@ -183,36 +183,41 @@ class RegisteringModel(BaseModelClass, metaclass=_Listed):
         if modality is not None:
             setup["modality"] = as_modalities(modality)
         sequences = kwargs.pop("sequences", None)
+        study = resolve(data, setup.get("modality")) if cls._is_object(data) else None
         # The tools register a light copy of the user's object, and warnings concern all of its columns.
-        user_object = kwargs.pop("user_object", data)
+        user_study = kwargs.pop("user_study", study)
         if sequences is None and kwargs.get("source_registry") is not None:
             # The names under which a model knows its tokens: an object that is the modality alone does not say its own.
             known = kwargs["source_registry"]["field_registries"]
             sequences = [key.removeprefix(SEQUENCE_KEY) for key in known if key.startswith(SEQUENCE_KEY)]
         elif sequences is None:
-            parts = parts_of(data, modality) if cls._is_object(data) else []
-            sequences = [part.name for part in parts if part.is_sequence]
+            sequences = [] if study is None else [modality.name for modality in study.sequences]
         if kwargs and "source_registry" not in kwargs:  # with which scvi-tools passes some of its own
             raise TypeError(f"{method_args['setup_method_name']}() got an unexpected keyword argument {min(kwargs)!r}.")
-        if cls._is_object(data):
-            check_layer(setup["layer"], parts_of(data, modality))
-            own = registered_keys(data, modality)
+        if study is not None:
+            check_layer(setup["layer"], study)
+            own = study.registered_keys()
             setup["library_key"] = setup["library_key"] or own["library_key"]
             if setup["connectivities_key"] == _GRAPH:
                 setup["connectivities_key"] = own["connectivities_key"]
             # Of a query labels may be missing.
             keys = ("library_key", "batch_key") + (("labels_key",) if kwargs.get("source_registry") is None else ())
-            check_columns(data, modality, [setup[key] for key in keys])
+            study.check_columns([setup[key] for key in keys])
+        fields = registered_fields(setup, sequences)
+        for field in fields:
+            field.registered = study
         manager = AnnDataManager(
-            fields=registered_fields(setup, sequences),
+            fields=fields,
             setup_method_args=method_args,
             validation_checks=AnnDataManagerValidationCheck(check_fully_paired_mudata=False),
         )
         manager.register_fields(data, **kwargs)
+        for field in fields:
+            field.registered = None
+        study = study or resolve(data, setup.get("modality"))
         warn_inputs(
-            user_object,
-            modality,
-            nodes_of(data, modality).obsp[setup["connectivities_key"]],
+            user_study or study,
+            study.nodes.obsp[setup["connectivities_key"]],
             library_key=setup["library_key"],
             spatial_key=setup["spatial_key"],
         )
@@ -224,9 +229,9 @@ class RegisteringModel(BaseModelClass, metaclass=_Listed):
         return hasattr(data, "uns") and getattr(data, "n_obs", 0) > 0
 
 
-def check_layer(layer: str | None, parts: list[Part]) -> None:
+def check_layer(layer: str | None, study: Study) -> None:
     """Raise a ValueError where a layer is named, and signals and images, which have none, are all there is."""
-    if layer is not None and all(part.is_sequence for part in parts):
+    if layer is not None and not study.tables:
         raise ValueError(
             f"layer={layer!r} is for expression and features: signals are read from X, and images from their pixels or "
             "files. Leave it out."

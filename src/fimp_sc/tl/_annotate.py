@@ -95,17 +95,18 @@ def annotate(
     key = key_added or f"fimp_{labels_key}".replace("/", "_")
     adata = copied(adata) if copy else adata
     model = given_model(model, accelerator, verbose=verbose)
-    target, inputs = choose(
+    study, inputs = choose(
         adata, modality, verbose=verbose, model=model, layer=layer, library_key=library_key, batch_key=batch_key,
         spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
         center=center, labels_key=labels_key,
         unlabeled_category=unlabeled_category,
     )  # fmt: skip
-    check_results(key, "tl.annotate", target, inputs, overwrite=overwrite)
+    target = study.data
+    check_results(key, "tl.annotate", study, inputs, overwrite=overwrite)
     with user_messages(verbose=verbose):
-        work = working_copy(target, inputs, labels_required=model is None)
+        work = working_copy(study, inputs, labels_required=model is None)
         fitted = fitted_model(
-            target, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
+            study, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
             n_tokens=n_tokens, n_layers=n_layers,
@@ -114,8 +115,8 @@ def annotate(
         probabilities = soft.to_numpy(dtype=np.float32)
         finite_or_raise(probabilities, "prediction")
         classes = np.asarray(soft.columns, dtype=object)
-        with write_back(target, work, inputs, fitted):
-            probabilities = placed(probabilities, work.obs_names, target.obs_names)
+        with write_back(study, work, inputs, fitted):
+            probabilities = placed(probabilities, work.nodes.obs_names, target.obs_names)
             known = ~np.isnan(probabilities).any(1)
             best = pd.Categorical.from_codes(
                 np.where(known, probabilities.argmax(1), -1).tolist(), categories=list(classes)

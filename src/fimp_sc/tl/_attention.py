@@ -9,7 +9,7 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
-from fimp_sc.data._study import feature_names, nodes_of, parts_of, tables_of
+from fimp_sc.data._study import feature_names
 from fimp_sc.data.storage._elements import get_obs, missing_key
 from fimp_sc.data.validate._labels import warn_words
 from fimp_sc.model.predict._attention import cell_groups, edge_pairs, measured_codes
@@ -189,24 +189,25 @@ def attention(
         raise ValueError("model_kwargs has messages=False: without messages there is no attention between cells.")
     adata = copied(adata) if copy else adata
     model = given_model(model, accelerator, verbose=verbose)
-    target, inputs = choose(
+    study, inputs = choose(
         adata, modality, verbose=verbose, model=model, layer=layer, library_key=library_key, batch_key=batch_key,
         spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
         center=center,
         unlabeled_category=unlabeled_category,
     )  # fmt: skip
-    check_results(key_added, "tl.attention", target, inputs, overwrite=overwrite)
-    if all(part.is_sequence for part in parts_of(target, inputs.modality)):
+    target = study.data
+    check_results(key_added, "tl.attention", study, inputs, overwrite=overwrite)
+    if not study.tables:
         raise ValueError("attention reads genes, and there are signals or images only: pass a modality of expression.")
     table = None if pairs is None else check_pairs(pairs)
-    names = np.concatenate(feature_names(tables_of(parts_of(target, inputs.modality))))
+    names = np.concatenate(feature_names(study.tables))
     check_genes(pd.Index(names), "adata.var_names", genes, table)
-    nodes = nodes_of(target, inputs.modality)
+    nodes = study.nodes
     category = _groups(nodes, groupby, unlabeled_category)
     batch_size = (inference_kwargs or {}).get("batch_size")
     with user_messages(verbose=verbose):
-        work = working_copy(target, inputs)
-        there = nodes_of(work, inputs.modality).obs_names
+        work = working_copy(study, inputs)
+        there = work.nodes.obs_names
         if not nodes.obs_names.equals(there):
             category = _at_least_two(category[nodes.obs_names.get_indexer(there)], groupby)
         least: dict[str, Any] = {"min_edges": min_edges, "min_support": min_support}
@@ -217,7 +218,7 @@ def attention(
             plans.append(_planned(model, category, genes, n_genes, table, **least))
 
         fitted = fitted_model(
-            target, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
+            study, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, same_seed=False, verbose=verbose, model_kwargs=model_kwargs,
             train_kwargs=train_kwargs, gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
             check=check,
@@ -251,8 +252,8 @@ def attention(
             "groups": _group_table(names, by_group), "pairs": _pair_table(names, np.asarray(chosen), plan, by_gene),
             "genes": np.asarray(chosen, dtype=object), "n_tests": len(by_gene.score),
         }  # fmt: skip
-        with write_back(target, work, inputs, fitted):
-            target.obsp[key_added] = _placed_edges(influence, work.obs_names, target.obs_names)
+        with write_back(study, work, inputs, fitted):
+            target.obsp[key_added] = _placed_edges(influence, work.nodes.obs_names, target.obs_names)
             target.uns[key_added] = result
     return adata if copy else None
 

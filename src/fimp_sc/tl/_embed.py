@@ -141,25 +141,26 @@ def embed(
     """
     adata = copied(adata) if copy else adata
     model = given_model(model, accelerator, verbose=verbose)
-    target, inputs = choose(
+    study, inputs = choose(
         adata, modality, verbose=verbose, model=model, layer=layer, library_key=library_key, batch_key=batch_key,
         spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
         center=center,
     )  # fmt: skip
-    check_results(key_added, "tl.embed", target, inputs, overwrite=overwrite)
+    target = study.data
+    check_results(key_added, "tl.embed", study, inputs, overwrite=overwrite)
     if zero_shot and not (foundation or model or (model_kwargs or {}).get("foundation")):
         raise ValueError("zero_shot=True needs a foundation model: pass foundation='scgpt' and checkpoint=.")
     with user_messages(verbose=verbose):
-        work = working_copy(target, inputs)
+        work = working_copy(study, inputs)
         fitted = fitted_model(
-            target, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
+            study, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint, zero_shot=zero_shot,
             n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         embedding = fitted.get_latent_representation(**(inference_kwargs or {}))
         finite_or_raise(embedding, "embedding")
-        with write_back(target, work, inputs, fitted):
-            target.obsm[key_added] = placed(embedding, work.obs_names, target.obs_names)
+        with write_back(study, work, inputs, fitted):
+            target.obsm[key_added] = placed(embedding, work.nodes.obs_names, target.obs_names)
             target.uns[key_added] = record(fitted, inputs, target, "tl.embed")
     return adata if copy else None

@@ -12,7 +12,7 @@ from fimp_sc._keys import check_key, find_results, new_record
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
-from fimp_sc.data._study import nodes_of
+from fimp_sc.data._study import resolve
 from fimp_sc.data.storage._elements import get_obs, in_memory, label_text, missing_key
 from fimp_sc.tl._call._inputs import copied, inherit
 from fimp_sc.tl._smooth import smoothed
@@ -128,9 +128,10 @@ def niches(
     target: Any = found_in[0]
     modalities = found_in[1]
     # Columns and graph of several modalities may be those of one of them.
-    nodes = target if modalities is None else nodes_of(target, modalities)
+    study = resolve(target, modalities)
+    nodes = study.nodes
     keys = {"library_key": library_key, "connectivities_key": connectivities_key}
-    keys = inherit(target, modalities, keys, verbose=verbose)
+    keys = inherit(study, keys, verbose=verbose)
     library_key, connectivities_key = keys["library_key"], str(keys["connectivities_key"])
     reads = {("obs", library_key): "library_key", ("obs", labels_key): "labels_key"}
     check_key(key_added, "tl.niches", target, reads, overwrite=overwrite)

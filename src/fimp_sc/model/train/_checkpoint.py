@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback
 
 import fimp_sc
-from fimp_sc.data._study import parts_of
+from fimp_sc.data._study import resolve
 from fimp_sc.data.expression._joined import JoinedExpression
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._checksums import checksum
@@ -167,7 +167,7 @@ def training_marks(
     values: list[Any] = []
     for source in data.source.sources if isinstance(data.source, JoinedExpression) else [data.source]:
         values += [] if source is None else [source.batch, source.panel, source.measured]
-    for part in parts_of(model.adata, setup.get("modality")):
+    for part in resolve(model.adata, setup.get("modality")).modalities:
         values += [] if part.rows is None else [part.rows]
         if part.is_sequence:
             # Names of files tell images apart; they are not opened.

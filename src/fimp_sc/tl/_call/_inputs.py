@@ -13,7 +13,7 @@ from anndata import AnnData
 from fimp_sc._keys import check_key, choose_target, last_record
 from fimp_sc._logging import user_messages
 from fimp_sc.data._modality import MODALITY_KEY, quiet_mudata
-from fimp_sc.data._study import as_modalities, check_whole, is_mudata, nodes_of, parts_of, registered_keys, tables_of
+from fimp_sc.data._study import Modality, Study, as_modalities, is_mudata, resolve
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.data.validate._checks import (
@@ -76,10 +76,10 @@ def choose(
     verbose: bool,
     model: FIMP | None = None,
     **keys: Any,
-) -> tuple[AnnData | MuData, Inputs]:
-    """Return the object that a call reads and writes, and where it finds its data there.
+) -> tuple[Study, Inputs]:
+    """Return the study that a call reads and writes, and where it finds its data there.
 
-    That is an AnnData object, one modality of a MuData object, or all of it where several modalities are read together.
+    Its object is an AnnData object, one modality of a MuData object, or all of it where several modalities are read together.
 
     Parameters
     ----------
@@ -100,21 +100,20 @@ def choose(
     also = {}
     if modality is None and is_mudata(data) and len(data.mod) > 1:
         also["modality"] = names or next(name for name, part in data.mod.items() if part is target)
-    keys = inherit(target, names, keys, verbose=verbose, also=also, model=model)
-    parts = parts_of(target, names)
-    check_layer(keys["layer"], parts)
+    study = resolve(target, names)
+    keys = inherit(study, keys, verbose=verbose, also=also, model=model)
+    check_layer(keys["layer"], study)
     if isinstance(keys["input_scale"], dict):
         if names is None:
             raise ValueError(
                 f"input_scale={keys['input_scale']!r} gives scales by modality, and one modality is read: pass its own."
             )
-        check_scales(keys["input_scale"], [part.name for part in tables_of(parts)])
-    return target, Inputs(modality=None if names is None else tuple(names), **keys)
+        check_scales(keys["input_scale"], [table.name for table in study.tables])
+    return study, Inputs(modality=None if names is None else tuple(names), **keys)
 
 
 def inherit(
-    data: AnnData | MuData,
-    names: list[str] | None,
+    study: Study,
     keys: dict[str, Any],
     *,
     verbose: bool,
@@ -129,8 +128,8 @@ def inherit(
 
     Parameters
     ----------
-    names
-        Of modalities that are read together.
+    study
+        What the call reads.
     keys
         Some attributes of :class:`Inputs`. The layer ``"X"`` is ``X``, unless there is a layer of that name.
     verbose
@@ -145,16 +144,15 @@ def inherit(
     MissingKeyError
         The object does not hold what the model reads, or the layer or column of the earlier call any more.
     """
-    whole = is_mudata(data) and names is None
-    default = asdict(Inputs()) | ({} if whole else registered_keys(data, names))
-    last = last_record(data, several=names is not None)
+    default = asdict(Inputs()) | study.registered_keys()
+    last = last_record(study.data, several=study.names is not None)
     # What was None then is not in the record.
     earlier = default if last is None else asdict(Inputs()) | dict(last[1]["params"])
     given = {name: value for name, value in keys.items() if value is not None}
-    if given.get("layer") == "X" and all("X" not in part.adata.layers for part in parts_of(data, names)):
+    if given.get("layer") == "X" and all("X" not in modality.adata.layers for modality in study.modalities):
         given["layer"] = None
     if model is not None:
-        given |= _own_keys(model, data, names, given, earlier, default, verbose=verbose)
+        given |= _own_keys(model, study, given, earlier, default, verbose=verbose)
     if given.get("layer", earlier["layer"]) != earlier["layer"]:
         earlier = earlier | {"input_scale": default["input_scale"]}
     taken = {name: earlier[name] for name in keys if name not in given}
@@ -164,7 +162,7 @@ def inherit(
         return given | taken
     said = {name: value for name, value in taken.items() if value != default[name]}
     for name in [name for name in ("layer", "library_key", "batch_key") if name in said]:
-        slot, tables = _holders(name, data, names)
+        slot, tables = _holders(name, study)
         if all(said[name] not in getattr(table, slot) for table in tables):
             advice = f"It is the {name} of the call that wrote adata.uns[{last[0]!r}]: pass {name}= for another one."
             raise missing_key(said[name], f"adata.{slot}", getattr(tables[0], slot), advice)
@@ -174,8 +172,7 @@ def inherit(
 
 def _own_keys(
     model: FIMP,
-    data: AnnData | MuData,
-    names: list[str] | None,
+    study: Study,
     given: Mapping[str, Any],
     earlier: Mapping[str, Any],
     described: Mapping[str, Any],
@@ -207,7 +204,7 @@ def _own_keys(
     used = {**earlier, **given, **own}
     batches = (used["batch_key"] or used["library_key"]) if used["center"] == "batch" else None
     for name in [name for name in _SLOTS if own.get(name) is not None]:
-        key, (slot, tables) = own[name], _holders(name, data, names)
+        key, (slot, tables) = own[name], _holders(name, study)
         if any(key in getattr(table, slot) for table in tables):
             continue
         if slot == "obs" and key != batches:
@@ -226,10 +223,10 @@ def _own_keys(
     return own
 
 
-def _holders(name: str, data: AnnData | MuData, names: list[str] | None) -> tuple[str, list[Any]]:
+def _holders(name: str, study: Study) -> tuple[str, list[Any]]:
     """Return the element in which a key of :class:`Inputs` is looked up, and the objects whose it is."""
     slot = _SLOTS[name]
-    return slot, [part.adata for part in parts_of(data, names)] if slot == "layers" else [nodes_of(data, names)]
+    return slot, [modality.adata for modality in study.modalities] if slot == "layers" else [study.nodes]
 
 
 def _modalities_of(model: FIMP, data: MuData, *, verbose: bool) -> list[str] | None:
@@ -263,7 +260,7 @@ def _say(origin: str, keys: Mapping[str, Any], verbose: bool) -> None:
 def check_results(
     key: str,
     tool: str,
-    target: AnnData | MuData,
+    study: Study,
     inputs: Inputs,
     *,
     overwrite: bool,
@@ -274,10 +271,10 @@ def check_results(
 
     Parameters
     ----------
-    target, inputs
+    study, inputs
         As :func:`choose` returns them.
     tables
-        Objects that results are written to, if it is not ``target``.
+        Objects that results are written to, if it is not that of ``study``.
     also
         Names of further arguments by the entries that they name: ``{("obs", "cell_type"): "groupby"}``.
 
@@ -299,28 +296,28 @@ def check_results(
         ("uns", MODALITY_KEY): "the kind of nodes",
         **(also or {}),
     }
-    for part in parts_of(target, inputs.modality):
-        held = sequence_kind(part.kind).parts(part.adata) if part.is_sequence else {}
-        reads |= {(slot, name): part.kind for slot, names in held.items() for name in names}
-    check_key(key, tool, target, reads, overwrite=overwrite, tables=tables)
+    for modality in study.sequences:
+        held = sequence_kind(modality.kind).parts(modality.adata)
+        reads |= {(slot, name): modality.kind for slot, names in held.items() for name in names}
+    check_key(key, tool, study.data, reads, overwrite=overwrite, tables=tables)
 
 
-def working_copy(adata: AnnData | MuData, inputs: Inputs, *, labels_required: bool = False) -> AnnData | MuData:
-    """Return a light object that shares values and holds what a model needs, graph included.
+def working_copy(study: Study, inputs: Inputs, *, labels_required: bool = False) -> Study:
+    """Return a study of a light object that shares values and holds what a model needs, graph included.
 
     The user's object stays as it is: scvi-tools writes its identifiers to the working copy, and a graph built here
     is written back by :func:`write_back` only when the call has succeeded. An expression matrix that is not in memory
     stays where it is: ``X`` of the light object then is the very dataset or dask array.
     """
-    nodes = nodes_of(adata, inputs.modality)
+    nodes = study.nodes
     for key, role in ((inputs.library_key, "library"), (inputs.batch_key, "batch")):
         if key is not None:
             check_obs_key(nodes, key, role)
     if labels_required:
         check_labels(nodes, str(inputs.labels_key), inputs.unlabeled_category)
     if inputs.modality is not None:
-        return _working_mudata(adata, nodes, inputs)
-    work = _light(nodes, inputs)
+        return resolve(_working_mudata(study, inputs), study.names)
+    work = _light(study.modalities[0], inputs, "adata")
     if inputs.connectivities_key in nodes.obsp:
         where = f"adata.obsp[{inputs.connectivities_key!r}]"
         work.obsp[inputs.connectivities_key] = in_memory(nodes.obsp[inputs.connectivities_key], where)
@@ -336,22 +333,22 @@ def working_copy(adata: AnnData | MuData, inputs: Inputs, *, labels_required: bo
         )
     else:
         check_graph(nodes, inputs.connectivities_key)  # absent: says so, and what to do
-    return work
+    return resolve(work)
 
 
-def _light(adata: AnnData, inputs: Inputs, name: str = "adata") -> AnnData:
+def _light(modality: Modality, inputs: Inputs, name: str) -> AnnData:
     """Return values, coordinates and columns of one modality, shared with the user's object."""
-    part, layer = parts_of(adata, None)[0], None
+    adata, layer = modality.adata, None
     keys = dict.fromkeys([inputs.library_key, inputs.batch_key, inputs.labels_key])
     obsm = [inputs.spatial_key] if inputs.spatial_key in adata.obsm else []
-    if part.is_sequence:
-        held = sequence_kind(part.kind).parts(adata)
+    if modality.is_sequence:
+        held = sequence_kind(modality.kind).parts(adata)
         matrix = held["X"][""] if "X" in held else None
         keys |= dict.fromkeys(held.get("obs", ()))
         obsm += list(held.get("obsm", ()))
     else:
         check_anndata(adata)
-        if part.kind == "expression":
+        if modality.kind == "expression":
             check_scaled(adata, inputs.layer, scale_of(inputs.input_scale, name))
         matrix = get_matrix(adata, inputs.layer)
         layer = inputs.layer
@@ -368,14 +365,14 @@ def _light(adata: AnnData, inputs: Inputs, name: str = "adata") -> AnnData:
     return work
 
 
-def _working_mudata(mdata: Any, nodes: AnnData, inputs: Inputs) -> MuData:
+def _working_mudata(study: Study, inputs: Inputs) -> MuData:
     from mudata import MuData
 
-    check_whole(mdata, inputs.connectivities_key, inputs.modality, nodes)
+    study.check_graph(inputs.connectivities_key)
+    nodes = study.nodes
     check_graph(nodes, inputs.connectivities_key, inputs.library_key)
     with quiet_mudata():
-        parts = {part.name: _light(part.adata, inputs, part.name) for part in parts_of(mdata, inputs.modality)}
-        work = MuData(parts)
+        work = MuData({one.name: _light(one, inputs, one.name) for one in study.modalities})
         # Nodes that have none of these modalities stay out, as they would have no token at all.
         nodes = nodes[work.obs_names]
         keys = dict.fromkeys([inputs.library_key, inputs.batch_key, inputs.labels_key])

@@ -19,7 +19,6 @@ from scipy import sparse
 from fimp_sc._keys import choose_target, last_record
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
-from fimp_sc.data._study import nodes_of, parts_of, tables_of
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._elements import get_matrix, shorten
 from fimp_sc.data.storage._stored import identity, storage
@@ -76,8 +75,8 @@ def given_model(model: FIMP | str | Path | None, accelerator: str, *, verbose: b
 
 
 def fitted_model(
-    adata: AnnData | MuData,
-    work: AnnData | MuData,
+    study: Study,
+    work: Study,
     inputs: Inputs,
     *,
     model: FIMP | None,
@@ -125,13 +124,13 @@ def fitted_model(
         unused += [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]
         if unused:
             raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
-        _check_modalities(model, work, inputs)
-        bound = _forgettable(FIMP.load_query_data(work, model, user_object=adata, **_given_keys(inputs)))
+        _check_modalities(model, work)
+        bound = _forgettable(FIMP.load_query_data(work.data, model, user_study=study, **_given_keys(inputs)))
         if model in _trainings:
             _trainings[bound] = _trainings[model]
         return bound
     marks = _marks(work, inputs)
-    remembered = _remembered(adata)
+    remembered = _remembered(study.data)
     unseen = {name: _checksum(mask) for name, mask in (hidden or {}).items()}
     if reuse and remembered is not None:
         # A model that was given is one of other data, for all that is known of it here.
@@ -161,7 +160,7 @@ def fitted_model(
             max_epochs = former.max_epochs if max_epochs is None else max_epochs
             random_state = seed if random_state is None else random_state
         logger.info("Not using the model of the call before: %s. Training %s.", why, "one like it" if like else "one")
-    elif reuse and last_record(adata, several=inputs.modality is not None) is not None:
+    elif reuse and last_record(study.data, several=inputs.modality is not None) is not None:
         logger.info(
             "The model of the earlier results is not in this session, or was of another object: training one. Pass "
             "model= for a saved one."
@@ -169,13 +168,13 @@ def fitted_model(
     ids = arguments.get("vocabulary_key")
     setup = asdict(inputs)
     names = setup.pop("modality")
-    if isinstance(work, AnnData):
-        if ids is not None and ids in adata.var:
-            work.var[ids] = np.asarray(adata.var[ids])
-        FIMP.setup_anndata(work, user_object=adata, **setup)
+    if isinstance(work.data, AnnData):
+        if ids is not None and ids in study.data.var:
+            work.data.var[ids] = np.asarray(study.data.var[ids])
+        FIMP.setup_anndata(work.data, user_study=study, **setup)
     else:
-        FIMP.setup_mudata(work, modality=list(names), user_object=adata, **setup)
-    fresh = _forgettable(FIMP(work, **{"random_state": random_state or 0, **arguments}))
+        FIMP.setup_mudata(work.data, modality=list(names), user_study=study, **setup)
+    fresh = _forgettable(FIMP(work.data, **{"random_state": random_state or 0, **arguments}))
     if genes is not None:
         check_known(genes, fresh.genes)
     if check is not None:
@@ -204,14 +203,13 @@ def _forget(model_id: str, key: str) -> None:
     FIMP._per_instance_manager_store.pop(model_id, None)
 
 
-def _check_modalities(model: FIMP, work: AnnData | MuData, inputs: Inputs) -> None:
-    parts = parts_of(work, inputs.modality)
+def _check_modalities(model: FIMP, work: Study) -> None:
     known = list(model.module.sequences)
     tables = list(table_states(model._state(X_KEY)))
     table = "" if not tables else f"tables {tables}, " if len(tables) > 1 else "expression or features, "
-    if len(parts) != len(known) + len(tables):
+    if len(work.modalities) != len(known) + len(tables):
         raise ValueError(
-            f"The model reads {table}signals and images {known}, and modality= names {[part.name for part in parts]}: "
+            f"The model reads {table}signals and images {known}, and modality= names {[modality.name for modality in work.modalities]}: "
             "name the modalities that the model was trained on."
         )
 
@@ -226,16 +224,17 @@ def _given_keys(inputs: Inputs) -> dict[str, Any]:
 
 
 @contextmanager
-def write_back(adata: AnnData | MuData, work: AnnData | MuData, inputs: Inputs, model: FIMP) -> Iterator[None]:
+def write_back(study: Study, work: Study, inputs: Inputs, model: FIMP) -> Iterator[None]:
     """Write results, and the graph if it was built here; remember the model."""
+    adata, light = study.data, work.data
     with warnings.catch_warnings():
         # Writing to a view turns it into an object of its own, as anndata documents.
         warnings.simplefilter("ignore", ImplicitModificationWarning)
         if inputs.modality is None and inputs.connectivities_key not in adata.obsp:
             prefix = inputs.connectivities_key.removesuffix(CONNECTIVITIES)
-            adata.obsp[f"{prefix}_distances"] = work.obsp[f"{prefix}_distances"]
-            adata.obsp[inputs.connectivities_key] = work.obsp[inputs.connectivities_key]
-            adata.uns[f"{prefix}_neighbors"] = work.uns[f"{prefix}_neighbors"]
+            adata.obsp[f"{prefix}_distances"] = light.obsp[f"{prefix}_distances"]
+            adata.obsp[inputs.connectivities_key] = light.obsp[inputs.connectivities_key]
+            adata.uns[f"{prefix}_neighbors"] = light.uns[f"{prefix}_neighbors"]
         yield
     address = id(adata)
     reference = weakref.ref(adata, lambda _: _models.pop(address, None))
@@ -272,9 +271,9 @@ def _remembered(adata: AnnData | MuData) -> _Remembered | None:
     return found if found is not None and found.adata() is adata else None
 
 
-def _marks(work: AnnData | MuData, inputs: Inputs) -> dict[str, Any]:
+def _marks(work: Study, inputs: Inputs) -> dict[str, Any]:
     """Return what a model reads of an object, as checksums and keys, by names for messages."""
-    nodes = nodes_of(work, inputs.modality)
+    nodes = work.nodes
     marks: dict[str, Any] = {
         name: getattr(inputs, name)
         for name in ("layer", "library_key", "batch_key", "input_scale", "center", "modality")
@@ -284,7 +283,7 @@ def _marks(work: AnnData | MuData, inputs: Inputs) -> dict[str, Any]:
     for key in (inputs.library_key, inputs.batch_key):
         if key is not None:
             marks[f"obs[{key!r}]"] = _table_checksum(nodes.obs[key])
-    for part in parts_of(work, inputs.modality):
+    for part in work.modalities:
         which = "" if inputs.modality is None else f" of {part.name!r}"
         if part.is_sequence:
             held = [value for place in sequence_kind(part.kind).parts(part.adata).values() for value in place.values()]
@@ -321,9 +320,9 @@ def _device(accelerator: str) -> str:
     return {"gpu": "cuda:0", "cuda": "cuda:0"}.get(accelerator, accelerator)
 
 
-def _report(model: FIMP, work: AnnData | MuData, inputs: Inputs, accelerator: str, zero_shot: bool) -> None:
-    nodes, parts = nodes_of(work, inputs.modality), parts_of(work, inputs.modality)
-    tables = tables_of(parts)
+def _report(model: FIMP, work: Study, inputs: Inputs, accelerator: str, zero_shot: bool) -> None:
+    nodes = work.nodes
+    tables = work.tables
     n_vars = sum(table.adata.n_vars for table in tables)
     shapes = model.module.sequences.values()
     # With what the optimizer keeps of those that are trained.
@@ -339,7 +338,7 @@ def _report(model: FIMP, work: AnnData | MuData, inputs: Inputs, accelerator: st
         values = get_matrix(table.adata, inputs.layer)
         if storage(values) == "memory":
             matrix += 3 * (values.nnz * 8 if sparse.issparse(values) else values.nbytes)
-    what = "cell" if parts[0].kind == "expression" else "node"
+    what = "cell" if work.modalities[0].kind == "expression" else "node"
     things = [f"{table.adata.n_vars:,} genes" for table in tables]
     things += [f"{shape.n_tokens} tokens of {name}" for name, shape in model.module.sequences.items()]
     logger.info(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-    from fimp_sc.data._study import Part
+    from fimp_sc.data._study import Modality
     from fimp_sc.model import FIMP
     from fimp_sc.tl._call._inputs import Inputs
 
@@ -47,7 +47,7 @@ def record(model: FIMP, inputs: Inputs, data: AnnData | MuData, tool: str, **ext
     }
 
 
-def measured_scale(model: FIMP, part: Part) -> dict[str, Any]:
+def measured_scale(model: FIMP, part: Modality) -> dict[str, Any]:
     """Return how the model reads the values of a table, which are to be compared with its predictions.
 
     Parameters
