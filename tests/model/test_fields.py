@@ -8,6 +8,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from graph_toys import data_of
 from scipy import sparse
 
 from fimp_sc.model import FIMP
@@ -56,13 +57,13 @@ def test_labels_may_be_numbers_or_booleans(tissue, make_model) -> None:
     tissue.obs["flag"] = np.arange(tissue.n_obs) % 2 == 0
     model = make_model(tissue, {"labels_key": "flag"})
     assert model.classes == ["False", "True"]
-    label = model._graph_data(tissue).label
+    label = data_of(model, tissue).label
     np.testing.assert_array_equal(label, tissue.obs["flag"].astype(int))
 
 
 def test_label_codes_follow_the_classes_and_unlabeled_cells_have_none(tissue, make_model) -> None:
     model = make_model(tissue, {"labels_key": "label"})
-    codes = model._graph_data(tissue).label
+    codes = data_of(model, tissue).label
     text = tissue.obs["label"].astype(object)
     for code, label in zip(codes, text, strict=True):
         assert (code == -1) if (pd.isna(label) or label == "Unknown") else (model.classes[code] == label)

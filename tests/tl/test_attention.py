@@ -7,6 +7,7 @@ import pytest
 
 import fimp_sc
 from fimp_sc.datasets import toy_communication
+from fimp_sc.model.predict._attention import attention_data, genes_with_tokens
 from fimp_sc.tl import _attention
 
 QUICK = {"max_epochs": 1, "accelerator": "cpu", "verbose": False, "library_key": "section"}
@@ -189,7 +190,7 @@ def test_pairs_to_test(read, model, caplog) -> None:
 def test_pairs_with_too_little_support_are_not_tested(read, model) -> None:
     fimp_sc.tl.attention(read, "cell_type", key_added="k", model=model, min_support=40, **QUICK)
     genes = list(read.uns["k"]["genes"])
-    present = model._token_genes(model._attention_data(None), genes)
+    present = genes_with_tokens(model, attention_data(model, None), genes)
     share = pd.DataFrame(present, columns=genes).groupby(read.obs["cell_type"].to_numpy()).mean()
     n_edges = read.uns["k"]["groups"].set_index(KEY[:2])["n_edges"]
     expected = {
@@ -289,7 +290,7 @@ def test_permutations_are_counted_for_the_user(read, model, capfd, verbose) -> N
 def test_what_is_tested_nowhere_is_said(read, model, caplog) -> None:
     asked = pd.DataFrame({"source": ["CD74", read.uns["communication"]["ligand"]], "target": ["CD74", "CD52"]})
     genes = pd.unique(asked.to_numpy().ravel())
-    present = model._token_genes(model._attention_data(None), genes)
+    present = genes_with_tokens(model, attention_data(model, None), genes)
     share = pd.DataFrame(present, columns=genes).groupby(read.obs["cell_type"].to_numpy()).mean()
     n_edges = read.uns["fimp_attention"]["groups"].set_index(KEY[:2])["n_edges"]
     support = [

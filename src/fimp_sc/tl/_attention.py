@@ -12,7 +12,15 @@ from fimp_sc._options import checked
 from fimp_sc.data._study import feature_names
 from fimp_sc.data.storage._elements import get_obs, missing_key
 from fimp_sc.data.validate._labels import warn_words
-from fimp_sc.model.predict._attention import cell_groups, edge_pairs, measured_codes
+from fimp_sc.model.predict._attention import (
+    attention_data,
+    cell_groups,
+    check_message_layer,
+    edge_pairs,
+    genes_with_tokens,
+    measured_codes,
+    tokens_of_genes,
+)
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, record
@@ -214,7 +222,7 @@ def attention(
         plans: list[tuple[list[str], Plan]] = []
 
         def check(model: FIMP) -> None:
-            model._check_layer(influence_layer)
+            check_message_layer(model, influence_layer)
             plans.append(_planned(model, category, genes, n_genes, table, **least))
 
         fitted = fitted_model(
@@ -230,14 +238,14 @@ def attention(
         n_groups, names = len(category.categories), np.asarray(category.categories)
         influence = fitted.get_edge_influence(layer=influence_layer, batch_size=batch_size)
         finite_or_raise(influence.data, "influence of edges")
-        data = fitted._attention_data(None)
+        data = attention_data(fitted, None)
         how: dict[str, Any] = {"n_permutations": n_permutations, "random_state": random_state}
         by_group = group_tests(
             influence, np.asarray(category.codes, dtype=np.int64), data.library, n_groups, min_edges=min_edges,
             verbose=verbose, **how,
         )  # fmt: skip
         by_gene = gene_tests(
-            fitted._gene_tokens(data, chosen), data.graph, measured_codes(data, category), data.library, n_groups,
+            tokens_of_genes(fitted, data, chosen), data.graph, measured_codes(data, category), data.library, n_groups,
             plan, null=null, statistic=statistic, batch_size=None, verbose=verbose, **how,
         )  # fmt: skip
         if not by_gene.result.z.any():
@@ -293,12 +301,12 @@ def _planned(
 
     Which genes are tokens of a cell depends on the order of its values alone.
     """
-    data = model._attention_data(None, untrained=True)
+    data = attention_data(model, None, untrained=True)
     chosen, wanted = choose_genes(model, data, genes, n_genes, pairs)
     codes = measured_codes(data, category)
     plan = plan_tests(
-        data.graph, codes, len(category.categories), model._token_genes(data, chosen), wanted, min_edges=min_edges,
-        min_support=min_support,
+        data.graph, codes, len(category.categories), genes_with_tokens(model, data, chosen), wanted,
+        min_edges=min_edges, min_support=min_support,
     )  # fmt: skip
     if not len(plan.pairs):
         n_edges = len(edge_pairs(data.graph, codes, 1)[0])

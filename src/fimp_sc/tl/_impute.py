@@ -11,6 +11,8 @@ from fimp_sc._options import checked
 from fimp_sc.data._study import expand_rows
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._elements import missing_key
+from fimp_sc.model._reading import known_columns, table_ends, tables_of
+from fimp_sc.model.predict._attention import gene_columns
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, measured_scale, placed, record
@@ -150,7 +152,7 @@ def impute(
         predicted: list[tuple[Modality, np.ndarray, Any]] = [
             (part, _reconstructed(fitted, part, masks.get(part.name), how), None) for part in parts if part.is_sequence
         ]
-        tables = fitted._tables(work)
+        tables = tables_of(fitted, work)
         if tables:
             users = {part.name: part for part in parts}
             hidden_here = {part.name: masks[part.name] for part in tables if part.name in masks} or None
@@ -204,7 +206,7 @@ def _expression(
     """
     values = model.get_expression(genes=genes, scale=scale, hidden=hidden, **how)
     if genes is None:
-        known = np.concatenate(model._known_columns(tables)) >= 0
+        known = np.concatenate(known_columns(model, tables)) >= 0
         if not known.all():
             logger.warning("%d genes are not known to the model: their columns are NaN.", (~known).sum())
         finite_or_raise(values[:, known], "prediction")
@@ -213,7 +215,7 @@ def _expression(
         return [(part.name, own, np.array(part.adata.var_names, dtype=object)) for part, own in split]
     finite_or_raise(values, "prediction")
     names = np.array(genes, dtype=object)
-    owner = np.searchsorted(model._table_ends, model._gene_columns(genes), side="right")
+    owner = np.searchsorted(table_ends(model), gene_columns(model, genes), side="right")
     chosen = [(part.name, owner == i) for i, part in enumerate(tables)]
     return [(name, values[:, mine], names[mine]) for name, mine in chosen if mine.any() or len(tables) == 1]
 

@@ -144,7 +144,7 @@ def test_images_from_memory_and_from_files(stored: str, tmp_path) -> None:
         for path, image in zip(images, pixels, strict=True):
             Image.fromarray(image).save(path)
     mdata = fimp_sc.pp.images(images, adjacency=RING, lazy=stored == "files")
-    (part,) = parts_of(mdata, "image")
+    (part,) = resolve(mdata, "image").modalities
     assert describe_modality(mdata)["stored"] == stored
     known = SequenceStatistics(100.0, 50.0, np.zeros(0, np.float32), np.ones(0, np.float32))
     source = source_of(part, 8, 3, statistics=known)
@@ -163,7 +163,7 @@ def test_values_are_read_when_they_are_asked_for(tmp_path) -> None:
     path = tmp_path / "image.png"
     Image.fromarray(toy_images()[0]).save(path)
     mdata = fimp_sc.pp.images([path] * 8, adjacency=RING, names=list("abcdefgh"), lazy=True)
-    source = source_of(parts_of(mdata, "image")[0], 8, 3)
+    source = source_of(resolve(mdata, "image").modalities[0], 8, 3)
     path.unlink()
     with pytest.raises(ValueError, match=r"image\.png"):
         source.tokens(np.array([2]))
@@ -179,7 +179,7 @@ def test_nodes_of_several_modalities_have_their_own_rows() -> None:
     with quiet_mudata():
         mdata = MuData({"bold": signals, "image": images})
     at = {name: i for i, name in enumerate(mdata.obs_names)}
-    bold, image = parts_of(mdata, ["bold", "image"])
+    bold, image = resolve(mdata, ["bold", "image"]).modalities
     for part, members, cut, size in (
         (bold, of_signals, toy_signals()[:, :20].reshape(8, 4, 5), 5),
         (image, of_images, None, 3),

@@ -27,7 +27,7 @@ from fimp_sc.model._fields import (
 from fimp_sc.pretrained.files._weights import CheckpointError
 
 if TYPE_CHECKING:
-    from fimp_sc.model._base import GraphModel
+    from fimp_sc.model._fimp import FIMP
 
 FORMAT = "fimp-sc"
 FORMAT_VERSION = 2
@@ -35,7 +35,7 @@ FORMAT_VERSION = 2
 _FILES = ("checkpoint", "gene_embeddings", "orthologs")
 
 
-def describe(model: GraphModel) -> dict[str, Any]:
+def describe(model: FIMP) -> dict[str, Any]:
     """Return what a model has to be built again from, besides weights, in types that JSON can hold.
 
     Raises
@@ -82,7 +82,7 @@ def describe(model: GraphModel) -> dict[str, Any]:
     }
 
 
-def make_registry(config: Mapping[str, Any], cls: type[GraphModel]) -> dict[str, Any]:
+def make_registry(config: Mapping[str, Any], cls: type[FIMP]) -> dict[str, Any]:
     """Return what scvi-tools keeps of the data that a model of class ``cls`` was trained on.
 
     Raises

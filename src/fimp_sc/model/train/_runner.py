@@ -15,7 +15,7 @@ from fimp_sc.model.train._plan import trained_weights
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fimp_sc.model._base import GraphModel
+    from fimp_sc.model._fimp import FIMP
 
 # Signals whose handlers Lightning replaces.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -47,7 +47,7 @@ class FIMPTrainRunner(TrainRunner):
 
 
 @contextmanager
-def unchanged_if_it_fails(model: GraphModel) -> Iterator[None]:
+def unchanged_if_it_fails(model: FIMP) -> Iterator[None]:
     """Give a model back its weights, mode, history and other attributes, and the process its handlers of signals.
 
     The handlers in any case; all else where what is done meanwhile raises, also for an interrupt by the user.

@@ -79,7 +79,8 @@ def choose(
 ) -> tuple[Study, Inputs]:
     """Return the study that a call reads and writes, and where it finds its data there.
 
-    Its object is an AnnData object, one modality of a MuData object, or all of it where several modalities are read together.
+    Its object is an AnnData object, one modality of a MuData object, or all of it where several modalities are read
+    together.
 
     Parameters
     ----------

@@ -24,6 +24,8 @@ from fimp_sc.data.storage._elements import get_matrix, shorten
 from fimp_sc.data.storage._stored import identity, storage
 from fimp_sc.model import FIMP
 from fimp_sc.model._fields import X_KEY, check_known, table_states
+from fimp_sc.model._reading import field_state
+from fimp_sc.model.predict._outputs import check_classes
 from fimp_sc.model.train._train import on_gpu
 from fimp_sc.tl._call._inputs import CONNECTIVITIES, Inputs
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from mudata import MuData
+
+    from fimp_sc.data._study import Study
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +123,7 @@ def fitted_model(
     max_epochs = twice if max_epochs is None else max_epochs
     if model is not None:
         if inputs.labels_key is not None:
-            model._check_classes()
+            check_classes(model)
         unused = [name for name, value in what.items() if value is not None]
         unused += [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]
         if unused:
@@ -205,11 +209,12 @@ def _forget(model_id: str, key: str) -> None:
 
 def _check_modalities(model: FIMP, work: Study) -> None:
     known = list(model.module.sequences)
-    tables = list(table_states(model._state(X_KEY)))
+    tables = list(table_states(field_state(model, X_KEY)))
     table = "" if not tables else f"tables {tables}, " if len(tables) > 1 else "expression or features, "
-    if len(work.modalities) != len(known) + len(tables):
+    found = [modality.name for modality in work.modalities]
+    if len(found) != len(known) + len(tables):
         raise ValueError(
-            f"The model reads {table}signals and images {known}, and modality= names {[modality.name for modality in work.modalities]}: "
+            f"The model reads {table}signals and images {known}, and modality= names {found}: "
             "name the modalities that the model was trained on."
         )
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from fimp_sc._keys import new_record
 from fimp_sc.model._fields import X_KEY, ExpressionField, table_states
+from fimp_sc.model._reading import table_ends
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -75,7 +76,7 @@ def measured_scale(model: FIMP, part: Modality) -> dict[str, Any]:
         return {}
     names = part.adata.var_names.astype(str)
     place = pd.Index(state[ExpressionField.NAMES]).get_indexer(names)
-    fraction = np.split(model.module.gene_fraction.cpu().numpy(), model._table_ends[:-1])[number][place[place >= 0]]
+    fraction = np.split(model.module.gene_fraction.cpu().numpy(), table_ends(model)[:-1])[number][place[place >= 0]]
     known = float(fraction.sum())
     return scales | {
         "target_sum": target_sum,
