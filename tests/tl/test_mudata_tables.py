@@ -147,7 +147,12 @@ def test_what_cannot_be_read(scgpt_checkpoint) -> None:
         fimp_sc.tl.embed(mdata, modality="rna", input_scale={"rna": "log"}, **QUICK)
     fimp_sc.tl.embed(mdata, modality=BOTH, **QUICK)
     model = fimp_sc.tl.get_model(mdata)
-    with pytest.raises(ValueError, match="name the modalities that the model was trained on"):
+    with pytest.raises(ValueError, match=r"reads \['rna', 'protein'\], and this call one modality: name the modal"):
         fimp_sc.tl.embed(mdata["rna"].copy(), model=model, **AGAIN)
+    del mdata.mod["protein"]
+    with pytest.raises(KeyError, match=r"'protein' is not in mdata\.mod.*train a model on \['rna'\] alone"):
+        fimp_sc.tl.annotate(mdata, "cell_type", model=model, **AGAIN)
+    with pytest.raises(ValueError, match="and this call one modality"):
+        fimp_sc.tl.embed(mdata, modality=["rna"], model=model, **AGAIN)
     with pytest.raises(ValueError, match=r"dictionary, with keys of \['rna', 'protein'\]"):
         model.get_expression(hidden=np.zeros((mdata.n_obs, 3), dtype=bool))

@@ -208,15 +208,18 @@ def _forget(model_id: str, key: str) -> None:
 
 
 def _check_modalities(model: FIMP, work: Study) -> None:
-    known = list(model.module.sequences)
-    tables = list(table_states(field_state(model, X_KEY)))
-    table = "" if not tables else f"tables {tables}, " if len(tables) > 1 else "expression or features, "
     found = [modality.name for modality in work.modalities]
-    if len(found) != len(known) + len(tables):
-        raise ValueError(
-            f"The model reads {table}signals and images {known}, and modality= names {found}: "
-            "name the modalities that the model was trained on."
-        )
+    tables = [name or "a table" for name in table_states(field_state(model, X_KEY))]
+    known = [*tables, *model.module.sequences]
+    if len(found) == len(known):
+        return
+    here = "one modality" if work.names is None else found
+    lacking = [name for name in known if name not in found] if work.names is not None else []
+    raise ValueError(
+        f"The model reads {known}, and this call {here}: name the modalities that the model was trained on, "
+        f"modality={known} of a MuData object. Where {shorten(lacking) or 'one'} was not measured, train a model on "
+        "the others alone."
+    )
 
 
 def _given_keys(inputs: Inputs) -> dict[str, Any]:
