@@ -325,7 +325,8 @@ class Color(Rule):
         if isinstance(value, tuple):
             column = Integer().read(value[1], name) if len(value) == 2 and isinstance(value[0], str) else NotImplemented
             return NotImplemented if column is NotImplemented else (str(value[0]), column)
-        if not self.several or not isinstance(value, Iterable) or isinstance(value, bytes | Mapping | set):
+        listed = isinstance(value, Iterable) and not isinstance(value, bytes | Mapping | set)
+        if not self.several or not listed or getattr(value, "ndim", 1) != 1:
             return NotImplemented
         found = [Color().read(item, name) for item in value]
         return NotImplemented if any(item is NotImplemented for item in found) else found
@@ -544,10 +545,25 @@ class Arguments(Rule):
             elif further is None or key in further:
                 found[key] = given
             else:
-                close = get_close_matches(key, [*known, *further], n=1)
+                nested = self.place_of(key)
+                close = get_close_matches(key, known, n=1) or get_close_matches(key, further, n=1)
                 hint = f"Did you mean {close[0]!r}?" if close else f"It takes {', '.join(known)}."
+                if nested is not None:
+                    hint = f"Pass it as {name}={nested}."
                 raise TypeError(f"{name} has {key!r}, which {self.owner} does not take. {hint}")
         return found
+
+    def place_of(self, key: str) -> str | None:
+        """Return the dictionary by which an argument is passed, also within another one; ``None`` if there is none."""
+        known, further = self.parameters()
+        if key in known or key in (further or ()):
+            return f"{{{key!r}: ...}}"
+        for name in known:
+            rule = OPTIONS.get(name)
+            within = rule.place_of(key) if isinstance(rule, Arguments) else None
+            if within is not None:
+                return f"{{{name!r}: {within}}}"
+        return None
 
     @property
     def owner(self) -> str:
@@ -590,6 +606,10 @@ class Keywords(Rule):
             if keyword not in known:
                 close = get_close_matches(keyword, known, n=1)
                 hint = f" Did you mean {close[0]}=?" if close else ""
+                plan = OPTIONS["plan_kwargs"] if self.of == "trainer" else None
+                within = plan.place_of(keyword) if isinstance(plan, Arguments) else None
+                if within is not None:
+                    hint = f" Pass it as plan_kwargs={within}."
                 raise TypeError(f"Unexpected keyword argument {keyword}=, which {_FOREIGN[self.of]} has neither.{hint}")
         return value
 
@@ -872,8 +892,8 @@ def _elsewhere(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
     for place in ("model_kwargs", "train_kwargs", "inference_kwargs"):
         rule = OPTIONS[place]
         if place in signature.parameters and isinstance(rule, Arguments):
-            known, further = rule.parameters()
-            if unknown in known or unknown in (further or ()):
-                return f" Pass it as {place}={{{unknown!r}: ...}}."
+            within = rule.place_of(unknown)
+            if within is not None:
+                return f" Pass it as {place}={within}."
     close = get_close_matches(unknown, signature.parameters, n=1)
     return f" Did you mean {close[0]}=?" if close else ""

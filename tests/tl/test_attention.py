@@ -357,7 +357,7 @@ BAD = [
     ({"groupby": "barcode", "min_edges": 1}, ValueError, "300 groups of 300 cells: far too many"),
     ({"genes": ["CD74", "nothing"]}, KeyError, "'nothing' is not in adata.var_names"),
     ({"genes": []}, ValueError, "genes must be a list of names that is not empty"),
-    ({"genes": ["NEVER"]}, ValueError, "Nothing to test: no pair of groups has min_edges=30 edges, 10 of which"),
+    ({"genes": ["NEVER"]}, ValueError, "Nothing to test: .* min_support=10 edges .* Lower min_support"),
     ({"pairs": pd.DataFrame({"from": ["a"], "to": ["b"]})}, KeyError, "Name the columns 'source' and 'target'"),
     ({"pairs": pd.DataFrame({"source": ["a"], "target": ["b"]})}, ValueError, "None of the 1 pairs"),
     ({"pairs": pd.DataFrame({"source": [], "target": []})}, ValueError, "no rows"),
@@ -370,7 +370,7 @@ BAD = [
     ({"n_genes": 0}, ValueError, "n_genes must be .* at least 1"),
     ({"influence_layer": 9}, ValueError, "layer must be from 0 to 1, found 9"),
     ({"min_edges": 10**6}, ValueError, "Nothing to test: no pair of 3 groups has min_edges=1000000 edges, of "),
-    ({"min_support": 10**6}, ValueError, "Nothing to test: no pair of groups has min_edges=30 edges, 1000000 of which"),
+    ({"min_support": 10**6}, ValueError, "Nothing to test: .* min_support=1000000 edges"),
 ]
 
 

@@ -291,3 +291,10 @@ def test_a_given_model_is_used_whatever_is_hidden(embedded, trainings) -> None:
     np.testing.assert_array_equal(other.layers["again"], other.layers["fimp"])
     fimp_sc.tl.impute(embedded, hidden=mask, **AGAIN)
     assert len(trainings) == 1
+
+
+def test_a_gene_that_is_named_twice(tissue, trainings, unchanged) -> None:
+    gene = tissue.var_names[3]
+    with unchanged(tissue), pytest.raises(ValueError, match=f"genes names '{gene}' more than once"):
+        fimp_sc.tl.impute(tissue, genes=[gene, tissue.var_names[0], gene])
+    assert trainings == []

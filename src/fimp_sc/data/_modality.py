@@ -131,6 +131,11 @@ def get_modality(mdata: Any, modality: str | None = None) -> tuple[str, AnnData]
     return name, adata
 
 
+def place_of(data: AnnData | MuData, modality: str) -> str:
+    """Return what a user writes for an object that :func:`get_modality` found: ``mdata['rna']``, or ``adata``."""
+    return f"mdata[{modality!r}]" if hasattr(data, "mod") else "adata"
+
+
 def describe_modality(
     mdata: MuData | AnnData,
     modality: str | None = None,

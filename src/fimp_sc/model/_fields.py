@@ -231,7 +231,7 @@ class ExpressionField(_Field):
         found = state[self.SCALE]
         asked = scale_of(self._input_scale, part.name)
         if asked == "auto" and trained is not None and _ALIKE.get(found) != _ALIKE.get(trained):
-            where = f"layers[{self.attr_key!r}]" if self.attr_key else "X"
+            where = f"adata.layers[{self.attr_key!r}]" if self.attr_key else "adata.X"
             warn(
                 f"The values of {where} are taken for {_MEANING[found]}, and the model was trained on "
                 f"{_MEANING[trained]}. Pass values as in training, or confirm with input_scale={found!r}."

@@ -194,6 +194,10 @@ def register(cls: type[FIMP], data: AnnData | MuData, method_args: dict[str, Any
         sequences = [] if study is None else [modality.name for modality in study.sequences]
     if kwargs and "source_registry" not in kwargs:  # with which scvi-tools passes some of its own
         raise TypeError(f"{method_args['setup_method_name']}() got an unexpected keyword argument {min(kwargs)!r}.")
+    if getattr(data, "is_view", False):
+        raise ValueError(
+            "adata is a view of another object, and a model is bound to an object of its own: adata = adata.copy()"
+        )
     if study is not None:
         check_layer(setup["layer"], study)
         own = study.registered_keys()

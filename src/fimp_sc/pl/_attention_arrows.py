@@ -94,7 +94,7 @@ def attention_arrows(
     for name in (groupby, library_key):
         if name is not None and name not in adata.obs:
             raise missing_key(name, "adata.obs", adata.obs, "Set groupby= or library_key=.")
-    center = int(node_positions(adata, [cell])[0])
+    center = int(node_positions(adata, [cell], argument="cell")[0])
     row = get_graph(adata, key)[[center]].tocoo()
     if not row.nnz:
         raise ValueError(f"Cell {adata.obs_names[center]!r} has no neighbors in adata.obsp[{key!r}]: choose another.")

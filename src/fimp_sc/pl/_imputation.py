@@ -242,7 +242,7 @@ def _observed(
 
 def _factor(adata: AnnData, matrix: Any, scale: Any, record: dict[str, Any]) -> NDArray[np.float32]:
     """Return what the model multiplied the values of each cell by; without a record, what brings all to the median."""
-    if "total" not in record:
+    if not {"total", "measured", "share", "trained_scale"} <= record.keys():
         return ExpressionSource(matrix, np.arange(adata.n_vars), scale, None).factor
     columns = adata.var_names.get_indexer(as_index(record["measured"])).astype(np.int64)
     gone = int((columns < 0).sum())

@@ -14,6 +14,7 @@ from fimp_sc._options import checked
 from fimp_sc._palette import palette
 from fimp_sc.data._study import feature_names, is_mudata
 from fimp_sc.data.storage._elements import get_matrix, get_obs, in_memory
+from fimp_sc.data.validate._checks import check_places
 from fimp_sc.pl._figure._common import fit_legends, gene_columns, read_columns, results_of
 
 if TYPE_CHECKING:
@@ -86,8 +87,8 @@ def spatial(
     KeyError
         If a color, `library_key`, `layer` or `spatial_key` is not found.
     ValueError
-        If no color is given, the coordinates have fewer than two columns, a gene is there more than once, or `.X` is
-        to be read and is empty.
+        If no color is given, the coordinates have fewer than two columns or are missing for some cells, a gene is
+        there more than once, or `.X` is to be read and is empty.
     """
     from matplotlib import pyplot as plt
 
@@ -150,13 +151,17 @@ def _coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
     if xy.ndim != 2 or xy.shape[1] < 2:
         message = f"adata.obsm[{spatial_key!r}] has shape {xy.shape}; two columns are needed to draw."
         raise ValueError(message)
+    check_places(xy[:, :2], f"adata.obsm[{spatial_key!r}]", adata.obs_names)
     return xy[:, :2]
 
 
 def _array(adata: AnnData, key: str) -> NDArray[np.float64]:
     """Return an entry of `.obsm`, wherever it is, dense."""
     values = in_memory(adata.obsm[key], f"adata.obsm[{key!r}]")
-    return np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+    try:
+        return np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"adata.obsm[{key!r}] must hold numbers, which columns of text are not.") from None
 
 
 def _tables(adata: Any, parts: Sequence[Modality]) -> list[tuple[AnnData, NDArray[np.int64] | None, pd.Index]]:

@@ -123,7 +123,8 @@ def images(
     check_modality_name(modality)
     size = _check_size(image_size)
     paths = [images] if isinstance(images, str | Path) else images
-    from_files = isinstance(paths, list | tuple | pd.Series | pd.Index | np.ndarray) and _are_paths(paths)
+    listed = isinstance(paths, list | tuple | pd.Series | pd.Index | np.ndarray) and getattr(paths, "ndim", 1) > 0
+    from_files = listed and _are_paths(paths)
     pixels, default_names = None, names is None
     if from_files:
         files, shape = inspect_files(list(paths), size)

@@ -316,9 +316,9 @@ def _planned(
         )
     if not len(plan.tests.pair):
         raise ValueError(
-            f"Nothing to test: no pair of groups has min_edges={min_edges} edges, {min_support:.15g} of which would "
-            f"join two of the {len(chosen)} genes as tokens. Name others, merge groups, or raise n_tokens with "
-            "model_kwargs={'n_tokens': 64}."
+            f"Nothing to test: between no pair of groups are min_support={min_support:.15g} edges expected to join "
+            f"tokens of two of the {len(chosen)} genes. Lower min_support, name other genes, merge groups, or raise "
+            "n_tokens."
         )
     n_missing = int((codes < 0).sum())
     if n_missing:

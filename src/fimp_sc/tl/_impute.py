@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc.data._study import expand_rows
 from fimp_sc.data.sequences._kinds import sequence_kind
-from fimp_sc.data.storage._elements import missing_key
+from fimp_sc.data.storage._elements import missing_key, shorten
 from fimp_sc.model._reading import known_columns, table_ends, tables_of
 from fimp_sc.model.predict._attention import gene_columns
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
@@ -121,6 +122,9 @@ def impute(
         the name of something that would be lost.
     """
     genes = [genes] if isinstance(genes, str) else genes if genes is None else list(genes)
+    twice = [gene for gene, number in Counter(genes or ()).items() if number > 1]
+    if twice:
+        raise ValueError(f"genes names {shorten([repr(gene) for gene in twice])} more than once: name each gene once.")
     adata = copied(adata) if copy else adata
     model = given_model(model, accelerator, verbose=verbose)
     study, inputs = choose(

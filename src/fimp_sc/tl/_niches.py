@@ -138,7 +138,7 @@ def niches(
     if smooth is None:
         smooth = int(method == "mixture")
     raw = _representation(target, use_rep)
-    numbers = _numbers(n_niches, n_range, len(raw) if n_niches is not None or method == "leiden" else len(raw) // 2)
+    numbers = _numbers(n_niches, n_range, len(raw), halves=method == "mixture")
     labels = None if labels_key is None else _labels(nodes, labels_key)
     # In an order that values alone decide, so that random starts do not depend on the order of cells.
     order = np.lexsort(raw.T[::-1])
@@ -243,17 +243,19 @@ def _components(values: NDArray[np.float64], n_components: int | None) -> NDArra
     return scores
 
 
-def _numbers(n_niches: int | None, n_range: tuple[int, int], limit: int) -> list[int]:
-    """Return the numbers of niches to try, at most ``limit``."""
+def _numbers(n_niches: int | None, n_range: tuple[int, int], n_cells: int, *, halves: bool) -> list[int]:
+    """Return the numbers of niches to try; those of a range are compared between ``halves`` of the cells."""
     if n_niches is not None:
-        if n_niches > limit:
-            raise ValueError(f"n_niches must be at most the number of cells, {limit:,}, found {n_niches}.")
+        if n_niches > n_cells:
+            raise ValueError(f"n_niches must be at most the number of cells, {n_cells:,}, found {n_niches}.")
         return [n_niches]
     low, high = n_range
+    limit = n_cells // 2 if halves else n_cells
     if low > limit:
+        needed = f"{2 * low:,} cells, {low:,} in each half of them" if halves else f"{low:,} cells"
         raise ValueError(
-            f"n_range must start at {limit:,} or below, which is the number of cells, and half of it for mixtures: "
-            f"found {n_range!r}. Pass n_niches= to set the number."
+            f"{n_cells:,} cells are too few to choose a number of niches from n_range={n_range!r}, which takes "
+            f"{needed}: pass n_niches=, or a smaller n_range."
         )
     return list(range(low, min(high, limit) + 1))
 

@@ -138,10 +138,31 @@ def check_coordinates(adata: AnnData, spatial_key: str) -> np.ndarray:
         raise TypeError(f"{where} must be an array of numbers, found {type(stored).__name__}.") from None
     if coordinates.ndim != 2 or coordinates.shape[1] not in {2, 3}:
         raise ValueError(f"{where} must have the shape (n_obs, 2) or (n_obs, 3), found {coordinates.shape}.")
+    check_places(coordinates, where, adata.obs_names)
+    return coordinates
+
+
+def check_places(coordinates: np.ndarray, where: str, names: pd.Index) -> None:
+    """Check that every cell has a place, and that distances between places can be computed.
+
+    Parameters
+    ----------
+    coordinates
+        ``(n, d)`` float64.
+    where
+        Where they were found, for messages.
+    names
+        ``(n,)`` of the cells.
+
+    Raises
+    ------
+    ValueError
+        Some are NaN, infinite, or too large.
+    """
     bad = np.flatnonzero(~np.isfinite(coordinates).all(axis=1))
     if bad.size:
         raise ValueError(
-            f"{where} is NaN or infinite for {bad.size:,} of {adata.n_obs:,} cells, first {adata.obs_names[bad[0]]!r}: "
+            f"{where} is NaN or infinite for {bad.size:,} of {len(names):,} cells, first {names[bad[0]]!r}: "
             "remove these cells or give them coordinates."
         )
     largest = float(np.abs(coordinates).max(initial=0.0))
@@ -150,7 +171,6 @@ def check_coordinates(adata: AnnData, spatial_key: str) -> np.ndarray:
             f"{where} has values up to {largest:.4g}, between which distances cannot be computed: divide them, or "
             "check where they come from."
         )
-    return coordinates
 
 
 def check_obs_key(adata: AnnData, key: str, role: str) -> pd.Categorical:

@@ -168,6 +168,7 @@ def train(
     unknown = {"early_stopping_monitor", "early_stopping_mode"} & set(trainer_kwargs)
     if unknown:
         raise ValueError(f"{min(unknown)} cannot be chosen: training stops by the validation loss.")
+    _check_devices(devices, accelerator)
     module = model.module
     if module.value_head is None and module.label_head is None and not module.network.heads:
         raise ValueError(
@@ -327,6 +328,17 @@ def _quiet() -> Iterator[None]:
 def on_gpu(accelerator: str) -> bool:
     """Tell whether ``accelerator``, as Lightning names it, means a CUDA device on this machine."""
     return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+
+
+def _check_devices(devices: Any, accelerator: str) -> None:
+    """Refuse what Lightning would, on a CPU, once everything is ready: anything but a number of processes."""
+    on_cpu = accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    number = int(devices) if isinstance(devices, str) and devices.isdigit() else devices
+    if on_cpu and devices != "auto" and not (isinstance(number, int) and number > 0):
+        raise ValueError(
+            f"devices={devices!r} names GPUs, and training is on the CPU: leave devices out, or pass a number of "
+            "processes."
+        )
 
 
 def _workers(accelerator: str) -> int:

