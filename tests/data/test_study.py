@@ -233,7 +233,7 @@ def test_many_columns_are_put_together_at_once() -> None:
 
 def test_one_modality_needs_no_graph_of_the_whole() -> None:
     mdata = two()
-    for modality in (None, "rna", ["rna"]):
+    for modality in ("rna", ["rna"]):
         resolve(mdata, modality).check_graph("absent")
     with pytest.raises(MissingKeyError, match="need one graph of all"):
         resolve(mdata, ["rna", "image"]).check_graph("absent")

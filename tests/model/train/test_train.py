@@ -313,8 +313,8 @@ def test_default_batch_size_makes_some_24_steps_of_an_epoch(tissue, make_model, 
     seen = spy_on_loader_arguments(monkeypatch)
     model = make_model(tissue)
     train_idx = np.resize(np.arange(tissue.n_obs), n_train)
-    monkeypatch.setattr(model, "_split", lambda *args: (train_idx, np.arange(0)))
-    monkeypatch.setattr(model, "_start_from_data", lambda data, *args: data)
+    monkeypatch.setattr("fimp_sc.model.train._train._split", lambda *args: (train_idx, np.arange(0)))
+    monkeypatch.setattr("fimp_sc.model.train._train.start_from_data", lambda model, study, data, *args: data)
     with pytest.raises(InterruptedError):
         model.train(accelerator="cpu")
     assert seen["batch_size"] == batch_size
