@@ -22,13 +22,18 @@ _LEGACY_ARGUMENTS: dict[str, dict[str, Any]] = {
 
 def squidpy_graph_builder(method: str) -> Callable[..., Any]:
     """Return squidpy's function that builds the spatial graph ``method`` ("knn", "radius", "delaunay" or "grid")."""
+    graphs = import_squidpy().gr
+    builder = getattr(graphs, f"spatial_neighbors_{method}", None)
+    return builder if builder is not None else partial(graphs.spatial_neighbors, **_LEGACY_ARGUMENTS[method])
+
+
+def import_squidpy() -> Any:
+    """Import squidpy, quietly."""
     with warnings.catch_warnings():
         # docrep complains, on import, of keys in squidpy's own docstrings.
         warnings.simplefilter("ignore", SyntaxWarning)
         import squidpy
-
-    builder = getattr(squidpy.gr, f"spatial_neighbors_{method}", None)
-    return builder if builder is not None else partial(squidpy.gr.spatial_neighbors, **_LEGACY_ARGUMENTS[method])
+    return squidpy
 
 
 @contextmanager

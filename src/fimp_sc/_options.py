@@ -13,11 +13,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from importlib import import_module
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -595,7 +595,8 @@ class Keywords(Rule):
     Attributes
     ----------
     of
-        ``"trainer"`` (of scvi-tools and Lightning), or the method of matplotlib's axes: ``"scatter"`` or ``"plot"``.
+        ``"trainer"`` (of scvi-tools and Lightning), the method of matplotlib's axes, ``"scatter"`` or ``"plot"``, or
+        ``"squidpy"`` (of its maps, which hand on those of ``"scatter"``).
     """
 
     of: str = ""
@@ -618,7 +619,14 @@ _FOREIGN = {
     "trainer": "lightning.pytorch.Trainer",
     "scatter": "matplotlib.axes.Axes.scatter",
     "plot": "matplotlib.axes.Axes.plot",
+    "squidpy": "squidpy.pl.spatial_scatter",
 }
+# Further keywords of squidpy's maps, but for those that a figure sets itself; and matplotlib's that squidpy sets.
+_SQUIDPY = (
+    "shape", "img_res_key", "img_alpha", "img_cmap", "img_channel", "crop_coord", "frameon", "outline",
+    "outline_color", "outline_width", "scalebar_dx", "scalebar_units", "scalebar_kwargs", "axis_label",
+)  # fmt: skip
+_SET_BY_SQUIDPY = ("x", "y", "s", "c", "cmap", "color", "plotnonfinite", "rasterized")
 
 
 @cache
@@ -631,6 +639,8 @@ def foreign_parameters(of: str) -> tuple[str, ...]:
         from scvi.train import Trainer
 
         functions, found = [Trainer, pl.Trainer], {"ckpt_path": None}
+    elif of == "squidpy":
+        return (*_SQUIDPY, *(name for name in foreign_parameters("scatter") if name not in _SET_BY_SQUIDPY))
     else:
         from matplotlib.artist import ArtistInspector
         from matplotlib.axes import Axes
@@ -811,6 +821,7 @@ OPTIONS: dict[str, Rule | None] = {
     "destination_group": Label(),
     "imputation.genes": Names(),
     "edges": Flag(),
+    "img": Flag(),
     "max_images": Integer(1, hint="Pass images=False for points alone."),
     "image_graph.image_size": Real(0, 1, open_left=True),
     "size": Real(0, open_left=True),
@@ -818,8 +829,9 @@ OPTIONS: dict[str, Rule | None] = {
     "times": Pair(Real()),
     "cmap": ColorMap(),
     "ax": Axes(),
-    "axes": Axes(several=True),
-    **{f"{figure}.kwargs": Keywords(of="scatter") for figure in ("spatial", "imputation", "image_graph")},
+    **{f"{figure}.ax": Axes(several=True) for figure in ("spatial", "imputation", "signals")},
+    **{f"{figure}.kwargs": Keywords(of="squidpy") for figure in ("spatial", "imputation")},
+    "image_graph.kwargs": Keywords(of="scatter"),
     "signals.kwargs": Keywords(of="plot"),
     "show": Flag(),
     "return_fig": Flag(),
@@ -831,8 +843,17 @@ OPTIONS: dict[str, Rule | None] = {
 """Rules by name of the option, or by ``"function.name"``; ``None`` where a function checks by itself."""
 
 
-def checked(function: F) -> F:
+@overload
+def checked(function: F) -> F: ...
+@overload
+def checked(**rules: Rule) -> Callable[[F], F]: ...
+def checked(function: Any = None, **rules: Rule) -> Any:
     """Check the options of every call of ``function`` before it runs.
+
+    Parameters
+    ----------
+    **rules
+        Rules of options of this function alone, beside those of :data:`OPTIONS`.
 
     Raises
     ------
@@ -841,8 +862,11 @@ def checked(function: F) -> F:
     ValueError
         One is out of range.
     """
+    if function is None:
+        return partial(checked, **rules)
     signature = inspect.signature(function)
     owner = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+    OPTIONS.update({f"{owner}.{name}": rule for name, rule in rules.items()})
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -854,7 +878,7 @@ def checked(function: F) -> F:
             bound.arguments[name] = _checked_value(owner, signature.parameters[name], value, name)
         return function(*bound.args, **bound.kwargs)
 
-    return cast("F", call)
+    return call
 
 
 def rule_of(owner: str, name: str) -> Rule | None:

@@ -9,8 +9,9 @@ import pandas as pd
 
 from fimp_sc._options import checked
 from fimp_sc.data.storage._elements import missing_key
-from fimp_sc.pl._figure._common import finish, results_of
-from fimp_sc.pl._spatial import _MISSING_COLOR
+from fimp_sc.pl._figure._canvas import Canvas
+from fimp_sc.pl._figure._coloring import colormap
+from fimp_sc.pl._figure._common import results_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from mudata import MuData
     from numpy.typing import NDArray
 
@@ -43,7 +45,8 @@ def attention(
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
-) -> Axes | None:
+    return_fig: bool = False,
+) -> Axes | Figure | None:
     """Draw a heat map of what goes from each group of cells to each other one.
 
     Parameters
@@ -67,13 +70,15 @@ def attention(
     ax
         Axes to draw into; by default a new figure.
     show
-        Show the figure and return nothing; by default if no `ax` is given.
+        Show the figure and return nothing; by default if none of `ax`, `save` and `return_fig` is given.
     save
         File to write the figure to.
+    return_fig
+        Return the figure instead of the axes.
 
     Returns
     -------
-    None if the figure is shown, else the axes.
+    None if the figure is shown; else the figure if `return_fig`, else the axes.
 
     Raises
     ------
@@ -82,10 +87,9 @@ def attention(
     ValueError
         If `value` is none of these.
     """
-    from matplotlib import colormaps
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
+    canvas = Canvas(ax, show, save, return_fig)
     adata, _ = results_of(adata, modality, lambda held, _: key in held.uns)
     result = attention_result(adata, key)
     table = result["groups"]
@@ -96,14 +100,11 @@ def attention(
         drawn = _square(table, value, names)
     marked = _square(table, "fdr", names) <= fdr if value in {"influence", "z"} else np.zeros(drawn.shape, dtype=bool)
 
-    show = ax is None if show is None else show
-    if ax is None:
-        side = max(0.5 * min(len(names), _MOST_NUMBERS), 0.3 * len(names), 1.5)
-        _, ax = plt.subplots(figsize=(side + 2.6, side + 1.4), layout="constrained")
-    shades = colormaps[cmap].with_extremes(bad=_MISSING_COLOR)
+    side = max(0.5 * min(len(names), _MOST_NUMBERS), 0.3 * len(names), 1.5)
+    ax = canvas.axes((side + 2.6, side + 1.4))
     counts = value.startswith("n_")
     lowest = 0 if counts and np.isfinite(drawn).any() else None
-    image = ax.imshow(np.ma.masked_invalid(drawn), cmap=shades, vmin=lowest, interpolation="nearest")
+    image = ax.imshow(np.ma.masked_invalid(drawn), cmap=colormap(cmap), vmin=lowest, interpolation="nearest")
     if numbers or (numbers is None and len(names) <= _MOST_NUMBERS):
         _write_numbers(ax, image, drawn, marked, whole=counts)
     ax.set_xticks(np.arange(len(names)), names, rotation=90, fontsize="small")
@@ -117,7 +118,7 @@ def attention(
     ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03, ticks=ticks).set_label(label)
     if marked.any():
         ax.set_title(f"*  FDR ≤ {fdr:g}", fontsize="small", loc="right")
-    return None if finish(ax, show, save) else ax
+    return canvas.finish()
 
 
 def attention_result(adata: AnnData, key: str) -> dict[str, Any]:

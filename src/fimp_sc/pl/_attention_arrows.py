@@ -10,8 +10,10 @@ import pandas as pd
 from fimp_sc._options import checked
 from fimp_sc.data.storage._elements import get_graph, get_obs, missing_key
 from fimp_sc.pl._attention import attention_result
-from fimp_sc.pl._figure._common import finish, fit_legends, node_positions, results_of
-from fimp_sc.pl._spatial import _MISSING_COLOR, _coordinates, _palette
+from fimp_sc.pl._figure._canvas import Canvas
+from fimp_sc.pl._figure._coloring import Categories, categories
+from fimp_sc.pl._figure._common import node_positions, results_of
+from fimp_sc.pl._figure._values import coordinates
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from mudata import MuData
     from numpy.typing import NDArray
 
+_NO_GROUP = "#8c8c8c"
 _THINNEST, _THICKEST = 1.0, 5.0  # points
 
 
@@ -40,7 +44,8 @@ def attention_arrows(
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
-) -> Axes | None:
+    return_fig: bool = False,
+) -> Axes | Figure | None:
     """Draw the surroundings of a cell, with an arrow from each neighbor as strong as its influence.
 
     Parameters
@@ -67,13 +72,16 @@ def attention_arrows(
     ax
         Axes to draw into; by default a new figure.
     show
-        Show the figure and return nothing; by default if no `ax` is given.
+        Show the figure and return nothing; by default if none of `ax`, `save` and `return_fig` is given.
     save
         File to write the figure to.
+    return_fig
+        Return the figure instead of the axes.
 
     Returns
     -------
-    None if the figure is shown, else the axes, whose patches are the arrows, strongest last.
+    None if the figure is shown; else the figure if `return_fig`, else the axes, whose patches are the arrows, strongest
+    last.
 
     Raises
     ------
@@ -82,15 +90,14 @@ def attention_arrows(
     ValueError
         If the cell has no neighbors.
     """
-    from matplotlib import pyplot as plt
-
+    canvas = Canvas(ax, show, save, return_fig)
     adata, _ = results_of(adata, modality, lambda held, _: key in held.uns)
     params = dict(attention_result(adata, key).get("params", {}))
     if key not in adata.obsp:
         raise missing_key(key, "adata.obsp", adata.obsp, "Run fimp_sc.tl.attention(adata, groupby) first.")
     groupby = params.get("groupby") if groupby is None else groupby
     library_key = params.get("library_key") if library_key is None else library_key
-    xy = _coordinates(adata, params.get("spatial_key", "spatial") if spatial_key is None else spatial_key)
+    xy = coordinates(adata, params.get("spatial_key", "spatial") if spatial_key is None else spatial_key)
     for name in (groupby, library_key):
         if name is not None and name not in adata.obs:
             raise missing_key(name, "adata.obs", adata.obs, "Set groupby= or library_key=.")
@@ -111,9 +118,7 @@ def attention_arrows(
     if size is None:
         size = float(np.clip(25_000 / len(rows), 12, 260))
 
-    show, alone = ax is None if show is None else show, ax is None
-    if ax is None:
-        _, ax = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    ax = canvas.axes((6.4, 4.6))
     ax.set_aspect("equal")
     ax.set_xlim(xy[center, 0] - half, xy[center, 0] + half)
     ax.set_ylim(xy[center, 1] - half, xy[center, 1] + half)
@@ -122,9 +127,7 @@ def attention_arrows(
     ax.set_xticks([])
     ax.set_yticks([])
     ax.set_title(f"Influence on {adata.obs_names[center]}", fontsize="medium")
-    if alone:
-        fit_legends(ax.figure, room=1.2)
-    return None if finish(ax, show, save) else ax
+    return canvas.finish(legend_room=1.2)
 
 
 def _draw_cells(
@@ -138,19 +141,12 @@ def _draw_cells(
     size: float,
 ) -> None:
     """Draw cells in view; those of the drawn edges solid, the last of them, the destination, with a thick rim."""
-    from matplotlib.colors import to_rgba_array
-    from matplotlib.lines import Line2D
-
     if groupby is None:
-        codes, names, palette = np.zeros(adata.n_obs, dtype=np.int64), [], ["#8c8c8c"]
+        groups = Categories(np.zeros(adata.n_obs, dtype=np.int64), ["cell"], [_NO_GROUP])
     else:
-        category = pd.Categorical(get_obs(adata, [groupby])[groupby])
-        codes, palette = np.asarray(category.codes), _palette(adata, groupby, category)
-        codes = np.where(category.astype(object) == unlabeled, -1, codes)
-        names = [(str(name), palette[i]) for i, name in enumerate(category.categories) if (codes[rows] == i).any()]
-        if (codes[rows] < 0).any():
-            names.append(("missing", _MISSING_COLOR))
-    colors = to_rgba_array([*palette, _MISSING_COLOR])[codes]
+        groups = categories(adata, groupby, pd.Categorical(get_obs(adata, [groupby])[groupby]), unlabeled)
+        groups.explain(ax, title=groupby, among=rows)
+    colors = groups.rgba()
     others = np.setdiff1d(rows, joined)
     faint = colors[others]
     faint[:, 3] = 0.35
@@ -158,12 +154,6 @@ def _draw_cells(
         ax.scatter(xy[others, 0], xy[others, 1], s=0.6 * size, c=faint, linewidths=0, zorder=1)
     widths = [0.8] * (len(joined) - 1) + [2.2]
     ax.scatter(xy[joined, 0], xy[joined, 1], s=size, c=colors[joined], edgecolors="black", linewidths=widths, zorder=3)
-    if names:
-        handles = [Line2D([], [], marker="o", linestyle="", color=color, label=name) for name, color in names]
-        ax.legend(
-            handles=handles, title=groupby, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
-            fontsize="small",
-        )  # fmt: skip
 
 
 def _draw_arrows(

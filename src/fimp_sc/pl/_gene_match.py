@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fimp_sc._options import checked
+from fimp_sc.pl._figure._canvas import Canvas
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -31,7 +34,12 @@ _LABELED = 0.045
 
 @checked
 def gene_match(
-    match: GeneMatch, *, ax: Axes | None = None, show: bool | None = None, return_fig: bool = False
+    match: GeneMatch,
+    *,
+    ax: Axes | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
 ) -> Axes | Figure | None:
     """Draw the shares of genes, and of counts, that each step of the matching found, and what is lost.
 
@@ -42,7 +50,9 @@ def gene_match(
     ax
         Axes to draw into; by default a new figure.
     show
-        Show the figure and return nothing; by default if neither `ax` nor `return_fig` is given.
+        Show the figure and return nothing; by default if none of `ax`, `save` and `return_fig` is given.
+    save
+        File to write the figure to.
     return_fig
         Return the figure instead of the axes.
 
@@ -57,20 +67,15 @@ def gene_match(
     ValueError
         If both `show` and `return_fig` are True.
     """
-    from matplotlib import pyplot as plt
-
     from fimp_sc.pp import GeneMatch as Result
 
+    canvas = Canvas(ax, show, save, return_fig)
     if not isinstance(match, Result):
         raise TypeError(f"match must be what fimp_sc.pp.match_genes returns, found {type(match).__name__}.")
-    if show and return_fig:
-        raise ValueError("A figure that is shown is not returned: pass show=True or return_fig=True.")
     numbers, shares = _parts(match)
     # A bar without a length says nothing: the object may hold no counts at all.
     bars = {"genes": shares[0]} | ({"counts": shares[1]} if np.isfinite(shares[1]).all() else {})
-    show = (ax is None and not return_fig) if show is None else show
-    if ax is None:
-        _, ax = plt.subplots(figsize=(6.5, 2.4), layout="constrained")
+    ax = canvas.axes((6.5, 2.4))
     rows = np.arange(len(bars))
     left = np.zeros(len(bars))
     for i, (name, (color, ink)) in enumerate(_STYLES.items()):
@@ -92,10 +97,7 @@ def gene_match(
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small")
-    if show:
-        plt.show()
-        return None
-    return cast("Figure", ax.figure) if return_fig else ax
+    return canvas.finish()
 
 
 def _parts(match: GeneMatch) -> tuple[list[int], np.ndarray]:

@@ -9,7 +9,8 @@ import numpy as np
 from fimp_sc._options import checked
 from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.pl._attention import attention_result
-from fimp_sc.pl._figure._common import finish, results_of
+from fimp_sc.pl._figure._canvas import Canvas
+from fimp_sc.pl._figure._common import results_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from mudata import MuData
     from numpy.typing import NDArray
 
@@ -40,7 +42,8 @@ def gene_pairs(
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
-) -> Axes | None:
+    return_fig: bool = False,
+) -> Axes | Figure | None:
     """Draw the most significant pairs of genes, a dot for each: larger with more edges, brighter with a smaller FDR.
 
     Parameters
@@ -64,13 +67,15 @@ def gene_pairs(
     ax
         Axes to draw into; by default a new figure.
     show
-        Show the figure and return nothing; by default if no `ax` is given.
+        Show the figure and return nothing; by default if none of `ax`, `save` and `return_fig` is given.
     save
         File to write the figure to.
+    return_fig
+        Return the figure instead of the axes.
 
     Returns
     -------
-    None if the figure is shown, else the axes.
+    None if the figure is shown; else the figure if `return_fig`, else the axes.
 
     Raises
     ------
@@ -79,8 +84,7 @@ def gene_pairs(
     ValueError
         If there is no pair to draw, or `x` is none of these.
     """
-    from matplotlib import pyplot as plt
-
+    canvas = Canvas(ax, show, save, return_fig)
     adata, _ = results_of(adata, modality, lambda held, _: key in held.uns)
     table = attention_result(adata, key)["pairs"]
     chosen = table["fdr"].notna().to_numpy()
@@ -93,9 +97,7 @@ def gene_pairs(
     if table.empty:
         raise ValueError(f"adata.uns[{key!r}]['pairs'] has no tested pair of these groups.")
 
-    show = ax is None if show is None else show
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8.2, 1.2 + 0.26 * max(len(table), 6)), layout="constrained")
+    ax = canvas.axes((8.2, 1.2 + 0.26 * max(len(table), 6)))
     place, n_edges = np.arange(len(table)), table["n_edges"].to_numpy(dtype=np.float64)
     most = float(n_edges.max())
     dots = ax.scatter(
@@ -119,7 +121,7 @@ def gene_pairs(
     )  # fmt: skip
     bar = ax.figure.colorbar(dots, cax=ax.inset_axes((1.04, 0.1, 0.035, 0.8)))
     bar.set_label("−log10 FDR")
-    return None if finish(ax, show, save) else ax
+    return canvas.finish()
 
 
 def _area(n_edges: float | NDArray[np.float64], most: float) -> NDArray[np.float64]:

@@ -8,16 +8,27 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from fimp_sc._options import checked, shown
+from fimp_sc.pl._figure._canvas import Canvas
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SPLITS = {"train": "train", "validation": "validation", "val": "validation"}
 _STYLES = {"train": "-", "validation": "--"}
 
 
 @checked
-def history(model: Any, *, ax: Axes | None = None, show: bool = True) -> Axes | None:
+def history(
+    model: Any,
+    *,
+    ax: Axes | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> Axes | Figure | None:
     """Plot the training and validation losses of a model per epoch.
 
     Parameters
@@ -28,11 +39,15 @@ def history(model: Any, *, ax: Axes | None = None, show: bool = True) -> Axes | 
     ax
         Axes to draw into; by default a new figure.
     show
-        Show the figure and return nothing; if False, return the axes.
+        Show the figure and return nothing; by default if none of `ax`, `save` and `return_fig` is given.
+    save
+        File to write the figure to.
+    return_fig
+        Return the figure instead of the axes.
 
     Returns
     -------
-    The axes if `show` is False, else None.
+    None if the figure is shown; else the figure if `return_fig`, else the axes.
 
     Raises
     ------
@@ -41,15 +56,13 @@ def history(model: Any, *, ax: Axes | None = None, show: bool = True) -> Axes | 
     ValueError
         If the model is not trained, or its history holds no losses.
     """
-    from matplotlib import pyplot as plt
-
+    canvas = Canvas(ax, show, save, return_fig)
     record = model if isinstance(model, Mapping) else getattr(model, "history", model)
     if record is not None and not isinstance(record, Mapping):
         hint = ": fimp_sc.tl.get_model(adata) returns the model of an object" if hasattr(model, "obs") else ""
         raise TypeError(f"model must be a trained model or its history, found {shown(model)}{hint}.")
     curves = _loss_curves(record)
-    if ax is None:
-        _, ax = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    ax = canvas.axes((5, 3.5))
     terms = list(dict.fromkeys(term for _, term in curves))
     for (split, term), values in curves.items():
         ax.plot(
@@ -63,10 +76,7 @@ def history(model: Any, *, ax: Axes | None = None, show: bool = True) -> Axes | 
     ax.set_xlabel("Epoch")
     ax.set_ylabel("Loss")
     ax.legend(frameon=False, fontsize="small")
-    if show:
-        plt.show()
-        return None
-    return ax
+    return canvas.finish()
 
 
 def _loss_curves(record: Mapping[str, pd.DataFrame] | None) -> dict[tuple[str, str], pd.Series]:

@@ -6,7 +6,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from fimp_sc._options import checked
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY, place_of
@@ -14,16 +13,20 @@ from fimp_sc.data.graph._adjacency import check_adjacency
 from fimp_sc.data.sequences._pixels import image_shape
 from fimp_sc.data.storage._elements import in_memory, missing_key
 from fimp_sc.data.validate._checks import check_coordinates
-from fimp_sc.pl._figure._common import finish, fit_legends, modality_of_kind, node_positions
+from fimp_sc.pl._figure._canvas import Canvas
+from fimp_sc.pl._figure._coloring import coloring
+from fimp_sc.pl._figure._common import modality_of_kind, node_positions
 from fimp_sc.pl._figure._thumbnails import far_apart, read_thumbnails
-from fimp_sc.pl._spatial import _draw_categories, _draw_numbers, _palette, _values
+from fimp_sc.pl._figure._values import values_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import pandas as pd
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from mudata import MuData
     from numpy.typing import ArrayLike, NDArray
 
@@ -51,8 +54,9 @@ def image_graph(
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
+    return_fig: bool = False,
     **kwargs: Any,
-) -> Axes | None:
+) -> Axes | Figure | None:
     """Draw images at their coordinates, framed by what is known about them, and the graph beneath.
 
     Images that would cover others, and those beyond `max_images`, are points (beneath images, where they are near); a
@@ -94,15 +98,17 @@ def image_graph(
     ax
         Axes to draw into; by default a new figure.
     show
-        Show the figure and return nothing; by default if neither `ax` nor `save` is given.
+        Show the figure and return nothing; by default if none of `ax`, `save` and `return_fig` is given.
     save
         File to write the figure to.
+    return_fig
+        Return the figure instead of the axes.
     **kwargs
         Passed to :meth:`matplotlib.axes.Axes.scatter` for the points.
 
     Returns
     -------
-    The axes, or None if the figure is shown.
+    None if the figure is shown; else the figure if `return_fig`, else the axes.
 
     Raises
     ------
@@ -113,22 +119,19 @@ def image_graph(
     ValueError
         If the modality holds no images, reconstructions have another shape than images, or sizes are not positive.
     """
-    from matplotlib import pyplot as plt
     from matplotlib.collections import LineCollection
 
+    canvas = Canvas(ax, show, save, return_fig)
     name, adata, info = modality_of_kind(mdata, modality, "patch")
     rows = np.arange(adata.n_obs) if nodes is None else np.unique(node_positions(adata, nodes))
     xy, aspect = _places(adata, info, spatial_key, rows)
     graph = _edges(adata, place_of(mdata, name), info, connectivities_key, rows) if edges else None
-    value = None if color is None else _values(adata, color, None)[rows]
+    value = None if color is None else values_of(adata, color, None)[rows]
     room = _room(adata, xy, aspect, image_size, min(len(rows), max_images))
     chosen = far_apart(xy, room, max_images) if images else np.zeros(0, dtype=np.int64)
     thumbnails = read_thumbnails(adata, rows[chosen], images if isinstance(images, str) else None)
 
-    show = (ax is None and save is None) if show is None else show
-    figure = None
-    if ax is None:
-        figure, ax = plt.subplots(figsize=(8, 6.5), layout="constrained")
+    ax = canvas.axes((8, 6.5))
     if graph is not None:
         lines = np.stack([xy[graph[0]], xy[graph[1]]], axis=1)
         ax.add_collection(LineCollection(list(lines), colors=_EDGE, linewidths=0.7, zorder=1))
@@ -154,9 +157,7 @@ def image_graph(
             note,
             max_images,
         )
-    if figure is not None:
-        fit_legends(figure, room=1.5)
-    return None if finish(ax, show, save) else ax
+    return canvas.finish(legend_room=1.5)
 
 
 def _places(
@@ -215,15 +216,15 @@ def _draw_points(
     """Draw all nodes as points, with legend or color bar, and return their colors ``(n, 4)``."""
     from matplotlib.colors import to_rgba_array
 
-    panel, rows = np.array([ax], dtype=object), [np.arange(len(xy))]
     if value is None or title is None:
         ax.scatter(xy[:, 0], xy[:, 1], **{"color": _FRAME, **style})
         return np.repeat(to_rgba_array(_FRAME), len(xy), axis=0)
-    if isinstance(value, pd.Categorical):
-        _draw_categories(panel, xy, value, rows, _palette(adata, title, value), style)
-        return np.asarray(ax.collections[-1].get_facecolor())
-    _draw_numbers(panel, xy, value, rows, cmap, style)
-    return np.asarray(ax.collections[-1].to_rgba(value))
+    limits = {name: style.pop(name) for name in ("norm", "vmin", "vmax") if name in style}
+    colored = coloring(adata, title, value, cmap, **limits)
+    colors = colored.rgba()
+    ax.scatter(xy[:, 0], xy[:, 1], **{"c": colors, **style})
+    colored.explain(ax)
+    return colors
 
 
 def _draw_image(

@@ -18,14 +18,19 @@ from fimp_sc.data.storage._elements import get_matrix, in_memory, missing_key
 from fimp_sc.data.validate._values import check_values
 from fimp_sc.metrics import imputation_scores
 from fimp_sc.metrics._common import as_index, expression
-from fimp_sc.pl._figure._common import finish, gene_columns, read_columns
-from fimp_sc.pl._spatial import _MISSING_COLOR, _coordinates, _panels
+from fimp_sc.pl._figure._canvas import Canvas
+from fimp_sc.pl._figure._coloring import Numbers, colormap
+from fimp_sc.pl._figure._common import gene_columns, read_columns
+from fimp_sc.pl._figure._map import draw_map
+from fimp_sc.pl._figure._values import coordinates, panels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from mudata import MuData
     from numpy.typing import NDArray
 
@@ -42,10 +47,12 @@ def imputation(
     spatial_key: str = "spatial",
     size: float | None = None,
     cmap: str = "viridis",
-    show: bool = True,
+    ax: Axes | Sequence[Axes] | NDArray[np.object_] | None = None,
+    show: bool | None = None,
     save: str | Path | None = None,
+    return_fig: bool = False,
     **kwargs: Any,
-) -> NDArray[np.object_] | None:
+) -> NDArray[np.object_] | Figure | None:
     """Draw measured and imputed expression of genes, as maps on one color scale and against each other.
 
     The colors end at the 99.5th percentile, so that a few high values do not darken all others.
@@ -76,16 +83,20 @@ def imputation(
         Marker area in square points; by default it follows from the number of cells.
     cmap
         Color map.
+    ax
+        Axes to draw into, one for each panel; by default a new figure.
     show
-        Show the figure and return nothing; if False, return the axes.
+        Show the figure and return nothing; by default if none of `ax`, `save` and `return_fig` is given.
     save
         File to write the figure to.
+    return_fig
+        Return the figure instead of the axes.
     **kwargs
-        Passed to :meth:`matplotlib.axes.Axes.scatter` of the maps.
+        Passed to :func:`squidpy.pl.spatial_scatter` of the maps, and by it to :meth:`matplotlib.axes.Axes.scatter`.
 
     Returns
     -------
-    Array of axes `(n_genes × n_samples, 3)` if `show` is False, else None.
+    None if the figure is shown; else the figure if `return_fig`, else the axes, an array `(n_genes × n_samples, 3)`.
 
     Raises
     ------
@@ -99,9 +110,9 @@ def imputation(
     UserWarning
         Genes that the model saw are not in the object any more, so that measured values are scaled by those left.
     """
-    from matplotlib import colormaps
-    from matplotlib import pyplot as plt
+    from matplotlib.colors import Normalize
 
+    canvas = Canvas(ax, show, save, return_fig)
     names = [genes] if isinstance(genes, str) else list(genes)
     if is_mudata(adata):
         adata = _table(adata, modality, layer, names, [library_key], spatial_key)
@@ -120,14 +131,11 @@ def imputation(
         # Several modalities may have been read together with a column of the whole object.
         used = dict(record.get("params", {})).get("library_key")
         library_key = used if used in adata.obs else None
-    xy, panels = _coordinates(adata, spatial_key), _panels(adata, library_key)
+    xy, samples = coordinates(adata, spatial_key), panels(adata, library_key)
     if size is None:
-        size = float(np.clip(12_000 / max(len(rows) for _, rows in panels), 1, 45))
-    style = {"s": size, "linewidths": 0, "cmap": colormaps[cmap].with_extremes(bad=_MISSING_COLOR), **kwargs}
-
-    figure, axes = plt.subplots(
-        len(names) * len(panels), 3, figsize=(9.5, 3.1 * len(names) * len(panels)), squeeze=False, layout="constrained"
-    )
+        size = float(np.clip(12_000 / max(len(rows) for _, rows in samples), 1, 45))
+    n_rows = len(names) * len(samples)
+    axes = canvas.axes((9.5, 3.1 * n_rows), (n_rows, 3))
     for i, name in enumerate(names):
         both = np.concatenate([observed[:, i], made[:, i]])
         both = both[np.isfinite(both)]
@@ -135,22 +143,18 @@ def imputation(
         high = high if high > low else low + 1.0
         # A few high values would leave all others in the darkest colors.
         brightest = max(float(np.percentile(both, 99.5)), low + 1e-9) if both.size else high
-        for j, (library, rows) in enumerate(panels):
-            row = axes[i * len(panels) + j]
+        for j, (library, rows) in enumerate(samples):
+            row = axes[i * len(samples) + j]
             title = name if library is None else f"{name}, {library}"
-            for ax, values, what in ((row[0], observed, "measured"), (row[1], made, "imputed")):
-                points = ax.scatter(
-                    xy[rows, 0], xy[rows, 1], c=values[rows, i], vmin=low, vmax=brightest, plotnonfinite=True, **style
-                )
-                ax.set_title(f"{title}, {what}", fontsize="medium")
-                ax.set_aspect("equal")
-                ax.set_xticks([])
-                ax.set_yticks([])
-            figure.colorbar(
-                points, ax=list(row[:2]), shrink=0.8, pad=0.02, extend="max" if brightest < high else "neither"
-            )
+            for panel, values, what in ((row[0], observed, "measured"), (row[1], made, "imputed")):
+                colored = Numbers(values[:, i], colormap(cmap), Normalize(low, brightest))
+                draw_map(panel, xy, colored, rows, title=f"{title}, {what}", size=size, **kwargs)
+            row[0].figure.colorbar(
+                row[0].collections[0], ax=list(row[:2]), shrink=0.8, pad=0.02,
+                extend="max" if brightest < high else "neither",
+            )  # fmt: skip
             _draw_against(row[2], observed[rows, i], made[rows, i], (low, high), cmap)
-    return None if finish(axes[0, 0], show, save) else np.asarray(axes, dtype=object)
+    return canvas.finish()
 
 
 def _draw_against(ax: Any, true: NDArray[Any], guess: NDArray[Any], limits: tuple[float, float], cmap: str) -> None:

@@ -9,8 +9,9 @@ import pandas as pd
 
 from fimp_sc._options import checked
 from fimp_sc.data.storage._elements import get_obs, missing_key
-from fimp_sc.pl._figure._common import finish, fit_legends, results_of
-from fimp_sc.pl._spatial import _palette
+from fimp_sc.pl._figure._canvas import Canvas
+from fimp_sc.pl._figure._coloring import legend_beside, palette_of
+from fimp_sc.pl._figure._common import results_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from mudata import MuData
 
-_MAX_ROWS = 18
 _TOO_MANY = 20  # kinds whose colors can be told apart in bars
 
 
@@ -36,7 +37,8 @@ def niche_composition(
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
-) -> Axes | None:
+    return_fig: bool = False,
+) -> Axes | Figure | None:
     """Draw the share of each kind of cells in every niche.
 
     Parameters
@@ -58,13 +60,15 @@ def niche_composition(
     ax
         Axes to draw into; by default a new figure.
     show
-        Show the figure and return nothing; by default if no `ax` is given.
+        Show the figure and return nothing; by default if none of `ax`, `save` and `return_fig` is given.
     save
         File to write the figure to.
+    return_fig
+        Return the figure instead of the axes.
 
     Returns
     -------
-    None if the figure is shown, else the axes.
+    None if the figure is shown; else the figure if `return_fig`, else the axes.
 
     Raises
     ------
@@ -73,9 +77,9 @@ def niche_composition(
     ValueError
         If no cell has both, or `kind` is none of these.
     """
-    from matplotlib import pyplot as plt
     from matplotlib.transforms import ScaledTranslation
 
+    canvas = Canvas(ax, show, save, return_fig)
     adata, _ = results_of(adata, modality, lambda held, _: key in held.obs)
     columns = {}
     for name, advice in ((key, "Run fimp_sc.tl.niches(adata) first, or set key=."), (groupby, "Set groupby=.")):
@@ -91,18 +95,15 @@ def niche_composition(
         raise ValueError(f"No cell has both a niche (obs[{key!r}]) and a kind (obs[{groupby!r}]).")
     shares = counts[rows] / counts[rows].sum(axis=1, keepdims=True)
 
-    show = ax is None if show is None else show
     heatmap = kind == "heatmap" or (kind == "auto" and len(parts) > _TOO_MANY)
-    figure = None
-    if ax is None:
-        width = 2.2 + 0.32 * len(parts) if heatmap else 6.5
-        figure, ax = plt.subplots(figsize=(max(width, 4), 1.3 + 0.32 * len(rows)), layout="constrained")
+    width = max(2.2 + 0.32 * len(parts), 4) if heatmap else 6.5
+    ax = canvas.axes((width, 1.3 + 0.32 * len(rows)))
     names = [str(kinds.categories[part]) for part in parts]
     if heatmap:
         _draw_heatmap(ax, shares[:, parts], names, groupby, cmap)
     else:
-        _draw_bars(ax, shares, parts, names, _palette(adata, groupby, kinds), groupby)
-    colors = _palette(adata, key, niches)
+        _draw_bars(ax, shares, parts, names, palette_of(adata, groupby, kinds), groupby)
+    colors = palette_of(adata, key, niches)
     # Nine points left of the axes, whatever these show.
     place = ax.get_yaxis_transform() + ScaledTranslation(-9 / 72, 0, ax.figure.dpi_scale_trans)
     ax.scatter(
@@ -121,9 +122,7 @@ def niche_composition(
     ax.tick_params(axis="y", length=0, pad=16)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_ylabel(f"{key} (cells)")
-    if figure is not None:
-        fit_legends(figure, room=2.0)
-    return None if finish(ax, show, save) else ax
+    return canvas.finish(legend_room=2.0)
 
 
 def _draw_bars(ax: Axes, shares: Any, parts: Any, names: list[str], colors: list[Any], title: str) -> None:
@@ -138,10 +137,7 @@ def _draw_bars(ax: Axes, shares: Any, parts: Any, names: list[str], colors: list
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     ax.set_xlabel("Share of cells")
     ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.legend(
-        title=title, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="small",
-        ncols=-(-len(names) // _MAX_ROWS),
-    )  # fmt: skip
+    legend_beside(ax, ax.get_legend_handles_labels()[0], title)
 
 
 def _draw_heatmap(ax: Axes, shares: Any, names: list[str], title: str, cmap: str) -> None:

@@ -10,7 +10,8 @@ from scipy import sparse
 from fimp_sc._options import checked
 from fimp_sc.data._modality import place_of
 from fimp_sc.data.storage._elements import get_obs, missing_key
-from fimp_sc.pl._figure._common import as_list, finish, modality_of_kind, node_positions, read_rows
+from fimp_sc.pl._figure._canvas import Canvas
+from fimp_sc.pl._figure._common import modality_of_kind, node_positions, read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from mudata import MuData
     from numpy.typing import ArrayLike, NDArray
 
@@ -37,11 +39,12 @@ def signals(
     recording: str | None = None,
     times: tuple[float, float] | None = None,
     region_key: str = "region",
-    axes: Axes | Sequence[Axes] | NDArray[np.object_] | None = None,
+    ax: Axes | Sequence[Axes] | NDArray[np.object_] | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
+    return_fig: bool = False,
     **kwargs: Any,
-) -> NDArray[np.object_] | None:
+) -> NDArray[np.object_] | Figure | None:
     """Plot the signals of a few regions over time, one panel each, with their reconstruction over them.
 
     Parameters
@@ -65,18 +68,20 @@ def signals(
         otherwise.
     region_key
         Column of `.obs` with the names of regions, which become titles; `.obs_names` where there is no such column.
-    axes
-        Axes to draw into, one for each node; by default a new figure.
+    ax
+        Axes to draw into, one for each panel; by default a new figure.
     show
-        Show the figure and return nothing; by default if neither `axes` nor `save` is given.
+        Show the figure and return nothing; by default if none of `ax`, `save` and `return_fig` is given.
     save
         File to write the figure to.
+    return_fig
+        Return the figure instead of the axes.
     **kwargs
         Passed to :meth:`matplotlib.axes.Axes.plot` for the reconstruction.
 
     Returns
     -------
-    Array of axes `(n_nodes,)`, or None if the figure is shown.
+    None if the figure is shown; else the figure if `return_fig`, else the axes, an array `(n_nodes,)`.
 
     Raises
     ------
@@ -86,10 +91,9 @@ def signals(
         If a position is out of range.
     ValueError
         If the modality holds no signals, a region is in several recordings, `hidden` does not match the signals, there
-        are no time points within `times`, or the number of axes is not that of nodes.
+        are no time points within `times`, or the number of axes `ax` is not that of nodes.
     """
-    from matplotlib import pyplot as plt
-
+    canvas = Canvas(ax, show, save, return_fig)
     name, adata, info = modality_of_kind(mdata, modality, "signal")
     where = place_of(mdata, name)
     among = _recording(adata, info, recording)
@@ -110,25 +114,19 @@ def signals(
     made = None if key is None else read_rows(adata.layers[key], f"{where}.layers[{key!r}]", rows)[:, shown]
     covered = None if hidden is None else _hidden(adata, where, hidden, rows)[:, shown]
 
-    show = (axes is None and save is None) if show is None else show
-    if axes is None:
-        height = 1.5 * len(rows) + 0.9
-        _, axes = plt.subplots(len(rows), 1, figsize=(9, height), sharex=True, squeeze=False, layout="constrained")
-    panels = as_list(axes)
-    if len(panels) != len(rows):
-        raise ValueError(f"axes are {len(panels)}, but {len(rows)} nodes are to be drawn: one for each.")
-    for i, (ax, title) in enumerate(zip(panels, _titles(adata, info, rows, column), strict=True)):
+    panels = canvas.axes((9, 1.5 * len(rows) + 0.9), (len(rows),), sharex=True)
+    for i, (panel, title) in enumerate(zip(panels, _titles(adata, info, rows, column), strict=True)):
         if covered is not None:
-            _shade(ax, time, covered[i])
-        ax.plot(time, measured[i], color=_MEASURED, linewidth=0.9, label="measured")
+            _shade(panel, time, covered[i])
+        panel.plot(time, measured[i], color=_MEASURED, linewidth=0.9, label="measured")
         if made is not None:
-            ax.plot(time, made[i], **{"color": "C1", "linewidth": 1.3, "label": "reconstruction", **kwargs})
-        ax.set_title(title, loc="left", fontsize="medium")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.margins(x=0)
+            panel.plot(time, made[i], **{"color": "C1", "linewidth": 1.3, "label": "reconstruction", **kwargs})
+        panel.set_title(title, loc="left", fontsize="medium")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(x=0)
     panels[-1].set_xlabel(label)
     panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize="small")
-    return None if finish(panels[0], show, save) else np.asarray(panels, dtype=object)
+    return canvas.finish()
 
 
 def _recording(adata: AnnData, info: dict[str, Any], recording: str | None) -> NDArray[np.bool_] | None:

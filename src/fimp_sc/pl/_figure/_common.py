@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
     from fimp_sc.data._study import Modality
 
-# Inches between a legend and what is beside it.
-_MARGIN = 0.4
-
 
 def results_of(
     data: AnnData | MuData, modality: str | Sequence[str] | None, holds: Callable[[Any, list[Modality]], bool]
@@ -207,41 +204,3 @@ def read_columns(matrix: Any, where: str, columns: NDArray[np.int64]) -> NDArray
         pieces = (piece for _, piece in open_rows(matrix, where).stream())
     parts = [piece[:, columns] for piece in pieces]
     return np.concatenate([np.asarray(p.toarray() if sparse.issparse(p) else p, dtype=np.float64) for p in parts])
-
-
-def as_list(axes: Any) -> list[Any]:
-    """Return axes, one or several of any shape, as a list."""
-    return list(np.ravel(axes)) if isinstance(axes, Sequence | np.ndarray) else [axes]
-
-
-def fit_legends(figure: Any, room: float, n_rows: int = 1) -> None:
-    """Let a figure grow until the legends beside its axes fit, and lay it out, so that its first drawing is right.
-
-    Parameters
-    ----------
-    room
-        Inches beside the axes that a legend may take before the figure grows.
-    n_rows
-        Rows of axes, with a legend beside each.
-    """
-    legends = [ax.get_legend() for ax in figure.axes if ax.get_legend() is not None]
-    if legends:
-        # How large a legend is does not depend on where it will be.
-        extents = [legend.get_window_extent() for legend in legends]
-        width, height = figure.get_size_inches()
-        width += max(0.0, max(extent.width for extent in extents) / figure.dpi + _MARGIN - room)
-        height = max(height, n_rows * (max(extent.height for extent in extents) / figure.dpi + _MARGIN))
-        figure.set_size_inches(width, height)
-    for _ in range(2):  # the first finds how wide axes of equal aspect become, beside which a legend stands
-        figure.draw_without_rendering()
-
-
-def finish(ax: Any, show: bool, save: Any) -> bool:
-    """Write and show the figure of ``ax`` where that is asked for; return whether it was shown."""
-    from matplotlib import pyplot as plt
-
-    if save is not None:
-        ax.figure.figure.savefig(save, bbox_inches="tight")  # of a figure within a figure, the outer one
-    if show:
-        plt.show()
-    return show
