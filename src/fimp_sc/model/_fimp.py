@@ -15,9 +15,6 @@ from fimp_sc._options import checked
 from fimp_sc._recipe import recipe
 from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.model._build import foundation_network, gene_vectors, sequence_network, sequence_shapes
-from fimp_sc.model._fields import LABELS_KEY, X_KEY, ExpressionField, LabelField, table_states
-from fimp_sc.model._reading import check_genes, field_state
-from fimp_sc.model._setup import Absent, Listed, is_object, setup_anndata, setup_mudata
 from fimp_sc.model.io import _saved
 from fimp_sc.model.module._module import FIMPModule
 from fimp_sc.model.predict._attention import get_edge_influence, get_gene_attention
@@ -27,6 +24,9 @@ from fimp_sc.model.predict._outputs import (
     get_reconstruction,
     predict,
 )
+from fimp_sc.model.registry._fields import LABELS_KEY, X_KEY, ExpressionField, LabelField, table_states
+from fimp_sc.model.registry._graph_data import check_genes, field_state
+from fimp_sc.model.registry._setup import Absent, Listed, is_object, setup_anndata, setup_mudata
 from fimp_sc.model.train._plan import FIMPTrainingPlan
 from fimp_sc.model.train._runner import FIMPTrainRunner
 from fimp_sc.model.train._seeded import seeded

@@ -12,8 +12,8 @@ from fimp_sc._options import checked
 from fimp_sc.data._study import expand_rows
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._elements import missing_key, shorten
-from fimp_sc.model._reading import known_columns, table_ends, tables_of
 from fimp_sc.model.predict._attention import gene_columns
+from fimp_sc.model.registry._graph_data import known_columns, table_ends, tables_of
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, measured_scale, placed, record

@@ -14,7 +14,7 @@ import pandas as pd
 
 import fimp_sc
 from fimp_sc.data.sequences._kinds import sequence_kinds
-from fimp_sc.model._fields import (
+from fimp_sc.model.registry._fields import (
     LABELS_KEY,
     SEQUENCE_KEY,
     X_KEY,

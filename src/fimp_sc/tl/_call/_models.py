@@ -23,9 +23,9 @@ from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._elements import get_matrix, shorten
 from fimp_sc.data.storage._stored import identity, storage
 from fimp_sc.model import FIMP
-from fimp_sc.model._fields import X_KEY, check_known, table_states
-from fimp_sc.model._reading import field_state
 from fimp_sc.model.predict._outputs import check_classes
+from fimp_sc.model.registry._fields import X_KEY, check_known, table_states
+from fimp_sc.model.registry._graph_data import field_state
 from fimp_sc.model.train._train import on_gpu
 from fimp_sc.tl._call._inputs import CONNECTIVITIES, Inputs
 
