@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -455,6 +456,39 @@ class Model(Rule):
 
 
 @dataclass(frozen=True)
+class FoundationModel(Rule):
+    """A handle of a foundation model, or what a saved model keeps of one."""
+
+    @property
+    def allowed(self) -> str:
+        return "a foundation model from fimp_sc.pretrained.load"
+
+    def read(self, value: Any, name: str) -> Any:
+        from fimp_sc.pretrained import Foundation
+
+        if isinstance(value, Mapping):
+            return Foundation(**value)
+        return value if isinstance(value, Foundation) else NotImplemented
+
+    def refused(self, kind: type[Exception], value: Any, name: str, *, none: bool = False) -> Exception:
+        error = super().refused(kind, value, name, none=none)
+        given = repr(str(value)) if isinstance(value, str) else "name"
+        return kind(f"{error} Write {name}=fimp_sc.pretrained.load({given}, checkpoint).")
+
+
+@dataclass(frozen=True)
+class Trained(Text):
+    """What is trained of a foundation model."""
+
+    @property
+    def allowed(self) -> str:
+        return "'frozen', 'full', 'last:N', 'lora' or 'lora:RANK'"
+
+    def holds(self, value: str) -> bool:
+        return re.fullmatch(r"frozen|full|last:\d+|lora(?::\d+)?", value) is not None
+
+
+@dataclass(frozen=True)
 class Accelerator(Rule):
     """A kind of device that torch finds here."""
 
@@ -546,6 +580,7 @@ class Arguments(Rule):
             else:
                 close = get_close_matches(key, [*known, *further], n=1)
                 hint = f"Did you mean {close[0]!r}?" if close else f"It takes {', '.join(known)}."
+                hint = _of_foundation(key) if self is _MODEL and key in _FOUNDATION else hint
                 raise TypeError(f"{name} has {key!r}, which {self.owner} does not take. {hint}")
         return found
 
@@ -630,6 +665,12 @@ def foreign_parameters(of: str) -> tuple[str, ...]:
 _MODEL = Arguments(of="fimp_sc.model:FIMP", without=("adata", "registry"))
 _TRAIN = Arguments(of="fimp_sc.model:FIMP.train")
 _INFERENCE = Arguments(of="fimp_sc.model:FIMP.get_latent_representation", only=("batch_size", "strategy", "distribute"))
+# Arguments of foundation models, which belong to their handle, by the name that they have there.
+_FOUNDATION = {
+    "checkpoint": "checkpoint", "train_foundation": "train", "train": "train", "source": "neighbor_states",
+    "neighbor_states": "neighbor_states", "aggregate": "aggregate", "species": "species", "orthologs": "orthologs",
+    "vocabulary_key": "vocabulary_key",
+}  # fmt: skip
 _SCALES = ("auto", "counts", "normalized", "log", "real")
 _SEVERAL_MODALITIES = (
     "embed", "annotate", "impute", "attention", "niches", "get_model", "setup_mudata",
@@ -651,10 +692,11 @@ OPTIONS: dict[str, Rule | None] = {
     "reduce": Choice(("mean", "sum")),
     "dropout": Real(0, 1, open_right=True),
     "label_weight": Real(0),
-    "foundation": Choice(("scgpt", "vit", "brainlm")),
+    "foundation": FoundationModel(),
+    "name": Text("the name of a foundation model"),
     "checkpoint": Place(),
-    "train_foundation": Text("'frozen', 'full', 'last:N', 'lora' or 'lora:RANK', a text"),
-    "source": Choice(("evolving", "static")),
+    "load.train": Trained(),
+    "neighbor_states": Choice(("evolving", "static")),
     "aggregate": Choice(("layer", "final")),
     "gene_embeddings": Source(),
     "orthologs": Source(),
@@ -862,6 +904,15 @@ def _checked_value(owner: str, parameter: inspect.Parameter, value: Any, name: s
     return value if rule is None else rule.accept(value, name, none=parameter.default is None)
 
 
+def _of_foundation(name: str) -> str:
+    """Return where an argument of a foundation model belongs."""
+    argument = "" if name == "checkpoint" else f", {_FOUNDATION[name]}=..."
+    hint = f"Write foundation=fimp_sc.pretrained.load(name, checkpoint{argument})."
+    if name in ("species", "orthologs"):
+        hint += f" Of gene vectors, gene_embeddings=fimp_sc.pretrained.read_gene_vectors(file, {name}=...)."
+    return hint
+
+
 def _elsewhere(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
     """Return where keywords belong that a function does not take."""
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
@@ -869,6 +920,10 @@ def _elsewhere(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
     unknown = next((name for name in given if name not in signature.parameters), None)
     if unknown is None:
         return ""
+    # Tools have a checkpoint of their training, too.
+    trains = unknown == "checkpoint" and "train_kwargs" in signature.parameters and "foundation" not in given
+    if unknown in _FOUNDATION and "foundation" in signature.parameters and not trains:
+        return f" {_of_foundation(unknown)}"
     for place in ("model_kwargs", "train_kwargs", "inference_kwargs"):
         rule = OPTIONS[place]
         if place in signature.parameters and isinstance(rule, Arguments):

@@ -235,7 +235,7 @@ def allowed(rng: np.random.Generator, rule: _options.Rule | None) -> Any:
     if isinstance(rule, _options.Accelerator):
         return str(rng.choice(["cpu", "auto", "gpu", "cuda", "mps", "tpu", "nothing"]))
     if isinstance(rule, _options.Arguments):
-        names = [name for name in rule.parameters()[0] if name not in (*FIXED, *LONG, "foundation", "checkpoint")]
+        names = [name for name in rule.parameters()[0] if name not in (*FIXED, *LONG, "foundation")]
         name = names[rng.integers(len(names))]
         return {name: option(rng, rule.owner, name)}
     return strange(rng)

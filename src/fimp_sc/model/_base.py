@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._logging import warn
-from fimp_sc.data import BinnedTokens, CenteredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
+from fimp_sc.data import CenteredTokens, ExpressionSource, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._study import Part, expand_rows, nodes_of, parts_of, tables_of
 from fimp_sc.data.expression._joined import JoinedExpression, split_statistics
 from fimp_sc.data.expression._reader import Panels
@@ -260,10 +260,7 @@ class GraphModel(RegisteringModel):
         if not isinstance(network, FoundationNetwork):
             return CenteredTokens(gene_rank)
         n_queries = 0 if network.frozen or network.decoder is None else _QUERIES
-        return BinnedTokens(
-            gene_rank, network.embedding.known.cpu(), int(network.n_bins or 0), self.random_state, n_queries,
-            self.module.gene_key,
-        )  # fmt: skip
+        return network.embedding.tokenizer(gene_rank, self.random_state, n_queries, self.module.gene_key)
 
     def _statistics(self) -> GeneStatistics | None:
         module = self.module

@@ -67,7 +67,7 @@ class FoundationNetwork(nn.Module):
         self.frozen = trained == "frozen"
         self.sequence = None if sequence is None else sequence[0]
         self.head: nn.Linear | None = None
-        if sequence is not None and self.embedding.aligned:
+        if sequence is not None and not self.embedding.misaligned:
             self.head = nn.Linear(self.width, sequence[1])
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
@@ -83,6 +83,11 @@ class FoundationNetwork(nn.Module):
     @property
     def _has_summary(self) -> bool:
         return self.sequence is None or self.embedding.n_class > 0
+
+    @property
+    def unit_length(self) -> bool:
+        """Whether embeddings are divided by their length."""
+        return bool(self.embedding.unit_length)
 
     def states(self, batch: Batch, n_queries: int | None = None, tokens: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return the first ``n_queries`` tokens of the destinations (all by default) after the last layer.
@@ -176,7 +181,7 @@ def choose_trained(network: FoundationNetwork, what: str) -> None:
     n_last, rank = (int(match[i] or default) for i, default in ((1, 1), (2, _RANK))) if match else (0, 0)
     if not (1 <= n_last <= len(layers) and rank >= 1):
         raise ValueError(
-            f"train_foundation must be 'frozen', 'full', 'last:N' with N from 1 to {len(layers)}, 'lora' or "
+            f"train must be 'frozen', 'full', 'last:N' with N from 1 to {len(layers)}, 'lora' or "
             f"'lora:RANK'; found {what!r}"
         )
     for parameter in network.parameters():

@@ -16,7 +16,6 @@ from fimp_sc.model._fields import X_KEY, ExpressionField, check_known, table_sta
 from fimp_sc.model.predict._decode import decoded_expression
 from fimp_sc.model.predict._labels import MixingModel
 from fimp_sc.model.predict._reconstruct import hidden_tokens, predict_all
-from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from fimp_sc.data import Batch
     from fimp_sc.model._inference import Strategy
     from fimp_sc.model.module._module import FIMPModule
+    from fimp_sc.pretrained import Foundation
 
 
 class PredictiveModel(MixingModel):
@@ -38,10 +38,10 @@ class PredictiveModel(MixingModel):
     Attributes
     ----------
     foundation
-        Name of the foundation model that makes messages, if there is one.
+        The foundation model that makes messages, if there is one.
     """
 
-    foundation: str | None
+    foundation: Foundation | None
 
     @checked
     def get_latent_representation(
@@ -262,11 +262,9 @@ class PredictiveModel(MixingModel):
         names = list(self.module.sequences)
         if modality is None and len(names) == 1:
             modality = names[0]
-        if getattr(self.module.network, "head", True) is None:
-            raise ValueError(
-                "The patches of this BrainLM do not agree with segments of time: it embeds signals and does not "
-                "reconstruct them. Leave foundation= out, or use the first format (13M)."
-            )
+        network: Any = self.module.network
+        if getattr(network, "head", True) is None:
+            raise ValueError(network.embedding.misaligned)
         if modality not in names:
             raise ValueError(
                 f"modality must be one of the signals and images that the model reads, {names}: found {modality!r}."
@@ -293,9 +291,8 @@ class PredictiveModel(MixingModel):
 
 def _latent(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
     embedding = outputs["embedding"]
-    # As scGPT does; ViT and BrainLM do not.
-    of_cells = isinstance(module.network, FoundationNetwork) and not module.sequences
-    return torch.nn.functional.normalize(embedding) if of_cells else embedding
+    unit_length = getattr(module.network, "unit_length", False)
+    return torch.nn.functional.normalize(embedding) if unit_length else embedding
 
 
 def _values(module: FIMPModule, outputs: dict[str, Any], batch: Batch, features: Tensor) -> Tensor:
