@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -449,6 +450,39 @@ class Model(Rule):
 
 
 @dataclass(frozen=True)
+class FoundationModel(Rule):
+    """A handle of a foundation model, or what a saved model keeps of one."""
+
+    @property
+    def allowed(self) -> str:
+        return "a foundation model from fimp_sc.pretrained.load"
+
+    def read(self, value: Any, name: str) -> Any:
+        from fimp_sc.pretrained import Foundation
+
+        if isinstance(value, Mapping):
+            return Foundation(**value)
+        return value if isinstance(value, Foundation) else NotImplemented
+
+    def refused(self, kind: type[Exception], value: Any, name: str, *, none: bool = False) -> Exception:
+        error = super().refused(kind, value, name, none=none)
+        given = repr(str(value)) if isinstance(value, str) else "name"
+        return kind(f"{error} Write {name}=fimp_sc.pretrained.load({given}, checkpoint).")
+
+
+@dataclass(frozen=True)
+class Trained(Text):
+    """What is trained of a foundation model."""
+
+    @property
+    def allowed(self) -> str:
+        return "'frozen', 'full', 'last:N', 'lora' or 'lora:RANK'"
+
+    def holds(self, value: str) -> bool:
+        return re.fullmatch(r"frozen|full|last:\d+|lora(?::\d+)?", value) is not None
+
+
+@dataclass(frozen=True)
 class Accelerator(Rule):
     """A kind of device that torch finds here."""
 
@@ -528,7 +562,7 @@ class Arguments(Rule):
         return "a dictionary of arguments by name"
 
     def read(self, value: Any, name: str) -> Any:
-        from fimp_sc._options import checked_value
+        from fimp_sc._options import FOUNDATION, checked_value, of_foundation
 
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             return NotImplemented
@@ -545,6 +579,7 @@ class Arguments(Rule):
                 hint = f"Did you mean {close[0]!r}?" if close else f"It takes {', '.join(known)}."
                 if nested is not None:
                     hint = f"Pass it as {name}={nested}."
+                hint = of_foundation(key) if self.owner == "FIMP" and key in FOUNDATION else hint
                 raise TypeError(f"{name} has {key!r}, which {self.owner} does not take. {hint}")
         return found
 

@@ -23,6 +23,7 @@ from fimp_sc._option_rules import (
     Devices,
     FigureFile,
     Flag,
+    FoundationModel,
     Indices,
     Integer,
     Keywords,
@@ -37,6 +38,7 @@ from fimp_sc._option_rules import (
     Rule,
     Source,
     Text,
+    Trained,
     Values,
 )
 
@@ -45,6 +47,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 _MODEL = Arguments(of="fimp_sc.model:FIMP", without=("adata", "registry"))
 _TRAIN = Arguments(of="fimp_sc.model:FIMP.train")
 _INFERENCE = Arguments(of="fimp_sc.model:FIMP.get_latent_representation", only=("batch_size", "strategy", "distribute"))
+# Arguments of foundation models, which belong to their handle, by the name that they have there.
+FOUNDATION = {
+    "checkpoint": "checkpoint", "train_foundation": "train", "train": "train", "source": "neighbor_states",
+    "neighbor_states": "neighbor_states", "aggregate": "aggregate", "species": "species", "orthologs": "orthologs",
+    "vocabulary_key": "vocabulary_key",
+}  # fmt: skip
 _SCALES = ("auto", "counts", "normalized", "log", "real")
 _SEVERAL_MODALITIES = (
     "embed", "annotate", "impute", "attention", "niches", "get_model", "setup_mudata",
@@ -66,10 +74,11 @@ OPTIONS: dict[str, Rule | None] = {
     "reduce": Choice(("mean", "sum")),
     "dropout": Real(0, 1, open_right=True),
     "label_weight": Real(0),
-    "foundation": Choice(("scgpt", "vit", "brainlm")),
+    "foundation": FoundationModel(),
+    "name": Text("the name of a foundation model"),
     "checkpoint": Place(),
-    "train_foundation": Text("'frozen', 'full', 'last:N', 'lora' or 'lora:RANK', a text"),
-    "source": Choice(("evolving", "static")),
+    "load.train": Trained(),
+    "neighbor_states": Choice(("evolving", "static")),
     "aggregate": Choice(("layer", "final")),
     "gene_embeddings": Source(),
     "orthologs": Source(),
@@ -263,6 +272,15 @@ def checked_value(owner: str, parameter: inspect.Parameter, value: Any, name: st
     return value if rule is None else rule.accept(value, name, none=parameter.default is None)
 
 
+def of_foundation(name: str) -> str:
+    """Return where an argument of a foundation model belongs."""
+    argument = "" if name == "checkpoint" else f", {FOUNDATION[name]}=..."
+    hint = f"Write foundation=fimp_sc.pretrained.load(name, checkpoint{argument})."
+    if name in ("species", "orthologs"):
+        hint += f" Of gene vectors, gene_embeddings=fimp_sc.pretrained.read_gene_vectors(file, {name}=...)."
+    return hint
+
+
 def _elsewhere(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
     """Return where keywords belong that a function does not take."""
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
@@ -270,6 +288,10 @@ def _elsewhere(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
     unknown = next((name for name in given if name not in signature.parameters), None)
     if unknown is None:
         return ""
+    # Tools have a checkpoint of their training, too.
+    trains = unknown == "checkpoint" and "train_kwargs" in signature.parameters and "foundation" not in given
+    if unknown in FOUNDATION and "foundation" in signature.parameters and not trains:
+        return f" {of_foundation(unknown)}"
     for place in ("model_kwargs", "train_kwargs", "inference_kwargs"):
         rule = OPTIONS[place]
         if place in signature.parameters and isinstance(rule, Arguments):

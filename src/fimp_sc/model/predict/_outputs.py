@@ -265,11 +265,9 @@ def get_reconstruction(
     names = list(model.module.sequences)
     if modality is None and len(names) == 1:
         modality = names[0]
-    if names and not model.module.network.heads:
-        raise ValueError(
-            "The patches of this BrainLM do not agree with segments of time: it embeds signals and does not "
-            "reconstruct them. Leave foundation= out, or use the first format (13M)."
-        )
+    network: Any = model.module.network
+    if names and not network.heads:
+        raise ValueError(network.embedding.misaligned)
     if modality not in names:
         raise ValueError(
             f"modality must be one of the signals and images that the model reads, {names}: found {modality!r}."

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
     from fimp_sc.data._study import Study
+    from fimp_sc.pretrained import Foundation
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,7 @@ def fitted_model(
     train_kwargs: dict[str, Any] | None,
     hidden: dict[str, Any] | None = None,
     gene_embeddings: Any = None,
-    foundation: str | None = None,
-    checkpoint: str | Path | None = None,
+    foundation: Foundation | None = None,
     zero_shot: bool = False,
     n_tokens: int | None = None,
     n_layers: int | None = None,
@@ -108,7 +108,7 @@ def fitted_model(
     ``max_epochs`` and (``same_seed``) ``random_state`` where these are given, and blind to what is ``hidden``, by
     modality. A model is trained only if it will know ``genes``, and if ``check`` of it raises nothing.
     """
-    what = {"gene_embeddings": gene_embeddings, "foundation": foundation, "checkpoint": checkpoint}
+    what = {"gene_embeddings": gene_embeddings, "foundation": foundation}
     what |= {"n_tokens": n_tokens, "n_layers": n_layers}
     both = sorted(name for name, value in what.items() if value is not None and name in (model_kwargs or {}))
     if both:
@@ -169,7 +169,7 @@ def fitted_model(
             "The model of the earlier results is not in this session, or was of another object: training one. Pass "
             "model= for a saved one."
         )
-    ids = arguments.get("vocabulary_key")
+    ids = getattr(arguments.get("foundation"), "vocabulary_key", None)
     setup = asdict(inputs)
     names = setup.pop("modality")
     if isinstance(work.data, AnnData):
