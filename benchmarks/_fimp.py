@@ -205,6 +205,7 @@ def _graphs(adata: AnnData, problem: Any, run: Run, variant: Variant) -> AnnData
 
 def train(adata: AnnData | MuData, run: Run, variant: Variant, **setup: Any) -> tuple[Any, Fit]:
     """The trained model, and what it took; `setup` are arguments of ``FIMP.setup_anndata`` or ``FIMP.setup_mudata``."""
+    from fimp_sc import pretrained
     from fimp_sc.model import FIMP
 
     (FIMP.setup_mudata if "modality" in setup else FIMP.setup_anndata)(adata, **setup)
@@ -214,7 +215,7 @@ def train(adata: AnnData | MuData, run: Run, variant: Variant, **setup: Any) -> 
     if variant.foundation is not None:
         if run.checkpoint is None:
             raise MissingError("--checkpoint DIR names the folder of scGPT")
-        arguments |= {"foundation": "scgpt", "checkpoint": run.checkpoint, "train_foundation": variant.foundation}
+        arguments["foundation"] = pretrained.load("scgpt", run.checkpoint, train=variant.foundation)
     with tempfile.TemporaryDirectory() as folder:
         if variant.deep:
             arguments |= _random_stack(Path(folder), adata, variant.deep)
@@ -253,8 +254,9 @@ def _with_vectors(adata: AnnData, run: Run, variant: Variant) -> dict[str, Any]:
 
 def _random_stack(folder: Path, adata: AnnData, layers: int) -> dict[str, Any]:
     """A stack with random weights as wide as FIMP-base, for what depth alone gives."""
+    from fimp_sc import pretrained
     from foundation import write_checkpoint
 
     genes = list(map(str, adata.var_names))
     write_checkpoint(folder, genes, width=64, layers=layers, heads=4, n_genes=len(genes) + 3)
-    return {"foundation": "scgpt", "checkpoint": folder, "train_foundation": "full", "n_tokens": 16}
+    return {"foundation": pretrained.load("scgpt", folder, train="full"), "n_tokens": 16}

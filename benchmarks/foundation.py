@@ -22,7 +22,7 @@ CHILD = """
 import json, resource, sys, time, warnings
 import anndata, torch
 import fimp_sc
-from fimp_sc.pretrained import read_foundation
+from fimp_sc.pretrained import load
 task = json.loads(sys.argv[1])
 torch.set_num_threads(task["threads"])
 warnings.filterwarnings("ignore")
@@ -31,19 +31,20 @@ unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is in bytes on 
 out = {"before_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
 start = time.perf_counter()
 if task["kind"] == "read":
-    read_foundation("scgpt", task["checkpoint"])
+    load("scgpt", task["checkpoint"]).read()
     out["read_s"] = time.perf_counter() - start
 elif task["kind"] == "embed":
     fimp_sc.tl.embed(
-        adata, foundation="scgpt", checkpoint=task["checkpoint"], zero_shot=True, accelerator=task["accelerator"],
-        verbose=False, model_kwargs=task["model"],
+        adata, foundation=load("scgpt", task["checkpoint"], **task["foundation"]), zero_shot=True,
+        accelerator=task["accelerator"], verbose=False, n_tokens=task["n_tokens"],
     )
     out["embed_s"] = time.perf_counter() - start
     out["ms_per_cell"] = 1000 * out["embed_s"] / adata.n_obs
 else:
     fimp_sc.pp.spatial_graph(adata)
     fimp_sc.model.FIMP.setup_anndata(adata)
-    model = fimp_sc.model.FIMP(adata, foundation="scgpt", checkpoint=task["checkpoint"], **task["model"])
+    foundation = load("scgpt", task["checkpoint"], **task["foundation"])
+    model = fimp_sc.model.FIMP(adata, foundation=foundation, n_tokens=task["n_tokens"])
     out["trained"] = sum(p.numel() for p in model.module.network.parameters() if p.requires_grad)
     out["heads"] = sum(p.numel() for p in model.module.value_head.parameters())
     times = []
@@ -140,16 +141,16 @@ def main() -> None:
                 results.add("dlpfc", "read", seed, run({**common, "kind": "read"}, env))
         if "embed" in args.kinds:
             for aggregate in ("layer", "final"):
-                for source in ("evolving", "static"):
+                for states in ("evolving", "static"):
                     cells = args.cells if aggregate == "layer" else args.cells_final
-                    model = {"aggregate": aggregate, "source": source, "n_tokens": args.tokens}
-                    scores = run({**common, "kind": "embed", "cells": cells, "model": model}, env)
-                    title = f"embed, {aggregate}, {source}, {cells or adata.n_obs} cells, {args.tokens} tokens"
+                    task = {"foundation": {"aggregate": aggregate, "neighbor_states": states}, "n_tokens": args.tokens}
+                    scores = run({**common, "kind": "embed", "cells": cells, **task}, env)
+                    title = f"embed, {aggregate}, {states}, {cells or adata.n_obs} cells, {args.tokens} tokens"
                     results.add("dlpfc", title, 0, scores)
         if "train" in args.kinds:
             for trained in ("frozen", "last:2", "lora", "full"):
-                model = {"train_foundation": trained, "n_tokens": args.train_tokens}
-                task = {"kind": "train", "cells": args.train_cells, "model": model, "epochs": 1 if args.quick else 2}
+                task = {"foundation": {"train": trained}, "n_tokens": args.train_tokens}
+                task |= {"kind": "train", "cells": args.train_cells, "epochs": 1 if args.quick else 2}
                 scores = run({**common, **task, "batch_size": 64}, env)
                 title = f"train {trained}, {args.train_cells} cells, {args.train_tokens} tokens"
                 results.add("dlpfc", title, 0, scores)

@@ -454,7 +454,7 @@ def test_foundation_options_reach_the_tool(tmp_path, section, small_toy, scgpt_c
     ]
     assert cli.main(["embed", str(section), "--output", str(output), *options]) == 0
     written = ad.read_h5ad(output)
-    assert written.uns["X_fimp"]["model"]["foundation"] == "scgpt"
+    assert written.uns["X_fimp"]["model"]["foundation"]["name"] == "scgpt"
     np.testing.assert_allclose(np.linalg.norm(written.obsm["X_fimp"], axis=1), 1.0, rtol=1e-5)
 
 

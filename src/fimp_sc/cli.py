@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fimp_sc
-from fimp_sc._options import Choice, Flag, Integer, Real, rule_of
+from fimp_sc._option_rules import Choice, Flag, Integer, Real
+from fimp_sc._options import rule_of
+from fimp_sc.pretrained import foundation_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -100,6 +102,11 @@ def _run_tool(
     before = _keys(data)
     if "train_checkpoint" in arguments:
         arguments["train_kwargs"] = {"checkpoint": arguments.pop("train_checkpoint")}
+    if "foundation" in arguments:
+        arguments["foundation"] = fimp_sc.pretrained.load(arguments["foundation"], arguments.pop("checkpoint", None))
+    elif "checkpoint" in arguments:
+        message = "--checkpoint holds the files of a foundation model: name it with --foundation."
+        raise ValueError(message)
     arguments["verbose"] = not quiet
     getattr(fimp_sc.tl, command)(data, **arguments)
     if save_model is not None:
@@ -277,8 +284,8 @@ def _add_common(tool: argparse.ArgumentParser) -> None:
     _add(tool, "input_scale", help="what the values are")
     _add(tool, "center", help="mean that is subtracted: of all training cells, or of each batch")
     _add(tool, "gene_embeddings", metavar="FILE", help="pretrained vectors of genes to start from")
-    _add(tool, "foundation", help="foundation model that makes the messages")
-    _add(tool, "checkpoint", metavar="DIR", help="folder of the foundation model")
+    tool.add_argument("--foundation", choices=foundation_names(), help="foundation model that makes the messages")
+    tool.add_argument("--checkpoint", metavar="DIR", help="folder of the foundation model")
     _add(tool, "model", metavar="DIR", help="saved model to apply instead of training one")
     tool.add_argument("--save-model", type=Path, metavar="DIR", help="new folder to save the model to")
     _add(tool, "n_tokens", metavar="N", help="token budget of a cell")

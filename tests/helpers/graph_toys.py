@@ -6,7 +6,7 @@ from typing import Any
 
 from fimp_sc.data import GraphData
 from fimp_sc.model import FIMP
-from fimp_sc.model._reading import graph_data, study_of
+from fimp_sc.model.registry._graph_data import graph_data, study_of
 
 
 def data_of(model: FIMP, adata: Any = None, hidden: Any = None) -> GraphData:

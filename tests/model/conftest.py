@@ -105,8 +105,14 @@ def checkpoint(scgpt_checkpoint, _model_tissue):
 def make(checkpoint):
     """Set up and make a model around the foundation model."""
 
-    def build(adata, setup=None, **kwargs) -> FIMP:
+    def build(adata, setup=None, *, folder=checkpoint, train="frozen", n_tokens=10, **kwargs) -> FIMP:
         FIMP.setup_anndata(adata, **(setup or {}))
-        return FIMP(adata, **{"foundation": "scgpt", "checkpoint": checkpoint, "n_tokens": 10, **kwargs})
+        how = {
+            name: kwargs.pop(name)
+            for name in ("neighbor_states", "aggregate", "species", "orthologs", "vocabulary_key")
+            if name in kwargs
+        }
+        foundation = fimp_sc.pretrained.load("scgpt", folder, train=train, **how)
+        return FIMP(adata, **{"foundation": foundation, "n_tokens": n_tokens, **kwargs})
 
     return build

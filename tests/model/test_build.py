@@ -48,7 +48,7 @@ def test_mouse_genes_are_matched_by_a_table(distinct, make, tmp_path) -> None:
     table.to_csv(tmp_path / "orthologs.tsv", sep="\t", index=False)
     model = make(mouse, LOG, species="mouse", orthologs=tmp_path / "orthologs.tsv")
     np.testing.assert_allclose(model.get_latent_representation(), expected, **TOLERANCE)
-    assert model.init_params_["non_kwargs"]["orthologs"] == str(tmp_path / "orthologs.tsv")
+    assert model.init_params_["non_kwargs"]["foundation"]["orthologs"] == str(tmp_path / "orthologs.tsv")
 
 
 def test_no_gene_known_is_an_error(tissue, make) -> None:
@@ -100,15 +100,12 @@ def test_fimp_base_starts_from_vectors_of_genes(tissue, train, tmp_path, form: s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"foundation": None}, r"checkpoint='.*' needs foundation="),
-        ({"checkpoint": None}, r"needs checkpoint=, the folder with args\.json"),
-        ({"foundation": "scGPT"}, r"foundation must be one of 'scgpt', 'vit', 'brainlm' \(or None\), found 'scGPT'"),
-        ({"foundation": "vit"}, "'vit' reads one modality, of images; this model is set up with expression"),
-        ({"foundation": "brainlm"}, "'brainlm' reads one modality, of signals; this model is set up with expression"),
+        ({"folder": None}, r"load\('scgpt'\) needs checkpoint, the folder with args\.json"),
         ({"gene_embeddings": {"A": [1.0]}}, "gene_embeddings are for FIMP-base"),
-        ({"train_foundation": "half"}, "train_foundation must be .* found 'half'"),
-        ({"train_foundation": "last:3"}, "N from 1 to 2"),
-        ({"source": "other"}, "source must be"),
+        ({"token_size": 4}, "token_size is that of foundation='scgpt' itself"),
+        ({"train": "half"}, "train must be .* found 'half'"),
+        ({"train": "last:3"}, "N from 1 to 2"),
+        ({"neighbor_states": "other"}, "neighbor_states must be"),
         ({"aggregate": "other"}, "aggregate must be"),
         ({"n_tokens": 0}, r"n_tokens must be a whole number of at least 1 \(or None\), found 0"),
         ({"species": "rat"}, "species"),
@@ -119,21 +116,48 @@ def test_arguments_that_do_not_fit_are_refused(tissue, make, arguments: dict, me
         make(tissue, **arguments)
 
 
+@pytest.mark.parametrize("name", ["vit", "brainlm"])
+def test_expression_is_not_what_models_of_images_and_signals_read(tissue, tmp_path, name: str) -> None:
+    FIMP.setup_anndata(tissue)
+    with pytest.raises(ValueError, match=f"'{name}' reads one modality, of .*; this model is set up with expression"):
+        FIMP(tissue, foundation=fimp_sc.pretrained.load(name, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"checkpoint": "folder"}, r"Write foundation=fimp_sc\.pretrained\.load\(name, checkpoint\)"),
+        ({"train_foundation": "lora"}, r"load\(name, checkpoint, train=\.\.\.\)"),
+        ({"source": "static"}, r"load\(name, checkpoint, neighbor_states=\.\.\.\)"),
+        ({"species": "mouse"}, r"gene_embeddings=fimp_sc\.pretrained\.read_gene_vectors\(file, species=\.\.\.\)"),
+    ],
+)
+def test_arguments_of_foundation_models_belong_to_their_handle(tissue, arguments: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        FIMP(tissue, **arguments)
+    with pytest.raises(TypeError, match=message):
+        fimp_sc.tl.embed(tissue, model_kwargs=arguments)
+    with pytest.raises(TypeError, match=message):
+        fimp_sc.tl.embed(tissue, foundation="scgpt", **arguments)
+
+
+def test_names_alone_are_no_foundation_models(tissue) -> None:
+    message = r"found 'scgpt'\. Write foundation=fimp_sc\.pretrained\.load\('scgpt', checkpoint\)"
+    for call in (FIMP, fimp_sc.tl.embed, fimp_sc.tl.annotate):
+        with pytest.raises(TypeError, match=message):
+            call(tissue, foundation="scgpt", **({"labels_key": "label"} if call is fimp_sc.tl.annotate else {}))
+
+
 def test_missing_and_damaged_checkpoints_are_refused(tissue, make, checkpoint, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="missing_folder"):
-        make(tissue, checkpoint=tmp_path / "missing_folder")
+        make(tissue, folder=tmp_path / "missing_folder")
     folder = shutil.copytree(checkpoint, tmp_path / "damaged")
     weights = (folder / "best_model.pt").read_bytes()
     (folder / "best_model.pt").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(CheckpointError, match=r"best_model\.pt"):
-        make(tissue, checkpoint=folder)
+        make(tissue, folder=folder)
 
 
 def test_budget_of_tokens_is_larger_for_a_foundation_model(tissue, make) -> None:
     assert make(tissue, n_tokens=None).n_tokens == 200
     assert FIMP(tissue).n_tokens == 16
-
-
-def test_ids_of_a_vocabulary_need_a_foundation_model(tissue, make_model) -> None:
-    with pytest.raises(ValueError, match="vocabulary_key holds ids in the vocabulary of a foundation model"):
-        make_model(tissue, vocabulary_key="id_in_vocab")

@@ -15,7 +15,7 @@ from scipy import sparse
 import fimp_sc
 from fimp_sc.model import FIMP
 from fimp_sc.nn import FoundationNetwork
-from fimp_sc.pretrained import read_foundation
+from fimp_sc.pretrained import load
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 # Of the values of `distinct`.
@@ -37,13 +37,14 @@ def naive_tokens(adata, genes: list[str], known: set[str], n_tokens: int) -> lis
 @torch.no_grad()
 def by_hand(adata, checkpoint, *, alone=False, **stack) -> np.ndarray:
     """The embedding from a dense table of tokens of the whole vocabulary, without blocks."""
-    model = read_foundation("scgpt", checkpoint, **stack)
-    cells = naive_tokens(adata, list(map(str, adata.var_names)), set(model.vocabulary), 10)
+    foundation = load("scgpt", checkpoint, **stack)
+    model, vocabulary = foundation.read(), foundation.vocabulary()
+    cells = naive_tokens(adata, list(map(str, adata.var_names)), set(vocabulary), 10)
     width = max(map(len, cells))
     ids, values = torch.zeros(len(cells), width, dtype=torch.int64), torch.zeros(len(cells), width)
     padding = torch.ones(len(cells), width, dtype=torch.bool)
     for i, cell in enumerate(cells):
-        ids[i, : len(cell)] = torch.tensor([model.vocabulary[gene] for gene in cell])
+        ids[i, : len(cell)] = torch.tensor([vocabulary[gene] for gene in cell])
         values[i, : len(cell)] = torch.tensor(list(cell.values()))
         padding[i, : len(cell)] = False
     tokens, padding = model.embedding(ids, values, padding)
@@ -59,7 +60,7 @@ def by_hand(adata, checkpoint, *, alone=False, **stack) -> np.ndarray:
 @pytest.mark.parametrize("source", ["evolving", "static"])
 @pytest.mark.parametrize("aggregate", ["layer", "final"])
 def test_embedding_without_training_equals_tokens_and_stack(distinct, make, checkpoint, source, aggregate) -> None:
-    mode = {"source": source, "aggregate": aggregate}
+    mode = {"neighbor_states": source, "aggregate": aggregate}
     model = make(distinct, LOG, **mode)
     assert not model.is_trained
     z = model.get_latent_representation()
@@ -70,7 +71,7 @@ def test_embedding_without_training_equals_tokens_and_stack(distinct, make, chec
 
 
 def test_modes_differ(distinct, make) -> None:
-    modes = [{}, {"source": "static"}, {"aggregate": "final"}, {"self_loops": False}, {"n_tokens": 4}]
+    modes = [{}, {"neighbor_states": "static"}, {"aggregate": "final"}, {"self_loops": False}, {"n_tokens": 4}]
     results = [make(distinct, LOG, **mode).get_latent_representation() for mode in modes]
     for i, one in enumerate(results):
         for other in results[i + 1 :]:
@@ -168,7 +169,7 @@ MAY_CHANGE = {
 
 @pytest.mark.parametrize("trained", MAY_CHANGE)
 def test_training_changes_what_it_says(tissue, make, trained: str) -> None:
-    model = make(tissue, {"labels_key": "label"}, train_foundation=trained)
+    model = make(tissue, {"labels_key": "label"}, train=trained)
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     zero_shot = model.get_latent_representation()
     model.train(**QUICK)
@@ -192,7 +193,7 @@ def test_training_changes_what_it_says(tissue, make, trained: str) -> None:
 
 def test_checkpoint_without_a_decoder_trains(tissue, make, scgpt_checkpoint) -> None:
     folder = scgpt_checkpoint(list(tissue.var_names), decoder=False)
-    model = make(tissue, checkpoint=folder, train_foundation="last:1")
+    model = make(tissue, folder=folder, train="last:1")
     with pytest.raises(ValueError, match="no expression decoder"):
         model.get_expression(decoder=True)
     model.train(**QUICK)
@@ -202,7 +203,7 @@ def test_checkpoint_without_a_decoder_trains(tissue, make, scgpt_checkpoint) -> 
 
 def test_cells_that_hide_nothing_are_trained_on_as_they_are_embedded(tissue, make) -> None:
     """Without hidden genes there is nothing to ask for: tokens that ask would change the cell."""
-    model = make(tissue, train_foundation="full")
+    model = make(tissue, train="full")
     splitter = fimp_sc.data.BlockDataset(
         data_of(model, tissue), n_layers=1, n_tokens=10, mask_ratio=(0.0, 0.0), mask_cells=0.0
     )
@@ -233,7 +234,7 @@ def test_frozen_model_learns_labels(tissue, make) -> None:
 
 def test_labels_are_smoothed_as_suits_the_validation_cells(tissue, make) -> None:
     """It predicts with neighbors alone; the mean over a cell and its neighbors still counts as fitted."""
-    model = make(tissue, {"labels_key": "label"}, train_foundation="frozen")
+    model = make(tissue, {"labels_key": "label"}, train="frozen")
     held = np.arange(0, 120, 2)
     model.train(**{**QUICK, "validation_indices": held})
     smoothed = model.smoothed_share
@@ -259,7 +260,7 @@ def test_labels_are_smoothed_as_suits_the_validation_cells(tissue, make) -> None
 def test_labeled_model_is_the_same_with_the_same_seed(tissue, make) -> None:
     results = []
     for seed in (0, 0, 1):
-        model = make(tissue, {"labels_key": "label"}, train_foundation="lora", random_state=seed)
+        model = make(tissue, {"labels_key": "label"}, train="lora", random_state=seed)
         model.train(**QUICK)
         results.append(model.predict(soft=True).to_numpy())
     np.testing.assert_array_equal(results[0], results[1])
@@ -272,8 +273,8 @@ def test_labeled_model_is_the_same_with_the_same_seed(tissue, make) -> None:
 @pytest.mark.parametrize("trained", ["untrained", "frozen", "lora:2"])
 def test_saved_model_does_not_need_the_checkpoint_again(tissue, make, checkpoint, tmp_path, trained: str) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    how = {} if trained == "untrained" else {"train_foundation": trained}
-    model = make(tissue, checkpoint=folder, source="static", **how)
+    how = {} if trained == "untrained" else {"train": trained}
+    model = make(tissue, folder=folder, neighbor_states="static", **how)
     if how:
         model.train(**QUICK)
     shutil.rmtree(folder)
@@ -308,12 +309,12 @@ def test_parameters_that_are_saved_are_plain(tissue, make, checkpoint) -> None:
     for model in (make(tissue), FIMP(tissue, gene_embeddings=vectors)):
         for value in contents(model.init_params_):
             assert isinstance(value, str | int | float | bool | dict | list | tuple | set | None), value
-    assert make(tissue).init_params_["non_kwargs"]["checkpoint"] == str(checkpoint)
+    assert make(tissue).init_params_["non_kwargs"]["foundation"]["checkpoint"] == str(checkpoint)
 
 
 @pytest.mark.parametrize("trained", ["frozen", "lora"])
 def test_module_can_be_sent_to_workers(tissue, make, trained: str) -> None:
-    module = make(tissue, train_foundation=trained).module
+    module = make(tissue, train=trained).module
     again = pickle.loads(pickle.dumps(module))
     assert isinstance(again.network, FoundationNetwork)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import fimp_sc
 from fimp_sc.model import FIMP
-from fimp_sc.pretrained import read_foundation
+from fimp_sc.pretrained import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no neighbors:UserWarning")
 
@@ -106,13 +106,15 @@ def make_bold(n_times=20, n_coordinates: int | None = 3, seed=0):
 
 def alone(folder: Path, mdata, token_size: int) -> np.ndarray:
     """Return what BrainLM makes of each region by itself, averaged over tokens."""
-    adata, foundation = mdata["fmri"], read_foundation("brainlm", folder)
+    adata, foundation = mdata["fmri"], load("brainlm", folder).read()
     n_tokens = adata.n_vars // token_size
     signal = adata.X[:, : n_tokens * token_size].astype(np.float64)
     signal = (signal - signal.mean(1, keepdims=True)) / signal.std(1, keepdims=True)
     places = torch.from_numpy(adata.obsm["spatial"]).float()
     with torch.no_grad():
-        tokens = foundation.embedding(torch.from_numpy(signal).float().unflatten(1, (n_tokens, token_size)), places)
+        tokens = foundation.embedding.tokens(
+            torch.from_numpy(signal).float().unflatten(1, (n_tokens, token_size)), places
+        )
         last = foundation.stack.alone(tokens, torch.zeros(tokens.shape[:2], dtype=torch.bool))
     return last.mean(1).numpy()
 
@@ -120,7 +122,7 @@ def alone(folder: Path, mdata, token_size: int) -> np.ndarray:
 def test_regions_without_neighbors_are_embedded_by_brainlm_itself(segments, only_changed) -> None:
     mdata = make_bold(n_times=20)
     with only_changed(mdata, ("fmri", "obsm", "X_fimp"), ("fmri", "uns", "X_fimp")):
-        fimp_sc.tl.embed(mdata, foundation="brainlm", checkpoint=segments, zero_shot=True, **QUICK)
+        fimp_sc.tl.embed(mdata, foundation=load("brainlm", segments), zero_shot=True, **QUICK)
     found, expected = mdata["fmri"].obsm["X_fimp"], alone(segments, mdata, 5)
     np.testing.assert_allclose(found[ALONE], expected[ALONE], rtol=1e-4, atol=1e-4)
     assert (np.abs(found[JOINED] - expected[JOINED]).max(1) > 1e-2).all()
@@ -128,21 +130,21 @@ def test_regions_without_neighbors_are_embedded_by_brainlm_itself(segments, only
 
 def test_the_released_brainlm_embeds_regions(released) -> None:
     mdata = make_bold(n_times=200)
-    fimp_sc.tl.embed(mdata, foundation="brainlm", checkpoint=released, zero_shot=True, **QUICK)
+    fimp_sc.tl.embed(mdata, foundation=load("brainlm", released), zero_shot=True, **QUICK)
     expected = alone(released, mdata, 20)
     np.testing.assert_allclose(mdata["fmri"].obsm["X_fimp"][ALONE], expected[ALONE], rtol=1e-4, atol=1e-4)
 
 
 def test_a_region_of_a_picture_is_embedded_by_its_class_token(picture) -> None:
     mdata = make_bold(n_times=14)
-    fimp_sc.tl.embed(mdata, foundation="brainlm", checkpoint=picture, zero_shot=True, **QUICK)
-    adata, foundation = mdata["fmri"], read_foundation("brainlm", picture)
+    fimp_sc.tl.embed(mdata, foundation=load("brainlm", picture), zero_shot=True, **QUICK)
+    adata, foundation = mdata["fmri"], load("brainlm", picture).read()
     # Segments are as long as patches, and what does not fill one is left out.
     signal = adata.X[:, :12].astype(np.float64)
     signal = (signal - signal.mean(1, keepdims=True)) / signal.std(1, keepdims=True) / 5.6430855
     rows = adata.obsm["spatial"][:, 1].argsort().argsort() * 20 // N
     with torch.no_grad():
-        tokens = foundation.embedding(torch.from_numpy(signal).float(), torch.from_numpy(rows))
+        tokens = foundation.embedding.tokens(torch.from_numpy(signal).float(), torch.from_numpy(rows))
         last = foundation.stack.alone(tokens, torch.zeros(tokens.shape[:2], dtype=torch.bool))[:, 0].numpy()
     np.testing.assert_allclose(adata.obsm["X_fimp"][ALONE], last[ALONE], rtol=1e-4, atol=1e-4)
 
@@ -150,7 +152,7 @@ def test_a_region_of_a_picture_is_embedded_by_its_class_token(picture) -> None:
 def test_a_picture_is_embedded_and_labeled_but_not_reconstructed(picture) -> None:
     mdata = make_bold(n_times=14)
     FIMP.setup_mudata(mdata, labels_key="lobe")
-    model = FIMP(mdata, foundation="brainlm", checkpoint=picture)
+    model = FIMP(mdata, foundation=load("brainlm", picture))
     before = weights_of(model)
     model.train(**ONE_EPOCH)
     assert_frozen(model, before)
@@ -164,13 +166,13 @@ def test_a_picture_without_labels_has_nothing_to_learn(picture) -> None:
     mdata = make_bold(n_times=14)
     for tool in (fimp_sc.tl.embed, fimp_sc.tl.impute):
         with pytest.raises(ValueError, match=r"nothing to learn.*zero_shot=True"):
-            tool(mdata, foundation="brainlm", checkpoint=picture, **QUICK)
+            tool(mdata, foundation=load("brainlm", picture), **QUICK)
 
 
 def test_signals_are_reconstructed_by_brainlm(segments) -> None:
     mdata = make_bold(n_times=23)
     FIMP.setup_mudata(mdata)
-    model = FIMP(mdata, foundation="brainlm", checkpoint=segments)
+    model = FIMP(mdata, foundation=load("brainlm", segments))
     assert model.token_sizes == {"fmri": 5}
     before = weights_of(model)
     model.train(**ONE_EPOCH)
@@ -187,7 +189,7 @@ def test_a_saved_brainlm_does_not_need_the_checkpoint(layout, brainlm, tmp_path)
 
     mdata = make()
     FIMP.setup_mudata(mdata, labels_key="lobe")
-    model = FIMP(mdata, foundation="brainlm", checkpoint=brainlm)
+    model = FIMP(mdata, foundation=load("brainlm", brainlm))
     model.train(**ONE_EPOCH)
     model.save_pretrained(tmp_path / "model")
     loaded = FIMP.from_pretrained(tmp_path / "model", make(), accelerator="cpu")
@@ -202,16 +204,16 @@ def test_brainlm_needs_places_in_millimeters(brainlm, n_coordinates, found: int,
     mdata = make_bold(n_coordinates=n_coordinates)
     message = rf"in millimeters of MNI space: obsm\['spatial'\] must hold 3 coordinates, found {found}"
     with only_changed(mdata), pytest.raises(ValueError, match=message):
-        fimp_sc.tl.embed(mdata, foundation="brainlm", checkpoint=brainlm, zero_shot=True, **QUICK)
+        fimp_sc.tl.embed(mdata, foundation=load("brainlm", brainlm), zero_shot=True, **QUICK)
 
 
 def test_what_brainlm_cannot_read_is_said(segments, picture, pictures) -> None:
     FIMP.setup_mudata(pictures)
     with pytest.raises(ValueError, match=r"foundation='brainlm' reads signals of brain regions, .* kind 'patch'"):
-        FIMP(pictures, foundation="brainlm", checkpoint=segments)
+        FIMP(pictures, foundation=load("brainlm", segments))
     mdata = make_bold(n_times=25)
     FIMP.setup_mudata(mdata)
     with pytest.raises(ValueError, match="reads up to 24 time points, found 25: cut the recordings"):
-        FIMP(mdata, foundation="brainlm", checkpoint=picture)
+        FIMP(mdata, foundation=load("brainlm", picture))
     with pytest.raises(ValueError, match="token_size is that of foundation='brainlm' itself"):
-        FIMP(mdata, foundation="brainlm", checkpoint=segments, token_size=5)
+        FIMP(mdata, foundation=load("brainlm", segments), token_size=5)

@@ -12,6 +12,7 @@ from foundation_toys import ALONE, JOINED, ONE_EPOCH, QUICK, SIZES, N, assert_fr
 
 import fimp_sc
 from fimp_sc.model import FIMP
+from fimp_sc.pretrained import load
 
 SIDE = 12
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -55,7 +56,7 @@ def test_images_without_neighbors_are_embedded_by_vit_itself(vit, only_changed) 
     folder, channels, expected = vit
     mdata = make_images(channels)
     with only_changed(mdata, ("image", "obsm", "X_fimp"), ("image", "uns", "X_fimp")):
-        fimp_sc.tl.embed(mdata, foundation="vit", checkpoint=folder, zero_shot=True, **QUICK)
+        fimp_sc.tl.embed(mdata, foundation=load("vit", folder), zero_shot=True, **QUICK)
     found = mdata["image"].obsm["X_fimp"]
     np.testing.assert_allclose(found[ALONE], expected[ALONE], **CLOSE)
     assert (np.abs(found[JOINED] - expected[JOINED]).max(1) > 1e-2).all()
@@ -65,7 +66,7 @@ def test_images_are_labeled_and_imputed_while_vit_stays(vit) -> None:
     folder, channels, _ = vit
     mdata = make_images(channels)
     FIMP.setup_mudata(mdata, labels_key="site")
-    model = FIMP(mdata, foundation="vit", checkpoint=folder)
+    model = FIMP(mdata, foundation=load("vit", folder))
     assert (model.token_sizes, model.n_layers) == ({"image": 4}, 1)
     before = weights_of(model)
     model.train(**ONE_EPOCH)
@@ -81,7 +82,7 @@ def test_images_are_labeled_and_imputed_while_vit_stays(vit) -> None:
 def test_hidden_patches_of_vit_have_no_influence(color) -> None:
     mdata, hidden = make_images(), np.random.default_rng(1).random((N, 9)) < 0.3
     FIMP.setup_mudata(mdata)
-    model = FIMP(mdata, foundation="vit", checkpoint=color[0])
+    model = FIMP(mdata, foundation=load("vit", color[0]))
     model.train(**ONE_EPOCH)
     first = model.get_reconstruction(hidden=hidden)
     other = make_images()
@@ -94,7 +95,7 @@ def test_hidden_patches_of_vit_have_no_influence(color) -> None:
 
 
 def test_tools_for_images_with_vit(color) -> None:
-    mdata, how = make_images(), {"foundation": "vit", "checkpoint": color[0], **QUICK}
+    mdata, how = make_images(), {"foundation": load("vit", color[0]), **QUICK}
     fimp_sc.tl.annotate(mdata, "site", **how)
     assert set(mdata["image"].obs["fimp_site"]) <= {"a", "b"}
     fimp_sc.tl.impute(mdata, **how)
@@ -106,7 +107,7 @@ def test_tools_for_images_with_vit(color) -> None:
 def test_parts_of_vit_can_be_trained(color, trained: str) -> None:
     mdata = make_images()
     FIMP.setup_mudata(mdata, labels_key="site")
-    model = FIMP(mdata, foundation="vit", checkpoint=color[0], train_foundation=trained)
+    model = FIMP(mdata, foundation=load("vit", color[0], train=trained))
     before = weights_of(model)
     model.train(**ONE_EPOCH)
     moved = {name for name, value in weights_of(model).items() if not torch.equal(value, before[name])}
@@ -122,7 +123,7 @@ def test_a_saved_model_does_not_need_the_checkpoint(vit, tmp_path, trained: str)
     folder, channels, _ = vit
     mdata = make_images(channels)
     FIMP.setup_mudata(mdata, labels_key="site")
-    model = FIMP(mdata, foundation="vit", checkpoint=folder, train_foundation=trained)
+    model = FIMP(mdata, foundation=load("vit", folder, train=trained))
     model.train(**ONE_EPOCH)
     model.save_pretrained(tmp_path / "model")
     loaded = FIMP.from_pretrained(tmp_path / "model", make_images(channels), accelerator="cpu")
@@ -130,7 +131,7 @@ def test_a_saved_model_does_not_need_the_checkpoint(vit, tmp_path, trained: str)
     np.testing.assert_array_equal(loaded.get_reconstruction(), model.get_reconstruction())
     np.testing.assert_array_equal(loaded.predict(soft=True), model.predict(soft=True))
     config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
-    assert config["init_params"]["checkpoint"] == folder.name
+    assert config["init_params"]["foundation"]["checkpoint"] == folder.name
     assert str(folder.parent) not in json.dumps(config)
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     assert "stack of `vit`" in card
@@ -141,7 +142,11 @@ VIT_ERRORS = {
     "size": (lambda: make_images(side=8), {}, r"reads images of 12 × 12 pixels with 3 channels, found 8 × 8 with 3"),
     "gray": (lambda: make_images(1), {}, r"with 3 channels, found 12 × 12 with 1: .*image_size="),
     "token_size": (make_images, {"model_kwargs": {"token_size": 4}}, "token_size is that of foundation='vit' itself"),
-    "brainlm": (make_images, {"foundation": "brainlm"}, "has 'model_type': 'vit', supported: 'brainlm_mae'"),
+    "brainlm": (
+        make_images,
+        {"name": "brainlm"},
+        "foundation='brainlm' reads signals of brain regions, and .* kind 'patch'",
+    ),
 }
 
 
@@ -149,26 +154,28 @@ VIT_ERRORS = {
 def test_what_vit_cannot_read_is_said(color, case: str, only_changed) -> None:
     make, how, message = VIT_ERRORS[case]
     mdata = make()
+    how = {"foundation": load(how.get("name", "vit"), color[0]), "zero_shot": True, **QUICK, **how}
+    how.pop("name", None)
     with only_changed(mdata), pytest.raises(ValueError, match=message):
-        fimp_sc.tl.embed(mdata, **{"foundation": "vit", "checkpoint": color[0], "zero_shot": True, **QUICK, **how})
+        fimp_sc.tl.embed(mdata, **how)
 
 
 def test_patches_that_are_no_squares_are_refused(tmp_path) -> None:
     mdata = make_images()
     FIMP.setup_mudata(mdata)
     with pytest.raises(ValueError, match="has patches of 4 × 2 pixels, and only square ones are supported"):
-        FIMP(mdata, foundation="vit", checkpoint=save_vit(tmp_path, 3, (4, 2))[0])
+        FIMP(mdata, foundation=load("vit", save_vit(tmp_path, 3, (4, 2))[0]))
 
 
 def test_vit_reads_no_signals_and_no_expression(color, recordings, tissue, make_model) -> None:
     FIMP.setup_mudata(recordings)
     with pytest.raises(ValueError, match="foundation='vit' reads images, and the modality is of kind 'signal'"):
-        FIMP(recordings, foundation="vit", checkpoint=color[0])
+        FIMP(recordings, foundation=load("vit", color[0]))
     with pytest.raises(ValueError, match="reads one modality, of images; this model is set up with expression"):
-        make_model(tissue, foundation="vit", checkpoint=color[0])
+        make_model(tissue, foundation=load("vit", color[0]))
 
 
 def test_foundations_of_sequences_read_one_modality(color, joint) -> None:
     FIMP.setup_mudata(joint, modality=["image", "rna"])
     with pytest.raises(ValueError, match=r"reads one modality, of images; this model is set up with \['image'\]"):
-        FIMP(joint, foundation="vit", checkpoint=color[0])
+        FIMP(joint, foundation=load("vit", color[0]))

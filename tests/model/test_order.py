@@ -71,11 +71,11 @@ def test_cells_at_one_place_and_graphs_without_places_are_ordered_by_name(tissue
 
 
 @pytest.mark.parametrize("what", ["cells", "genes"])
-@pytest.mark.parametrize("train_foundation", ["frozen", "full"])
-def test_foundation_models_are_the_same_in_another_order(tissue, make, train, what, train_foundation) -> None:
+@pytest.mark.parametrize("what_is_trained", ["frozen", "full"])
+def test_foundation_models_are_the_same_in_another_order(tissue, make, train, what, what_is_trained) -> None:
     """Counts have many equal values, whose bins and places among the tokens are drawn."""
     first, second = (
-        results(train(make(adata, train_foundation=train_foundation), max_epochs=1))
+        results(train(make(adata, train=what_is_trained), max_epochs=1))
         for adata in (tissue, in_another_order(tissue, what))
     )
     np.testing.assert_allclose(second[0].loc[first[0].index], first[0], **TOLERANCE)

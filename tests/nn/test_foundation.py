@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fimp_sc.data import NodeGraph
 from fimp_sc.nn import FoundationNetwork, TransformerLayer, TransformerStack
-from fimp_sc.pretrained._scgpt_modules import ScGPTDecoder, ScGPTTokens
+from fimp_sc.pretrained._scgpt import ScGPTDecoder, ScGPTTokens
 
 N, F, GENES, D = 9, 5, 12, 8
 LAYERS = 3
@@ -24,10 +24,10 @@ for _i, _sources in EDGES.items():
 MODES = pytest.mark.parametrize(
     "mode",
     [
-        {"source": "evolving", "aggregate": "layer"},
-        {"source": "static", "aggregate": "layer"},
-        {"source": "evolving", "aggregate": "final"},
-        {"source": "static", "aggregate": "final", "self_loops": False},
+        {"neighbor_states": "evolving", "aggregate": "layer"},
+        {"neighbor_states": "static", "aggregate": "layer"},
+        {"neighbor_states": "evolving", "aggregate": "final"},
+        {"neighbor_states": "static", "aggregate": "final", "self_loops": False},
     ],
     ids=lambda mode: "-".join(map(str, mode.values())),
 )
@@ -91,7 +91,7 @@ def naive(network: FoundationNetwork, i: int, genes: Tensor, absent: Tensor) -> 
     for j in range(N):
         for layer in stack.layers[:-1]:
             evolved = run_layer(layer, sent[j][-1], [(sent[j][-1], padding[j])])
-            sent[j].append(evolved if stack.source == "evolving" else tokens[j])
+            sent[j].append(evolved if stack.neighbor_states == "evolving" else tokens[j])
     mask = parts.value_contract(parts.value_expand(torch.tensor([parts.mask_value]).double()).relu())
     queries = parts.table_norm(parts.table.weight[genes]) + parts.value_norm(mask)
     first, own_padding = torch.cat([tokens[i], queries]), torch.cat([padding[i], absent])

@@ -82,7 +82,7 @@ def naive(
     for j in range(N):
         for layer in stack.layers[:-1]:
             evolved = run_layer(layer, sent[j][-1], [(sent[j][-1], padding[j])])
-            sent[j].append(evolved if stack.source == "evolving" else tokens[j])
+            sent[j].append(evolved if stack.neighbor_states == "evolving" else tokens[j])
     results = []
     for i in range(N_DST):
         neighbors = indices[indptr[i] : indptr[i + 1]].tolist()
@@ -108,8 +108,8 @@ def naive(
 MODES = pytest.mark.parametrize(
     "mode",
     [
-        {"source": source, "aggregate": aggregate, "self_loops": loops}
-        for source in ("evolving", "static")
+        {"neighbor_states": states, "aggregate": aggregate, "self_loops": loops}
+        for states in ("evolving", "static")
         for aggregate in ("layer", "final")
         for loops in (True, False)
     ],
@@ -153,17 +153,17 @@ def test_weights_are_factors_of_messages(mode: dict, kind: dict) -> None:
 def test_modes_differ(mode: dict) -> None:
     """Each switch changes the result, so that the test above tells them apart."""
     inputs, result = make_inputs(), make_stack(**mode)(*make_inputs())
-    for name, other in (("source", ("evolving", "static")), ("aggregate", ("layer", "final"))):
+    for name, other in (("neighbor_states", ("evolving", "static")), ("aggregate", ("layer", "final"))):
         changed = {**mode, name: other[mode[name] == other[0]]}
         assert (make_stack(**changed)(*inputs) - result).abs().max() > 1e-3
     assert (make_stack(**{**mode, "self_loops": not mode["self_loops"]})(*inputs) - result).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("source", ["evolving", "static"])
+@pytest.mark.parametrize("neighbor_states", ["evolving", "static"])
 @pytest.mark.parametrize("aggregate", ["layer", "final"])
 @KINDS
-def test_without_neighbors_it_is_the_model_itself(source: str, aggregate: str, kind: dict) -> None:
-    stack = make_stack(source=source, aggregate=aggregate, **kind)
+def test_without_neighbors_it_is_the_model_itself(neighbor_states: str, aggregate: str, kind: dict) -> None:
+    stack = make_stack(neighbor_states=neighbor_states, aggregate=aggregate, **kind)
     tokens, padding, indptr, indices = make_inputs()
     result = stack(tokens, padding, torch.zeros_like(indptr), indices[:0])
     torch.testing.assert_close(result, stack.alone(tokens, padding)[:N_DST], rtol=0, atol=1e-13)
@@ -233,7 +233,7 @@ def test_half_precision(aggregate: str) -> None:
     assert (half.double() - exact).abs().max() < 5e-2 * exact.abs().max()
 
 
-@pytest.mark.parametrize(("name", "value"), [("source", "moving"), ("aggregate", "edge")])
+@pytest.mark.parametrize(("name", "value"), [("neighbor_states", "moving"), ("aggregate", "edge")])
 def test_unknown_mode(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be .* found '{value}'"):
         make_stack(**{name: value})

@@ -157,7 +157,7 @@ def test_recordings_must_be_known() -> None:
     with pytest.raises(ValueError, match="names no column of recordings"):
         pl.signals(mdata, 0, recording="first")
     mdata["feature"].X = None
-    with pytest.raises(ValueError, match=r"feature\.X is None"):
+    with pytest.raises(ValueError, match=r"mdata\[.feature.\]\.X is None"):
         pl.signals(mdata, 0)
 
 

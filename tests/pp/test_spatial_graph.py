@@ -185,7 +185,7 @@ def test_logs_what_was_built_and_prints_nothing(caplog, capfd):
     adata = make_adata(random_points(30), ["a", "b"] * 15)
     with caplog.at_level(logging.INFO, logger="fimp_sc"):
         spatial_graph(adata, n_neighbors=3, library_key="section")
-    assert "knn graph of 30 cells in 2 samples: 3.0 neighbors per cell" in caplog.text
+    assert "knn graph of 30 cells in 2 samples, 3.0 neighbors per cell" in caplog.text
     assert capfd.readouterr().out == ""
 
 

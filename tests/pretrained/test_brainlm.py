@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from fimp_sc.pretrained import CheckpointError, build_foundation, read_foundation
+from fimp_sc.pretrained import CheckpointError, load
+from fimp_sc.pretrained._registry import foundation_reader
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
 CONFIG = {**SIZES, "model_type": "brainlm_mae", "hidden_act": "gelu", "layer_norm_eps": 1e-12}
@@ -78,7 +79,7 @@ def picture_state():
 
 @torch.no_grad()
 def states(foundation, *inputs):
-    tokens = foundation.embedding(*inputs)
+    tokens = foundation.embedding.tokens(*inputs)
     padding = torch.zeros(tokens.shape[:2], dtype=torch.bool)
     return tokens, [*foundation.stack.alone_states(tokens, padding)], foundation.stack.alone(tokens, padding)
 
@@ -98,7 +99,7 @@ def expected(released):
 
 
 def test_equals_the_original(released, expected) -> None:
-    foundation = read_foundation("brainlm", released)
+    foundation = load("brainlm", released).read()
     tokens, hidden, last = states(foundation, expected["signal"].unflatten(1, (10, 20)), expected["xyz"])
     ours = {"token_embedding": tokens, "hidden_layer_1": hidden[0], "hidden": hidden[-1], "final_norm": last}
     assert len(hidden) == 3
@@ -107,7 +108,7 @@ def test_equals_the_original(released, expected) -> None:
 
 
 def test_bfloat16_is_close_to_the_original(released, expected) -> None:
-    foundation = read_foundation("brainlm", released)
+    foundation = load("brainlm", released).read()
     foundation.embedding.bfloat16()
     foundation.stack.bfloat16()
     inputs = expected["signal"].unflatten(1, (10, 20)).bfloat16(), expected["xyz"].bfloat16()
@@ -153,7 +154,7 @@ def naive_segments(state, signal, xyz):
 
 
 def test_value_convolution_equals_the_formula(segments_state, tmp_path) -> None:
-    foundation = read_foundation("brainlm", write(tmp_path, segments_state, CONFIG))
+    foundation = load("brainlm", write(tmp_path, segments_state, CONFIG)).read()
     signal, xyz = torch.randn(4, 6, 5), torch.randn(4, 3)
     foundation.embedding.double()
     foundation.stack.double()
@@ -166,7 +167,7 @@ def test_value_convolution_equals_transformers(segments_state, tmp_path) -> None
     from transformers import NystromformerConfig
     from transformers.models.nystromformer.modeling_nystromformer import NystromformerLayer
 
-    foundation = read_foundation("brainlm", write(tmp_path, segments_state, CONFIG))
+    foundation = load("brainlm", write(tmp_path, segments_state, CONFIG)).read()
     tokens, hidden, _ = states(foundation, torch.randn(4, 6, 5), torch.randn(4, 3))
     # As many landmarks as tokens: the attention is exact.
     layer = NystromformerLayer(
@@ -198,7 +199,7 @@ def test_a_region_in_a_picture_equals_transformers(picture_state, tmp_path, patc
     state["vit.embeddings.patch_embeddings.projection.weight"] = torch.randn(24, 3, *patch)
     state["vit.embeddings.position_embeddings"] = torch.randn(1, 1 + grid[0] * grid[1], 24)
     stored = {new_name(key): value for key, value in state.items()} if names == "new" else state
-    foundation = read_foundation("brainlm", write(tmp_path, stored, PICTURE | {"patch_size": list(patch)}))
+    foundation = load("brainlm", write(tmp_path, stored, PICTURE | {"patch_size": list(patch)})).read()
     signal, rows = torch.randn(5, 14), torch.tensor([0, 19, 1, 2, 10])
     tokens, hidden, last = states(foundation, signal.unflatten(1, (2, 7)), rows)
 
@@ -237,7 +238,7 @@ def test_the_released_picture_has_so_many_tokens() -> None:
     config = {"layout": "picture", "d_model": 8, "n_heads": 2, "n_layers": 1, "d_feedforward": 8, "eps": 1e-12}
     for side, patch, first, n_tokens in ((432, 16, 7, 13), (434, 14, 8, 15)):
         sizes = {"image_size": [side, side], "patch_size": [patch, patch], "n_regions": 424}
-        embedding = build_foundation("brainlm", config | sizes).embedding
+        embedding = foundation_reader("brainlm").build(config | sizes).embedding.tokens
         tokens = embedding(torch.zeros(2, 10, 20), torch.tensor([0, 423]))
         assert tokens.shape == (2, 1 + n_tokens, 8)
         bias = embedding.signal.bias + embedding.positions[0, 1:].view(side // patch, side // patch, 8)[-1, first + 1]
@@ -247,21 +248,21 @@ def test_the_released_picture_has_so_many_tokens() -> None:
 def test_places_follow_the_y_coordinate(picture_state, segments_state, tmp_path) -> None:
     xyz = torch.zeros(20, 3)
     xyz[:, 1] = torch.randperm(20, generator=torch.Generator().manual_seed(0)) - 10.0
-    picture = read_foundation("brainlm", write(tmp_path, picture_state, PICTURE)).embedding
+    picture = load("brainlm", write(tmp_path, picture_state, PICTURE)).read().embedding.tokens
     assert picture.places(xyz).tolist() == (xyz[:, 1] + 10).long().tolist()
     # Of ten regions each has two rows.
     assert picture.places(xyz[xyz[:, 1] < 0]).sort().values.tolist() == list(range(0, 20, 2))
-    assert read_foundation("brainlm", write(tmp_path, segments_state, CONFIG)).embedding.places(xyz) is xyz
+    assert load("brainlm", write(tmp_path, segments_state, CONFIG)).read().embedding.places(xyz) is xyz
 
 
 @pytest.mark.parametrize("layout", ["segments", "picture"])
 def test_is_built_again_from_its_configuration(segments_state, picture_state, tmp_path, layout: str) -> None:
     segments = layout == "segments"
     folder = write(tmp_path, segments_state if segments else picture_state, CONFIG if segments else PICTURE)
-    foundation = read_foundation("brainlm", folder, source="static", dropout=0.2)
-    assert foundation.stack.source == "static"
+    foundation = load("brainlm", folder, neighbor_states="static").read(dropout=0.2)
+    assert foundation.stack.neighbor_states == "static"
     assert foundation.stack.layers[0].dropout.p == 0.2
-    again = build_foundation("brainlm", json.loads(json.dumps(foundation.config)))
+    again = foundation_reader("brainlm").build(json.loads(json.dumps(foundation.config)))
     again.embedding.load_state_dict(foundation.embedding.state_dict())
     again.stack.load_state_dict(foundation.stack.state_dict())
     inputs = (torch.randn(3, 6, 5), torch.randn(3, 3)) if segments else (torch.randn(3, 14), torch.arange(3))
@@ -270,12 +271,12 @@ def test_is_built_again_from_its_configuration(segments_state, picture_state, tm
 
 
 def test_signals_of_another_shape_are_refused(segments_state, picture_state, tmp_path) -> None:
-    segments = read_foundation("brainlm", write(tmp_path / "a", segments_state, CONFIG)).embedding
+    segments = load("brainlm", write(tmp_path / "a", segments_state, CONFIG)).read().embedding.tokens
     with pytest.raises(ValueError, match=r"\(n, segments, 5\), found \(2, 6, 4\)"):
         segments(torch.zeros(2, 6, 4), torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"xyz must have the shape \(2, 3\), found \(1, 3\)"):
         segments(torch.zeros(2, 6, 5), torch.zeros(1, 3))
-    picture = read_foundation("brainlm", write(tmp_path / "b", picture_state, PICTURE)).embedding
+    picture = load("brainlm", write(tmp_path / "b", picture_state, PICTURE)).read().embedding.tokens
     with pytest.raises(ValueError, match=r"between 1 and 24 time points, found 25"):
         picture(torch.zeros(2, 25), torch.arange(2))
     with pytest.raises(ValueError, match=r"rows must lie between 0 and 19"):
@@ -302,7 +303,7 @@ def test_signals_of_another_shape_are_refused(segments_state, picture_state, tmp
 )
 def test_contradictions_of_the_configuration_are_told(segments_state, tmp_path, change, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        read_foundation("brainlm", write(tmp_path, segments_state, CONFIG | change))
+        load("brainlm", write(tmp_path, segments_state, CONFIG | change)).read()
 
 
 @pytest.mark.parametrize(
@@ -320,13 +321,13 @@ def test_contradictions_of_the_configuration_are_told(segments_state, tmp_path, 
 )
 def test_contradictions_of_a_picture_are_told(picture_state, tmp_path, change, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        read_foundation("brainlm", write(tmp_path, picture_state, PICTURE | change))
+        load("brainlm", write(tmp_path, picture_state, PICTURE | change)).read()
 
 
 def test_convolutions_of_even_width_are_refused(segments_state, tmp_path) -> None:
     even = {key: value[:, :, 1:] if "conv" in key else value for key, value in segments_state.items()}
     with pytest.raises(CheckpointError, match="'conv_kernel_size': 6, but only odd widths"):
-        read_foundation("brainlm", write(tmp_path, even, CONFIG | {"conv_kernel_size": 6}))
+        load("brainlm", write(tmp_path, even, CONFIG | {"conv_kernel_size": 6})).read()
 
 
 @pytest.mark.parametrize("layout", ["segments", "picture"])
@@ -338,27 +339,27 @@ def test_missing_weights_are_named(segments_state, picture_state, tmp_path, layo
     for key in state:
         rest = write(tmp_path, {name: value for name, value in state.items() if name != key}, config)
         if key in unread:
-            read_foundation("brainlm", rest)
+            load("brainlm", rest).read()
             continue
         message = rf"model\.safetensors' has no tensor '{key}'"
         if key == "vit.encoder.layer.0.attention.self.conv.weight":
             message = r"config.json' has 'conv_kernel_size': 7, but its weights say None"
         with pytest.raises(CheckpointError, match=message):
-            read_foundation("brainlm", rest)
+            load("brainlm", rest).read()
 
 
 def test_weights_without_a_place_are_named(segments_state, picture_state, tmp_path) -> None:
     for state, config in ((segments_state, CONFIG), (picture_state, PICTURE)):
         more = state | {"vit.encoder.layer.1.adapter.weight": torch.zeros(2)}
         with pytest.raises(CheckpointError, match=r"no place for: 'vit.encoder.layer.1.adapter.weight'"):
-            read_foundation("brainlm", write(tmp_path, more, config))
+            load("brainlm", write(tmp_path, more, config)).read()
 
 
 def test_other_positions_are_refused(segments_state, tmp_path) -> None:
     key = "vit.embeddings.pos_embedding.pe"
     state = segments_state | {key: segments_state[key].roll(1, 0)}
     with pytest.raises(CheckpointError, match=r"pos_embedding.pe' in .* is not the table of sines and cosines"):
-        read_foundation("brainlm", write(tmp_path, state, CONFIG))
+        load("brainlm", write(tmp_path, state, CONFIG)).read()
 
 
 def test_damaged_files_are_told(segments_state, tmp_path) -> None:
@@ -366,25 +367,25 @@ def test_damaged_files_are_told(segments_state, tmp_path) -> None:
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(CheckpointError, match=r"model.safetensors' cannot be read as weights"):
-        read_foundation("brainlm", folder)
+        load("brainlm", folder).read()
     (folder / "model.safetensors").write_bytes(whole)
     (folder / "config.json").write_text('{"hidden_size": 24,')
     with pytest.raises(CheckpointError, match=r"config.json' is not valid JSON"):
-        read_foundation("brainlm", folder)
+        load("brainlm", folder).read()
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config.json' is missing, which should hold 'num_attention_heads'"):
-        read_foundation("brainlm", folder)
+        load("brainlm", folder).read()
 
 
 def test_heads_must_be_known(segments_state, picture_state, tmp_path) -> None:
     for state, config in ((segments_state, CONFIG), (picture_state, PICTURE)):
         rest = {key: value for key, value in config.items() if key != "num_attention_heads"}
         with pytest.raises(CheckpointError, match=r"config.json' has no 'num_attention_heads'"):
-            read_foundation("brainlm", write(tmp_path, state, rest))
+            load("brainlm", write(tmp_path, state, rest)).read()
 
 
 def test_a_truncated_release_is_told(released, tmp_path) -> None:
     shutil.copyfile(released / "config.json", tmp_path / "config.json")
     (tmp_path / "pytorch_model.bin").write_bytes((released / "pytorch_model.bin").read_bytes()[:1_000_000])
     with pytest.raises(CheckpointError, match=r"pytorch_model.bin' cannot be read as weights"):
-        read_foundation("brainlm", tmp_path)
+        load("brainlm", tmp_path).read()

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fimp_sc.pretrained import CheckpointError
-from fimp_sc.pretrained._scgpt import build_scgpt, read_scgpt
+from fimp_sc.pretrained import CheckpointError, load
+from fimp_sc.pretrained._registry import foundation_reader
 
 ARGS = {
     "embsize": 16,
@@ -106,7 +106,7 @@ def test_equals_the_original_program(shared_data: Path, low_precision: bool) -> 
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
     expected = {key: torch.from_numpy(array) for key, array in np.load(folder / "expected.npz").items()}
-    model = read_scgpt(folder, cls_value=0.0)
+    model = load("scgpt", folder, cls_value=0.0).read()
     inputs = (expected[key][:, 1:] for key in ("gene_ids", "values", "padding"))
     with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
         tokens, padding = model.embedding(*inputs)
@@ -126,7 +126,7 @@ def test_equals_the_original_program(shared_data: Path, low_precision: bool) -> 
 @torch.no_grad()
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_all_names_of_the_weights_give_what_torch_computes(tmp_path: Path, reference, dialect: str) -> None:
-    model = read_scgpt(write(tmp_path, renamed(reference.state_dict(), dialect)))
+    model = load("scgpt", write(tmp_path, renamed(reference.state_dict(), dialect))).read()
     tokens, padding = model.embedding(*sequences())
     gene, value, absent = sequences()
     start = torch.full((3, 1), CLS)
@@ -147,22 +147,23 @@ def test_all_names_of_the_weights_give_what_torch_computes(tmp_path: Path, refer
 
 def test_formats_of_the_file_give_the_same(tmp_path: Path, reference) -> None:
     weights = reference.state_dict()
-    first = read_scgpt(write(tmp_path / "a", weights))
-    second = read_scgpt(write(tmp_path / "b", renamed(weights, "mirror"), name="model.safetensors"))
+    first = load("scgpt", write(tmp_path / "a", weights)).read()
+    second = load("scgpt", write(tmp_path / "b", renamed(weights, "mirror"), name="model.safetensors")).read()
     for part in ("embedding", "stack", "decoder"):
         assert same(getattr(first, part), getattr(second, part))
-    assert first.vocabulary == {name: row for name, row in VOCABULARY.items() if name in GENES}
+    assert load("scgpt", tmp_path / "a").vocabulary() == {
+        name: row for name, row in VOCABULARY.items() if name in GENES
+    }
 
 
 @torch.no_grad()
 def test_only_the_rows_of_the_genes_are_kept(tmp_path: Path, reference) -> None:
     folder = write(tmp_path, reference.state_dict())
-    whole = read_scgpt(folder)
-    names = ["G7", "absent", "G2", "<eoc>"]
-    part = read_scgpt(folder, genes=names)
-    assert part.embedding.table.weight.shape == (len(names) + 2, 16)
+    whole = load("scgpt", folder).read()
+    rows = np.array([VOCABULARY["G7"], -1, VOCABULARY["G2"], -1])
+    part = load("scgpt", folder).read(rows)
+    assert part.embedding.table.weight.shape == (len(rows) + 2, 16)
     assert not part.embedding.table.weight[[1, 3]].any()
-    assert same(part.embedding, read_scgpt(folder, rows=np.array([VOCABULARY["G7"], -1, 2, -1])).embedding)
 
     feature = torch.tensor([[0, 2, 1], [2, 3, 0]])
     value, padding = torch.tensor([[3.0, 1, 4], [5, 5, 0]]), torch.tensor([[0, 0, 0], [0, 0, 1]]).bool()
@@ -176,7 +177,7 @@ def test_only_the_rows_of_the_genes_are_kept(tmp_path: Path, reference) -> None:
 
 @torch.no_grad()
 def test_hidden_genes_have_the_value_of_the_mask(tmp_path: Path, reference) -> None:
-    embedding = read_scgpt(write(tmp_path, reference.state_dict()), cls_value=0.0).embedding
+    embedding = load("scgpt", write(tmp_path, reference.state_dict()), cls_value=0.0).read().embedding
     gene = sequences()[0]
     tokens, _ = embedding(gene, torch.full(gene.shape, -1.0), torch.zeros_like(gene, dtype=torch.bool))
     torch.testing.assert_close(embedding.query_tokens(gene), tokens[:, 1:])
@@ -185,11 +186,12 @@ def test_hidden_genes_have_the_value_of_the_mask(tmp_path: Path, reference) -> N
 
 @torch.no_grad()
 def test_can_be_built_again_without_the_checkpoint(tmp_path: Path, reference) -> None:
-    read = read_scgpt(write(tmp_path, reference.state_dict()), genes=["G1", "no", "G3"], source="static", dropout=0.1)
+    foundation = load("scgpt", write(tmp_path, reference.state_dict()), neighbor_states="static")
+    read = foundation.read([VOCABULARY["G1"], -1, VOCABULARY["G3"]], dropout=0.1)
     config = json.loads(json.dumps(read.config))
-    built = build_scgpt(config, source="static")
+    built = foundation_reader("scgpt").build(config, neighbor_states="static")
     assert built.config == read.config
-    assert built.stack.source == read.stack.source == "static"
+    assert built.stack.neighbor_states == read.stack.neighbor_states == "static"
     assert built.embedding.dropout.p == built.stack.layers[0].dropout.p == 0.1
     for part in ("embedding", "stack", "decoder"):
         ours, theirs = getattr(built, part), getattr(read, part)
@@ -201,16 +203,16 @@ def test_can_be_built_again_without_the_checkpoint(tmp_path: Path, reference) ->
 
 def test_other_heads_are_left_aside(tmp_path: Path, reference) -> None:
     weights = reference.state_dict()
-    plain = read_scgpt(write(tmp_path / "a", weights))
+    plain = load("scgpt", write(tmp_path / "a", weights)).read()
     heads = ["flag_encoder.weight", "cls_decoder.out_layer.bias", "mvc_decoder.W.weight", "decoder.zero_logit.0.bias"]
-    more = read_scgpt(write(tmp_path / "b", weights | {key: torch.ones(2) for key in heads}))
+    more = load("scgpt", write(tmp_path / "b", weights | {key: torch.ones(2) for key in heads})).read()
     assert same(plain.stack, more.stack)
     # This decoder reads batch labels too.
     weights = {k: v for k, v in weights.items() if k != "decoder.fc.0.weight"}
     batches = {"decoder.fc.0.weight": torch.ones(16, 32), "batch_encoder.embedding.weight": torch.ones(3, 16)}
-    assert read_scgpt(write(tmp_path / "c", weights | batches)).decoder is None
+    assert load("scgpt", write(tmp_path / "c", weights | batches)).read().decoder is None
     without = {k: v for k, v in weights.items() if not k.startswith("decoder")}
-    assert read_scgpt(write(tmp_path / "d", without)).decoder is None
+    assert load("scgpt", write(tmp_path / "d", without)).read().decoder is None
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_other_heads_are_left_aside(tmp_path: Path, reference) -> None:
 )
 def test_settings_that_do_not_fit(tmp_path: Path, reference, args: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        read_scgpt(write(tmp_path, reference.state_dict(), **args))
+        load("scgpt", write(tmp_path, reference.state_dict(), **args)).read()
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ def test_settings_that_do_not_fit(tmp_path: Path, reference, args: dict, message
 def test_vocabularies_that_do_not_fit(tmp_path: Path, reference, change: dict, message: str) -> None:
     vocabulary = {name: row for name, row in (VOCABULARY | change).items() if row is not None}
     with pytest.raises(CheckpointError, match=message):
-        read_scgpt(write(tmp_path, reference.state_dict(), vocabulary=vocabulary))
+        load("scgpt", write(tmp_path, reference.state_dict(), vocabulary=vocabulary)).read()
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,7 @@ def test_vocabularies_that_do_not_fit(tmp_path: Path, reference, change: dict, m
 def test_weights_that_do_not_fit(tmp_path: Path, reference, change: dict, message: str) -> None:
     weights = {key: value for key, value in (reference.state_dict() | change).items() if value is not None}
     with pytest.raises(CheckpointError, match=message) as caught:
-        read_scgpt(write(tmp_path, weights))
+        load("scgpt", write(tmp_path, weights)).read()
     assert "best_model.pt" in str(caught.value)
 
 
@@ -283,26 +285,25 @@ def test_files_that_are_damaged_or_carry_code(tmp_path: Path, reference, monkeyp
     path, content = folder / "best_model.pt", (folder / "best_model.pt").read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"best_model\.pt.*damaged"):
-        read_scgpt(folder)
+        load("scgpt", folder).read()
     monkeypatch.chdir(tmp_path)
     torch.save({"encoder.embedding.weight": Trap()}, path)
     with pytest.raises(CheckpointError, match=r"best_model\.pt.*carries code"):
-        read_scgpt(folder)
+        load("scgpt", folder).read()
     assert not (tmp_path / "trapped").exists()
     path.unlink()
     with pytest.raises(CheckpointError, match=r"has no 'best_model\.pt'"):
-        read_scgpt(folder)
+        load("scgpt", folder).read()
 
 
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"genes": ["Gad1", "Slc17a7"]}, "None of the 2 genes, such as 'Gad1'.*human"),
-        ({"rows": [12]}, "rows must be -1 or ids .* 0 to 11, found 12 to 12"),
-        ({"rows": [0.5]}, "whole numbers"),
-        ({"rows": [1], "genes": ["G1"]}, "not both"),
+        ([-1, -1], "None of the 2 genes is in the vocabulary .*human"),
+        ([12], "rows must be -1 or ids .* 0 to 11, found 12 to 12"),
+        ([0.5], "whole numbers"),
     ],
 )
-def test_genes_that_cannot_be_had(tmp_path: Path, reference, chosen: dict, message: str) -> None:
+def test_genes_that_cannot_be_had(tmp_path: Path, reference, chosen: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_scgpt(write(tmp_path, reference.state_dict()), **chosen)
+        load("scgpt", write(tmp_path, reference.state_dict())).read(chosen)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from fimp_sc.pretrained import build_foundation, read_foundation
+from fimp_sc.pretrained import load
+from fimp_sc.pretrained._registry import foundation_reader
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
 CONFIG = {**SIZES, "model_type": "vit", "image_size": 32, "patch_size": 8, "num_channels": 3, "hidden_act": "gelu"}
@@ -64,7 +65,7 @@ def layer_outputs(layers, run):
 
 @torch.no_grad()
 def states(foundation, *inputs):
-    tokens = foundation.embedding(*inputs)
+    tokens = foundation.embedding.tokens(*inputs)
     padding = torch.zeros(tokens.shape[:2], dtype=torch.bool)
     return tokens, [*foundation.stack.alone_states(tokens, padding)], foundation.stack.alone(tokens, padding)
 
@@ -96,14 +97,14 @@ def test_equals_transformers_under_all_names(vit_names, vit, pixels, tmp_path, f
             "prefixed",
         )
         write(tmp_path, state, CONFIG)
-    foundation = read_foundation("vit", tmp_path)
+    foundation = load("vit", tmp_path).read()
     layers = vit.layers if hasattr(vit, "layers") else vit.encoder.layer
     assert_same(foundation, pixels, vit.embeddings, layers, lambda: vit(pixels).last_hidden_state)
 
 
 def test_equals_transformers_under_names_of_timm(vit_names, pixels, tmp_path) -> None:
     model = transformers_vit(layer_norm_eps=1e-6)
-    foundation = read_foundation("vit", write(tmp_path, vit_names["timm"](model.state_dict())), n_heads=4)
+    foundation = load("vit", write(tmp_path, vit_names["timm"](model.state_dict())), n_heads=4).read()
     layers = model.layers if hasattr(model, "layers") else model.encoder.layer
     assert foundation.stack.layers[0].attention_norm.eps == foundation.stack.norm.eps == 1e-6
     assert_same(foundation, pixels, model.embeddings, layers, lambda: model(pixels).last_hidden_state)
@@ -111,7 +112,7 @@ def test_equals_transformers_under_names_of_timm(vit_names, pixels, tmp_path) ->
 
 def test_norms_add_what_the_configuration_says(pixels, tmp_path) -> None:
     model = transformers_vit(layer_norm_eps=0.1)
-    foundation = read_foundation("vit", write(tmp_path, model.state_dict(), CONFIG | {"layer_norm_eps": 0.1}))
+    foundation = load("vit", write(tmp_path, model.state_dict(), CONFIG | {"layer_norm_eps": 0.1})).read()
     layers = model.layers if hasattr(model, "layers") else model.encoder.layer
     assert_same(foundation, pixels, model.embeddings, layers, lambda: model(pixels).last_hidden_state)
 
@@ -122,14 +123,14 @@ def test_equals_timm(tmp_path) -> None:
     model = randomize(timm.create_model("vit_tiny_patch16_224", pretrained=False))
     pixels = torch.randn(2, 3, 224, 224)
     settings = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": [3, 224, 224]}}
-    foundation = read_foundation("vit", write(tmp_path, model.state_dict(), settings))
+    foundation = load("vit", write(tmp_path, model.state_dict(), settings)).read()
     assert foundation.config["n_heads"] == 3
     # timm adds positions after it has embedded patches, and calls that "norm_pre" of nothing.
     assert_same(foundation, pixels, model.norm_pre, model.blocks, lambda: model.forward_features(pixels))
 
 
 def test_bfloat16_is_close(vit, pixels, tmp_path) -> None:
-    foundation = read_foundation("vit", write(tmp_path, vit.state_dict(), CONFIG))
+    foundation = load("vit", write(tmp_path, vit.state_dict(), CONFIG)).read()
     _, exact, last = states(foundation, pixels)
     foundation.embedding.bfloat16()
     foundation.stack.bfloat16()
@@ -168,10 +169,10 @@ def naive_static(state, tokens, neighbors):
 
 
 def test_across_nodes_equals_a_loop_over_edges(vit_names, vit, pixels, tmp_path) -> None:
-    foundation = read_foundation(
-        "vit", write(tmp_path, vit.state_dict(), CONFIG), source="static", aggregate="layer", self_loops=True
-    )
-    stack, tokens = foundation.stack.double(), foundation.embedding.double()(pixels.double()).detach()
+    foundation = load(
+        "vit", write(tmp_path, vit.state_dict(), CONFIG), neighbor_states="static", aggregate="layer"
+    ).read(self_loops=True)
+    stack, tokens = foundation.stack.double(), foundation.embedding.double().tokens(pixels.double()).detach()
     padding = torch.zeros(tokens.shape[:2], dtype=torch.bool)
     neighbors = [[1, 4], [], [0, 1, 3], [2]]
     indptr, indices = torch.tensor([0, 2, 2, 5, 6]), torch.tensor([1, 4, 0, 1, 3, 2])
@@ -185,7 +186,7 @@ def test_across_nodes_equals_a_loop_over_edges(vit_names, vit, pixels, tmp_path)
 
 
 def test_without_neighbors_it_is_the_model_itself(vit, pixels, tmp_path) -> None:
-    foundation = read_foundation("vit", write(tmp_path, vit.state_dict(), CONFIG))
+    foundation = load("vit", write(tmp_path, vit.state_dict(), CONFIG)).read()
     tokens, _, last = states(foundation, pixels)
     padding = torch.zeros(tokens.shape[:2], dtype=torch.bool)
     with torch.no_grad():
@@ -195,8 +196,8 @@ def test_without_neighbors_it_is_the_model_itself(vit, pixels, tmp_path) -> None
 
 def test_is_built_again_from_its_configuration(vit, pixels, tmp_path) -> None:
     config = CONFIG | {"image_size": [32, 32], "layer_norm_eps": 1e-3}
-    foundation = read_foundation("vit", write(tmp_path, vit.state_dict(), config), dropout=0.3)
-    again = build_foundation("vit", json.loads(json.dumps(foundation.config)))
+    foundation = load("vit", write(tmp_path, vit.state_dict(), config)).read(dropout=0.3)
+    again = foundation_reader("vit").build(json.loads(json.dumps(foundation.config)))
     assert foundation.stack.layers[0].dropout.p == 0.3
     assert again.stack.layers[0].dropout.p == 0.0
     again.embedding.load_state_dict(foundation.embedding.state_dict())
@@ -206,7 +207,7 @@ def test_is_built_again_from_its_configuration(vit, pixels, tmp_path) -> None:
 
 
 def test_images_of_another_size_are_refused(vit, tmp_path) -> None:
-    embedding = read_foundation("vit", write(tmp_path, vit.state_dict(), CONFIG)).embedding
+    embedding = load("vit", write(tmp_path, vit.state_dict(), CONFIG)).read().embedding.tokens
     with pytest.raises(ValueError, match=r"\(n, 3, 32, 32\), found \(2, 3, 40, 32\)"):
         embedding(torch.zeros(2, 3, 40, 32))
     with pytest.raises(ValueError, match=r"found \(2, 1, 32, 32\)"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fimp_sc.pretrained import CheckpointError, read_foundation
+from fimp_sc.pretrained import CheckpointError, load
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
 CONFIG = {**SIZES, "model_type": "vit", "image_size": 32, "patch_size": 8, "num_channels": 3, "hidden_act": "gelu"}
@@ -66,7 +66,7 @@ def hand_made():
 )
 def test_contradictions_of_the_configuration_are_told(hand_made, tmp_path, change, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        read_foundation("vit", write(tmp_path, hand_made, CONFIG | change))
+        load("vit", write(tmp_path, hand_made, CONFIG | change)).read()
 
 
 @pytest.mark.parametrize(
@@ -87,37 +87,37 @@ def test_contradictions_of_the_configuration_are_told(hand_made, tmp_path, chang
 )
 def test_parts_that_are_not_supported_are_named(hand_made, tmp_path, key: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        read_foundation("vit", write(tmp_path, hand_made | {key: torch.zeros(48)}, CONFIG))
+        load("vit", write(tmp_path, hand_made | {key: torch.zeros(48)}, CONFIG)).read()
 
 
 @pytest.mark.parametrize("names", ["new", "old", "timm"])
 def test_missing_and_misshapen_weights_are_named(vit_names, hand_made, tmp_path, names: str) -> None:
     state = vit_names[names](hand_made)
     options = {"n_heads": 4} if names == "timm" else {}
-    read_foundation("vit", write(tmp_path, state, CONFIG), **options)
+    load("vit", write(tmp_path, state, CONFIG), **options).read()
     for key in state:
         rest = {name: value for name, value in state.items() if name != key}
         with pytest.raises(CheckpointError, match=rf"model\.safetensors' has no tensor '{re.escape(key)}'"):
-            read_foundation("vit", write(tmp_path, rest, CONFIG), **options)
+            load("vit", write(tmp_path, rest, CONFIG), **options).read()
     last = next(
         key for key in state if "2." in key and key.endswith("fc2.weight" if names != "old" else "dense.weight")
     )
     with pytest.raises(CheckpointError, match=re.escape(last)):
-        read_foundation("vit", write(tmp_path, state | {last: state[last][:, 1:]}, CONFIG), **options)
+        load("vit", write(tmp_path, state | {last: state[last][:, 1:]}, CONFIG), **options).read()
 
 
 def test_heads_must_be_known(hand_made, tmp_path) -> None:
     write(tmp_path, hand_made)
     with pytest.raises(CheckpointError, match=r"heads is not known: .*config.json.* Pass n_heads="):
-        read_foundation("vit", tmp_path)
+        load("vit", tmp_path).read()
     # A file by itself, with the sizes that its shapes tell.
-    foundation = read_foundation("vit", tmp_path / "model.safetensors", n_heads=4)
+    foundation = load("vit", tmp_path / "model.safetensors", n_heads=4).read()
     assert foundation.config["image_size"] == [32, 32]
     assert foundation.config["n_layers"] == 3
     with pytest.raises(CheckpointError, match=r"'num_attention_heads': 4, but n_heads=2 was passed"):
-        read_foundation("vit", write(tmp_path, hand_made, CONFIG), n_heads=2)
+        load("vit", write(tmp_path, hand_made, CONFIG), n_heads=2).read()
     with pytest.raises(CheckpointError, match=r"^7 attention heads do not divide the width 48\.$"):
-        read_foundation("vit", write(tmp_path / "alone", hand_made), n_heads=7)
+        load("vit", write(tmp_path / "alone", hand_made), n_heads=7).read()
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ def test_heads_of_timm_follow_from_the_architecture(
     write(tmp_path, state, settings)
     if heads is None:
         with pytest.raises(CheckpointError, match="heads is not known"):
-            read_foundation("vit", tmp_path)
+            load("vit", tmp_path).read()
     else:
-        foundation = read_foundation("vit", tmp_path)
+        foundation = load("vit", tmp_path).read()
         assert foundation.config["n_heads"] == heads
         assert foundation.stack.layers[0].attention.n_heads == heads
 
@@ -157,7 +157,7 @@ def test_heads_of_timm_follow_from_the_architecture(
 )
 def test_contradictions_of_timm_are_told(vit_names, hand_made, tmp_path, settings, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        read_foundation("vit", write(tmp_path, vit_names["timm"](hand_made), settings), n_heads=4)
+        load("vit", write(tmp_path, vit_names["timm"](hand_made), settings), n_heads=4).read()
 
 
 def test_models_without_class_token_are_refused(vit_names, hand_made, tmp_path) -> None:
@@ -165,4 +165,4 @@ def test_models_without_class_token_are_refused(vit_names, hand_made, tmp_path) 
     del state["cls_token"]
     state["pos_embed"] = state["pos_embed"][:, 1:]
     with pytest.raises(CheckpointError, match=r"'pos_embed' .* has no class token"):
-        read_foundation("vit", write(tmp_path, state), n_heads=4)
+        load("vit", write(tmp_path, state), n_heads=4).read()

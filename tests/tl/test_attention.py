@@ -337,11 +337,12 @@ def test_a_call_that_fails_late_writes_nothing(fresh, unchanged, monkeypatch) ->
 
 
 def test_foundation_stack(fresh, scgpt_checkpoint, unchanged) -> None:
-    how = {**QUICK, "foundation": "scgpt", "checkpoint": scgpt_checkpoint(list(fresh.var_names)), "min_edges": 10}
-    how["min_support"] = 1
+    checkpoint = scgpt_checkpoint(list(fresh.var_names))
+    whole, layers = (fimp_sc.pretrained.load("scgpt", checkpoint, aggregate=how) for how in ("final", "layer"))
+    how = {**QUICK, "min_edges": 10, "min_support": 1, "model_kwargs": {"n_tokens": 12}}
     with unchanged(fresh), pytest.raises(ValueError, match=r"use a model with aggregate='layer'"):
-        fimp_sc.tl.attention(fresh, "cell_type", model_kwargs={"n_tokens": 12, "aggregate": "final"}, **how)
-    fimp_sc.tl.attention(fresh, "cell_type", model_kwargs={"n_tokens": 12}, **how)
+        fimp_sc.tl.attention(fresh, "cell_type", foundation=whole, **how)
+    fimp_sc.tl.attention(fresh, "cell_type", foundation=layers, **how)
     assert fresh.obsp["fimp_attention"].data.min() > 0
     assert pairs(fresh)["attention"].max() > 0
 

@@ -8,6 +8,7 @@ import pytest
 
 import fimp_sc
 from fimp_sc.model import FIMP
+from fimp_sc.pretrained import load
 
 GRAPH = {
     "obsp": {"spatial_connectivities", "spatial_distances"},
@@ -21,7 +22,7 @@ def zero_shot(tissue, scgpt_checkpoint):
     """Arguments that embed with scGPT as it is."""
     genes = [gene for i, gene in enumerate(tissue.var_names) if i % 5]
     return {
-        "foundation": "scgpt", "checkpoint": scgpt_checkpoint(genes), "zero_shot": True, "accelerator": "cpu",
+        "foundation": load("scgpt", scgpt_checkpoint(genes)), "zero_shot": True, "accelerator": "cpu",
         "verbose": False, "model_kwargs": {"n_tokens": 8},
     }  # fmt: skip
 
@@ -44,17 +45,17 @@ def test_foundation_model_as_it_is(tissue, zero_shot, unchanged, tmp_path) -> No
     np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-5)
     by_hand = tissue.copy()
     FIMP.setup_anndata(by_hand, library_key="section")
-    model = FIMP(by_hand, foundation="scgpt", checkpoint=zero_shot["checkpoint"], n_tokens=8)
+    model = FIMP(by_hand, foundation=zero_shot["foundation"], n_tokens=8)
     np.testing.assert_allclose(z, model.get_latent_representation(), atol=1e-6)
     record = tissue.uns["X_fimp"]
     assert record["epochs"] == 0
-    assert record["model"]["foundation"] == "scgpt"
-    assert record["model"]["checkpoint"] == str(zero_shot["checkpoint"])
+    assert record["model"]["foundation"]["name"] == "scgpt"
+    assert record["model"]["foundation"]["checkpoint"] == str(zero_shot["foundation"].folder)
     assert record["params"]["library_key"] == "section"
     tissue.write_h5ad(tmp_path / "tissue.h5ad")
     again = ad.read_h5ad(tmp_path / "tissue.h5ad")
     np.testing.assert_array_equal(again.obsm["X_fimp"], z)
-    assert again.uns["X_fimp"]["model"]["foundation"] == "scgpt"
+    assert again.uns["X_fimp"]["model"]["foundation"]["name"] == "scgpt"
     assert again.uns["X_fimp"]["model"]["architecture"]["foundation"]["embsize"] == 16
     fimp_sc.tl.embed(again, library_key="section", key_added="again", **zero_shot)
     np.testing.assert_array_equal(again.obsm["again"], z)
@@ -73,22 +74,24 @@ def test_model_that_was_not_trained_serves_other_sections(tissue, section, zero_
 
 def test_foundation_model_that_is_trained(tissue, zero_shot, quick) -> None:
     fimp_sc.tl.embed(tissue, key_added="before", **zero_shot)
-    trained = {name: zero_shot[name] for name in ("foundation", "checkpoint")}
     for key, part in (("frozen", "frozen"), ("tuned", "lora")):
-        kwargs = {**quick, "model_kwargs": {"n_tokens": 8, "train_foundation": part}}
-        fimp_sc.tl.embed(tissue, key_added=key, **trained, **kwargs)
+        foundation = load("scgpt", zero_shot["foundation"].folder, train=part)
+        fimp_sc.tl.embed(tissue, key_added=key, foundation=foundation, **{**quick, "model_kwargs": {"n_tokens": 8}})
         assert tissue.uns[key]["epochs"] == 1
     np.testing.assert_allclose(tissue.obsm["frozen"], tissue.obsm["before"], atol=1e-6)
     assert np.abs(tissue.obsm["tuned"] - tissue.obsm["before"]).max() > 1e-5
 
 
 def test_zero_shot_needs_a_foundation_model(tissue, quick, unchanged) -> None:
-    with unchanged(tissue), pytest.raises(ValueError, match=r"zero_shot=True needs .* foundation='scgpt'"):
+    with (
+        unchanged(tissue),
+        pytest.raises(ValueError, match=r"zero_shot=True needs .* foundation=fimp_sc.pretrained.load"),
+    ):
         fimp_sc.tl.embed(tissue, zero_shot=True, **quick)
 
 
 def test_object_is_unchanged_when_the_checkpoint_is_broken(tissue, zero_shot, unchanged) -> None:
-    (zero_shot["checkpoint"] / "best_model.pt").write_bytes(b"nothing")
+    (zero_shot["foundation"].folder / "best_model.pt").write_bytes(b"nothing")
     with unchanged(tissue), pytest.raises(ValueError, match=r"best_model\.pt"):
         fimp_sc.tl.embed(tissue, **zero_shot)
     with pytest.raises(KeyError):
@@ -112,11 +115,11 @@ def test_ids_of_the_genes_may_be_a_column_of_the_object(tissue, zero_shot, uncha
     tissue.X = tissue.X.multiply(weight).tocsr().astype(np.float32)
     zero_shot["input_scale"] = "normalized"
     fimp_sc.tl.embed(tissue, key_added="by_name", **zero_shot)
-    fimp_sc.pp.match_genes(tissue, zero_shot["checkpoint"], key_added="id")
+    fimp_sc.pp.match_genes(tissue, zero_shot["foundation"].folder, key_added="id")
     tissue.var_names = [f"gene {i}" for i in range(tissue.n_vars)]
-    kwargs = {**zero_shot, "model_kwargs": {"n_tokens": 8, "vocabulary_key": "id"}}
+    foundation = load("scgpt", zero_shot["foundation"].folder, vocabulary_key="id")
     with unchanged(tissue, obsm={"by_id"}, uns={"by_id"}):
-        fimp_sc.tl.embed(tissue, key_added="by_id", **kwargs)
+        fimp_sc.tl.embed(tissue, key_added="by_id", **{**zero_shot, "foundation": foundation})
     np.testing.assert_allclose(tissue.obsm["by_id"], tissue.obsm["by_name"], atol=1e-5)
 
 

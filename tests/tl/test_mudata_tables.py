@@ -12,6 +12,7 @@ from protein_toys import N_GENES, cells_with_proteins
 import fimp_sc
 from fimp_sc.data._modality import quiet_mudata
 from fimp_sc.model import FIMP
+from fimp_sc.pretrained import load
 
 BOTH = ["rna", "protein"]
 QUICK = {
@@ -139,7 +140,7 @@ def test_what_cannot_be_read(scgpt_checkpoint) -> None:
     mdata = cells_with_proteins()
     with pytest.raises(ValueError, match=r"is for expression alone; this model reads \['rna', 'protein'\]"):
         fimp_sc.tl.embed(
-            mdata, modality=BOTH, foundation="scgpt", checkpoint=scgpt_checkpoint(mdata["rna"].var_names), verbose=False
+            mdata, modality=BOTH, foundation=load("scgpt", scgpt_checkpoint(mdata["rna"].var_names)), verbose=False
         )
     with pytest.raises(ValueError, match=r"input_scale names 'prot', and the tables that are read are \['rna'"):
         fimp_sc.tl.embed(mdata, modality=BOTH, input_scale={"prot": "log"}, **QUICK)

@@ -15,6 +15,7 @@ import pytest
 from scipy import sparse
 
 import fimp_sc
+from fimp_sc.data._study import resolve
 from fimp_sc.data.storage._rows import MatrixRows, open_rows
 from fimp_sc.data.storage._stored import storage
 from fimp_sc.model import FIMP
@@ -206,7 +207,9 @@ def test_impute_uses_the_model_of_embed_until_the_data_change(
 
 def test_marks_read_no_expression(graph: ad.AnnData, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = _inputs.Inputs()
-    works = [_inputs.working_copy(place(graph, kind), inputs) for kind in ("backed", "backed dense", "lazy h5ad")]
+    works = [
+        _inputs.working_copy(resolve(place(graph, kind)), inputs) for kind in ("backed", "backed dense", "lazy h5ad")
+    ]
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("expression was read")
@@ -225,7 +228,7 @@ def test_marks_read_no_expression(graph: ad.AnnData, place: Place, monkeypatch: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_working_copy_holds_what_the_object_holds(graph: ad.AnnData, place: Place, kind: str) -> None:
     stored = place(graph, kind)
-    work = _inputs.working_copy(stored, _inputs.Inputs(library_key="section", labels_key="label"))
+    work = _inputs.working_copy(resolve(stored), _inputs.Inputs(library_key="section", labels_key="label")).nodes
     assert storage(work.X) == storage(stored.X) != "memory"
     assert isinstance(work.obs, pd.DataFrame)
     assert list(work.obs["section"].astype(str)) == list(graph.obs["section"].astype(str))

@@ -165,6 +165,11 @@ class Study:
                 raise missing_key(column, where, adata.obs, f"mdata.obs has it: bring it there with {call}.")
 
 
+def as_whole(data: AnnData | MuData) -> Study:
+    """Return an object whose own ``obs``, ``obsm`` and ``obsp`` are read, whatever modalities it has."""
+    return Study(data, None, (Modality("mdata" if is_mudata(data) else "adata", "expression", data),))
+
+
 def resolve(data: AnnData | MuData, modality: str | Sequence[str] | None = None) -> Study:
     """Find out what an object holds of its nodes.
 

@@ -12,28 +12,33 @@ import numpy as np
 from fimp_sc import _logging
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.sequences._tokenizers import token_shape
-from fimp_sc.model._fields import SEQUENCE_KEY, X_KEY, SequenceField
-from fimp_sc.model._shared_genes import FEW_GENES
+from fimp_sc.model.registry._fields import SEQUENCE_KEY, X_KEY, ExpressionField, SequenceField, table_states
+from fimp_sc.model.registry._shared_genes import FEW_GENES
 from fimp_sc.nn import FoundationNetwork
-from fimp_sc.pretrained import GeneVectors, build_foundation, read_foundation, read_gene_vectors
-from fimp_sc.pretrained._sequence_inputs import own_token_size, sequence_input
-from fimp_sc.pretrained.files._files import checkpoint_folder
+from fimp_sc.pretrained import GeneVectors, read_gene_vectors
 from fimp_sc.pretrained.genes._match import advice, match_names
-from fimp_sc.pretrained.genes._vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
     from fimp_sc.data import SequenceShape
-    from fimp_sc.pretrained import Foundation
+    from fimp_sc.pretrained import Foundation, SequenceTokens
+    from fimp_sc.pretrained.genes._match import Species
 
 logger = logging.getLogger(__name__)
 
 _FEW = 0.5
-_MATCH = "fimp_sc.pp.match_genes has these options and tells gene by gene; its column goes into vocabulary_key=."
+_MATCH = (
+    "fimp_sc.pp.match_genes has these options and tells gene by gene; fimp_sc.pretrained.load takes its column as "
+    "vocabulary_key=."
+)
 
 
-def vocabulary_rows(genes: NDArray[Any], vocabulary: Any, what: str, **how: Any) -> NDArray[np.int64]:
+def vocabulary_rows(
+    genes: NDArray[Any], vocabulary: Mapping[str, int], what: str, species: Species, orthologs: Any
+) -> NDArray[np.int64]:
     """Return the row of each of ``genes`` in a vocabulary, -1 where there is none.
 
     Parameters
@@ -41,11 +46,11 @@ def vocabulary_rows(genes: NDArray[Any], vocabulary: Any, what: str, **how: Any)
     genes
         Names.
     vocabulary
-        See :func:`~fimp_sc.pretrained.genes._vocabulary.read_vocabulary`.
+        Row of each name.
     what
         Whose vocabulary it is, for messages.
-    **how
-        ``species`` and ``orthologs``, see :func:`~fimp_sc.pretrained.genes._match.match_names`.
+    species, orthologs
+        See :func:`~fimp_sc.pretrained.genes._match.match_names`.
 
     Raises
     ------
@@ -57,13 +62,12 @@ def vocabulary_rows(genes: NDArray[Any], vocabulary: Any, what: str, **how: Any)
     UserWarning
         When half of the genes or less are found.
     """
-    known = read_vocabulary(vocabulary)
-    table = match_names([str(gene) for gene in genes], known, **how)
+    table = match_names([str(gene) for gene in genes], vocabulary, species=species, orthologs=orthologs)
     rows = table["id"].to_numpy(dtype=np.int64)
     found = int((rows >= 0).sum())
     hint = ""
     if found <= _FEW * len(genes):
-        hint = f" {advice(table, known, how.get('species', 'human'))} {_MATCH}"
+        hint = f" {advice(table, vocabulary, species)} {_MATCH}"
     message = f"{what} knows {f'{found:,}' if found else 'none'} of the {len(genes):,} genes of the object."
     if found <= FEW_GENES * len(genes):
         raise ValueError(f"{message}{hint}")
@@ -74,7 +78,7 @@ def vocabulary_rows(genes: NDArray[Any], vocabulary: Any, what: str, **how: Any)
     return rows
 
 
-def gene_vectors(genes: NDArray[Any], source: Any, **how: Any) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def gene_vectors(genes: NDArray[Any], source: Any) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Read a table of gene vectors and find those of ``genes``.
 
     Parameters
@@ -82,9 +86,7 @@ def gene_vectors(genes: NDArray[Any], source: Any, **how: Any) -> tuple[NDArray[
     genes
         Names.
     source
-        See :func:`~fimp_sc.pretrained.read_gene_vectors`.
-    **how
-        See :func:`vocabulary_rows`.
+        See :func:`~fimp_sc.pretrained.read_gene_vectors`, or what it returned.
 
     Returns
     -------
@@ -98,7 +100,8 @@ def gene_vectors(genes: NDArray[Any], source: Any, **how: Any) -> tuple[NDArray[
         When it has a vector for none of the genes.
     """
     table = source if isinstance(source, GeneVectors) else read_gene_vectors(source)
-    return table.rows(vocabulary_rows(genes, table.names.tolist(), "gene_embeddings", **how))
+    known = {str(name): row for row, name in enumerate(table.names)}
+    return table.rows(vocabulary_rows(genes, known, "gene_embeddings", table.species, table.orthologs))
 
 
 def sequence_shapes(
@@ -149,102 +152,80 @@ def _sequence_states(registry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def sequence_network(
-    name: str,
+def foundation_network(
+    foundation: Foundation,
     registry: Mapping[str, Any],
-    checkpoint: Any,
+    ids: NDArray[np.int64] | None,
     stored: Mapping[str, Any] | None,
-    *,
-    trained: str,
     **stack: Any,
 ) -> tuple[FoundationNetwork, dict[str, Any], dict[str, SequenceShape], dict[str, int]]:
-    """Read a foundation model of signals or images, or build it from what a saved model says of it.
-
-    Parameters
-    ----------
-    name
-        ``"vit"`` or ``"brainlm"``.
-    registry
-        Of the object.
-    checkpoint, stored, trained, **stack
-        See :func:`foundation_network`.
-
-    Returns
-    -------
-    The network, the configuration from which it can be built again, and by modality its tokens and their size, as from
-    :func:`sequence_shapes`.
-
-    Raises
-    ------
-    ValueError
-        When there is not one modality that it can read.
-    """
-    states = _sequence_states(registry)
-    if len(states) != 1 or registry["field_registries"][X_KEY]["state_registry"]["n_vars"]:
-        raise ValueError(
-            f"foundation={name!r} reads one modality, of {'images' if name == 'vit' else 'signals'}; this model is "
-            f"set up with {[*states] or 'expression'}."
-        )
-    if stored is not None:
-        found: Foundation = build_foundation(name, stored, **stack)
-    else:
-        found = read_foundation(name, checkpoint_folder(checkpoint), **stack)
-    modality, state = next(iter(states.items()))
-    kind, size = state[SequenceField.KIND], state[SequenceField.SIZE]
-    found_input: Any = sequence_input(found, kind, size, state[SequenceField.N_COORDINATES])
-    token_size = own_token_size(found)
-    shape = token_shape(kind, size, token_size, len(found_input.statistics().center))
-    network = FoundationNetwork(found_input, found.stack, trained=trained, sequence=(modality, shape.token_size))
-    return network, dict(found.config), {modality: shape}, {modality: token_size}
-
-
-def foundation_network(
-    name: str,
-    genes: NDArray[Any],
-    checkpoint: Any,
-    rows: NDArray[np.int64] | None,
-    stored: Mapping[str, Any] | None,
-    *,
-    trained: str,
-    species: str,
-    orthologs: Any,
-    **stack: Any,
-) -> tuple[FoundationNetwork, dict[str, Any]]:
     """Read a foundation model from its checkpoint, or build it from what a saved model says of it.
 
     Parameters
     ----------
-    name
-        Of the foundation model; one that reads expression.
-    genes
-        Names of the genes of the model.
-    checkpoint
-        Folder, or hub id.
-    rows
-        ``(n_genes,)`` int64, row of each gene in the vocabulary, -1 where there is none; by default found by name.
+    foundation
+        Which one, and how it is used.
+    registry
+        Of the object.
+    ids
+        ``(n_genes,)`` int64, row of each gene in its vocabulary, -1 where there is none; by default found by name.
     stored
         Configuration in a saved model, whose weights are loaded afterwards.
-    trained
-        See :func:`~fimp_sc.nn._foundation.choose_trained`.
-    species, orthologs
-        See :func:`~fimp_sc.pretrained.genes._match.match_names`.
     **stack
-        See :class:`~fimp_sc.nn.TransformerStack`.
+        ``self_loops`` and ``dropout``, see :class:`~fimp_sc.nn.TransformerStack`.
 
     Returns
     -------
-    The network, and the configuration from which it can be built again.
+    The network, the configuration from which it can be built again, and, of signals or images, by modality its tokens
+    and their size, as from :func:`sequence_shapes`.
+
+    Raises
+    ------
+    ValueError
+        When the data are not what it reads, or next to no gene is known to it.
     """
-    if stored is not None:
-        found: Foundation = build_foundation(name, stored, **stack)
-    else:
-        folder = checkpoint_folder(checkpoint)
-        if rows is None:
-            rows = vocabulary_rows(
-                genes, folder, f"The checkpoint {str(checkpoint)!r}", species=species, orthologs=orthologs
-            )
-        found = read_foundation(name, folder, rows=rows, **stack)
-    network = FoundationNetwork(
-        found.embedding, found.stack, found.decoder, trained=trained, n_bins=found.config["n_bins"]
-    )
-    return network, dict(found.config)
+    name, reader, states = foundation.name, foundation.reader, _sequence_states(registry)
+    expression = registry["field_registries"][X_KEY]["state_registry"]
+    if reader.reads == "expression":
+        check_expression_alone(f"foundation={name!r}", expression, states)
+        if stored is not None:
+            found = foundation.build(stored, **stack)
+        else:
+            if ids is None:
+                what = f"The checkpoint {foundation.checkpoint!r}"
+                genes = expression[ExpressionField.NAMES]
+                ids = vocabulary_rows(genes, foundation.vocabulary(), what, foundation.species, foundation.orthologs)
+            found = foundation.read(ids, **stack)
+        network = FoundationNetwork(
+            found.embedding, found.stack, found.decoder, trained=foundation.train, n_bins=found.embedding.n_bins
+        )
+        return network, dict(found.config), {}, {}
+    if len(states) != 1 or expression["n_vars"]:
+        raise ValueError(
+            f"foundation={name!r} reads one modality, of {reader.nodes}; this model is set up with "
+            f"{[*states] or 'expression'}."
+        )
+    modality, state = next(iter(states.items()))
+    kind, size = state[SequenceField.KIND], state[SequenceField.SIZE]
+    if kind != reader.reads:
+        raise ValueError(f"foundation={name!r} reads {reader.nodes}, and the modality is of kind {kind!r}.")
+    found = foundation.read(**stack) if stored is None else foundation.build(stored, **stack)
+    tokens: SequenceTokens = found.embedding
+    tokens.check(size, state[SequenceField.N_COORDINATES])
+    shape = token_shape(kind, size, tokens.token_size, len(tokens.statistics().center))
+    network = FoundationNetwork(tokens, found.stack, trained=foundation.train, sequence=(modality, shape.token_size))
+    return network, dict(found.config), {modality: shape}, {modality: tokens.token_size}
+
+
+def check_expression_alone(what: str, expression: Mapping[str, Any], others: Iterable[str]) -> None:
+    """Check that a model reads one table of expression and nothing else, which ``what`` needs.
+
+    Raises
+    ------
+    ValueError
+        When it does not.
+    """
+    tables = list(table_states(expression))
+    read = [*(tables if len(tables) > 1 else ()), *others]
+    if read or not tables:
+        raise ValueError(f"{what} is for expression alone; this model reads {read} too or instead.")

@@ -14,10 +14,7 @@ from fimp_sc._draws import name_key
 from fimp_sc._options import checked
 from fimp_sc._recipe import recipe
 from fimp_sc.data.storage._elements import missing_key
-from fimp_sc.model._build import foundation_network, gene_vectors, sequence_network, sequence_shapes
-from fimp_sc.model._fields import LABELS_KEY, X_KEY, ExpressionField, LabelField, table_states
-from fimp_sc.model._reading import check_genes, field_state
-from fimp_sc.model._setup import Absent, Listed, is_object, setup_anndata, setup_mudata
+from fimp_sc.model._build import check_expression_alone, foundation_network, gene_vectors, sequence_shapes
 from fimp_sc.model.io import _saved
 from fimp_sc.model.module._module import FIMPModule
 from fimp_sc.model.predict._attention import get_edge_influence, get_gene_attention
@@ -27,6 +24,9 @@ from fimp_sc.model.predict._outputs import (
     get_reconstruction,
     predict,
 )
+from fimp_sc.model.registry._fields import LABELS_KEY, X_KEY, ExpressionField, LabelField, table_states
+from fimp_sc.model.registry._graph_data import check_genes, field_state
+from fimp_sc.model.registry._setup import Absent, Listed, is_object, setup_anndata, setup_mudata
 from fimp_sc.model.train._plan import FIMPTrainingPlan
 from fimp_sc.model.train._runner import FIMPTrainRunner
 from fimp_sc.model.train._seeded import seeded
@@ -36,13 +36,10 @@ if TYPE_CHECKING:
     from mudata import MuData
     from numpy.typing import NDArray
 
+    from fimp_sc.pretrained import Foundation
+
 
 _LEAST_WIDTH = 12
-_CHECKPOINTS = {
-    "scgpt": "args.json, vocab.json and best_model.pt; the authors of scGPT link it from their repository",
-    "vit": "config.json and model.safetensors, or the name of a repository on the Hugging Face hub",
-    "brainlm": "config.json and model.safetensors of one of the models in the hub repository vandijklab/brainlm",
-}
 
 
 class FIMP(BaseModelClass, metaclass=Listed):
@@ -99,26 +96,12 @@ class FIMP(BaseModelClass, metaclass=Listed):
         mapping or data frame as :func:`fimp_sc.pretrained.read_gene_vectors` reads it. Genes without a vector learn
         one.
     foundation
-        ``"scgpt"``: the stack of scGPT makes the messages, between cells. ``"vit"`` does so between images and
-        ``"brainlm"`` between brain regions; they bring their own ``token_size``.
-    checkpoint
-        Folder with the files of the foundation model, or the name of a repository on the Hugging Face hub.
-    train_foundation
-        What training changes of the foundation model: ``"frozen"`` (nothing, only heads are trained), ``"full"``,
-        ``"last:N"`` (its last N layers) or ``"lora"`` (``"lora:RANK"``, a low-rank change of queries and values).
-    source, aggregate
-        How a stack makes messages, see :class:`fimp_sc.nn.TransformerStack`: sources send their evolving
-        (``"evolving"``) or first (``"static"``) hidden states; messages are averaged after every layer
-        (``"layer"``) or every edge runs the whole stack (``"final"``, dearer by the number of neighbors).
-    species, orthologs
-        Of the genes, ``"human"`` or ``"mouse"``; mouse genes are matched with a human vocabulary by a table of
-        orthologs. See :func:`fimp_sc.pp.match_genes`.
-    vocabulary_key
-        Column of ``var`` with ids from :func:`fimp_sc.pp.match_genes`; by default genes are matched now.
+        A foundation model whose stack makes the messages, from :func:`fimp_sc.pretrained.load`, which says what it
+        reads, what of it is trained and how. It brings its own width, layers and ``token_size``.
     random_state
         Seed of initialization, splits, blocks and masks. The global random state is not touched.
     architecture
-        What a saved model is built from in place of ``gene_embeddings`` and ``checkpoint``, which then are names only.
+        What a saved model is built from in place of files, of which it keeps the names only.
 
     Raises
     ------
@@ -159,14 +142,7 @@ class FIMP(BaseModelClass, metaclass=Listed):
         dropout: float | None = None,
         label_weight: float = 1.0,
         gene_embeddings: Any = None,
-        foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
-        checkpoint: str | Path | None = None,
-        train_foundation: str = "frozen",
-        source: Literal["evolving", "static"] = "evolving",
-        aggregate: Literal["layer", "final"] = "layer",
-        species: Literal["human", "mouse"] = "human",
-        orthologs: Any = None,
-        vocabulary_key: str | None = None,
+        foundation: Foundation | None = None,
         random_state: int = 0,
         architecture: dict[str, Any] | None = None,
     ) -> None:
@@ -180,11 +156,12 @@ class FIMP(BaseModelClass, metaclass=Listed):
         n_latent = (numbers.width if tables else numbers.width_sequences) if n_latent is None else n_latent
         if dropout is None:
             dropout = numbers.dropout if tables else numbers.dropout_sequences if self.classes else 0.0
-        _check_foundation(foundation, checkpoint, gene_embeddings, architecture)
-        if vocabulary_key is not None and foundation is None:
-            raise ValueError("vocabulary_key holds ids in the vocabulary of a foundation model: name one, foundation=.")
-        if foundation is None and (train_foundation, source, aggregate) != ("frozen", "evolving", "layer"):
-            raise ValueError("train_foundation, source and aggregate concern foundation models: name one, foundation=.")
+        if foundation is not None and gene_embeddings is not None:
+            raise ValueError(
+                "gene_embeddings are for FIMP-base: a foundation model brings its own. Leave one of them out."
+            )
+        if foundation is not None and token_size is not None:
+            raise ValueError(f"token_size is that of foundation={foundation.name!r} itself: leave it out.")
         self.foundation, self.n_tokens = foundation, n_tokens
         if not (messages or self_loops):
             raise ValueError("messages=False leaves each cell its own tokens, and self_loops=False nothing: keep one.")
@@ -195,37 +172,23 @@ class FIMP(BaseModelClass, metaclass=Listed):
         stored = architecture or {}
         network, vectors, known = None, None, None
         with seeded(random_state):
-            if foundation not in ("vit", "brainlm"):
+            if foundation is not None:
+                ids = None if stored else self._vocabulary_rows(foundation.vocabulary_key)
+                network, config, shapes, self.token_sizes = foundation_network(
+                    foundation, self.registry, ids, stored.get("foundation"), self_loops=self_loops, dropout=dropout
+                )
+                stored = {"foundation": config}
+            else:
                 shapes, self.token_sizes = sequence_shapes(self.registry, token_size, warn=adata is not None)
                 if shapes and n_latent < _LEAST_WIDTH:
                     raise ValueError(
                         f"n_latent must be at least {_LEAST_WIDTH} for signals and images, found {n_latent}"
                     )
-            match = {"species": species, "orthologs": orthologs}
-            how: dict[str, Any] = {
-                "trained": train_foundation, "source": source, "aggregate": aggregate, "self_loops": self_loops,
-                "dropout": dropout,
-            }  # fmt: skip
-            if foundation in ("vit", "brainlm"):
-                if token_size is not None:
-                    raise ValueError(f"token_size is that of foundation={foundation!r} itself: leave it out.")
-                network, config, shapes, self.token_sizes = sequence_network(
-                    foundation, self.registry, checkpoint, stored.get("foundation"), **how
-                )
-                stored = {"foundation": config}
-            elif (foundation is not None or gene_embeddings is not None) and (shapes or n_tables != 1):
-                others = [*(states if n_tables > 1 else ()), *shapes]
-                what = f"foundation={foundation!r}" if foundation is not None else "gene_embeddings"
-                raise ValueError(f"{what} is for expression alone; this model reads {others} too or instead.")
-            elif foundation is not None:
-                network, config = foundation_network(
-                    foundation, self.genes, checkpoint, None if stored else self._vocabulary_rows(vocabulary_key),
-                    stored.get("foundation"), **how, **match,
-                )  # fmt: skip
-                stored = {"foundation": config}
-            elif gene_embeddings is not None and architecture is None:
-                vectors, known = gene_vectors(self.genes, gene_embeddings, **match)
-                stored = {"vector_width": vectors.shape[1]}
+            if gene_embeddings is not None:
+                check_expression_alone("gene_embeddings", field_state(self, X_KEY), shapes)
+                if architecture is None:
+                    vectors, known = gene_vectors(self.genes, gene_embeddings)
+                    stored = {"vector_width": vectors.shape[1]}
             self.module = FIMPModule(
                 n_features=self.summary_stats.n_vars,
                 n_labels=len(self.classes),
@@ -249,7 +212,10 @@ class FIMP(BaseModelClass, metaclass=Listed):
         self.n_layers = self.module.network.n_hops
         kind = f"{layer} layers: {n_layers}, n_latent: {n_latent}, n_heads: {n_heads}"
         if foundation is not None:
-            kind = f"{foundation}, {train_foundation}, source: {source}, aggregate: {aggregate}"
+            kind = (
+                f"{foundation.name}, {foundation.train}, neighbor_states: {foundation.neighbor_states}, "
+                f"aggregate: {foundation.aggregate}"
+            )
         tokens = [f"n_tokens: {n_tokens}, genes: {self.summary_stats.n_vars}"] if self.summary_stats.n_vars else []
         tokens += [f"{name}: {shape.n_tokens} tokens of {shape.token_size} numbers" for name, shape in shapes.items()]
         self._model_summary_string = f"FIMP with {kind}, {', '.join(tokens)}, classes: {len(self.classes)}"
@@ -257,8 +223,7 @@ class FIMP(BaseModelClass, metaclass=Listed):
         # A saved model must not need the files again, which may have moved.
         self.init_params_["non_kwargs"] |= {
             "gene_embeddings": _name_of(gene_embeddings),
-            "checkpoint": _name_of(checkpoint),
-            "orthologs": _name_of(orthologs),
+            "foundation": None if foundation is None else foundation.record(),
             "architecture": stored or None,
         }
 
@@ -339,17 +304,6 @@ class FIMP(BaseModelClass, metaclass=Listed):
             advice = "fimp_sc.pp.match_genes(adata, checkpoint) writes it."
             raise missing_key(key, "adata.var", self.adata.var, advice)
         return self.adata.var[key].to_numpy(dtype=np.int64)
-
-
-def _check_foundation(foundation: str | None, checkpoint: Any, gene_embeddings: Any, architecture: Any) -> None:
-    if foundation is None:
-        if checkpoint is not None:
-            raise ValueError(f"checkpoint={str(checkpoint)!r} needs foundation=, the name of the model that it holds.")
-        return
-    if gene_embeddings is not None:
-        raise ValueError("gene_embeddings are for FIMP-base: a foundation model brings its own. Leave one of them out.")
-    if checkpoint is None and architecture is None:
-        raise ValueError(f"foundation={foundation!r} needs checkpoint=, the folder with {_CHECKPOINTS[foundation]}.")
 
 
 def _name_of(value: Any) -> str | None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fimp_sc.data.expression._tokenizers import BinnedTokens
 from fimp_sc.nn._layers import weight_of
 from fimp_sc.nn._network import Network
 
@@ -77,9 +76,9 @@ class FoundationNetwork(Network):
         choose_trained(self, trained)
         self.frozen = trained == "frozen"
         self.sequence = None if sequence is None else sequence[0]
-        self.unit_length = sequence is None  # as scGPT does; ViT and BrainLM do not
+        self.unit_length = bool(embedding.unit_length)
         self.head: nn.Linear | None = None
-        if sequence is not None and self.embedding.aligned:
+        if sequence is not None and not self.embedding.misaligned:
             self.head = nn.Linear(self.width, sequence[1])
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
@@ -173,10 +172,9 @@ class FoundationNetwork(Network):
         return list(self.stack.layers)
 
     def token_source(self, gene_rank: Tensor, gene_key: NDArray[np.uint64], random_state: int) -> TokenSource:
-        """Return what makes tokens of genes that the foundation model knows, their values in bins."""
+        """Return what makes tokens of genes that the foundation model knows."""
         n_queries = 0 if self.frozen or self.decoder is None else _QUERIES
-        known = self.embedding.known.cpu()
-        return BinnedTokens(gene_rank, known, int(self.n_bins or 0), random_state, n_queries, gene_key)
+        return self.embedding.tokenizer(gene_rank, random_state, n_queries, gene_key)
 
     def places(self, coordinates: NDArray[np.floating]) -> NDArray[np.floating]:
         """Return coordinates of nodes as the foundation model reads them."""
@@ -219,7 +217,7 @@ def choose_trained(network: FoundationNetwork, what: str) -> None:
     n_last, rank = (int(match[i] or default) for i, default in ((1, 1), (2, _RANK))) if match else (0, 0)
     if not (1 <= n_last <= len(layers) and rank >= 1):
         raise ValueError(
-            f"train_foundation must be 'frozen', 'full', 'last:N' with N from 1 to {len(layers)}, 'lora' or "
+            f"train must be 'frozen', 'full', 'last:N' with N from 1 to {len(layers)}, 'lora' or "
             f"'lora:RANK'; found {what!r}"
         )
     for parameter in network.parameters():

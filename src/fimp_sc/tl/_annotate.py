@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
     from fimp_sc.model import FIMP
+    from fimp_sc.pretrained import Foundation
 
 
 @checked
@@ -40,8 +41,7 @@ def annotate(
     center: Literal["training", "batch"] | None = None,
     key_added: str | None = None,
     gene_embeddings: Any = None,
-    foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
-    checkpoint: str | Path | None = None,
+    foundation: Foundation | None = None,
     model: FIMP | str | Path | None = None,
     n_tokens: int | None = None,
     n_layers: int | None = None,
@@ -70,7 +70,7 @@ def annotate(
         As in :func:`embed`.
     key_added
         Name of the results; ``fimp_{labels_key}`` by default, with "_" for "/".
-    gene_embeddings, foundation, checkpoint, model
+    gene_embeddings, foundation, model
         As in :func:`embed`.
     n_tokens, n_layers, max_epochs, accelerator, random_state, verbose, overwrite, copy
         As in :func:`embed`.
@@ -112,7 +112,7 @@ def annotate(
         fitted = fitted_model(
             study, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
-            gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
+            gene_embeddings=gene_embeddings, foundation=foundation,
             n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         soft = cast("pd.DataFrame", fitted.predict(soft=True, **(inference_kwargs or {})))

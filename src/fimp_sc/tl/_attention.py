@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fimp_sc.model import FIMP
+    from fimp_sc.pretrained import Foundation
     from fimp_sc.tl._statistics._significance import GeneTests, GroupTests, Plan
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,7 @@ def attention(
     center: Literal["training", "batch"] | None = None,
     key_added: str = "fimp_attention",
     gene_embeddings: Any = None,
-    foundation: Literal["scgpt"] | None = None,
-    checkpoint: str | Path | None = None,
+    foundation: Foundation | None = None,
     model: FIMP | str | Path | None = None,
     n_tokens: int | None = None,
     n_layers: int | None = None,
@@ -128,7 +128,7 @@ def attention(
         As in :func:`embed`.
     key_added
         Where to write in ``obsp`` and ``uns``.
-    gene_embeddings, foundation, checkpoint, model
+    gene_embeddings, foundation, model
         As in :func:`embed`. A stack with ``aggregate="final"`` cannot be read.
     n_tokens, n_layers, max_epochs
         As in :func:`embed`, of a model that is trained now. One that was trained with another before is not used.
@@ -228,7 +228,7 @@ def attention(
         fitted = fitted_model(
             study, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, same_seed=False, verbose=verbose, model_kwargs=model_kwargs,
-            train_kwargs=train_kwargs, gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
+            train_kwargs=train_kwargs, gene_embeddings=gene_embeddings, foundation=foundation,
             check=check,
             n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip

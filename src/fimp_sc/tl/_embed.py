@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
     from fimp_sc.model import FIMP
+    from fimp_sc.pretrained import Foundation
 
 
 @checked
@@ -32,8 +33,7 @@ def embed(
     center: Literal["training", "batch"] | None = None,
     key_added: str = "X_fimp",
     gene_embeddings: Any = None,
-    foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
-    checkpoint: str | Path | None = None,
+    foundation: Foundation | None = None,
     zero_shot: bool = False,
     model: FIMP | str | Path | None = None,
     n_tokens: int | None = None,
@@ -91,9 +91,9 @@ def embed(
     gene_embeddings
         Pretrained vectors of genes that FIMP-base starts from, for instance the file of GenePT; see
         :class:`fimp_sc.model.FIMP`.
-    foundation, checkpoint
-        A foundation model that makes the messages, and the folder of its files: ``foundation="scgpt",
-        checkpoint="scGPT_human/"``; ``"vit"`` reads images and ``"brainlm"`` signals.
+    foundation
+        A foundation model that makes the messages, from :func:`fimp_sc.pretrained.load`, such as
+        ``fimp_sc.pretrained.load("scgpt", "scGPT_human/")``.
     zero_shot
         Use the foundation model as it is, without training. A foundation model that stays frozen embeds alike with and
         without training, which then only concerns labels and expression.
@@ -149,13 +149,15 @@ def embed(
     target = study.data
     check_results(key_added, "tl.embed", study, inputs, overwrite=overwrite)
     if zero_shot and not (foundation or model or (model_kwargs or {}).get("foundation")):
-        raise ValueError("zero_shot=True needs a foundation model: pass foundation='scgpt' and checkpoint=.")
+        raise ValueError(
+            "zero_shot=True needs a foundation model: pass foundation=fimp_sc.pretrained.load(name, checkpoint)."
+        )
     with user_messages(verbose=verbose):
         work = working_copy(study, inputs)
         fitted = fitted_model(
             study, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
-            gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint, zero_shot=zero_shot,
+            gene_embeddings=gene_embeddings, foundation=foundation, zero_shot=zero_shot,
             n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         embedding = fitted.get_latent_representation(**(inference_kwargs or {}))

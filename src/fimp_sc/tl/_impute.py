@@ -12,8 +12,8 @@ from fimp_sc._options import checked
 from fimp_sc.data._study import expand_rows
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._elements import missing_key, shorten
-from fimp_sc.model._reading import known_columns, table_ends, tables_of
 from fimp_sc.model.predict._attention import gene_columns
+from fimp_sc.model.registry._graph_data import known_columns, table_ends, tables_of
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, measured_scale, placed, record
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from fimp_sc.data._study import Modality
     from fimp_sc.model import FIMP
+    from fimp_sc.pretrained import Foundation
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,7 @@ def impute(
     center: Literal["training", "batch"] | None = None,
     key_added: str = "fimp",
     gene_embeddings: Any = None,
-    foundation: Literal["scgpt", "vit", "brainlm"] | None = None,
-    checkpoint: str | Path | None = None,
+    foundation: Foundation | None = None,
     model: FIMP | str | Path | None = None,
     n_tokens: int | None = None,
     n_layers: int | None = None,
@@ -94,7 +94,7 @@ def impute(
         As in :func:`embed`.
     key_added
         Where to write in ``layers`` (all genes) or ``obsm`` (with ``genes``), and in ``uns``.
-    gene_embeddings, foundation, checkpoint, model
+    gene_embeddings, foundation, model
         As in :func:`embed`.
     n_tokens, n_layers, max_epochs, random_state
         As in :func:`embed`, of a model that is trained now. One that was trained with others before is not used.
@@ -149,7 +149,7 @@ def impute(
         fitted = fitted_model(
             study, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
-            hidden=masks, gene_embeddings=gene_embeddings, foundation=foundation, checkpoint=checkpoint,
+            hidden=masks, gene_embeddings=gene_embeddings, foundation=foundation,
             genes=genes, n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         how = inference_kwargs or {}

@@ -12,7 +12,7 @@ from fimp_sc._keys import check_key, find_results, new_record
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
-from fimp_sc.data._study import resolve
+from fimp_sc.data._study import as_whole, resolve
 from fimp_sc.data.storage._elements import get_obs, in_memory, label_text, missing_key
 from fimp_sc.tl._call._inputs import copied, inherit
 from fimp_sc.tl._smooth import smoothed
@@ -128,7 +128,7 @@ def niches(
     target: Any = found_in[0]
     modalities = found_in[1]
     # Columns and graph of several modalities may be those of one of them.
-    study = resolve(target, modalities)
+    study = as_whole(target) if modalities is None else resolve(target, modalities)
     nodes = study.nodes
     keys = {"library_key": library_key, "connectivities_key": connectivities_key}
     keys = inherit(study, keys, verbose=verbose)

@@ -13,7 +13,7 @@ from saved_models import FILES, forge, read_config, set_entry, to_first_version,
 
 import fimp_sc
 from fimp_sc.model import FIMP
-from fimp_sc.pretrained import CheckpointError
+from fimp_sc.pretrained import CheckpointError, load
 
 
 def refusal(folder: Path) -> str:
@@ -161,9 +161,9 @@ def test_forged_configurations_are_refused_at_once(copied, path: str, value: obj
 @pytest.mark.filterwarnings("ignore:.*knows 8 of the 40 genes")
 def test_sizes_of_a_foundation_model_are_those_of_its_weights(copied, shared_data, make_model, tissue) -> None:
     checkpoint = shared_data / "scgpt_tiny_checkpoint"
-    model = make_model(tissue, foundation="scgpt", checkpoint=checkpoint, n_tokens=8, train_foundation="lora:2")
+    model = make_model(tissue, foundation=load("scgpt", checkpoint, train="lora:2"), n_tokens=8)
     for path, value in (
-        ("init_params.train_foundation", "lora:1000000000"),
+        ("init_params.foundation.train", "lora:1000000000"),
         ("init_params.architecture.foundation.nlayers", 10**12),
         ("init_params.architecture.foundation.embsize", 10**6),
         ("init_params.architecture.foundation.d_hid", 10**9),
@@ -176,11 +176,11 @@ def test_sizes_of_a_foundation_model_are_those_of_its_weights(copied, shared_dat
 
 def test_arguments_that_the_writer_did_not_know_take_their_defaults(copied, trained) -> None:
     def forget(config: dict) -> None:
-        del config["init_params"]["source"], config["setup_args"]["batch_key"]
+        del config["init_params"]["use_weights"], config["setup_args"]["batch_key"]
 
     forge(copied, forget)
     loaded = FIMP.from_pretrained(copied, trained.adata.copy(), accelerator="cpu")
-    assert loaded.init_params_["non_kwargs"]["source"] == "evolving"
+    assert loaded.init_params_["non_kwargs"]["use_weights"] is False
     check_same(loaded, trained)
 
 

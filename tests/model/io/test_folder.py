@@ -20,6 +20,7 @@ import fimp_sc
 from fimp_sc.model import FIMP
 from fimp_sc.model.io import _folder
 from fimp_sc.model.io._card import model_card
+from fimp_sc.pretrained import load
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 ONE_EPOCH = {"max_epochs": 1}
@@ -109,15 +110,13 @@ def test_foundation_model_without_its_checkpoint(
     if not original.is_dir():
         pytest.skip(f"no {original}")
     checkpoint = Path(shutil.copytree(original, tmp_path / "private" / "tiny"))
-    model = make_model(
-        tissue, {"labels_key": "label"}, foundation="scgpt", checkpoint=checkpoint, train_foundation=trained_part,
-        n_tokens=8,
-    )  # fmt: skip
+    foundation = load("scgpt", checkpoint, train=trained_part)
+    model = make_model(tissue, {"labels_key": "label"}, foundation=foundation, n_tokens=8)
     train(model, **ONE_EPOCH)
     shutil.rmtree(tmp_path / "private")
     model.save_pretrained(tmp_path / "model")
     loaded = check_round_trip(model, tmp_path / "model", section)
-    assert loaded.init_params_["non_kwargs"]["checkpoint"] == "tiny"
+    assert loaded.init_params_["non_kwargs"]["foundation"]["checkpoint"] == "tiny"
     assert not any(b"private" in content for content in contents(tmp_path / "model").values())
     change = "network.stack.layers.0.attention.query"
     tensors = load_file(tmp_path / "model" / "model.safetensors")
@@ -135,7 +134,7 @@ def test_foundation_model_as_it_is(tissue, section, make_model, shared_data, tmp
     checkpoint = shared_data / "scgpt_tiny_checkpoint"
     if not checkpoint.is_dir():
         pytest.skip(f"no {checkpoint}")
-    model = make_model(tissue, foundation="scgpt", checkpoint=checkpoint, n_tokens=8)
+    model = make_model(tissue, foundation=load("scgpt", checkpoint), n_tokens=8)
     model.save_pretrained(tmp_path / "model")
     assert not check_round_trip(model, tmp_path / "model", section).is_trained
     assert "not trained" in (tmp_path / "model" / "README.md").read_text()

@@ -9,7 +9,7 @@ from graph_toys import data_of
 from scipy import sparse
 
 from fimp_sc.model import FIMP
-from fimp_sc.model._reading import collect
+from fimp_sc.model.predict._inference import collect
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 

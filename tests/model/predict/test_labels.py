@@ -12,8 +12,9 @@ from scipy import sparse
 from fimp_sc._recipe import changed
 from fimp_sc.data import BlockDataset, Destinations, without_neighbors
 from fimp_sc.model import FIMP
-from fimp_sc.model._reading import collect, without_messages
+from fimp_sc.model.predict._inference import collect
 from fimp_sc.model.predict._labels import _probability, _probability_alone, _shifts, fit_mixtures, use_mixture
+from fimp_sc.model.registry._graph_data import without_messages
 
 LABELS = {"labels_key": "label", "library_key": "section"}
 

@@ -177,8 +177,8 @@ def test_signals_images_and_expression_together(joint, copied_mudata, train, tmp
 @pytest.mark.parametrize("trained", ["frozen", "last:1", "lora"])
 def test_frozen_weights_are_not_written(tissue, make, train, tmp_path, trained) -> None:
     how = {"max_epochs": 3, "validation_size": 0.3}
-    whole = train(make(tissue.copy(), train_foundation=trained), **how)
-    stopped(train, make(tissue.copy(), train_foundation=trained), tmp_path, 2, **how)
+    whole = train(make(tissue.copy(), train=trained), **how)
+    stopped(train, make(tissue.copy(), train=trained), tmp_path, 2, **how)
     kept = torch.load(tmp_path / "training.ckpt", weights_only=True)
     fixed = {f"module.{name}" for name in frozen(whole.module)}
     assert fixed
@@ -186,7 +186,7 @@ def test_frozen_weights_are_not_written(tissue, make, train, tmp_path, trained) 
         assert {name for name in (f"module.{n}" for n in whole.module.state_dict()) if name not in fixed} == set(
             weights
         )
-    assert_same(train(make(tissue, train_foundation=trained), checkpoint=tmp_path, **how), whole)
+    assert_same(train(make(tissue, train=trained), checkpoint=tmp_path, **how), whole)
 
 
 @pytest.fixture(scope="module")

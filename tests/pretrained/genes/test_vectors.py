@@ -179,7 +179,7 @@ def test_what_is_wrong_with_a_table_is_named(source: Any, message: str) -> None:
         ("x.pickle", pickle.dumps([1.0]), "holds list"),
         ("x.pickle", pickle.dumps(FRAME), "asks for 'pandas"),
         ("x.txt", b"A 1 2", "no known table"),
-        ("x.pt", b"PK\x03\x04", "folder of an scGPT checkpoint"),
+        ("x.pt", b"PK\x03\x04", "folder of a foundation model"),
         ("x.csv", b"<!DOCTYPE html><html>", "a web page"),
     ],
 )

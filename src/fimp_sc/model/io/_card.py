@@ -41,7 +41,7 @@ def model_card(config: Mapping[str, Any], n_parameters: int) -> str:
         Of network and heads.
     """
     params, classes = config["init_params"], config["classes"]
-    tags = [*_TAGS, *([params["foundation"]] if params["foundation"] else [])]
+    tags = [*_TAGS, *([params["foundation"]["name"]] if params["foundation"] else [])]
     front = ["---", "library_name: fimp-sc", "license: unknown", "tags:", *(f"- {tag}" for tag in tags), "---"]
     sections = {
         **_introduction(config),
@@ -99,13 +99,13 @@ def _architecture(params: Mapping[str, Any], n_parameters: int) -> list[str]:
         shared.append("no messages between cells")
     elif params["use_weights"]:
         shared.append("messages are weighed by the graph")
-    if params["foundation"]:
+    foundation = params["foundation"]
+    if foundation:
         settings = (params["architecture"] or {}).get("foundation") or {}
-        how = [f"{name}: {_code(params[name])}" for name in ("train_foundation", "source", "aggregate")]
         return [
-            f"message passing by the stack of {_code(params['foundation'])}, read from {_code(params['checkpoint'])}",
-            *how,
-            *(f"{name}: {settings[name]}" for name in ("embsize", "nlayers", "nheads", "n_bins") if name in settings),
+            f"message passing by the stack of {_code(foundation['name'])}, read from {_code(foundation['checkpoint'])}",
+            *(f"{name}: {_code(foundation[name])}" for name in ("train", "neighbor_states", "aggregate")),
+            *(f"{name}: {value}" for name, value in settings.items()),
             *shared,
         ]
     vectors = params["gene_embeddings"]
@@ -140,7 +140,7 @@ def _training(config: Mapping[str, Any]) -> list[str]:
 def _license(params: Mapping[str, Any]) -> str:
     text = "Not stated: the author of this model should choose one, here and in the first lines of this file."
     if params["foundation"]:
-        text += f" The weights include those of {_code(params['foundation'])}, whose license holds for them."
+        text += f" The weights include those of {_code(params['foundation']['name'])}, whose license holds for them."
     elif params["gene_embeddings"]:
         text += " The weights include pretrained vectors of genes, whose license holds for them."
     return text

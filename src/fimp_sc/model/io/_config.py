@@ -14,7 +14,7 @@ import pandas as pd
 
 import fimp_sc
 from fimp_sc.data.sequences._kinds import sequence_kinds
-from fimp_sc.model._fields import (
+from fimp_sc.model.registry._fields import (
     LABELS_KEY,
     SEQUENCE_KEY,
     X_KEY,
@@ -33,6 +33,16 @@ FORMAT = "fimp-sc"
 FORMAT_VERSION = 2
 # Files that a model was made from, which it does not need again: whose folders they were in is nobody's business.
 _FILES = ("checkpoint", "gene_embeddings", "orthologs")
+# Arguments of models that were saved before foundation models were one argument.
+_FORMER = {
+    "checkpoint": "checkpoint",
+    "train_foundation": "train",
+    "source": "neighbor_states",
+    "aggregate": "aggregate",
+    "species": "species",
+    "orthologs": "orthologs",
+    "vocabulary_key": "vocabulary_key",
+}
 
 
 def describe(model: FIMP) -> dict[str, Any]:
@@ -53,9 +63,10 @@ def describe(model: FIMP) -> dict[str, Any]:
         for name, state in table_states(expression).items()
     }
     params = {name: _plain(value, name) for name, value in model.init_params_["non_kwargs"].items()}
-    for name in _FILES:
-        if params.get(name) is not None:
-            params[name] = re.split(r"[\\/]", params[name].rstrip("\\/"))[-1]
+    for holder in (params, params["foundation"] or {}):
+        for name in _FILES:
+            if holder.get(name) is not None:
+                holder[name] = re.split(r"[\\/]", holder[name].rstrip("\\/"))[-1]
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -80,6 +91,15 @@ def describe(model: FIMP) -> dict[str, Any]:
         "genes": [str(gene) for gene in model.genes],
         **({"tables": tables} if len(tables) > 1 else {}),
     }
+
+
+def init_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a saved model; those of a foundation model once stood beside its name."""
+    arguments = dict(config["init_params"])
+    former = {new: arguments.pop(old) for old, new in _FORMER.items() if old in arguments}
+    if isinstance(arguments.get("foundation"), str) and "checkpoint" in former:
+        arguments["foundation"] = {"name": arguments["foundation"], **former}
+    return arguments
 
 
 def make_registry(config: Mapping[str, Any], cls: type[FIMP]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fimp_sc._files import is_unfinished, write_files
 from fimp_sc._logging import warn
 from fimp_sc.data.storage._elements import shorten
 from fimp_sc.model.io._card import model_card
-from fimp_sc.model.io._config import FORMAT, FORMAT_VERSION, describe, make_history, make_registry
+from fimp_sc.model.io._config import FORMAT, FORMAT_VERSION, describe, init_arguments, make_history, make_registry
 from fimp_sc.pretrained.files._files import (
     CheckpointError,
     check_file,
@@ -130,7 +130,7 @@ def read_pretrained(cls: type[Model], source: str | Path) -> Model:
         config = _read_first_version(folder, cls)
     try:
         with _Budget(sum(value.numel() for value in tensors.values())):
-            model = cls(None, make_registry(config, cls), **config["init_params"])
+            model = cls(None, make_registry(config, cls), **init_arguments(config))
         model.module.load_state_dict(tensors)
         model.is_trained_, model.history_ = bool(config["is_trained"]), make_history(config["history"])
     except CheckpointError:

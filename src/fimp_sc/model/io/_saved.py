@@ -9,11 +9,11 @@ from anndata import AnnData
 from scvi.model._utils import parse_device_args
 from scvi.model.base import BaseModelClass
 
-from fimp_sc.model._reading import check_genes, graph_data, study_of
-from fimp_sc.model._setup import is_object
 from fimp_sc.model.io._folder import WEIGHTS, read_pretrained, write_pretrained
 from fimp_sc.model.predict._labels import use_mixture
 from fimp_sc.model.predict._reference import compare
+from fimp_sc.model.registry._graph_data import check_genes, graph_data, study_of
+from fimp_sc.model.registry._setup import is_object
 
 if TYPE_CHECKING:
     from mudata import MuData

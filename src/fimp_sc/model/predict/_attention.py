@@ -13,8 +13,8 @@ from scipy import sparse
 from fimp_sc._options import checked
 from fimp_sc.data import BlockDataset, BlockSampler, NodeGraph
 from fimp_sc.data.storage._elements import label_text, shorten
-from fimp_sc.model._reading import graph_data, study_of
 from fimp_sc.model.predict._gene_pairs import GeneTokens, gene_tokens, pair_sums, token_genes
+from fimp_sc.model.registry._graph_data import graph_data, study_of
 from fimp_sc.nn._read_attention import recorded_influence
 
 if TYPE_CHECKING:

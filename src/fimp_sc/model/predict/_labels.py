@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from fimp_sc._recipe import recipe
-from fimp_sc.model._reading import collect, graph_data, node_indices, without_messages
+from fimp_sc.model.predict._inference import collect
 from fimp_sc.model.predict._reference import compare
+from fimp_sc.model.registry._graph_data import graph_data, node_indices, without_messages
 from fimp_sc.nn._heads import SHARES
 
 if TYPE_CHECKING:

@@ -12,9 +12,12 @@ import torch
 
 from fimp_sc._draws import name_key
 from fimp_sc._options import checked
-from fimp_sc.model._fields import X_KEY, ExpressionField, check_known, table_states
-from fimp_sc.model._reading import (
-    collect,
+from fimp_sc.model.predict._decode import decoded_expression
+from fimp_sc.model.predict._inference import collect
+from fimp_sc.model.predict._labels import label_probability
+from fimp_sc.model.predict._reconstruct import hidden_tokens, predict_all
+from fimp_sc.model.registry._fields import X_KEY, ExpressionField, check_known, table_states
+from fimp_sc.model.registry._graph_data import (
     field_state,
     graph_data,
     known_columns,
@@ -23,9 +26,6 @@ from fimp_sc.model._reading import (
     study_of,
     tables_of,
 )
-from fimp_sc.model.predict._decode import decoded_expression
-from fimp_sc.model.predict._labels import label_probability
-from fimp_sc.model.predict._reconstruct import hidden_tokens, predict_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from fimp_sc.data import Batch
     from fimp_sc.model._fimp import FIMP
-    from fimp_sc.model._inference import Strategy
     from fimp_sc.model.module._module import FIMPModule
+    from fimp_sc.model.predict._inference import Strategy
 
 
 @checked
@@ -265,11 +265,9 @@ def get_reconstruction(
     names = list(model.module.sequences)
     if modality is None and len(names) == 1:
         modality = names[0]
-    if names and not model.module.network.heads:
-        raise ValueError(
-            "The patches of this BrainLM do not agree with segments of time: it embeds signals and does not "
-            "reconstruct them. Leave foundation= out, or use the first format (13M)."
-        )
+    network: Any = model.module.network
+    if names and not network.heads:
+        raise ValueError(network.embedding.misaligned)
     if modality not in names:
         raise ValueError(
             f"modality must be one of the signals and images that the model reads, {names}: found {modality!r}."

@@ -10,8 +10,8 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from fimp_sc._logging import warn
-from fimp_sc.model._inference import infer, read_embedding
 from fimp_sc.model.module._module import N_REFERENCE
+from fimp_sc.model.predict._inference import infer, read_embedding
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

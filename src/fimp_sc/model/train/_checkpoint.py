@@ -19,8 +19,8 @@ from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._checksums import checksum
 from fimp_sc.data.storage._elements import shorten
 from fimp_sc.data.validate._checks import get_matrix
-from fimp_sc.model._fields import X_KEY, ExpressionField, table_states
-from fimp_sc.model._reading import field_state
+from fimp_sc.model.registry._fields import X_KEY, ExpressionField, table_states
+from fimp_sc.model.registry._graph_data import field_state
 from fimp_sc.model.train._plan import frozen, stored_weights
 from fimp_sc.pretrained.files._weights import CheckpointError
 

@@ -9,8 +9,8 @@ from lightning.fabric.utilities import move_data_to_device
 
 from fimp_sc._recipe import recipe
 from fimp_sc.data import BlockDataset, BlockSampler
-from fimp_sc.model._inference import infer, read_embedding
-from fimp_sc.model._reading import graph_data
+from fimp_sc.model.predict._inference import infer, read_embedding
+from fimp_sc.model.registry._graph_data import graph_data
 
 if TYPE_CHECKING:
     from fimp_sc.data import ExpressionSource, GraphData

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fimp_sc._threads import ONE_AT_A_TIME
+from fimp_sc._logging import ONE_AT_A_TIME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

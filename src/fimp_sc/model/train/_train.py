@@ -16,14 +16,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fimp_sc._logging import ONE_AT_A_TIME
 from fimp_sc._options import checked
 from fimp_sc._recipe import recipe
-from fimp_sc._threads import ONE_AT_A_TIME
 from fimp_sc.data import BlockSplitter, split_by_blocks
-from fimp_sc.model._reading import graph_data, node_indices, sequence_size, study_of, tables_of
 from fimp_sc.model.predict._labels import fit_mixtures, reset_mixtures
 from fimp_sc.model.predict._reconstruct import hidden_tokens
 from fimp_sc.model.predict._reference import remember
+from fimp_sc.model.registry._graph_data import graph_data, node_indices, sequence_size, study_of, tables_of
 from fimp_sc.model.train._checkpoint import KeptTraining, training_marks
 from fimp_sc.model.train._initialize import start_from_data
 from fimp_sc.model.train._plan import trained_weights

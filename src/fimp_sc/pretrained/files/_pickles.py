@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -12,10 +13,9 @@ import numpy as np
 from fimp_sc.pretrained.files._files import CheckpointError, check_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-# Booleans, numbers, text and bytes; in particular no objects, no records and no text without a length.
+# Numbers, text and bytes; in particular no objects, no records and no text without a length.
 _PLAIN = re.compile(r"[<>|=]?(?:b1|[iu][1248]|f[248]|[US][1-9][0-9]{0,8})")
 # A number, and those that follow it without anything between.
 _FLOATS = re.compile(rb"(?s:.{8}(?:G.{8})*+)")
@@ -23,57 +23,29 @@ _MARKED_FLOAT = np.dtype([("value", ">f8"), ("mark", "u1")])
 _LARGEST_KEY = 1 << 60  # whole numbers up to here have hashes of their own
 _OPERATIONS = """PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE SHORT_BINUNICODE
 BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT
-LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL"""
+LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL
+APPEND APPENDS"""
 
 
 class _Refusal(pickle.UnpicklingError):
     """What a pickle wanted and does not get."""
 
 
-class _DType:
-    """Stands in for ``numpy.dtype``, whose state could pass bytes off as objects."""
-
-    def __init__(self, spec: Any, *_: Any) -> None:
-        if not (isinstance(spec, str) and _PLAIN.fullmatch(spec)):
-            what = repr(spec[:30]) if isinstance(spec, str) else type(spec).__name__
-            raise _Refusal(f"an array of dtype {what}; numbers and text alone are read")
-        self.plain = np.dtype(spec)
-
-    def build(self, _version: Any, order: Any, *parts: Any) -> None:
-        if order not in ("<", ">", "|", "=") or any(part is not None for part in parts[:3]):
-            raise _Refusal("an array of records; numbers and text alone are read")
-        self.plain = self.plain.newbyteorder(order)
+def _dtype(spec: Any, *_: Any) -> np.dtype[Any]:
+    if not (isinstance(spec, str) and _PLAIN.fullmatch(spec)):
+        what = repr(spec[:30]) if isinstance(spec, str) else type(spec).__name__
+        raise _Refusal(f"an array of dtype {what}; numbers and text alone are read")
+    return np.dtype(spec)
 
 
-def _plain(dtype: Any, data: Any) -> np.dtype[Any]:
-    if not (isinstance(dtype, _DType) and isinstance(data, bytes)):
+def _values(data: Any, dtype: Any) -> np.ndarray[Any, Any]:
+    if not (isinstance(dtype, np.dtype) and isinstance(data, bytes)):
         raise _Refusal("an array that is not made of bytes; numbers and text alone are read")
-    return dtype.plain
+    return np.frombuffer(data, dtype)
 
 
-def _new_array(*_: Any) -> np.ndarray[Any, Any]:
-    return np.ndarray((0,), np.uint8)
-
-
-def _build_array(array: np.ndarray[Any, Any], _version: Any, shape: Any, dtype: Any, fortran: Any, data: Any) -> None:
-    # Numpy compares the number of bytes with the shape.
-    array.__setstate__((1, shape, _plain(dtype, data), bool(fortran), data))  # type: ignore[arg-type]
-
-
-def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
-    return np.frombuffer(data, _plain(dtype, data)).reshape(shape, order=order)
-
-
-def _no_values(*_: Any) -> Any:
+def _named_alone(*_: Any) -> Any:
     raise _Refusal("an array without its values")
-
-
-def _scalar(dtype: Any, data: Any) -> Any:
-    return np.frombuffer(data, _plain(dtype, data))[0]
-
-
-def _new_dict() -> dict[Any, Any]:
-    return {}
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
@@ -83,16 +55,19 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
-_KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): _new_dict,
-    ("_codecs", "encode"): _encode,
-    ("numpy", "ndarray"): _no_values,  # is named, not called
-    ("numpy", "dtype"): _DType,
+# Stand in for the functions that a pickle names.
+_KNOWN: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": lambda *_: {},
+    "_codecs.encode": _encode,
+    "numpy.ndarray": _named_alone,
+    "numpy.dtype": _dtype,
 }
 for _core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
-    _KNOWN[f"{_core}.multiarray", "_reconstruct"] = _new_array
-    _KNOWN[f"{_core}.multiarray", "scalar"] = _scalar
-    _KNOWN[f"{_core}.numeric", "_frombuffer"] = _from_buffer
+    _KNOWN[f"{_core}.multiarray._reconstruct"] = lambda *_: np.ndarray((0,), np.uint8)
+    _KNOWN[f"{_core}.multiarray.scalar"] = lambda dtype, data: _values(data, dtype)[0]
+    _KNOWN[f"{_core}.numeric._frombuffer"] = lambda data, dtype, shape, order: _values(data, dtype).reshape(
+        shape, order=order
+    )
 
 
 class _Unpickler(pickle._Unpickler):
@@ -113,10 +88,9 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(self._stream)
 
     def find_class(self, module: str, name: str) -> Any:
-        known = _KNOWN.get((module, name))
-        if known is None:
+        if f"{module}.{name}" not in _KNOWN:
             raise _Refusal(repr(f"{module}.{name}"))
-        return known
+        return _KNOWN[f"{module}.{name}"]
 
     def _load_frame(self) -> None:
         self.read(8)  # the length of what follows: all of the file is in memory
@@ -128,34 +102,18 @@ class _Unpickler(pickle._Unpickler):
         self._stream.seek(run.end())
         self.stack.extend(np.frombuffer(run[0] + b"G", _MARKED_FLOAT)["value"].tolist())
 
-    def _load_bytes(self) -> None:
-        self.append(self.read(int.from_bytes(self.read(8), "little")))
-
-    def _load_items(self) -> None:
-        self._put(self.pop_mark())
-
-    def _load_item(self) -> None:
-        self._put([self.stack.pop()])
-
     def _load_pairs(self) -> None:
-        self._put_pairs(self.pop_mark())
+        self._put(self.pop_mark())
 
     def _load_pair(self) -> None:
         value = self.stack.pop()
-        self._put_pairs([self.stack.pop(), value])
+        self._put([self.stack.pop(), value])
 
     def _put(self, items: list[Any]) -> None:
-        if type(self.stack[-1]) is not list:
-            raise _Refusal("a change of what is no list")
-        self.stack[-1].extend(items)
-
-    def _put_pairs(self, items: list[Any]) -> None:
         # Other keys could be made to collide, or be nested deeper than they can be hashed.
         keys = items[::2]
         if not all(type(key) is str or (type(key) is int and abs(key) < _LARGEST_KEY) for key in keys):
             raise _Refusal("a dictionary whose keys are neither text nor whole numbers")
-        if type(self.stack[-1]) is not dict:
-            raise _Refusal("a change of what is no dictionary")
         self.stack[-1].update(zip(keys, items[1::2], strict=True))
 
     def _load_call(self) -> None:
@@ -163,25 +121,23 @@ class _Unpickler(pickle._Unpickler):
         self.stack[-1] = self.stack[-1](*arguments)  # which is one of the functions above, or cannot be called
 
     def _load_state(self) -> None:
-        state = self.stack.pop()
-        target = self.stack[-1]
-        if isinstance(target, _DType):
-            target.build(*state)
-        elif isinstance(target, np.ndarray):
-            _build_array(target, *state)
-        else:
-            raise _Refusal("a change of what it was given")
+        target, state = self.stack[-2], self.stack.pop()
+        if isinstance(target, np.ndarray) and type(state) is tuple:
+            _, shape, dtype, fortran, data = state
+            _values(data, dtype)
+            # Numpy compares the number of bytes with the shape.
+            target.__setstate__((1, shape, dtype, bool(fortran), data))  # type: ignore[arg-type]
+        elif not isinstance(target, np.dtype) or type(state) is not tuple or state[1] not in ("<", "|"):
+            raise _Refusal("a change of what it was given, or numbers with their most significant byte first")
 
     dispatch: ClassVar[dict[int, Any]] = {
         **{
             code: pickle._Unpickler.dispatch[code]
             for code in (getattr(pickle, name)[0] for name in _OPERATIONS.split())
         },
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],  # written alike
         pickle.FRAME[0]: _load_frame,
         pickle.BINFLOAT[0]: _load_floats,
-        pickle.BYTEARRAY8[0]: _load_bytes,
-        pickle.APPEND[0]: _load_item,
-        pickle.APPENDS[0]: _load_items,
         pickle.SETITEM[0]: _load_pair,
         pickle.SETITEMS[0]: _load_pairs,
         pickle.REDUCE[0]: _load_call,

@@ -10,19 +10,12 @@ import pandas as pd
 
 from fimp_sc.data.storage._elements import shorten
 from fimp_sc.data.validate._gene_names import naming_hint
-from fimp_sc.pretrained.genes._orthologs import (
-    NoOrthologsError,
-    Orthologs,
-    OrthologSource,
-    index_orthologs,
-    read_orthologs,
-)
+from fimp_sc.pretrained.genes._orthologs import Orthologs, OrthologSource, index_orthologs, read_orthologs
 from fimp_sc.pretrained.genes._vocabulary import (
     AliasSource,
     Names,
     VocabularySource,
     bare,
-    is_ensembl,
     mostly_ensembl,
     mostly_mouse,
     read_aliases,
@@ -76,7 +69,7 @@ def match_names(
         Symbols of Ensembl ids without version, where these are known.
     orthologs
         See :func:`~fimp_sc.pretrained.genes._orthologs.read_orthologs`; ``"uppercase"`` takes mouse symbols in
-        upper case for human ones instead. Read for mouse names and a human vocabulary, and for symbols of Ensembl ids.
+        upper case for human ones instead. Used for mouse names and a human vocabulary, and for symbols of Ensembl ids.
     aliases
         See :func:`~fimp_sc.pretrained.genes._vocabulary.read_aliases`.
     counts
@@ -103,10 +96,8 @@ def match_names(
 
     Raises
     ------
-    NoOrthologsError
-        A table of orthologs is needed and there is none (a subclass of :class:`ValueError`).
     ValueError, TypeError, FileNotFoundError
-        Unusable arguments, vocabulary or tables.
+        Unusable arguments, vocabulary or tables; or mouse genes, a human vocabulary and no table of orthologs.
 
     Notes
     -----
@@ -191,14 +182,16 @@ class _Matcher:
         self._fold = (species == "mouse" or mostly_mouse(names)) == mostly_mouse(ids)
         self._translate = species == "mouse" and not mostly_mouse(ids)
         self._uppercase = isinstance(orthologs, str) and orthologs == UPPERCASE
-        unknown = any(is_ensembl(name) and bare(name) not in given and bare(name) not in tokens for name in names)
+        if self._translate and orthologs is None:
+            raise ValueError(
+                "Mouse genes are matched through a table of orthologs, and none was given: pass orthologs=, a table "
+                "with columns mouse_symbol and human_symbol, or one of mouse genes and their human homologs from "
+                "Ensembl's BioMart. Upper-case mouse symbols are a guess that is only made on request, with "
+                'orthologs="uppercase".'
+            )
         self._orthologs = Orthologs({}, frozenset(), {})
-        if not self._uppercase and (self._translate or unknown or orthologs is not None):
-            try:
-                self._orthologs = index_orthologs(read_orthologs(orthologs))
-            except NoOrthologsError:
-                if self._translate:
-                    raise
+        if not (self._uppercase or orthologs is None):
+            self._orthologs = index_orthologs(read_orthologs(orthologs))
         self._partners = Names(self._orthologs.partners)
 
     def find(self, name: str) -> _Hit | str:

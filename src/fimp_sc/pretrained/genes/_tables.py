@@ -13,13 +13,11 @@ import pandas as pd
 import torch
 
 from fimp_sc.data.storage._elements import shorten
+from fimp_sc.pretrained._registry import foundation_names, foundation_reader
 from fimp_sc.pretrained.files._files import (
     CheckpointError,
     check_file,
-    find_weights,
-    read_json,
     read_safetensors,
-    read_weights,
 )
 from fimp_sc.pretrained.files._pickles import read_pickle
 from fimp_sc.pretrained.files._text_tables import check_unpacked, open_text_table
@@ -27,12 +25,9 @@ from fimp_sc.pretrained.files._text_tables import check_unpacked, open_text_tabl
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_SCGPT_TABLES = ("encoder.embedding.weight", "gene_encoder.embedding.weight", "embedding.weight")
-_PADDING = 64  # tables may be filled up to a multiple of this
-
 
 def read_table(path: Path) -> Any:
-    """Return what a file, or the folder of an scGPT checkpoint, says about genes.
+    """Return what a file, or the folder of a foundation model, says about genes.
 
     Returns
     -------
@@ -44,7 +39,7 @@ def read_table(path: Path) -> Any:
         There is no such file, or it cannot be read as any of the formats.
     """
     if path.is_dir():
-        return _read_scgpt(path)
+        return _read_folder(path)
     check_file(path)
     kind = _kind(path)
     if kind == "pickle":
@@ -54,6 +49,17 @@ def read_table(path: Path) -> Any:
     if kind == "safetensors":
         return _read_safetensors(path)
     return _read_text(path, "," if kind == "csv" else "\t")
+
+
+def _read_folder(folder: Path) -> tuple[list[str], NDArray[Any]]:
+    found = [foundation_reader(name).gene_vectors(folder) for name in foundation_names()]
+    table = next((table for table in found if table is not None), None)
+    if table is None:
+        raise CheckpointError(
+            f"{str(folder)!r} is a folder, and not that of a foundation model whose gene vectors are known here: name "
+            "a file."
+        )
+    return table
 
 
 def _kind(path: Path) -> str:
@@ -76,7 +82,7 @@ def _kind(path: Path) -> str:
             return "safetensors"
     raise CheckpointError(
         f"{str(path)!r} is no known table of gene vectors: expected .safetensors, .npz, .csv, .tsv, a pickle, or the "
-        "folder of an scGPT checkpoint."
+        "folder of a foundation model."
     )
 
 
@@ -202,21 +208,3 @@ def _is_header(cells: list[str]) -> bool:
     except ValueError:
         return True
     return all(n == numbers[0] + i for i, n in enumerate(numbers)) and numbers[:1] in ([0.0], [1.0])
-
-
-def _read_scgpt(folder: Path) -> tuple[list[str], NDArray[np.float32]]:
-    path = folder / "vocab.json"
-    vocabulary = read_json(path)
-    weights = read_weights(find_weights(folder, ["best_model.pt"]))
-    key = next((key for key in _SCGPT_TABLES if key in weights), _SCGPT_TABLES[0])
-    table = weights.take(key, (None, None)).numpy()
-    ids = list(vocabulary.values())
-    if not ids or any(not isinstance(i, int) or isinstance(i, bool) for i in ids) or len(set(ids)) < len(ids):
-        raise CheckpointError(f"{str(path)!r} must give every token a whole number of its own.")
-    if min(ids) < 0 or max(ids) >= len(table) or len(table) - len(ids) >= _PADDING:
-        raise CheckpointError(
-            f"{str(path)!r} has {len(ids):,} tokens with ids from {min(ids):,} to {max(ids):,}, but {key!r} in "
-            f"{str(weights.path)!r} has {len(table):,} rows: they belong to different checkpoints."
-        )
-    genes = [token for token in vocabulary if not (token.startswith("<") and token.endswith(">"))]
-    return genes, table[[vocabulary[gene] for gene in genes]]

@@ -6,9 +6,9 @@ import contextlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -36,10 +36,14 @@ class GeneVectors:
         Name of each gene, unique, ``(n,)``.
     values
         Their vectors, float32, ``(n, width)``; all finite, and none all zero.
+    species, orthologs
+        See :func:`read_gene_vectors`.
     """
 
     names: NDArray[np.str_]
     values: NDArray[np.float32]
+    species: Literal["human", "mouse"] = "human"
+    orthologs: Any = field(default=None, repr=False, compare=False)
 
     def rows(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Return vectors by their place here.
@@ -59,7 +63,12 @@ class GeneVectors:
         return values, found
 
 
-def read_gene_vectors(source: str | Path | Mapping[str, ArrayLike] | pd.DataFrame) -> GeneVectors:
+def read_gene_vectors(
+    source: str | Path | Mapping[str, ArrayLike] | pd.DataFrame,
+    *,
+    species: Literal["human", "mouse"] = "human",
+    orthologs: Any = None,
+) -> GeneVectors:
     """Read a table of gene vectors, without running code that a file may carry.
 
     Rows that are all zero stand for missing genes and are left out. Of names that occur more than once the first row is
@@ -76,8 +85,11 @@ def read_gene_vectors(source: str | Path | Mapping[str, ArrayLike] | pd.DataFram
         - ``.csv`` or ``.tsv`` (also ``.gz``): names in the first column, numbers in the others;
         - ``.safetensors`` with one tensor ``(n, width)``, and names in its metadata as a JSON list under ``"genes"``,
           or one per line in a file beside it that ends in ``.genes.txt`` or ``.txt`` instead;
-        - the folder of an scGPT checkpoint (``vocab.json`` and ``best_model.pt``): its table of genes;
+        - the folder of a checkpoint of scGPT (``vocab.json`` and ``best_model.pt``): its table of genes;
         - a data frame with the names as index, or a dictionary from name to numbers.
+    species, orthologs
+        Of the genes of the data that the vectors are for, ``"human"`` or ``"mouse"``; mouse genes are matched with
+        human names by a table of orthologs, see :func:`fimp_sc.pp.match_genes`.
 
     Raises
     ------
@@ -87,23 +99,7 @@ def read_gene_vectors(source: str | Path | Mapping[str, ArrayLike] | pd.DataFram
     TypeError
         ``source`` is none of these.
     """
-    if isinstance(source, pd.DataFrame):
-        return _checked(source.index, _numbers_of_frame(source), "the data frame")
-    if isinstance(source, Mapping):
-        return _checked(source.keys(), _stack(source, "the dictionary"), "the dictionary")
-    if not isinstance(source, str | Path):
-        raise TypeError(f"Expected a path, a dictionary or a data frame, found {type(source).__name__}.")
-    path = Path(source).expanduser()
-    where = repr(str(path))
-    content = read_table(path)
-    if isinstance(content, pd.DataFrame):
-        return _checked(content.index, _numbers_of_frame(content, where), where)
-    if isinstance(content, tuple):
-        names, values = content
-        return _checked(names, values, where)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{where} holds {type(content).__name__}, expected a dictionary from gene to numbers.")
-    return _checked(content.keys(), _stack(content, where, path.stat().st_size), where)
+    return replace(_read(source), species=species, orthologs=orthologs)
 
 
 def write_gene_vectors(vectors: GeneVectors, path: str | Path) -> None:
@@ -129,6 +125,26 @@ def write_gene_vectors(vectors: GeneVectors, path: str | Path) -> None:
     values = np.ascontiguousarray(vectors.values)
     content = save({"gene_vectors": values}, metadata={"genes": json.dumps(vectors.names.tolist())})
     write_files(path.parent, {path.name: content})
+
+
+def _read(source: Any) -> GeneVectors:
+    if isinstance(source, pd.DataFrame):
+        return _checked(source.index, _numbers_of_frame(source), "the data frame")
+    if isinstance(source, Mapping):
+        return _checked(source.keys(), _stack(source, "the dictionary"), "the dictionary")
+    if not isinstance(source, str | Path):
+        raise TypeError(f"Expected a path, a dictionary or a data frame, found {type(source).__name__}.")
+    path = Path(source).expanduser()
+    where = repr(str(path))
+    content = read_table(path)
+    if isinstance(content, pd.DataFrame):
+        return _checked(content.index, _numbers_of_frame(content, where), where)
+    if isinstance(content, tuple):
+        names, values = content
+        return _checked(names, values, where)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{where} holds {type(content).__name__}, expected a dictionary from gene to numbers.")
+    return _checked(content.keys(), _stack(content, where, path.stat().st_size), where)
 
 
 def _checked(names: Iterable[Any], values: NDArray[Any], where: str) -> GeneVectors:

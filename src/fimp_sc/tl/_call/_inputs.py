@@ -27,8 +27,8 @@ from fimp_sc.data.validate._checks import (
     get_obs,
     in_memory,
 )
-from fimp_sc.model._fields import check_scales, scale_of
-from fimp_sc.model._setup import check_layer
+from fimp_sc.model.registry._fields import check_scales, scale_of
+from fimp_sc.model.registry._setup import check_layer
 from fimp_sc.pp._spatial_graph import add_graph, check_free
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._elements import get_matrix, shorten
 from fimp_sc.data.storage._stored import identity, storage
 from fimp_sc.model import FIMP
-from fimp_sc.model._fields import X_KEY, check_known, table_states
-from fimp_sc.model._reading import field_state
 from fimp_sc.model.predict._outputs import check_classes
+from fimp_sc.model.registry._fields import X_KEY, check_known, table_states
+from fimp_sc.model.registry._graph_data import field_state
 from fimp_sc.model.train._train import on_gpu
 from fimp_sc.tl._call._inputs import CONNECTIVITIES, Inputs
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
     from fimp_sc.data._study import Study
+    from fimp_sc.pretrained import Foundation
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,7 @@ def fitted_model(
     train_kwargs: dict[str, Any] | None,
     hidden: dict[str, Any] | None = None,
     gene_embeddings: Any = None,
-    foundation: str | None = None,
-    checkpoint: str | Path | None = None,
+    foundation: Foundation | None = None,
     zero_shot: bool = False,
     n_tokens: int | None = None,
     n_layers: int | None = None,
@@ -108,7 +108,7 @@ def fitted_model(
     ``max_epochs`` and (``same_seed``) ``random_state`` where these are given, and blind to what is ``hidden``, by
     modality. A model is trained only if it will know ``genes``, and if ``check`` of it raises nothing.
     """
-    what = {"gene_embeddings": gene_embeddings, "foundation": foundation, "checkpoint": checkpoint}
+    what = {"gene_embeddings": gene_embeddings, "foundation": foundation}
     what |= {"n_tokens": n_tokens, "n_layers": n_layers}
     both = sorted(name for name, value in what.items() if value is not None and name in (model_kwargs or {}))
     if both:
@@ -169,7 +169,7 @@ def fitted_model(
             "The model of the earlier results is not in this session, or was of another object: training one. Pass "
             "model= for a saved one."
         )
-    ids = arguments.get("vocabulary_key")
+    ids = getattr(arguments.get("foundation"), "vocabulary_key", None)
     setup = asdict(inputs)
     names = setup.pop("modality")
     if isinstance(work.data, AnnData):

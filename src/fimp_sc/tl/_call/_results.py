@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._keys import new_record
-from fimp_sc.model._fields import X_KEY, ExpressionField, table_states
-from fimp_sc.model._reading import table_ends
+from fimp_sc.model.registry._fields import X_KEY, ExpressionField, table_states
+from fimp_sc.model.registry._graph_data import table_ends
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -13,7 +13,7 @@ from scvi.model.base import BaseModelClass
 from fimp_sc._options import checked
 from fimp_sc.data._study import Study, as_modalities, resolve
 from fimp_sc.data._warnings import warn_inputs
-from fimp_sc.model._fields import SEQUENCE_KEY, registered_fields
+from fimp_sc.model.registry._fields import SEQUENCE_KEY, registered_fields
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.sequences._reader import SequenceStatistics
 from fimp_sc.data.sequences._tokenizers import sequence_source, token_shape
 from fimp_sc.data.validate._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs, label_text
-from fimp_sc.model._fields import (
+from fimp_sc.model.registry._fields import (
     BATCH_KEY,
     LIBRARY_KEY,
     SEQUENCE_KEY,
@@ -31,8 +31,7 @@ from fimp_sc.model._fields import (
     sequence_modality,
     table_states,
 )
-from fimp_sc.model._inference import infer
-from fimp_sc.model._shared_genes import check_shared_genes
+from fimp_sc.model.registry._shared_genes import check_shared_genes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -42,11 +41,10 @@ if TYPE_CHECKING:
 
     from fimp_sc.data import SequenceKind, SequenceSource, TokenSource
     from fimp_sc.model._fimp import FIMP
-    from fimp_sc.model._inference import Read
 
 
 def field_state(model: FIMP, registry_key: str) -> dict:
-    """Return what is registered under a key of :mod:`fimp_sc.model._fields`."""
+    """Return what is registered under a key of :mod:`fimp_sc.model.registry._fields`."""
     return model.registry["field_registries"].get(registry_key, {}).get("state_registry", {})
 
 
@@ -231,39 +229,6 @@ def _statistics(model: FIMP) -> GeneStatistics | None:
         return None
     total = module.target_sum.cpu().numpy()
     return GeneStatistics(module.gene_mean.cpu().numpy(), module.gene_fraction.cpu().numpy(), total)
-
-
-def collect(
-    model: FIMP,
-    data: GraphData,
-    indices: Sequence[int] | NDArray[np.int64] | None,
-    read: Read,
-    how: dict[str, Any],
-    *,
-    untrained: bool = False,
-    genes: Tensor | None = None,
-    reconstruct: bool = False,
-) -> NDArray[np.float32]:
-    """Return what ``read`` takes from the outputs of the network, for nodes in the order of ``indices``.
-
-    Parameters
-    ----------
-    how
-        ``batch_size``, ``strategy`` and ``distribute`` of :meth:`FIMP.get_latent_representation`.
-    untrained
-        Whether a model that was not trained serves.
-    genes, reconstruct
-        See :meth:`FIMPModule.inference`.
-    """
-    if not untrained:
-        model._check_if_trained(warn=False)
-    nodes, inverse = np.unique(node_indices(cast("NDArray[Any]", data.names), indices), return_inverse=True)
-    model.module.eval()
-    out = infer(
-        model.module, data, nodes, read, n_layers=model.n_layers, n_tokens=model.n_tokens, genes=genes,
-        reconstruct=reconstruct, **how,
-    )  # fmt: skip
-    return out if indices is None else out[inverse]
 
 
 def _panels(state: Mapping[str, Any], sample: NDArray[np.int64]) -> Panels | None:

@@ -25,9 +25,9 @@ from fimp_sc.data import (
     GraphData,
     NodeGraph,
 )
-from fimp_sc.model import _inference as inference
-from fimp_sc.model._inference import infer
 from fimp_sc.model.module._module import FIMPModule
+from fimp_sc.model.predict import _inference as inference
+from fimp_sc.model.predict._inference import infer
 
 N, GENES, LAYERS, TOKENS, LATENT = 90, 16, 3, 8, 8
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

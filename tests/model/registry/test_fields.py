@@ -12,7 +12,7 @@ from graph_toys import data_of
 from scipy import sparse
 
 from fimp_sc.model import FIMP
-from fimp_sc.model._fields import ExpressionField, match_columns
+from fimp_sc.model.registry._fields import ExpressionField, match_columns
 
 
 def snapshot(adata: ad.AnnData) -> dict:
@@ -143,7 +143,7 @@ def test_dropped_and_missing_genes_are_reported(caplog: pytest.LogCaptureFixture
 
 
 def test_the_scale_is_registered_and_values_are_looked_at_once(tissue, make_model, monkeypatch) -> None:
-    from fimp_sc.model import _fields
+    from fimp_sc.model.registry import _fields
 
     calls = []
     check = _fields.inspect_values

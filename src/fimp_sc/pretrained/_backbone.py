@@ -1,0 +1,181 @@
+"""Modules of a foundation model: tokens, transformer layers and a decoder, and their weights in a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fimp_sc.data import BinnedTokens, SequenceStatistics
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from fimp_sc.data import SequenceBatch, TokenSource
+    from fimp_sc.nn import TransformerLayer, TransformerStack
+    from fimp_sc.pretrained.files._files import Weights
+
+
+@dataclass
+class Backbone:
+    """The modules of a foundation model.
+
+    Attributes
+    ----------
+    config
+        Plain numbers and strings from which the same modules can be built without the checkpoint.
+    embedding
+        Makes the tokens of nodes: a :class:`GeneTokens`, or a :class:`SequenceTokens` of signals or images.
+    stack
+        The transformer layers, ready to run across nodes.
+    decoder
+        Reads values off tokens, where the checkpoint has such a part.
+    """
+
+    config: dict[str, Any]
+    embedding: Any
+    stack: TransformerStack
+    decoder: nn.Module | None = None
+
+
+class GeneTokens(nn.Module):
+    """Tokens of cells by a foundation model of expression.
+
+    The first token of a cell is its summary. A subclass has ``forward``, from genes ``(n, f)`` int64, values ``(n, f)``
+    and padding ``(n, f)`` bool to tokens ``(n, 1 + f, width)`` and their padding; and, for a model with a decoder,
+    ``query_tokens``, from genes of any shape to tokens whose value is hidden.
+
+    Attributes
+    ----------
+    known
+        ``(n_genes,)`` bool buffer, genes that the vocabulary has. The others never become tokens.
+    n_bins
+        Bins into which the values of a cell are put, where the model reads bins.
+    unit_length
+        Whether embeddings are divided by their length.
+    """
+
+    known: Tensor
+    n_bins: int | None = None
+    unit_length = False
+
+    def tokenizer(
+        self, gene_rank: Tensor, random_state: int, n_queries: int, gene_key: NDArray[np.uint64]
+    ) -> TokenSource:
+        """Return what chooses the genes and values of tokens; by default the highest values as bins of the cell.
+
+        Parameters
+        ----------
+        gene_rank, random_state, n_queries, gene_key
+            See :class:`fimp_sc.data.BinnedTokens`.
+        """
+        return BinnedTokens(gene_rank, self.known.cpu(), self.n_bins or 0, random_state, n_queries, gene_key)
+
+
+class SequenceTokens(nn.Module):
+    """Tokens of signals or images by a foundation model.
+
+    A subclass has ``forward``, from the nodes of a block (:class:`fimp_sc.data.SequenceBatch`) to tokens
+    ``(n, n_class + f, width)``.
+
+    Attributes
+    ----------
+    token_size
+        Time points, or pixels of the side of a patch, of a token.
+    n_class
+        Tokens before those of the sequence, of which the first is the summary of a node; if 0, that is their mean.
+    misaligned
+        Why the other tokens are not those that the values of a node are cut into, and these cannot be reconstructed.
+    """
+
+    token_size: int
+    n_class = 1
+    misaligned = ""
+    unit_length = False
+
+    def forward(self, nodes: SequenceBatch) -> Tensor:
+        """Return ``(n, n_class + f, width)``."""
+        raise NotImplementedError
+
+    def check(self, size: Sequence[int], n_coordinates: int) -> None:
+        """Check that nodes can be read.
+
+        Parameters
+        ----------
+        size
+            Of the values of a node: time points, or height, width and channels.
+        n_coordinates
+            Of a node.
+
+        Raises
+        ------
+        ValueError
+            When they cannot; the message says what to do.
+        """
+
+    def statistics(self) -> SequenceStatistics:
+        """Return how values are scaled, and coordinates; by default neither."""
+        return SequenceStatistics(0.0, 1.0, np.zeros(0, np.float32), np.ones(0, np.float32))
+
+    def places(self, coordinates: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Return what tokens know of where nodes are, ``(n_obs, c)``, by default nothing."""
+        return coordinates[:, :0]
+
+
+@torch.no_grad()
+def copy_weights(module: nn.Module, weights: Weights, name: str) -> None:
+    """Copy the tensors ``{name}.{parameter}`` of a file into the parameters and buffers of ``module``.
+
+    Parameters
+    ----------
+    module
+        Where to.
+    weights
+        Where from, see :func:`open_checkpoint`.
+    name
+        What the names of the tensors start with.
+
+    Raises
+    ------
+    CheckpointError
+        When a tensor is missing or has another shape.
+    """
+    for parameter, value in module.state_dict(keep_vars=True).items():
+        value.data.copy_(weights.take(f"{name}.{parameter}", tuple(value.shape)))
+
+
+@torch.no_grad()
+def copy_layer(layer: TransformerLayer, weights: Weights, prefix: str, names: Mapping[str, str]) -> None:
+    """Copy the weights of one layer.
+
+    Parameters
+    ----------
+    layer
+        Where to.
+    weights, prefix
+        Where from; all names in the file start with ``prefix``.
+    names
+        Name in the file of each part of the layer, without ``.weight`` and ``.bias``. A projection that makes queries,
+        keys and values at once is named under ``"attention.qkv"``; its rows are theirs, in this order.
+
+    Raises
+    ------
+    CheckpointError
+        When a tensor is missing or has another shape.
+    """
+    for part, name in names.items():
+        if part != "attention.qkv":
+            copy_weights(layer.get_submodule(part), weights, prefix + name)
+            continue
+        width = layer.attention.query.in_features
+        # torch's own attention joins with an underscore: in_proj_weight.
+        joint = "_" if f"{prefix}{name}_weight" in weights else "."
+        for kind, shape in (("weight", (3 * width, width)), ("bias", (3 * width,))):
+            rows = weights.take(f"{prefix}{name}{joint}{kind}", shape).split(width)
+            for projection, value in zip(("query", "key", "value"), rows, strict=True):
+                getattr(layer.attention.get_submodule(projection), kind).copy_(value)
