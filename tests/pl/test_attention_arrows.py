@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from attention_toys import heard
 from matplotlib import colormaps
-from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgba
 
 from fimp_sc import pl
@@ -66,16 +65,6 @@ def test_an_influence_of_nothing_is_drawn() -> None:
     (arrow,) = ax.patches
     np.testing.assert_allclose(arrow.get_facecolor(), colormaps["viridis_r"](0.0))
     ax.figure.canvas.draw()
-
-
-def test_axes_show_and_save(monkeypatch, tmp_path) -> None:
-    _, own = plt.subplots()
-    assert pl.attention_arrows(heard(), "c0", ax=own, save=tmp_path / "a.png") is own
-    assert (tmp_path / "a.png").stat().st_size > 1000
-    shown = []
-    monkeypatch.setattr(plt, "show", lambda: shown.append(True))
-    assert pl.attention_arrows(heard(), "c0") is None
-    assert shown == [True]
 
 
 def test_unusable_input() -> None:

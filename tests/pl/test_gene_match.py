@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 
 from fimp_sc import pl
 from fimp_sc.pp import GeneMatch
@@ -43,21 +42,6 @@ def test_without_counts_only_genes_are_drawn() -> None:
     assert [label.get_text() for label in ax.get_yticklabels()] == ["genes"]
 
 
-def test_what_is_returned(monkeypatch) -> None:
-    shown = []
-    monkeypatch.setattr(plt, "show", lambda: shown.append(1))
-    assert pl.gene_match(make_match()) is None
-    assert shown == [1]
-    figure, ax = plt.subplots()
-    assert pl.gene_match(make_match(), ax=ax) is ax
-    assert pl.gene_match(make_match(), ax=ax, return_fig=True) is figure
-    assert shown == [1]
-    assert pl.gene_match(make_match(), ax=ax, show=True) is None
-    assert shown == [1, 1]
-
-
 def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="found DataFrame"):
         pl.gene_match(make_match().table)
-    with pytest.raises(ValueError, match="not returned"):
-        pl.gene_match(make_match(), show=True, return_fig=True)

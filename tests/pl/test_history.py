@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 
 from fimp_sc import pl
 
@@ -30,16 +29,6 @@ def test_losses_are_drawn(record) -> None:
     assert list(train.get_ydata()) == [3, 2, 1]
     assert train.get_color() == validation.get_color() != label.get_color()
     assert train.get_linestyle() != validation.get_linestyle()
-
-
-def test_given_axes_are_used(record) -> None:
-    _, ax = plt.subplots()
-    assert pl.history(record, ax=ax, show=False) is ax
-
-
-def test_show_returns_nothing(record, monkeypatch) -> None:
-    monkeypatch.setattr(plt, "show", lambda: None)
-    assert pl.history(record) is None
 
 
 @pytest.mark.parametrize("history", [None, {}])

@@ -189,18 +189,13 @@ def test_images_in_files(tmp_path) -> None:
     np.testing.assert_array_equal([np.asarray(one.get_array()) for one in drawn], pixels)
 
 
-def test_what_is_returned_and_written(photos, monkeypatch, tmp_path) -> None:
-    shown = []
-    monkeypatch.setattr(plt, "show", lambda: shown.append(1))
-    assert pl.image_graph(photos) is None
-    assert shown == [1]
+def test_axes_of_a_figure_within_a_figure(photos, tmp_path) -> None:
     figure = plt.figure()
     inner = figure.subfigures(1, 2)[0].subplots()
     file = tmp_path / "map.png"
     assert pl.image_graph(photos, ax=inner, save=file) is inner
-    assert pl.image_graph(photos, save=file) is not None
-    assert shown == [1]
     assert plt.imread(file).ndim == 3
+    assert pl.image_graph(photos, ax=inner, return_fig=True) is figure
 
 
 def test_missing_keys_are_named(photos) -> None:

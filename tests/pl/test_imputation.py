@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
 from sklearn.metrics import r2_score
 
 from fimp_sc import pl, pp, tl
@@ -189,12 +188,6 @@ def test_a_gene_that_is_there_twice_is_refused(imputed) -> None:
     imputed.var_names = names
     with pytest.raises(ValueError, match=r"'HES4' is the name of several genes"):
         pl.imputation(imputed, "HES4", show=False)
-
-
-def test_show_and_save(imputed, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(plt, "show", lambda: None)
-    assert pl.imputation(imputed, imputed.var_names[0], save=tmp_path / "a.png") is None
-    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgba
 
 from fimp_sc import pl
@@ -59,16 +58,6 @@ def test_empty_niches_and_kinds_are_left_out(cells) -> None:
     assert [text.get_text()[0] for text in ax.get_yticklabels()] == ["0", "2", "3"]
     assert "Dendritic" not in [text.get_text() for text in ax.get_legend().get_texts()]
     np.testing.assert_allclose(ax.collections[0].get_facecolors()[1], to_rgba("#0000ff"))
-
-
-def test_axes_show_and_save(cells, monkeypatch, tmp_path) -> None:
-    _, own = plt.subplots()
-    assert pl.niche_composition(cells, ax=own, save=tmp_path / "a.png") is own
-    assert (tmp_path / "a.png").stat().st_size > 1000
-    shown = []
-    monkeypatch.setattr(plt, "show", lambda: shown.append(True))
-    assert pl.niche_composition(cells) is None
-    assert shown == [True]
 
 
 def test_unusable_input(cells) -> None:

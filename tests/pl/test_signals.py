@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
 from mudata import MuData
 from scipy import sparse
 
@@ -94,21 +93,6 @@ def test_style_of_the_reconstruction_is_passed_on(brain) -> None:
     assert (ax.lines[1].get_color(), ax.lines[1].get_linewidth()) == ("blue", 3)
 
 
-def test_what_is_returned_and_written(brain, monkeypatch, tmp_path) -> None:
-    shown = []
-    monkeypatch.setattr(plt, "show", lambda: shown.append(1))
-    assert pl.signals(brain, 0) is None
-    assert shown == [1]
-    _, own = plt.subplots(2)
-    axes = pl.signals(brain, [0, 1], axes=own)
-    assert list(axes) == list(own)
-    file = tmp_path / "signals.png"
-    assert pl.signals(brain, 0, axes=own[0], save=file)[0] is own[0]
-    assert pl.signals(brain, 0, save=file) is not None
-    assert shown == [1]
-    assert plt.imread(file).shape[1] > plt.imread(file).shape[0] > 10
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,7 +121,6 @@ def test_missing_keys_are_named(brain, arguments, message) -> None:
         ({"nodes": 0, "times": (70, 90)}, r"no time points: give first and last between 0 and 58 \(time \(s\)\)"),
         ({"nodes": 0, "hidden": np.zeros((10, 3), bool)}, r"\(10, 3\), but 10 signals of 30 .* repeat what is said"),
         ({"nodes": 0, "hidden": np.full((10, 30), 0.5)}, "hidden must hold True and False"),
-        ({"nodes": [0, 1], "axes": plt.Figure().subplots()}, "axes are 1, but 2 nodes"),
     ],
 )
 def test_unusable_input(brain, arguments, message) -> None:

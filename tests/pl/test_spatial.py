@@ -5,14 +5,13 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex, to_rgba, to_rgba_array
 
 from fimp_sc import pl
 
 
 def _points(ax) -> int:
-    return sum(len(collection.get_offsets()) for collection in ax.collections)
+    return sum(len(collection.get_offsets()) for collection in set(ax.collections))  # squidpy adds them twice
 
 
 def test_one_panel_per_sample_and_color(toy) -> None:
@@ -80,13 +79,6 @@ def test_the_object_is_not_changed(toy) -> None:
     assert set(toy.uns) == before
 
 
-def test_show_returns_nothing(toy, monkeypatch) -> None:
-    shown = []
-    monkeypatch.setattr(plt, "show", lambda: shown.append(True))
-    assert pl.spatial(toy, "region") is None
-    assert shown == [True]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -147,7 +139,7 @@ def test_gene_without_expression(toy) -> None:
 def test_stored_colors_of_any_form(toy, colors) -> None:
     toy.uns["region_colors"] = colors
     (ax,) = pl.spatial(toy, "region", show=False)[0]
-    expected = to_rgba_array(list(colors))[toy.obs["region"].cat.codes]
+    expected = to_rgba_array(list(colors), alpha=1)[toy.obs["region"].cat.codes]
     np.testing.assert_allclose(ax.collections[0].get_facecolors(), expected, atol=1 / 255)
 
 
@@ -213,3 +205,54 @@ def test_cells_without_a_place(toy, change, error, message) -> None:
     toy.obsm["spatial"] = change(toy.obsm["spatial"])
     with pytest.raises(error, match=message):
         pl.spatial(toy, "region", show=False)
+
+
+def visium(toy) -> dict:
+    """Return images of both sections as Space Ranger's, of 100 x 80 pixels, one for 10 units of the coordinates."""
+    rng = np.random.default_rng(0)
+    factors = {"tissue_hires_scalef": 0.1, "spot_diameter_fullres": 12.0}
+    toy.obsm["spatial"] = rng.uniform(0, 800, (toy.n_obs, 2))
+    names = ("section_1", "section_2")
+    return {name: {"images": {"hires": rng.random((80, 100, 3))}, "scalefactors": dict(factors)} for name in names}
+
+
+def test_images_lie_beneath_cells_of_their_size(toy) -> None:
+    toy.uns["spatial"] = entries = visium(toy)
+    axes = pl.spatial(toy, ["region", "HES4"], library_key="section", show=False)
+    for row in axes:
+        for ax, (name, entry) in zip(row, entries.items(), strict=True):
+            np.testing.assert_array_equal(ax.images[0].get_array(), entry["images"]["hires"])
+            assert ax.get_ylim()[0] > ax.get_ylim()[1], "as the image: downwards"
+            (spots,) = set(ax.collections)
+            boxes = [path.get_extents() for path in spots.get_paths()]
+            own = toy.obsm["spatial"][toy.obs["section"] == name] * 0.1
+            np.testing.assert_allclose([(box.x0 + box.x1) / 2 for box in boxes], own[:, 0], atol=1e-6)
+            np.testing.assert_allclose([box.width for box in boxes], 1.2, rtol=1e-3)
+    without = pl.spatial(toy, "region", library_key="section", img=False, show=False)[0]
+    assert not any(ax.images or ax.yaxis_inverted() for ax in without)
+    assert not pl.spatial(toy, "region", show=False)[0, 0].images, "which of the two is not known"
+    toy.uns["spatial"] = {"section_1": entries["section_1"]}
+    assert pl.spatial(toy, "region", show=False)[0, 0].images
+    double = pl.spatial(toy, "region", size=2, show=False)[0, 0].collections[0].get_paths()[0].get_extents()
+    np.testing.assert_allclose(double.width, 2.4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("entry", [{}, {"images": {}}, {"images": {"hires": np.ones((2, 2, 3))}}, "text"])
+def test_what_is_no_image_is_not_drawn(toy, entry) -> None:
+    toy.uns["spatial"] = {"section_1": entry}
+    assert not pl.spatial(toy, "region", show=False)[0, 0].images
+
+
+def test_the_range_of_numbers_is_that_of_the_color_bar(toy) -> None:
+    toy.obs["score"] = np.linspace(0, 1, toy.n_obs)
+    ax = pl.spatial(toy, "score", vmin=-1, vmax=3, show=False)[0, 0]
+    assert ax.collections[0].get_clim() == (-1, 3)
+    assert ax.child_axes[0].get_ylim() == (-1, 3)
+
+
+def test_keywords_are_those_of_squidpy_and_matplotlib(toy) -> None:
+    ax = pl.spatial(toy, "region", frameon=False, alpha=0.5, show=False)[0, 0]
+    assert not ax.axison
+    np.testing.assert_allclose(ax.collections[0].get_facecolors()[:, 3], 0.5, atol=1 / 255)
+    with pytest.raises(TypeError, match=r"img_alph=, which squidpy\.pl\.spatial_scatter .* mean img_alpha="):
+        pl.spatial(toy, "region", img_alph=1, show=False)

@@ -162,7 +162,7 @@ def legend_beside(ax: Axes, handles: list[Any], title: str | None = None) -> Non
 
 
 def _stored_colors(adata: AnnData, key: str, n: int) -> list[str] | None:
-    """Return the first colors of `.uns[key]`, in any form that matplotlib knows, or None where these do not fit."""
+    """Return the first colors of ``uns[key]``, opaque, or None if these are no colors of matplotlib or too few."""
     from matplotlib.colors import is_color_like, to_hex
 
     stored = in_memory(adata.uns.get(key), f"adata.uns[{key!r}]")
@@ -172,4 +172,4 @@ def _stored_colors(adata: AnnData, key: str, n: int) -> list[str] | None:
     colors = list(stored)[:n]
     if len(colors) < n or not all(is_color_like(color) for color in colors):
         return None
-    return [to_hex(color, keep_alpha=True) for color in colors]
+    return [to_hex(color) for color in colors]
