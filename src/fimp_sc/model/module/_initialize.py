@@ -11,8 +11,7 @@ from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
 from fimp_sc._recipe import recipe
-from fimp_sc.model.module._components import principal_components, shared_components
-from fimp_sc.model.module._linear_smoother import fit_components
+from fimp_sc.model.module._linear_smoother import fit_components, principal_components, shared_components
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
