@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fimp_sc.data import Batch, GeneStatistics, SequenceShape, SequenceStatistics
-    from fimp_sc.nn import LabelHead, ValueHead
+    from fimp_sc.nn._heads import LabelHead, ValueHead
     from fimp_sc.nn._network import Network
 
 
@@ -140,7 +140,7 @@ class StartingModule(BaseModuleClass):
                 linear.bias.copy_(weight[-1])
 
     def start_from_vectors(self, vectors: np.ndarray, known: np.ndarray) -> None:
-        """Use pretrained vectors of genes, see :meth:`~fimp_sc.nn.FeatureEmbedding.start_from_vectors`."""
+        """Use pretrained vectors of genes, see :meth:`~fimp_sc.nn._embedding.FeatureEmbedding.start_from_vectors`."""
         if self.network.gene_table is None:
             raise TypeError("Only FIMP-base of genes starts from their vectors.")
         self.network.gene_table.start_from_vectors(vectors, known)
