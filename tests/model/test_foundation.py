@@ -14,7 +14,7 @@ from scipy import sparse
 
 import fimp_sc
 from fimp_sc.model import FIMP
-from fimp_sc.nn import FoundationNetwork
+from fimp_sc.nn._foundation import FoundationNetwork
 from fimp_sc.pretrained import load
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}

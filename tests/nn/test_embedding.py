@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fimp_sc.nn import FeatureEmbedding
+from fimp_sc.nn._embedding import FeatureEmbedding
 
 
 def make_embedding(n_features=7, d_model=4) -> FeatureEmbedding:

@@ -11,7 +11,8 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from fimp_sc.data import NodeGraph
-from fimp_sc.nn import FoundationNetwork, TransformerLayer, TransformerStack
+from fimp_sc.nn import TransformerLayer, TransformerStack
+from fimp_sc.nn._foundation import FoundationNetwork
 from fimp_sc.pretrained._scgpt import ScGPTDecoder, ScGPTTokens
 
 N, F, GENES, D = 9, 5, 12, 8

@@ -10,8 +10,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.decomposition import PCA
 from torch import nn
 
-from fimp_sc.nn import LabelHead, ValueHead
-from fimp_sc.nn._heads import SHARES, mixture_loss
+from fimp_sc.nn._heads import SHARES, LabelHead, ValueHead, mixture_loss
 
 
 def test_value_head_equals_its_formula_for_all_and_for_some_features() -> None:

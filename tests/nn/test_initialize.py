@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fimp_sc.data import SequenceShape
-from fimp_sc.nn import FIMPNetwork
 from fimp_sc.nn._initialize import start_as_gated_mean
 from fimp_sc.nn._layers import TransformerLayer
+from fimp_sc.nn._network import FIMPNetwork
 from fimp_sc.nn._sequence import SequenceEmbedding
 
 N, F, P, HIDDEN = 9, 10, 20, 3

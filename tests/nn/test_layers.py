@@ -10,7 +10,8 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from fimp_sc.data import NodeGraph
-from fimp_sc.nn import PaperLayer, TransformerLayer, run_layers
+from fimp_sc.nn import PaperLayer, TransformerLayer
+from fimp_sc.nn._layers import run_layers
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from scipy.spatial import Delaunay, cKDTree
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fimp_sc.data import (
@@ -21,7 +22,11 @@ from fimp_sc.data import (
     NodeGraph,
     block_loader,
 )
-from fimp_sc.nn import FIMPNetwork
+from fimp_sc.model.module._module import FIMPModule
+from fimp_sc.nn import TransformerLayer
+from fimp_sc.nn._layers import run_layers
+from fimp_sc.nn._network import FIMPNetwork, Network
+from fimp_sc.nn._read_attention import recorded_influence
 
 N, GENES, LAYERS, TOKENS = 60, 14, 2, 6
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -273,3 +278,59 @@ def test_padding_of_other_cells_in_the_block_changes_nothing() -> None:
     np.testing.assert_allclose(embed(network, data, batch_size=1), together, **TOLERANCE)
     expressed = (data.source.rows(np.arange(N)) > 0).sum(1)
     assert expressed.min() < TOKENS <= expressed.max(), "numbers of tokens should differ"
+
+
+class SumsOfGenes(Network):
+    """A network of another kind: the summary of a cell is the sum of its gene tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.n_hops = 8, 1
+        self.table = nn.Embedding(GENES, 8)
+        self.layers = nn.ModuleList([TransformerLayer(8, 2, d_feedforward=8, dropout=0.0)])
+
+    def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        genes = self.table(batch["feature_id"]) * batch["value"][..., None]
+        genes = genes.masked_fill(batch["padding"][..., None], 0.0)
+        return torch.cat([genes.sum(1, keepdim=True), genes], 1), nn.functional.pad(batch["padding"], (1, 0))
+
+    def n_queries(self, batch: Batch, *, reconstruct: bool = False) -> int:
+        return 1
+
+    def states(self, batch: Batch, n_queries: int | None = None, tokens=None) -> Tensor:
+        return run_layers(self.layers, *(tokens or self.tokens(batch)), batch, n_queries)
+
+    def read(self, tokens: Tensor, batch: Batch) -> Tensor:
+        return tokens[:, 0]
+
+    def split(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return {}
+
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        return {}
+
+    def message_layers(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def token_source(self, gene_rank, gene_key, random_state) -> CenteredTokens:
+        return CenteredTokens(gene_rank)
+
+
+def test_a_network_of_another_kind_needs_no_more_than_the_contract() -> None:
+    data, network = make_data(knn(), self_loops=True), SumsOfGenes()
+    module = FIMPModule(GENES, network=network)
+    batch = next(iter(make_loader(data, np.arange(20), n_layers=1)))
+    batch["target_mask"] = torch.ones_like(batch["target"], dtype=torch.bool)
+    outputs, _, losses = module(batch)
+    torch.testing.assert_close(outputs["embedding"], network(batch))
+    assert outputs["embedding"].shape == (20, 8)
+    losses.loss.backward()
+    assert network.table.weight.grad.abs().sum() > 0
+    with recorded_influence(network, len(batch["nodes"]), 20) as found:
+        network(batch)
+    assert [part.shape for part in found] == [(80,)]
+    with pytest.raises(TypeError, match="SumsOfGenes has no decoder of bins"):
+        module.inference(batch, torch.tensor([0]))
+    with pytest.raises(TypeError, match="Only FIMP-base of genes"):
+        module.start_from_vectors(np.zeros((GENES, 3)), np.ones(GENES, dtype=bool))

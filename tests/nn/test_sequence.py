@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fimp_sc.data import SequenceShape
-from fimp_sc.nn import FIMPNetwork
+from fimp_sc.nn._network import FIMPNetwork
 from fimp_sc.nn._sequence import SequenceEmbedding, SequenceParts, spread_codes
 
 N, F, P, C = 9, 7, 5, 3

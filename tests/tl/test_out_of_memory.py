@@ -16,8 +16,7 @@ from scipy import sparse
 
 import fimp_sc
 from fimp_sc.data._study import resolve
-from fimp_sc.data.storage._rows import MatrixRows, open_rows
-from fimp_sc.data.storage._stored import storage
+from fimp_sc.data.storage._rows import MatrixRows, open_rows, storage
 from fimp_sc.model import FIMP
 from fimp_sc.tl._call import _inputs, _models
 
@@ -215,7 +214,7 @@ def test_marks_read_no_expression(graph: ad.AnnData, place: Place, monkeypatch: 
         raise AssertionError("expression was read")
 
     for name in ("read", "take"):
-        monkeypatch.setattr(f"fimp_sc.data.storage._stored.StoredArray.{name}", refuse)
+        monkeypatch.setattr(f"fimp_sc.data.storage._rows.StoredArray.{name}", refuse)
     monkeypatch.setattr("dask.base.compute", refuse)
     marks = [_models._marks(work, inputs) for work in works]
     assert all(a != b for i, a in enumerate(marks) for b in marks[:i])

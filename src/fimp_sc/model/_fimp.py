@@ -28,8 +28,7 @@ from fimp_sc.model.registry._fields import LABELS_KEY, X_KEY, ExpressionField, L
 from fimp_sc.model.registry._graph_data import check_genes, field_state
 from fimp_sc.model.registry._setup import Absent, Listed, is_object, setup_anndata, setup_mudata
 from fimp_sc.model.train._plan import FIMPTrainingPlan
-from fimp_sc.model.train._runner import FIMPTrainRunner
-from fimp_sc.model.train._seeded import seeded
+from fimp_sc.model.train._runner import FIMPTrainRunner, seeded
 from fimp_sc.model.train._train import train
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fimp_sc.nn._token_attention import token_attention
+from fimp_sc.nn.ops._api import token_attention
 
 if TYPE_CHECKING:
     from fimp_sc.data._batch import Batch
@@ -16,10 +16,16 @@ _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class CrossNodeAttention(nn.Module):
-    """Multi-head attention from the tokens of a node to the tokens of each of its sources.
+    r"""Multi-head attention from the tokens of a node to the tokens of each of its sources.
 
-    Queries, keys and values are projected once per node; the output projection is applied once, after the reduction
-    over sources, with its bias only where a node has sources, so that an isolated node receives exactly zero.
+    .. math::
+
+        A(H)_i = W_O \, \mathrm{mean}_{j \in N(i)} \, w_{ij} \, \mathrm{softmax}\!\left(
+        (W_Q H_i) (W_K H_j)^\top / \sqrt{d} \right) W_V H_j
+
+    for every head, of width :math:`d`. Queries, keys and values are projected once per node; the output projection is
+    applied once, after the reduction over sources, with its bias only where a node has sources, so that an isolated
+    node receives exactly zero.
 
     Parameters
     ----------
@@ -109,7 +115,7 @@ class CrossNodeAttention(nn.Module):
             messages = messages + convolved[:, : messages.shape[1]]
         out, connected = self.output(messages), indptr.diff() > 0
         # Where it costs nothing to ask, tokens are not gone through again for nothing.
-        if tokens.device.type == "cpu" and bool(connected.all()):
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and bool(connected.all()):
             return out
         return out * connected.to(messages.dtype)[:, None, None]
 
@@ -135,7 +141,14 @@ class CrossNodeAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Transformer layer that attends across nodes: attention, residual, norm and feed-forward.
+    r"""Transformer layer that attends across nodes: attention, residual, norm and feed-forward.
+
+    .. math::
+
+        H_i' = H_i + A(\mathrm{norm}(H))_i, \qquad H_i'' = H_i' + \mathrm{feedforward}(\mathrm{norm}(H_i'))
+
+    with norms first, :math:`A` as in :class:`CrossNodeAttention`; else :math:`H_i' = \mathrm{norm}(H_i + A(H)_i)` and
+    :math:`H_i'' = \mathrm{norm}(H_i' + \mathrm{feedforward}(H_i'))`.
 
     Parameters
     ----------

@@ -21,8 +21,7 @@ from fimp_sc.data.graph._adjacency import (
     nearest_places,
     report_isolated,
 )
-from fimp_sc.data.sequences._image_arrays import Channels, flatten_images
-from fimp_sc.data.sequences._image_files import decode_files, inspect_files
+from fimp_sc.data.sequences._image_files import Channels, decode_files, flatten_images, inspect_files
 from fimp_sc.data.sequences._pixels import PATH_KEY, PIXELS_KEY
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from torch import nn
 from validation_toys import make_splitter, validation_losses
 
 from fimp_sc.model import FIMPModule, FIMPTrainingPlan
-from fimp_sc.nn import FoundationNetwork, TransformerStack
+from fimp_sc.nn import TransformerStack
+from fimp_sc.nn._foundation import FoundationNetwork
 from fimp_sc.pretrained._scgpt import ScGPTDecoder, ScGPTTokens
 
 

@@ -51,11 +51,11 @@ def test_width_must_be_a_multiple_of_heads() -> None:
 def fake_triton(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> list:
     calls = []
 
-    def triton_attention(query, *args):
+    def forward(query, *args):
         calls.append(args)
-        return query
+        return query.clone()
 
-    module = SimpleNamespace(unsupported=lambda query, key: reason, triton_attention=triton_attention)
+    module = SimpleNamespace(unsupported=lambda device, dtype, head_dim: reason, forward=forward)
     monkeypatch.setitem(sys.modules, "fimp_sc.nn.ops.triton._function", module)
     return calls
 
@@ -76,13 +76,12 @@ def test_auto_prefers_triton_on_cuda_where_it_works(
     fake_triton(monkeypatch, reason)
     tried = []
     monkeypatch.setattr(_api, "works", lambda kind, attention: tried.append(kind) or works)
-    device = SimpleNamespace(type="cuda")
-    query, key = (SimpleNamespace(device=device, dtype=torch.bfloat16, shape=(9, 4, n, 32)) for n in (1200, 64))
-    assert _api.resolve("auto", query, key) == expected
+    on = torch.device("cuda"), torch.bfloat16, (4, 1200, 64, 32)
+    assert _api.resolve("auto", *on) == expected
     # 1,200 tokens leave half of a last tile of 128, as 560 do.
-    kind = ("triton", device, torch.bfloat16, 4, 560, 64, 32, True)
+    kind = ("triton", *on[:2], 4, 560, 64, 32, True)
     assert tried == ([kind] if reason is None else [])
-    assert reason is not None or _api.resolve("triton", query, key) == "triton"
+    assert reason is not None or _api.resolve("triton", *on) == "triton"
 
 
 @pytest.mark.parametrize(
@@ -96,33 +95,32 @@ def test_auto_prefers_triton_on_cuda_where_it_works(
     ],
 )
 def test_auto_on_cpus(dtype: torch.dtype, tokens: tuple[int, int], expected: str) -> None:
-    x = torch.zeros(1, dtype=dtype)
-    assert _api.resolve("auto", x, x, tokens) == expected
+    on = torch.device("cpu"), dtype, (4, *tokens, 16)
+    assert _api.resolve("auto", *on) == expected
     for backend in ("numba", "chunked", "dense"):
-        assert _api.resolve(backend, x, x, tokens) == backend
+        assert _api.resolve(backend, *on) == backend
 
 
 def test_numba_where_it_cannot_run_says_so() -> None:
-    elsewhere = torch.zeros(1, device="meta")
+    elsewhere = torch.device("meta"), torch.float32, (4, 200, 200, 16)
     with pytest.raises(ValueError, match=r"CPUs only, found 'meta'\. Use backend='auto' or 'chunked'"):
-        _api.resolve("numba", elsewhere, elsewhere)
-    assert _api.resolve("auto", elsewhere, elsewhere, (200, 200)) == "chunked"
+        _api.resolve("numba", *elsewhere)
+    assert _api.resolve("auto", *elsewhere) == "chunked"
 
 
 def test_triton_receives_one_factor_per_edge_and_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_triton(monkeypatch, None)
     padding = torch.zeros(7, 3, dtype=torch.bool)
     cross_node_attention(*random_inputs(), *GRAPH, key_padding_mask=padding, backend="triton")
-    *_, weight, mask = calls[0]
+    _, _, weight, _, _, mask = calls[0]
     torch.testing.assert_close(weight, torch.tensor([1 / 3] * 3 + [1.0] + [1 / 5] * 5 + [1 / 2] * 2).double())
-    assert mask is padding
+    assert torch.equal(mask, padding)
 
 
 def test_backend_of_a_block_yields_to_the_argument_and_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, used = random_inputs(), []
     monkeypatch.setattr(_api, "dense_attention", lambda *args: used.append("dense"))
-    monkeypatch.setattr(_api, "engine", lambda backend, *args: used.append(backend))
-    monkeypatch.setattr(_api, "given_attention", lambda *args: None)
+    monkeypatch.setattr(_api, "attend", lambda *args: used.append(args[-2]))
     with attention_backend("dense"):
         cross_node_attention(*inputs, *GRAPH)
         cross_node_attention(*inputs, *GRAPH, backend="chunked")

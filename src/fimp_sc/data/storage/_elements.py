@@ -11,8 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
-from fimp_sc.data.storage._rows import open_rows
-from fimp_sc.data.storage._stored import storage
+from fimp_sc.data.storage._rows import open_rows, storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -11,14 +11,13 @@ from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
 from fimp_sc._recipe import recipe
-from fimp_sc.model.module._components import principal_components, shared_components
-from fimp_sc.model.module._linear_smoother import fit_components
+from fimp_sc.model.module._linear_smoother import fit_components, principal_components, shared_components
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fimp_sc.data import Batch, GeneStatistics, SequenceShape, SequenceStatistics
-    from fimp_sc.nn import LabelHead, ValueHead
+    from fimp_sc.nn._heads import LabelHead, ValueHead
     from fimp_sc.nn._network import Network
 
 
@@ -141,7 +140,7 @@ class StartingModule(BaseModuleClass):
                 linear.bias.copy_(weight[-1])
 
     def start_from_vectors(self, vectors: np.ndarray, known: np.ndarray) -> None:
-        """Use pretrained vectors of genes, see :meth:`~fimp_sc.nn.FeatureEmbedding.start_from_vectors`."""
+        """Use pretrained vectors of genes, see :meth:`~fimp_sc.nn._embedding.FeatureEmbedding.start_from_vectors`."""
         if self.network.gene_table is None:
             raise TypeError("Only FIMP-base of genes starts from their vectors.")
         self.network.gene_table.start_from_vectors(vectors, known)

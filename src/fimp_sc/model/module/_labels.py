@@ -12,7 +12,7 @@ from fimp_sc._recipe import recipe
 from fimp_sc.nn._heads import mixture_loss
 
 if TYPE_CHECKING:
-    from fimp_sc.nn import LabelHead
+    from fimp_sc.nn._heads import LabelHead
 
 
 class LabelingModule(BaseModuleClass):

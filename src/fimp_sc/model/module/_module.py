@@ -13,7 +13,8 @@ from fimp_sc._draws import combined
 from fimp_sc.data import without_neighbors
 from fimp_sc.model.module._initialize import StartingModule
 from fimp_sc.model.module._labels import LabelingModule
-from fimp_sc.nn import FIMPNetwork, LabelHead, ValueHead
+from fimp_sc.nn._heads import LabelHead, ValueHead
+from fimp_sc.nn._network import FIMPNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +39,7 @@ class FIMPModule(LabelingModule, StartingModule):
     n_labels
         Number of classes; 0 leaves the label head out.
     n_latent, n_layers, n_heads, layer, reduce, dropout
-        See :class:`~fimp_sc.nn.FIMPNetwork`.
+        See :class:`~fimp_sc.nn._network.FIMPNetwork`.
     label_weight
         Weight of the label loss beside the masked-value loss.
     random_state

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fimp_sc.data import Batch, ExpressionSource, GraphData
     from fimp_sc.data._study import Study
-    from fimp_sc.data.expression._joined import JoinedExpression
+    from fimp_sc.data.expression._reader import JoinedExpression
     from fimp_sc.model._fimp import FIMP
     from fimp_sc.model.module._module import FIMPModule
 

@@ -12,7 +12,8 @@ import torch
 
 from fimp_sc._draws import name_key
 from fimp_sc._options import checked
-from fimp_sc.model.predict._decode import decoded_expression
+from fimp_sc.data import BinnedTokens
+from fimp_sc.data.expression._binning import unbin
 from fimp_sc.model.predict._inference import collect
 from fimp_sc.model.predict._labels import label_probability
 from fimp_sc.model.predict._reconstruct import hidden_tokens, predict_all
@@ -28,7 +29,7 @@ from fimp_sc.model.registry._graph_data import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from anndata import AnnData
     from mudata import MuData
@@ -36,10 +37,53 @@ if TYPE_CHECKING:
     from scipy import sparse
     from torch import Tensor
 
-    from fimp_sc.data import Batch
+    from fimp_sc.data import Batch, GraphData
     from fimp_sc.model._fimp import FIMP
     from fimp_sc.model.module._module import FIMPModule
     from fimp_sc.model.predict._inference import Strategy
+
+
+# Genes that are tokens of a cell at once, and cells whose bins are turned into values at once.
+_GENES, _CELLS = 200, 1024
+
+
+def decoded_expression(
+    data: GraphData,
+    nodes: NDArray[np.int64],
+    genes: NDArray[np.int64],
+    predict: Callable[[torch.Tensor], NDArray[np.float32]],
+) -> NDArray[np.float32]:
+    """Predict genes some hundred at a time, and turn bins into values by what the cell's visible genes say of them.
+
+    Parameters
+    ----------
+    data
+        Cells and how they become tokens.
+    nodes
+        ``(n,)`` cells to predict.
+    genes
+        ``(g,)`` genes of the model.
+    predict
+        From ``(q,)`` genes to their ``(n, q)`` bins.
+
+    Returns
+    -------
+    ``(n, g)`` float32 log-normalized expression, NaN for genes that the vocabulary does not know.
+    """
+    source = data.tokens
+    if not isinstance(source, BinnedTokens) or data.source is None:
+        raise ValueError("decoder=True needs a foundation model with a decoder: FIMP-base has none.")
+    out = np.full((len(nodes), len(genes)), np.nan, dtype=np.float32)
+    known = np.flatnonzero(source.known.numpy()[genes])
+    for i in range(0, len(known), _GENES):
+        part = known[i : i + _GENES]
+        out[:, part] = predict(torch.from_numpy(genes[part]))
+    for i in range(0, len(nodes), _CELLS):
+        cells = slice(i, i + _CELLS)
+        observed, pattern = (torch.from_numpy(part.copy()) for part in data.source.observed(nodes[cells]))
+        edges = torch.from_numpy(source.edges(data.source.sparse_rows(nodes[cells]), observed, pattern))
+        out[cells, known] = unbin(torch.from_numpy(out[cells][:, known]), edges).numpy()
+    return out
 
 
 @checked

@@ -13,8 +13,7 @@ from scipy import sparse
 from fimp_sc._logging import warn
 from fimp_sc.data import ExpressionSource, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._study import Modality, Study, expand_rows, resolve
-from fimp_sc.data.expression._joined import JoinedExpression, split_statistics
-from fimp_sc.data.expression._reader import Panels
+from fimp_sc.data.expression._reader import JoinedExpression, Panels, split_statistics
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.sequences._reader import SequenceStatistics
 from fimp_sc.data.sequences._tokenizers import sequence_source, token_shape

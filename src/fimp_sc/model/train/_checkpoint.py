@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 
 import fimp_sc
 from fimp_sc.data._study import resolve
-from fimp_sc.data.expression._joined import JoinedExpression
+from fimp_sc.data.expression._reader import JoinedExpression
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._checksums import checksum
 from fimp_sc.data.storage._elements import shorten

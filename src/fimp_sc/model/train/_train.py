@@ -27,9 +27,8 @@ from fimp_sc.model.registry._graph_data import graph_data, node_indices, sequenc
 from fimp_sc.model.train._checkpoint import KeptTraining, training_marks
 from fimp_sc.model.train._initialize import start_from_data
 from fimp_sc.model.train._plan import trained_weights
-from fimp_sc.model.train._runner import unchanged_if_it_fails
+from fimp_sc.model.train._runner import seeded, unchanged_if_it_fails
 from fimp_sc.model.train._schedule import Schedule
-from fimp_sc.model.train._seeded import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -1,5 +1,6 @@
 """Cross-node attention: the one operation that every network is made of.
 
-:mod:`_api` has the contract and chooses a backend; `_reference` is the definition, `_chunked` the batched products,
-`numba` and `triton` hold compiled loops and fused kernels. Either folder can be deleted.
+`_api` has the definition and chooses a backend, `_attend` is the operation of torch with its gradients and the contract
+of engines, `_chunked` the batched products; `numba` and `triton` hold compiled loops and fused kernels, and either
+folder can be deleted.
 """

@@ -1,14 +1,7 @@
-r"""Cross-node attention: the one operation that every FIMP network is made of.
+"""Cross-node attention: the one operation that every FIMP network is made of.
 
-For a graph in compressed sparse rows (row = destination) and a sequence of tokens per node
-
-.. math::
-
-    O_i = \sum_{j \in N(i)} w_{ij} \, \mathrm{softmax}\!\left(Q_i K_j^\top / \sqrt{d}\right) V_j
-
-with one softmax per edge. Queries, keys and values are projected once per *node*, so that nothing of size
-edges x tokens x width or edges x tokens² need ever be kept. Several backends compute it; this module checks the
-arguments, turns the reduction into one factor per edge and chooses among them.
+This module checks the arguments, turns the reduction into one factor per edge, and chooses a backend: the plain version
+is here, those that keep nothing per edge and token are behind one operation of torch.
 """
 
 from __future__ import annotations
@@ -18,12 +11,9 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fimp_sc.nn.ops._chunked import without_autocast
-from fimp_sc.nn.ops._engine import Sizes, engine
-from fimp_sc.nn.ops._given import given_attention
-from fimp_sc.nn.ops._reference import dense_attention
+from fimp_sc.nn.ops._attend import attend, without_autocast
 from fimp_sc.nn.ops._selftest import Kind, works
 
 if TYPE_CHECKING:
@@ -75,7 +65,14 @@ def cross_node_attention(
     backend: Backend = "auto",
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Attend from the tokens of each destination to the tokens of each of its sources, and reduce over the sources.
+    r"""Attend from the tokens of each destination to the tokens of each of its sources, and reduce over the sources.
+
+    .. math::
+
+        O_i = \sum_{j \in N(i)} w_{ij} \, \mathrm{softmax}\!\left(Q_i K_j^\top / \sqrt{d}\right) V_j
+
+    with one softmax per edge and head. Queries, keys and values belong to nodes, so that nothing of size edges x tokens
+    x width or edges x tokens² is kept. :func:`torch.compile` sees one operation.
 
     Parameters
     ----------
@@ -125,17 +122,103 @@ def cross_node_attention(
     _check_heads(query, key, value)
     check_graph(query.shape[0], (key.shape[0], key.shape[2]), indptr, indices, edge_weight, key_padding_mask)
     weight = edge_factor(query, indptr, indices, edge_weight, key_padding_mask, reduce)
-    backend = resolve(backend, query, key, (query.shape[2], key.shape[2]))
-    with without_autocast(query.device.type):
-        if backend == "triton":
-            from fimp_sc.nn.ops.triton._function import triton_attention
+    sizes = query.shape[1], query.shape[2], key.shape[2], query.shape[3]
+    backend = resolve(backend, query.device, query.dtype, sizes)
+    graph = weight, indptr, indices, key_padding_mask
+    if backend == "dense":
+        with without_autocast(query.device.type):
+            return dense_attention(query, key, value, *graph)
+    out: Tensor = attend(query, key, value, None, None, *graph, query.shape[2], backend, chunk_size)
+    return out
 
-            return triton_attention(query, key, value, indptr, indices, weight, key_padding_mask)
-        if backend == "dense":
-            return dense_attention(query, key, value, indptr, indices, weight, key_padding_mask)
-        sizes = Sizes(key.shape[0], query.shape[2], key.shape[2], query.shape[3])
-        attends = engine(backend, indptr, indices, key_padding_mask, sizes, chunk_size)
-        return given_attention(query, key, value, weight, attends)
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, indptr: Tensor, indices: Tensor, padding: Tensor | None
+) -> Tensor:
+    """Attend as the definition reads: the reference for all backends, whose memory grows with edges x tokens²."""
+    destination = torch.arange(len(query), device=query.device).repeat_interleave(indptr.diff())
+    q, k, v = (x.to(weight.dtype) for x in (query[destination], key[indices], value[indices]))
+    scores = q @ k.mT * query.shape[-1] ** -0.5
+    if padding is not None:
+        scores = scores.masked_fill(padding[indices][:, None, None], torch.finfo(scores.dtype).min / 2)
+    messages = scores.softmax(-1) @ v * weight[:, None, None, None]
+    return messages.new_zeros(query.shape).index_add(0, destination, messages).to(query.dtype)
+
+
+def token_attention(
+    tokens: Tensor,
+    maps: tuple[nn.Module, nn.Module, nn.Module],
+    n_heads: int,
+    indptr: Tensor,
+    indices: Tensor,
+    *,
+    own: Tensor | None = None,
+    n_queries: int | None = None,
+    edge_weight: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    reduce: str = "mean",
+) -> Tensor:
+    """Attend as :func:`cross_node_attention`, with queries, keys and values that maps make of tokens.
+
+    On CPUs, in single and double precision, linear maps are applied head by head: queries, keys and values of all
+    heads are never held together.
+
+    Parameters
+    ----------
+    tokens
+        ``(n_sources, n_tokens, d_model)``.
+    maps
+        To queries, keys and values, each ``d_model`` wide.
+    n_heads
+        Heads that share the width.
+    indptr, indices, edge_weight, key_padding_mask, reduce
+        As in :func:`cross_node_attention`.
+    own
+        ``(n_destinations, n, d_model)`` tokens of the destinations. By default the destinations are the first nodes.
+    n_queries
+        Use only the first tokens of each destination.
+
+    Returns
+    -------
+    ``(n_destinations, n_queries or n, d_model)``, head after head.
+
+    Raises
+    ------
+    ValueError
+        When graph, tokens and padding do not fit each other.
+    """
+    n_destinations, (_, n_tokens, d_model) = indptr.shape[0] - 1 if own is None else len(own), tokens.shape
+    linear = _linear_maps(tokens, maps)
+    if linear is not None:
+        own = None if own is None else own[:, :n_queries]
+        n = own.shape[1] if own is not None else n_tokens if n_queries is None else min(n_queries, n_tokens)
+        sizes = n_heads, n, n_tokens, d_model // n_heads
+        backend = resolve("auto", tokens.device, tokens.dtype, sizes)
+        if backend in ("numba", "chunked"):
+            check_graph(n_destinations, (len(tokens), n_tokens), indptr, indices, edge_weight, key_padding_mask)
+            weight = edge_factor(tokens, indptr, indices, edge_weight, key_padding_mask, reduce)
+            matrices = torch.stack([one.weight for one in linear]).unflatten(1, (n_heads, -1))
+            biases = torch.stack([one.bias for one in linear]).unflatten(1, (n_heads, -1))
+            graph = weight, indptr, indices, key_padding_mask
+            return attend(own, tokens, None, matrices, biases, *graph, n, backend, None).transpose(1, 2).flatten(2)
+    own = (tokens[:n_destinations] if own is None else own)[:, :n_queries]
+    query, key, value = (
+        one(x).unflatten(2, (n_heads, -1)).transpose(1, 2) for one, x in zip(maps, (own, tokens, tokens), strict=True)
+    )
+    out = cross_node_attention(
+        query, key, value, indptr, indices, edge_weight=edge_weight, key_padding_mask=key_padding_mask, reduce=reduce
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+def _linear_maps(tokens: Tensor, maps: tuple[nn.Module, ...]) -> list[nn.Linear] | None:
+    """Return maps that can be applied head by head here, else None."""
+    device, dtype = tokens.device.type, tokens.dtype
+    if device != "cpu" or dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(device):
+        return None
+    # Anything else, such as a map with a change of low rank, makes its outputs itself.
+    linear = [one for one in maps if type(one) is nn.Linear and one.bias is not None and one.weight.dtype == dtype]
+    return linear if len(linear) == len(maps) else None
 
 
 def edge_factor(
@@ -170,54 +253,67 @@ def _known(backend: Backend) -> Backend:
     return backend
 
 
-def resolve(backend: Backend, query: Tensor, key: Tensor, tokens: tuple[int, int] = (0, 0)) -> Backend:
+def resolve(backend: Backend, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> Backend:
     """Return the backend that computes this, other than ``"auto"``.
 
     Parameters
     ----------
     backend
         As in :func:`cross_node_attention`.
-    query, key
-        Queries and keys; on a CPU, anything of their dtype.
-    tokens
-        How many tokens a destination and a source have.
+    device, dtype
+        Of queries, keys and values.
+    sizes
+        Heads, tokens of a destination and of a source, width of a head.
 
     Raises
     ------
     ValueError
         When the backend is unknown or cannot run.
     """
-    if _known(backend) == "auto":
-        backend = _DEFAULT.get()
-    device = query.device.type
-    if backend == "triton" or (backend == "auto" and device == "cuda"):
-        from fimp_sc.nn.ops.triton._function import unsupported
+    # A branch rather than a number: numbers of tokens may be symbols of torch's compiler.
+    scores = "many" if sizes[1] * sizes[2] >= _SCORES_WORTH_COMPILING else "few"
+    if torch.compiler.is_compiling():
+        sizes = (*_SIZES_TRIED[:3], sizes[3])
+    return _resolve(_known(backend), device, dtype, sizes, scores)
 
-        reason = unsupported(query, key)
+
+@torch.compiler.assume_constant_result
+def _resolve(
+    backend: Backend, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, int], scores: str
+) -> Backend:
+    if backend == "auto":
+        backend = _DEFAULT.get()
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        reason = _unsupported(device, dtype, sizes[3])
         if backend == "triton":
             if reason is not None:
                 raise ValueError(f"backend 'triton' cannot run: {reason}. Use backend='auto' or 'chunked'.")
             return "triton"
-        if reason is None and _works("triton", query, (query.shape[1], query.shape[2], key.shape[2], query.shape[3])):
-            return "triton"
-    if backend == "numba" and device != "cpu":
-        raise ValueError(f"backend 'numba' runs on CPUs only, found {device!r}. Use backend='auto' or 'chunked'.")
+        return "triton" if reason is None and _works("triton", device, dtype, sizes) else "chunked"
+    if backend == "numba" and device.type != "cpu":
+        raise ValueError(f"backend 'numba' runs on CPUs only, found {device.type!r}. Use backend='auto' or 'chunked'.")
     if backend != "auto":
         return backend
     # Few scores are not worth the calls, nor what is compiled for doubles, which networks do not have.
-    compiled = device == "cpu" and query.dtype != torch.float64 and tokens[0] * tokens[1] >= _SCORES_WORTH_COMPILING
-    return "numba" if compiled and _works("numba", query, _SIZES_TRIED) else "chunked"
+    compiled = device.type == "cpu" and dtype != torch.float64 and scores == "many"
+    return "numba" if compiled and _works("numba", device, dtype, _SIZES_TRIED) else "chunked"
 
 
-def _works(backend: Backend, like: Tensor, sizes: tuple[int, int, int, int]) -> bool:
+def _unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    try:
+        from fimp_sc.nn.ops.triton._function import unsupported
+    except ImportError:
+        return "its kernels are not installed"
+    return unsupported(device, dtype, head_dim)
+
+
+def _works(backend: Backend, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> bool:
     n_heads, n_queries, n_tokens, head_dim = sizes
     if not min(sizes):
         return True
     # Of many tokens fewer do that fill tiles likewise.
     n_queries, n_tokens = (min(n, _MOST_TRIED + n % (_MOST_TRIED // 4)) for n in (n_queries, n_tokens))
-    kind = Kind(
-        backend, like.device, like.dtype, n_heads, n_queries, n_tokens, head_dim, backward=torch.is_grad_enabled()
-    )
+    kind = Kind(backend, device, dtype, n_heads, n_queries, n_tokens, head_dim, backward=torch.is_grad_enabled())
     return works(kind, cross_node_attention)
 
 

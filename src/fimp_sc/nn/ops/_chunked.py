@@ -7,8 +7,7 @@ product.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,24 +25,11 @@ _SAFE_SCORE = 60.0
 _MAX_BATCH = 65_535
 
 
-def best_chunk_size(device: str, n_queries: int, n_tokens: int, head_dim: int) -> int:
-    """Return how many edges are best handled together."""
-    scores = _SCORES_PER_THREAD * torch.get_num_threads() if device == "cpu" else _SCORES_ACCELERATOR
-    return scores // max(n_tokens * max(n_queries, head_dim), 1)
-
-
-class Map(NamedTuple):
-    """A linear map to one head."""
-
-    matrix: Tensor  # (head_dim, d_model)
-    bias: Tensor  # (head_dim,)
-
-
 class Buffers:
     """Memory that chunks and heads use one after another: fresh pages for each would cost more than the products."""
 
     def __init__(self, like: Tensor) -> None:
-        self.device, self.dtype, self.kept = like.device, _compute_dtype(like), dict[str, Tensor]()
+        self.device, self.dtype, self.kept = like.device, compute_dtype(like), dict[str, Tensor]()
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         size = math.prod(shape)
@@ -51,39 +37,16 @@ class Buffers:
             self.kept[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
         return self.kept[name][:size].view(shape)
 
-    def head(self, name: str, x: Tensor, head: int, order: Tensor | None = None) -> Tensor:
-        """Copy one head, ``(nodes, tokens, head_dim)``, in the dtype of the products."""
-        one = x[:, head] if order is None else x[:, head].index_select(0, order)
-        return self(name, *one.shape).copy_(one)
 
-    def gather(self, name: str, nodes: Tensor, sources: Tensor, n: int, factor: Tensor | None = None) -> Tensor:
-        """Return ``(n, neighbors x tokens, head_dim)``: the sources of each of ``n`` destinations in a row."""
-        rows = torch.index_select(nodes, 0, sources, out=self(name, len(sources), *nodes.shape[1:]))
-        if factor is not None:
-            rows.mul_(factor[:, None, None])
-        return rows.view(n, -1, nodes.shape[-1])
-
-    def attention(self, q: Tensor, keys: Tensor, bias: Tensor | None, sources: Tensor, *, small: bool) -> Tensor:
-        """Return ``(n, tokens, neighbors, source tokens)``, one softmax for each neighbor."""
-        n, tokens = q.shape[:2]
-        scores = self("scores", n, tokens, keys.shape[1])
-        if bias is None:
-            torch.bmm(q, keys.mT, out=scores)
-        else:
-            torch.baddbmm(bias.index_select(0, sources).view(n, 1, -1), q, keys.mT, out=scores)
-        segments = scores.view(n, tokens, len(sources) // n, -1)
-        if scores.device.type != "cpu":
-            return torch.softmax(segments, -1)
-        # In place, and faster than torch's function on CPUs.
-        if not small:
-            segments.sub_(segments.amax(-1, keepdim=True))
-        total = segments.exp_().sum(-1, keepdim=True)
-        # Without the shift by the largest score a source with padding only has no weight at all.
-        return segments.mul_(total.clamp_(min=1e-30).reciprocal_())
+def compute_dtype(x: Tensor) -> torch.dtype:
+    # CPUs multiply halves many times slower than singles.
+    return torch.float32 if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 class Chunks:
-    """An :class:`~fimp_sc.nn.ops._engine.Engine` of batched products, on any device.
+    """An :class:`~fimp_sc.nn.ops._attend.Engine` of batched products, on any device.
+
+    Destinations are gone through by descending degree, so that those of a chunk have equally many edges.
 
     Parameters
     ----------
@@ -91,148 +54,157 @@ class Chunks:
         Compressed sparse rows over the destinations.
     padding
         ``(n_sources, n_tokens)`` bool, True where a token is padding.
+    weight
+        ``(n_edges,)`` factor of each message.
+    buffers
+        Memory to use.
     chunk_size
-        Edges handled at once.
+        Edges handled at once; by default as many as the cache likes.
     """
 
-    order: Tensor | None
-
-    def __init__(self, indptr: Tensor, indices: Tensor, padding: Tensor | None, chunk_size: int) -> None:
+    def __init__(
+        self,
+        indptr: Tensor,
+        indices: Tensor,
+        padding: Tensor | None,
+        weight: Tensor,
+        buffers: Buffers,
+        chunk_size: int | None,
+    ) -> None:
+        self._indices, self._weight, self._buffers, self._chunk_size = indices, weight, buffers, chunk_size
         # One transfer to the host for all that the loops depend on.
-        degree, order = indptr.diff().sort(descending=True, stable=True)
+        degree, self._order = indptr.diff().sort(descending=True, stable=True)
         some = degree.new_zeros(1) if padding is None else padding.any().view(1).to(degree.dtype)
-        *degrees, padded = torch.cat((degree, some)).tolist()
-        start = indptr[:-1].index_select(0, order)
-        self._parts = list(_parts(start, indices, degrees, max(min(chunk_size, _MAX_BATCH), 1)))
-        self._padding = padding if padded else None
-        self.order = order
+        *self._degree, padded = torch.cat((degree, some)).tolist()
+        self._start = indptr[:-1].index_select(0, self._order)
+        self._bias: Tensor | None = None
+        if padding is not None and padded:
+            # Finite, so that a source with padding only gives a uniform softmax instead of NaN.
+            least = torch.finfo(buffers.dtype).min / 2
+            self._bias = torch.zeros_like(padding, dtype=buffers.dtype).masked_fill_(padding, least)
 
-    def running(self) -> AbstractContextManager[None]:
-        """Return a context of nothing."""
-        return nullcontext()
-
-    def project(self, tokens: Tensor, maps: Sequence[Map], outs: Sequence[Tensor]) -> None:
-        """Write what linear maps make of tokens."""
-        for one, out in zip(maps, outs, strict=True):
+    def project(self, tokens: Tensor, matrices: Tensor, biases: Tensor, outs: Sequence[Tensor]) -> None:
+        for matrix, bias, out in zip(matrices, biases, outs, strict=True):
             rows = _first(tokens, out).reshape(-1, tokens.shape[2])
-            torch.addmm(one.bias, rows, one.matrix.T, out=out.view(-1, out.shape[2]))
+            torch.addmm(bias, rows, matrix.T, out=out.view(-1, out.shape[2]))
 
     def project_backward(
         self,
         gradients: Sequence[Tensor],
         tokens: Tensor,
-        maps: Sequence[Map],
+        matrices: Tensor,
         d_tokens: Tensor | None,
-        d_maps: Sequence[tuple[Tensor | None, Tensor | None]],
+        d_maps: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """Add the gradient of tokens, and write those of linear maps."""
-        for gradient, one, (d_matrix, d_bias) in zip(gradients, maps, d_maps, strict=True):
+        for i, (gradient, matrix) in enumerate(zip(gradients, matrices, strict=True)):
             rows = gradient.view(-1, gradient.shape[2])
-            if d_matrix is not None:
-                torch.mm(rows.T, _first(tokens, gradient).reshape(-1, tokens.shape[2]), out=d_matrix)
-            if d_bias is not None:
-                torch.sum(rows, 0, out=d_bias)
-            if d_tokens is None:
-                continue
-            total = _first(d_tokens, gradient)
-            if total.is_contiguous():
-                total.view(-1, total.shape[2]).addmm_(rows, one.matrix)
-            else:
-                total.add_(torch.mm(rows, one.matrix).view(total.shape))
+            if d_maps is not None:
+                torch.mm(rows.T, _first(tokens, gradient).reshape(-1, tokens.shape[2]), out=d_maps[0][i])
+                torch.sum(rows, 0, out=d_maps[1][i])
+            if d_tokens is not None:
+                total = _first(d_tokens, gradient)
+                if total.is_contiguous():
+                    total.view(-1, total.shape[2]).addmm_(rows, matrix)
+                else:
+                    total.add_(torch.mm(rows, matrix).view(total.shape))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, total: Tensor, buffers: Buffers) -> None:
-        """Write the reduced messages of one head to ``total``."""
-        bias, small = _bias(self._padding, buffers.dtype), _small(q, k)
-        total.zero_()
-        for begin, end, edges, sources in self._parts:
-            keys = buffers.gather("keys", k, sources, end - begin)
-            attention = buffers.attention(q[begin:end], keys, bias, sources, small=small)
-            values = buffers.gather("values", v, sources, end - begin, weight.index_select(0, edges))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        q, small = self._ordered("queries", q), _small(q, k)
+        total = self._buffers("total", *q.shape, dtype=self._weight.dtype).zero_()
+        for begin, end, edges, sources in self._chunks(q, k):
+            attention, _ = self._attention(q[begin:end], k, sources, small=small)
+            values = self._gather("values", v, sources, end - begin, self._weight.index_select(0, edges))
             _add_product(total[begin:end], attention.flatten(2), values)
+        out.index_copy_(0, self._order, total.to(out.dtype))
 
     def backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        weight: Tensor,
-        up: Tensor,
-        d_weight: Tensor | None,
-        wanted: tuple[bool, bool],
-        buffers: Buffers,
+        self, q: Tensor, k: Tensor, v: Tensor, up: Tensor, d_weight: Tensor | None, wanted: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of one head, and add to those of weights."""
-        of_scores, of_values = wanted
-        bias, small = _bias(self._padding, buffers.dtype), _small(q, k)
-        dq, dk, dv = (
-            buffers(name, *x.shape, dtype=weight.dtype).zero_() for name, x in (("total", q), ("dk", k), ("dv", v))
-        )
-        for begin, end, edges, sources in self._parts:
-            n, factor = end - begin, weight.index_select(0, edges)
-            keys = buffers.gather("keys", k, sources, n)
-            attention = buffers.attention(q[begin:end], keys, bias, sources, small=small)
-            per_edge = (len(edges), *k.shape[1:])
+        given, small, (of_scores, of_values), dtype = q, _small(q, k), wanted, self._weight.dtype
+        q, up = self._ordered("queries", q), self._ordered("up", up)
+        names = (("total", q), ("dk", k), ("dv", v))
+        dq, dk, dv = (self._buffers(name, *x.shape, dtype=dtype).zero_() for name, x in names)
+        for begin, end, edges, sources in self._chunks(q, k):
+            n, factor, per_edge = end - begin, self._weight.index_select(0, edges), (len(edges), *k.shape[1:])
+            attention, keys = self._attention(q[begin:end], k, sources, small=small)
             if of_values or d_weight is not None:
-                received = buffers("received", *keys.shape)
+                received = self._buffers("received", *keys.shape)
                 torch.bmm(attention.flatten(2).mT, up[begin:end], out=received)
-                received = received.view(per_edge).to(weight.dtype)
+                received = received.view(per_edge).to(dtype)
                 if d_weight is not None:
                     # <message, gradient> = <value, attentionᵀ gradient>: the message itself is not needed.
                     d_weight.index_add_(0, edges, (received * v.index_select(0, sources)).flatten(1).sum(1))
                 dv.index_add_(0, sources, received.mul_(factor[:, None, None]))
             if of_scores:
-                values = buffers.gather("values", v, sources, n, factor)
-                d_attention = buffers("d_attention", *attention.flatten(2).shape)
+                values = self._gather("values", v, sources, n, factor)
+                d_attention = self._buffers("d_attention", *attention.flatten(2).shape)
                 torch.bmm(up[begin:end], values.mT, out=d_attention)
                 d_scores = torch._softmax_backward_data(
-                    d_attention.view_as(attention),
-                    attention,
-                    -1,
-                    attention.dtype,
-                    grad_input=buffers("d_scores", *attention.shape),
-                ).flatten(2)
+                    d_attention.view_as(attention), attention, -1, attention.dtype,
+                    grad_input=self._buffers("d_scores", *attention.shape),
+                ).flatten(2)  # fmt: skip
                 _add_product(dq[begin:end], d_scores, keys)
-                sent = torch.bmm(d_scores.mT, q[begin:end], out=buffers("received", *keys.shape))
-                dk.index_add_(0, sources, sent.view(per_edge).to(weight.dtype))
-        return dq, dk, dv
+                sent = torch.bmm(d_scores.mT, q[begin:end], out=self._buffers("received", *keys.shape))
+                dk.index_add_(0, sources, sent.view(per_edge).to(dtype))
+        if given.dtype != dtype:
+            given = self._buffers("dq", *dq.shape, dtype=dtype)
+        return given.index_copy_(0, self._order, dq), dk, dv
 
+    def _ordered(self, name: str, x: Tensor) -> Tensor:
+        """Return the rows of destinations by descending degree."""
+        return torch.index_select(x, 0, self._order, out=self._buffers(name, *x.shape))
 
-def _parts(
-    start: Tensor, indices: Tensor, degree: list[int], chunk_size: int
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Yield ``(begin, end, edges, sources)``: equally many edges for each of the destinations ``begin:end``.
+    def _chunks(self, q: Tensor, k: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Yield ``(begin, end, edges, sources)``: equally many edges for each of the destinations ``begin:end``."""
+        size = self._chunk_size
+        if size is None:
+            on_cpu = q.device.type == "cpu"
+            scores = _SCORES_PER_THREAD * torch.get_num_threads() if on_cpu else _SCORES_ACCELERATOR
+            size = scores // max(k.shape[1] * max(q.shape[1], q.shape[2]), 1)
+        size, degree = max(min(size, _MAX_BATCH), 1), self._degree
+        begin = 0
+        while begin < len(degree) and degree[begin] > 0:
+            stop = end = min(begin + max(size // degree[begin], 1), len(degree))
+            slot = 0
+            while slot < degree[begin]:
+                while degree[end - 1] <= slot:
+                    end -= 1
+                width = max(min(degree[end - 1] - slot, size // (end - begin)), 1)
+                slots = torch.arange(slot, slot + width, device=q.device)
+                edges = (self._start[begin:end, None] + slots).flatten()
+                yield begin, end, edges, self._indices.index_select(0, edges)
+                slot += width
+            begin = stop
 
-    Parameters
-    ----------
-    start, degree
-        First edge and number of edges of each destination, by descending degree.
-    indices
-        Sources.
-    chunk_size
-        Most edges of a part.
-    """
-    begin = 0
-    while begin < len(degree) and degree[begin] > 0:
-        stop = end = min(begin + max(chunk_size // degree[begin], 1), len(degree))
-        slot = 0
-        while slot < degree[begin]:
-            while degree[end - 1] <= slot:
-                end -= 1
-            width = max(min(degree[end - 1] - slot, chunk_size // (end - begin)), 1)
-            slots = torch.arange(slot, slot + width, device=start.device)
-            edges = (start[begin:end, None] + slots).flatten()
-            yield begin, end, edges, indices.index_select(0, edges)
-            slot += width
-        begin = stop
+    def _gather(self, name: str, nodes: Tensor, sources: Tensor, n: int, factor: Tensor | None = None) -> Tensor:
+        """Return ``(n, neighbors x tokens, head_dim)``: the sources of each of ``n`` destinations in a row."""
+        rows = torch.index_select(nodes, 0, sources, out=self._buffers(name, len(sources), *nodes.shape[1:]))
+        if factor is not None:
+            rows.mul_(factor[:, None, None])
+        return rows.view(n, -1, nodes.shape[-1])
+
+    def _attention(self, q: Tensor, k: Tensor, sources: Tensor, *, small: bool) -> tuple[Tensor, Tensor]:
+        """Return ``(n, tokens, neighbors, source tokens)``, one softmax for each neighbor, and the gathered keys."""
+        n, tokens = q.shape[:2]
+        keys = self._gather("keys", k, sources, n)
+        scores = self._buffers("scores", n, tokens, keys.shape[1])
+        if self._bias is None:
+            torch.bmm(q, keys.mT, out=scores)
+        else:
+            torch.baddbmm(self._bias.index_select(0, sources).view(n, 1, -1), q, keys.mT, out=scores)
+        segments = scores.view(n, tokens, len(sources) // n, -1)
+        if scores.device.type != "cpu":
+            return torch.softmax(segments, -1), keys
+        # In place, and faster than torch's function on CPUs.
+        if not small:
+            segments.sub_(segments.amax(-1, keepdim=True))
+        total = segments.exp_().sum(-1, keepdim=True)
+        # Without the shift by the largest score a source with padding only has no weight at all.
+        return segments.mul_(total.clamp_(min=1e-30).reciprocal_()), keys
 
 
 def _first(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens[: like.shape[0], : like.shape[1]]
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    # CPUs multiply halves many times slower than singles.
-    return torch.float32 if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def _small(q: Tensor, k: Tensor) -> bool:
@@ -242,19 +214,8 @@ def _small(q: Tensor, k: Tensor) -> bool:
     return float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) <= _SAFE_SCORE
 
 
-def _bias(padding: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if padding is None:
-        return None
-    # Finite, so that a source with padding only gives a uniform softmax instead of NaN.
-    return torch.zeros_like(padding, dtype=dtype).masked_fill_(padding, torch.finfo(dtype).min / 2)
-
-
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.baddbmm_(a, b)
     else:
         total.add_(torch.bmm(a, b))
-
-
-def without_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fimp_sc._logging import warn
-from fimp_sc.nn.ops._chunked import without_autocast
+from fimp_sc.nn.ops._attend import without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,8 +13,7 @@ from fimp_sc._keys import find_results
 from fimp_sc.data._modality import MODALITY_KEY, described, get_modality
 from fimp_sc.data._study import resolve
 from fimp_sc.data.storage._elements import get_obs, missing_key, shorten
-from fimp_sc.data.storage._rows import open_rows
-from fimp_sc.data.storage._stored import storage
+from fimp_sc.data.storage._rows import open_rows, storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable

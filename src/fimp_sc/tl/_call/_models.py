@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-import zlib
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
 from scipy import sparse
 
@@ -20,8 +18,9 @@ from fimp_sc._keys import choose_target, last_record
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc.data.sequences._kinds import sequence_kind
+from fimp_sc.data.storage._checksums import checksum
 from fimp_sc.data.storage._elements import get_matrix, shorten
-from fimp_sc.data.storage._stored import identity, storage
+from fimp_sc.data.storage._rows import storage
 from fimp_sc.model import FIMP
 from fimp_sc.model.predict._outputs import check_classes
 from fimp_sc.model.registry._fields import X_KEY, check_known, table_states
@@ -135,7 +134,7 @@ def fitted_model(
         return bound
     marks = _marks(work, inputs)
     remembered = _remembered(study.data)
-    unseen = {name: _checksum(mask) for name, mask in (hidden or {}).items()}
+    unseen = {name: checksum(mask) for name, mask in (hidden or {}).items()}
     if reuse and remembered is not None:
         # A model that was given is one of other data, for all that is known of it here.
         former, seed = _trainings.get(remembered.model, _Training({}, None, {}, {}, {})), remembered.model.random_state
@@ -286,40 +285,22 @@ def _marks(work: Study, inputs: Inputs) -> dict[str, Any]:
         name: getattr(inputs, name)
         for name in ("layer", "library_key", "batch_key", "input_scale", "center", "modality")
     }
-    marks["obs_names"] = _table_checksum(nodes.obs_names)
-    marks["the graph"] = _checksum(nodes.obsp[inputs.connectivities_key])
+    marks["obs_names"] = checksum(nodes.obs_names)
+    marks["the graph"] = checksum(nodes.obsp[inputs.connectivities_key])
     for key in (inputs.library_key, inputs.batch_key):
         if key is not None:
-            marks[f"obs[{key!r}]"] = _table_checksum(nodes.obs[key])
+            marks[f"obs[{key!r}]"] = checksum(nodes.obs[key])
     for part in work.modalities:
         which = "" if inputs.modality is None else f" of {part.name!r}"
         if part.is_sequence:
             held = [value for place in sequence_kind(part.kind).parts(part.adata).values() for value in place.values()]
             # Names of files tell images apart; they are not opened.
-            marks[f"values{which}"] = [_table_checksum(v) if hasattr(v, "iloc") else _checksum(v) for v in held]
+            marks[f"values{which}"] = checksum(*held)
             continue
         values = get_matrix(part.adata, inputs.layer)
-        marks[f"var_names{which}"] = _table_checksum(part.adata.var_names)
-        # Expression that is not in memory is known by where it is: reading all of it would take longer than most calls.
-        marks[f"values{which}"] = _checksum(values) if storage(values) == "memory" else identity(values)
+        marks[f"var_names{which}"] = checksum(part.adata.var_names)
+        marks[f"values{which}"] = checksum(values)
     return marks
-
-
-def _table_checksum(table: pd.Index | pd.Series | pd.DataFrame) -> int:
-    return _checksum(pd.util.hash_pandas_object(table).to_numpy())
-
-
-def _checksum(matrix: Any) -> int:
-    """Of all values and their places: totals alone stay the same when cells or edges change places."""
-    if sparse.issparse(matrix):
-        matrix = sparse.csr_matrix(matrix)
-        parts = [matrix.data, matrix.indices, matrix.indptr]
-    else:
-        parts = [np.asarray(matrix)]
-    check = 0
-    for part in parts:
-        check = zlib.crc32(np.ascontiguousarray(part).data, check)
-    return check
 
 
 def _device(accelerator: str) -> str:

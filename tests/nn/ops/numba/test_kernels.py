@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fimp_sc.nn import attention_backend, cross_node_attention
-from fimp_sc.nn._token_attention import token_attention
+from fimp_sc.nn.ops._api import token_attention
 from fimp_sc.nn.ops.numba import _kernels as kernels
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fimp_sc.nn.ops import _selftest
-from fimp_sc.nn.ops._reference import dense_attention
+from fimp_sc.nn.ops._api import cross_node_attention, dense_attention
+from fimp_sc.nn.ops._attend import attend
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
@@ -67,7 +68,13 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for namespace, name, function in exchange:
         monkeypatch.setattr(namespace, name, function)
+    monkeypatch.setitem(sys.modules, "fimp_sc.nn.ops.triton._function", module)
     return module
+
+
+def fused(query, key, value, indptr, indices, weight, padding=None) -> Tensor:
+    """Attention by the kernels, as the operation of torch that has gradients."""
+    return attend(query, key, value, None, None, weight, indptr, indices, padding, query.shape[2], "triton", None)
 
 
 @pytest.fixture
@@ -159,7 +166,7 @@ def run(function, p: Problem, dtype: torch.dtype | None = None) -> list[Tensor]:
 
 
 def check(engine: ModuleType, p: Problem) -> list[Tensor]:
-    found, expected = run(engine.triton_attention, p), run(naive, p, torch.float64)
+    found, expected = run(fused, p), run(naive, p, torch.float64)
     for ours, theirs, like in zip(found, expected, (p.query, p.query, p.key, p.value, p.weight), strict=True):
         assert ours.dtype == like.dtype
         assert ours.shape == like.shape
@@ -222,7 +229,7 @@ def test_random_graphs(engine, rows, heads, tokens, source_tokens, dim, padded, 
 
 def test_two_runs_agree_bit_by_bit(engine) -> None:
     p = problem(ROWS, N_SRC, heads=1, padded=0.3)
-    for once, twice in zip(run(engine.triton_attention, p), run(engine.triton_attention, p), strict=True):
+    for once, twice in zip(run(fused, p), run(fused, p), strict=True):
         assert torch.equal(once, twice)
 
 
@@ -237,7 +244,7 @@ def test_order_of_destinations_does_not_matter(engine) -> None:
         indices=p.indices[edges],
         weight=p.weight[edges],
     )
-    here, there = run(engine.triton_attention, p), run(engine.triton_attention, moved)
+    here, there = run(fused, p), run(fused, moved)
     assert torch.equal(here[0][order], there[0])
     assert torch.equal(here[1][order], there[1])
     assert torch.equal(here[4][edges], there[4])
@@ -247,7 +254,7 @@ def test_what_padding_holds_is_never_read(engine) -> None:
     p = problem(ROWS, N_SRC, heads=1, padded=0.4)
     hole = p.padding[:, None, :, None]
     spoiled = p._replace(key=p.key.masked_fill(hole, math.nan), value=p.value.masked_fill(hole, math.inf))
-    for clean, dirty in zip(run(engine.triton_attention, p), run(engine.triton_attention, spoiled), strict=True):
+    for clean, dirty in zip(run(fused, p), run(fused, spoiled), strict=True):
         assert torch.equal(clean, dirty)
 
 
@@ -266,7 +273,7 @@ def test_layouts(engine, layout) -> None:
 
 def test_result_has_the_layout_of_the_query(engine) -> None:
     p = problem(ROWS, N_SRC)
-    out = engine.triton_attention(*p[:7])
+    out = fused(*p[:7])
     assert out.transpose(1, 2).is_contiguous()
 
 
@@ -276,9 +283,9 @@ def test_one_gradient_alone(engine, needed) -> None:
     place = ("query", "key", "value", "weight").index(needed)
     inputs = {name: getattr(p, name).detach() for name in ("query", "key", "value", "weight")}
     inputs[needed].requires_grad_()
-    out = engine.triton_attention(**inputs, indptr=p.indptr, indices=p.indices)
+    out = fused(**inputs, indptr=p.indptr, indices=p.indices)
     (found,) = torch.autograd.grad(out, inputs[needed], p.up)
-    assert torch.equal(found, run(engine.triton_attention, p)[1 + place])
+    assert torch.equal(found, run(fused, p)[1 + place])
 
 
 @pytest.mark.parametrize(
@@ -287,7 +294,7 @@ def test_one_gradient_alone(engine, needed) -> None:
 @pytest.mark.parametrize("padded", [None, 0.5])
 def test_nothing_to_attend_to(engine, rows, n_src, tokens, source_tokens, padded) -> None:
     p = problem(rows, n_src, tokens=tokens, source_tokens=source_tokens, padded=padded)
-    for x in run(engine.triton_attention, p):
+    for x in run(fused, p):
         assert not x.any()
 
 
@@ -295,7 +302,7 @@ def test_memory_kept_for_backward_is_the_inputs(engine) -> None:
     p = problem(ROWS, N_SRC, padded=0.2)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        engine.triton_attention(p.query.requires_grad_(), *p[1:7])
+        fused(p.query.requires_grad_(), *p[1:7])
     assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in p[:7]}
 
 
@@ -309,17 +316,21 @@ def test_memory_kept_for_backward_is_the_inputs(engine) -> None:
 )
 def test_unsupported_tensors(engine, change, message) -> None:
     p = problem([[0]], 1, **change)
-    assert message in engine.unsupported(p.query, p.key)
-    with pytest.raises(ValueError, match=re.escape(message) + ".*backend='chunked'"):
-        engine.triton_attention(*p[:7])
+    assert message in unsupported(engine, p.query)
+    with pytest.raises(ValueError, match=re.escape(message) + ".*or 'chunked'"):
+        cross_node_attention(*p[:5], backend="triton")
+
+
+def unsupported(engine: ModuleType, x: Tensor) -> str | None:
+    return engine.unsupported(x.device, x.dtype, x.shape[-1])
 
 
 def test_mixed_dtypes_are_unsupported(engine) -> None:
     p = problem([[0]], 1)
-    assert engine.unsupported(p.query, p.key) is None
-    assert "float32 and torch.float16" in engine.unsupported(p.query, p.key.half())
-    with pytest.raises(ValueError, match="key and value differ in dtype"):
-        engine.triton_attention(*p[:2], p.value.half(), *p[3:7])
+    assert unsupported(engine, p.query) is None
+    for mixed in ((p.query, p.key.half(), p.value.half()), (p.query, p.key, p.value.half())):
+        with pytest.raises(ValueError, match=r"one dtype; found torch\.float32"):
+            cross_node_attention(*mixed, *p[3:5], backend="triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_BFLOAT16)])
@@ -327,8 +338,9 @@ def test_mixed_dtypes_are_unsupported(engine) -> None:
 def test_passes_the_trial_before_its_first_use(engine, monkeypatch, dtype, sizes) -> None:
     def attention(query, key, value, *graph, backend, edge_weight, key_padding_mask, reduce):
         assert reduce == "sum"
-        function = dense_attention if backend == "dense" else engine.triton_attention
-        return function(query, key, value, *graph, edge_weight, key_padding_mask)
+        if backend == "dense":
+            return dense_attention(query, key, value, edge_weight, *graph, key_padding_mask)
+        return fused(query, key, value, *graph, edge_weight, key_padding_mask)
 
     monkeypatch.setattr(_selftest, "_tried", {})
     for backward in (True, False):
@@ -338,22 +350,22 @@ def test_passes_the_trial_before_its_first_use(engine, monkeypatch, dtype, sizes
 @pytest.mark.skipif(ON_GPU, reason="the other tests compile the kernels")
 def test_interpreter_refuses_bfloat16(engine) -> None:
     p = problem([[0]], 1, dtype=torch.bfloat16)
-    assert "bfloat16" in engine.unsupported(p.query, p.key)
+    assert "bfloat16" in unsupported(engine, p.query)
 
 
 def test_compiled_kernels_need_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    x = torch.zeros(1, 1, 1, 16)
-    assert "CUDA devices, not on 'cpu'" in load().unsupported(x, x)
+    assert "CUDA devices, not on 'cpu'" in unsupported(load(), torch.zeros(1, 1, 1, 16))
 
 
 def test_module_imports_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     module = load()
     x = torch.zeros(1, 1, 1, 16)
-    assert module.unsupported(x, x) == "triton is not installed"
+    assert unsupported(module, x) == "triton is not installed"
+    monkeypatch.setitem(sys.modules, "fimp_sc.nn.ops.triton._function", module)
     with pytest.raises(ValueError, match="triton is not installed"):
-        module.triton_attention(x, x, x, torch.tensor([0, 0]), torch.tensor([]), torch.tensor([]))
+        cross_node_attention(x, x, x, torch.tensor([0, 0]), torch.tensor([]), backend="triton")
 
 
 def test_tf32_only_where_torch_allows_it(engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from fimp_sc.nn.ops._chunked import Buffers, Map
+    from fimp_sc.nn.ops._chunked import Buffers
     from fimp_sc.nn.ops.numba._threads import Run
 
 # A thread costs more than so many edges or nodes of few tokens.
@@ -31,17 +31,30 @@ _LEAST_EDGES = 32
 _LEAST_NODES = 32
 
 
+@contextmanager
+def compiled_loops(*graph: Any) -> Iterator[CompiledLoops]:
+    """Yield an engine that has threads until the context ends, see :class:`CompiledLoops`."""
+    with threads() as run:
+        yield CompiledLoops(run, *graph)
+
+
 class CompiledLoops:
-    """An :class:`~fimp_sc.nn.ops._engine.Engine` of compiled loops.
+    """An :class:`~fimp_sc.nn.ops._attend.Engine` of compiled loops.
 
     Parameters
     ----------
+    run
+        Does tasks in threads.
     indptr, indices
         Compressed sparse rows over the destinations, on the CPU.
     padding
         ``(n_sources, n_tokens)`` bool, True where a token is padding.
+    weight
+        ``(n_edges,)`` factor of each message.
     n_sources
         Number of sources.
+    buffers
+        Memory to use.
 
     Raises
     ------
@@ -49,10 +62,16 @@ class CompiledLoops:
         The rows are not those of a graph between these nodes.
     """
 
-    order: Tensor | None = None
-    run: Run  # within a pass
-
-    def __init__(self, indptr: Tensor, indices: Tensor, padding: Tensor | None, n_sources: int) -> None:
+    def __init__(
+        self,
+        run: Run,
+        indptr: Tensor,
+        indices: Tensor,
+        padding: Tensor | None,
+        weight: Tensor,
+        n_sources: int,
+        buffers: Buffers,
+    ) -> None:
         some = padding is not None and bool(padding.any())
         padded = padding.numpy() if padding is not None and some else np.zeros((n_sources, 0), bool)
         # The loops would read memory that is not theirs.
@@ -62,68 +81,45 @@ class CompiledLoops:
             )
         if int(indptr[0]) != 0 or int(indptr[-1]) != len(indices) or bool((indptr.diff() < 0).any()):
             raise ValueError(f"indptr must rise from 0 to the number of edges, {len(indices)}")
-        self._graph = padded, indptr.numpy(), indices.numpy()
+        self.run, self._buffers = run, buffers
+        self._graph = padded, weight.numpy(), indptr.numpy(), indices.numpy()
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Have threads, ``run``, until the context ends."""
-        with threads() as self.run:
-            yield
-
-    def project(self, tokens: Tensor, maps: Sequence[Map], outs: Sequence[Tensor]) -> None:
-        """Write what linear maps make of tokens."""
-        x, made = tokens.numpy(), _three(outs)
-        matrices = np.array([one.matrix.T.numpy() for one in maps])
-        biases = np.array([one.bias.numpy() for one in maps])
-        self.run(lambda rows: kernels.project(x, rows, matrices, biases, made), _ranges(x))
+    def project(self, tokens: Tensor, matrices: Tensor, biases: Tensor, outs: Sequence[Tensor]) -> None:
+        x, made, columns = tokens.numpy(), _three(outs), matrices.mT.contiguous().numpy()
+        self.run(lambda rows: kernels.project(x, rows, columns, biases.numpy(), made), _ranges(x))
 
     def project_backward(
         self,
         gradients: Sequence[Tensor],
         tokens: Tensor,
-        maps: Sequence[Map],
+        matrices: Tensor,
         d_tokens: Tensor | None,
-        d_maps: Sequence[tuple[Tensor | None, Tensor | None]],
+        d_maps: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """Add the gradient of tokens, and write those of linear maps."""
         x = (tokens if tokens.stride(2) == 1 else tokens.contiguous()).numpy()
-        given, matrices = _three(gradients), np.array([one.matrix.numpy() for one in maps])
-        total = x if d_tokens is None else d_tokens.numpy()
-        wanted = d_tokens is not None, any(y is not None for of_map in d_maps for y in of_map)
-        if not any(wanted):
-            return
+        given, rows_of = _three(gradients), matrices.numpy()
+        total, wanted = x if d_tokens is None else d_tokens.numpy(), (d_tokens is not None, d_maps is not None)
 
         def one(rows: tuple[int, int]) -> tuple[NDArray, NDArray]:
-            of_maps = np.zeros_like(matrices), np.zeros(matrices.shape[:2], x.dtype)
-            kernels.project_backward(given, x, rows, matrices, total, *of_maps, wanted)
+            of_maps = np.zeros_like(rows_of), np.zeros(rows_of.shape[:2], x.dtype)
+            kernels.project_backward(given, x, rows, rows_of, total, *of_maps, wanted)
             return of_maps
 
-        sums = [np.add.reduce(parts) for parts in zip(*self.run(one, _ranges(x)), strict=True)]
-        for m, of_map in enumerate(d_maps):
-            for target, found in zip(of_map, sums, strict=True):
-                if target is not None:
-                    target.numpy()[:] = found[m]
+        if any(wanted):
+            sums = zip(*self.run(one, _ranges(x)), strict=True)
+            for target, parts in zip(d_maps or (), sums, strict=False):
+                np.add.reduce(parts, out=target.numpy())
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, total: Tensor, buffers: Buffers) -> None:
-        """Write the reduced messages of one head to ``total``."""
-        given, out = self._given(q, k, v, weight), total.numpy()
-        self.run(lambda part: kernels.forward(*given, part.rows, out), self._parts)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        heads, total = [x.numpy() for x in (q, k, v)], out.numpy()
+        self.run(lambda part: kernels.forward(*heads, *self._graph, part.rows, total), self._parts)
 
     def backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        weight: Tensor,
-        up: Tensor,
-        d_weight: Tensor | None,
-        wanted: tuple[bool, bool],
-        buffers: Buffers,
+        self, q: Tensor, k: Tensor, v: Tensor, up: Tensor, d_weight: Tensor | None, wanted: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of one head, and add to those of weights."""
-        given, grad, which = self._given(q, k, v, weight), up.numpy(), (*wanted, d_weight is not None)
+        heads, grad, which = [x.numpy() for x in (q, k, v)], up.numpy(), (*wanted, d_weight is not None)
         d_edges = np.zeros(0, grad.dtype) if d_weight is None else d_weight.numpy()
-        dk, dv = (buffers(name, len(k) + self._n_more, *k.shape[1:]) for name in ("dk", "dv"))
+        dk, dv = (self._buffers(name, len(k) + self._n_more, *k.shape[1:]) for name in ("dk", "dv"))
         sums = dk.numpy(), dv.numpy()
 
         def clear(rows: tuple[int, int]) -> None:
@@ -132,7 +128,7 @@ class CompiledLoops:
 
         def one(part: _Part) -> None:
             # Queries of a destination are needed for it alone: their gradients take their place.
-            kernels.backward(*given, part.rows, grad, part.place, given[0], *sums, d_edges, which)
+            kernels.backward(*heads, *self._graph, part.rows, grad, part.place, heads[0], *sums, d_edges, which)
 
         self.run(clear, _ranges(sums[0]))
         self.run(one, self._parts)
@@ -141,14 +137,10 @@ class CompiledLoops:
                 _add_rows(self.run, x, part.nodes, x[part.more])
         return q, dk[: len(k)], dv[: len(k)]
 
-    def _given(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[NDArray, ...]:
-        *heads, factor = (x.detach().numpy() for x in (q, k, v, weight))
-        return *heads, self._graph[0], factor, *self._graph[1:]
-
     @cached_property
     def _parts(self) -> list[_Part]:
         """Destinations in as many parts as there are threads, with equally many edges each."""
-        padded, indptr, indices = self._graph
+        padded, _, indptr, indices = self._graph
         n = max(min(torch.get_num_threads(), len(indices) // _LEAST_EDGES), 1)
         bounds = np.searchsorted(indptr, np.linspace(0, len(indices), n + 1)[1:-1]).tolist()
         ranges = list(pairwise([0, *bounds, len(indptr) - 1]))

@@ -12,162 +12,117 @@ gradient of the scores, :math:`w_e P_e \circ (G_i V_j^\top - \delta_e)`, and add
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fimp_sc.nn.ops._attend import dense_like
 from fimp_sc.nn.ops.triton._kernels import destination_kernel, forward_kernel, source_kernel, triton
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 128
 _LOG2_E = 1.4426950408889634
 
 
-def unsupported(query: Tensor, key: Tensor) -> str | None:
-    """Why :func:`triton_attention` cannot take these tensors.
-
-    Parameters
-    ----------
-    query, key
-        As for :func:`triton_attention`; only device, dtype and the last dimension are looked at.
-
-    Returns
-    -------
-    The reason, or None if there is none.
-    """
+def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return why the kernels cannot take such tensors, or ``None`` if they can."""
     if triton is None:
         return "triton is not installed"
     if _version() < (3, 2):
         return f"triton {triton.__version__} is older than 3.2"
     if _interpreted():
-        if query.dtype == torch.bfloat16:
+        if dtype == torch.bfloat16:
             return "Triton's interpreter multiplies bfloat16 numbers wrongly"
     else:
-        if query.device.type != "cuda":
-            return f"the kernels run on CUDA devices, not on {query.device.type!r}"
-        if torch.cuda.get_device_capability(query.device) < (8, 0):
+        if device.type != "cuda":
+            return f"the kernels run on CUDA devices, not on {device.type!r}"
+        if torch.cuda.get_device_capability(device) < (8, 0):
             return "the kernels need a device of compute capability 8.0 or higher"
-    if query.dtype not in _DTYPES or key.dtype != query.dtype:
-        return f"tensors must all be float32, float16 or bfloat16, found {query.dtype} and {key.dtype}"
-    if not 1 <= query.shape[-1] <= _MAX_HEAD_DIM:
-        return f"head_dim must be 1 to {_MAX_HEAD_DIM}, found {query.shape[-1]}"
+    if dtype not in _DTYPES:
+        return f"tensors must be float32, float16 or bfloat16, found {dtype}"
+    if not 1 <= head_dim <= _MAX_HEAD_DIM:
+        return f"head_dim must be 1 to {_MAX_HEAD_DIM}, found {head_dim}"
     return None
 
 
-def triton_attention(
+def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    weight: Tensor,
     indptr: Tensor,
     indices: Tensor,
-    weight: Tensor,
-    padding: Tensor | None = None,
+    padding: Tensor | None,
 ) -> Tensor:
-    r"""Sum of :math:`w_e\,\mathrm{softmax}(Q_i K_j^\top / \sqrt{d}) V_j` over the edges of each destination.
+    r"""Return the sum of :math:`w_e\,\mathrm{softmax}(Q_i K_j^\top / \sqrt{d}) V_j` over the edges of each destination.
 
-    Parameters
-    ----------
-    query
-        ``(n_destinations, heads, tokens, head_dim)`` in float32, float16 or bfloat16, ``head_dim`` at most 128.
-        Any strides; copied only if the last dimension is not contiguous.
-    key, value
-        ``(n_sources, heads, source_tokens, head_dim)`` of the dtype of ``query``.
-    indptr, indices
-        The graph in compressed sparse rows, int64. Edges may repeat.
-    weight
-        ``(n_edges,)`` factor of each message. Differentiable.
-    padding
-        ``(n_sources, source_tokens)`` bool, True where a source token is padding, in any pattern. What padded tokens
-        hold is never read. A source whose tokens are all padding sends a message of zeros.
-
-    Returns
-    -------
-    Tensor of the shape and dtype of ``query``, in its memory layout if that is dense. A destination without sources
-    gets zeros.
-
-    Raises
-    ------
-    ValueError
-        When :func:`unsupported` has a reason.
-
-    Notes
-    -----
-    Products are accumulated in fp32. fp32 inputs are multiplied exactly unless TF32 products are allowed in torch.
-    Memory beyond inputs and outputs: none in the forward pass; in the backward pass two fp32 numbers per edge, head
-    and query token. Gradients of gradients are not available.
+    Parameters are those of :func:`~fimp_sc.nn.ops._attend.attend`. Tensors may have any strides, and are copied only
+    if their last dimension is not contiguous; the result has the layout of ``query`` if that is dense. Products are
+    accumulated in fp32; fp32 inputs are multiplied exactly unless TF32 products are allowed in torch.
     """
-    reason = unsupported(query, key)
-    if reason is None and value.dtype != key.dtype:
-        reason = f"key and value differ in dtype: found {key.dtype} and {value.dtype}"
-    if reason is not None:
-        raise ValueError(f"the Triton kernels cannot be used: {reason}; use backend='chunked'")
-    if padding is not None and padding.numel() == 0:
-        padding = None
-    out: Tensor = _FusedAttention.apply(query, key, value, indptr, indices, weight, padding)
+    out, padding = dense_like(query), _some(padding)
+    query, key, value = (_readable(x.detach()) for x in (query, key, value))
+    indptr, indices, weight = indptr.contiguous(), indices.contiguous(), weight.detach().contiguous()
+    n, heads, tokens, dim = query.shape
+    with torch.cuda.device_of(query):
+        _launch(
+            forward_kernel,
+            out,
+            *(query, key, value, out, indptr, indices, weight, *_padded(padding)),
+            *(*_strides(query, key, value, out), n, heads, tokens, key.shape[2], _LOG2_E * dim**-0.5),
+            **_options(query.dtype, dim, tokens, key.shape[2], padding),
+        )
     return out
 
 
-class _FusedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        indptr: Tensor,
-        indices: Tensor,
-        weight: Tensor,
-        padding: Tensor | None,
-    ) -> Tensor:
-        query, key, value = _readable(query), _readable(key), _readable(value)
-        indptr, indices, weight = indptr.contiguous(), indices.contiguous(), weight.contiguous()
-        ctx.save_for_backward(query, key, value, indptr, indices, weight, padding)
-        out = _empty_like(query)
-        n, heads, tokens, dim = query.shape
-        with torch.cuda.device_of(query):
-            _launch(
-                forward_kernel,
-                out,
-                *(query, key, value, out, indptr, indices, weight, *_padded(padding)),
-                *(*_strides(query, key, value, out), n, heads, tokens, key.shape[2], _LOG2_E * dim**-0.5),
-                **_options(query.dtype, dim, tokens, key.shape[2], padding),
-            )
-        return out
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    padding: Tensor | None,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Return the gradients of queries, keys and values, ``None`` twice, and the gradient of the edges' factors.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, indptr, indices, weight, padding = ctx.saved_tensors
-        grad = _readable(grad_outputs[0])
-        d_query, d_key, d_value = _empty_like(query), None, None
-        n, heads, tokens, dim = query.shape
-        n_sources, source_tokens = key.shape[0], key.shape[2]
-        lse = query.new_empty((indices.shape[0], heads, tokens), dtype=torch.float32)
-        delta = torch.empty_like(lse)
-        padded = _padded(padding)
-        sizes = (heads, tokens, source_tokens, dim**-0.5, _LOG2_E * dim**-0.5)
-        with torch.cuda.device_of(query):
+    Beyond inputs and outputs two fp32 numbers are held per edge, head and query token. What is not ``needed`` may hold
+    anything.
+    """
+    d_query, d_key, d_value = (dense_like(x) for x in (query, key, value))
+    grad, query, key, value = (_readable(x.detach()) for x in (grad, query, key, value))
+    indptr, indices, weight = indptr.contiguous(), indices.contiguous(), weight.detach().contiguous()
+    padding = _some(padding)
+    n, heads, tokens, dim = query.shape
+    n_sources, source_tokens = key.shape[0], key.shape[2]
+    lse = query.new_empty((indices.shape[0], heads, tokens), dtype=torch.float32)
+    delta = torch.empty_like(lse)
+    padded = _padded(padding)
+    sizes = (heads, tokens, source_tokens, dim**-0.5, _LOG2_E * dim**-0.5)
+    with torch.cuda.device_of(query):
+        _launch(
+            destination_kernel,
+            d_query,
+            *(query, key, value, grad, d_query, lse, delta, indptr, indices, weight, *padded),
+            *(*_strides(query, key, value, grad, d_query), n, *sizes),
+            **_options(query.dtype, dim, tokens, source_tokens, padding),
+        )
+        if needed[1] or needed[2]:
+            transposed = _transposed(indptr, indices, n_sources)
             _launch(
-                destination_kernel,
-                d_query,
-                *(query, key, value, grad, d_query, lse, delta, indptr, indices, weight, *padded),
-                *(*_strides(query, key, value, grad, d_query), n, *sizes),
-                **_options(query.dtype, dim, tokens, source_tokens, padding),
+                source_kernel,
+                d_key,
+                *(query, key, value, grad, d_key, d_value, lse, delta, *transposed, weight, *padded),
+                *(*_strides(query, key, value, grad, d_key, d_value), n_sources, *sizes),
+                **_options(key.dtype, dim, source_tokens, tokens, padding),
             )
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                d_key, d_value = _empty_like(key), _empty_like(value)
-                transposed = _transposed(indptr, indices, n_sources)
-                _launch(
-                    source_kernel,
-                    d_key,
-                    *(query, key, value, grad, d_key, d_value, lse, delta, *transposed, weight, *padded),
-                    *(*_strides(query, key, value, grad, d_key, d_value), n_sources, *sizes),
-                    **_options(key.dtype, dim, source_tokens, tokens, padding),
-                )
-        d_weight = delta.sum((1, 2)).to(weight.dtype) if ctx.needs_input_grad[5] else None
-        return d_query, d_key, d_value, None, None, d_weight, None
+    return [d_query, d_key, d_value, None, None, delta.sum((1, 2)).to(weight.dtype)]
 
 
 def _tiles(head_dim: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -240,9 +195,8 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    like = torch.empty_like(x)
-    return like if like.stride(3) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _some(padding: Tensor | None) -> Tensor | None:
+    return None if padding is None or padding.numel() == 0 else padding
 
 
 def _tf32_allowed() -> bool:

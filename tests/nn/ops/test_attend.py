@@ -93,7 +93,7 @@ def inputs_in(dtype: torch.dtype, n_dst=6, n_src=9, tokens=5, scale=1.0) -> dict
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Products of halves as on CPUs, made of singles, and as on accelerators."""
     if request.param == "chunked, halves":
-        monkeypatch.setattr(_chunked, "_compute_dtype", lambda x: x.dtype)
+        monkeypatch.setattr(_chunked, "compute_dtype", lambda x: x.dtype)
     with attention_backend(request.param.split(",")[0]):
         yield request.param
 
