@@ -24,9 +24,9 @@ RING = np.roll(np.eye(12), 1, axis=1) + np.roll(np.eye(12), -1, axis=1)
 PAGES = {
     "index.md": 1,
     "quick_start.md": 5,
-    "guide/choices.md": 6,
+    "guide/settings.md": 6,
     "guide/cost.md": 1,
-    "guide/labels.md": 2,
+    "guide/annotation.md": 2,
     "guide/evaluation.md": 9,
     "guide/niches_attention.md": 5,
     "guide/reproducibility.md": 3,
@@ -130,3 +130,15 @@ def test_no_other_page_has_code() -> None:
     kept = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if code_of(path)}
     kept = {name for name in kept if not name.startswith(("_build/", "api/", "generated/"))}
     assert kept == {*PAGES, "modalities.md"}
+
+
+def test_every_place_that_contributors_are_sent_to_exists() -> None:
+    """And every room has a place in it, but for that of toys."""
+    text = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    source = DOCS.parent / "src" / "fimp_sc"
+    named = set(re.findall(r"(?:\w+/)+(?:\w+\.py)?|\w+\.py", text)) - {"src/", "generated/"}
+    assert len(named) > 40
+    for place in sorted(named):
+        assert (source / place).exists(), place
+    rooms = {path.parent.relative_to(source).as_posix() + "/" for path in source.rglob("*/__init__.py")}
+    assert {room for room in rooms if not any(place.startswith(room) for place in named)} == {"datasets/"}

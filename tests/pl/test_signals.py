@@ -119,7 +119,7 @@ def test_missing_keys_are_named(brain, arguments, message) -> None:
         ({"nodes": [True, False]}, "nodes are 2 bools, but there are 10 nodes"),
         ({"nodes": [0] * 51}, "51 nodes make a figure that nobody can read"),
         ({"nodes": 0, "times": (70, 90)}, r"no time points: give first and last between 0 and 58 \(time \(s\)\)"),
-        ({"nodes": 0, "hidden": np.zeros((10, 3), bool)}, r"\(10, 3\), but 10 signals of 30 .* repeat what is said"),
+        ({"nodes": 0, "hidden": np.zeros((10, 3), bool)}, r"\(10, 3\), but 10 signals of 30 .* repeat the value of a token"),
         ({"nodes": 0, "hidden": np.full((10, 30), 0.5)}, "hidden must hold True and False"),
     ],
 )
@@ -147,7 +147,7 @@ def test_recordings_must_be_known() -> None:
 def test_other_objects(toy) -> None:
     with pytest.raises(TypeError, match="found dict"):
         pl.signals({}, 0)
-    with pytest.raises(ValueError, match="does not say what it holds"):
+    with pytest.raises(ValueError, match="has no kind"):
         pl.signals(toy, 0)
 
 

@@ -1,4 +1,4 @@
-"""Figures, with matplotlib only."""
+"""Figures of results, drawn by matplotlib and squidpy."""
 
 from fimp_sc.pl._attention import attention
 from fimp_sc.pl._attention_arrows import attention_arrows

@@ -1,4 +1,4 @@
-"""How much groups of cells matter to each other."""
+"""Heat map of influence between groups of cells."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def attention(
     save: str | Path | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
-    """Draw a heat map of what goes from each group of cells to each other one.
+    """Draw influence, or significant gene pairs, from each group of cells to each other one as a heat map.
 
     Parameters
     ----------
@@ -58,11 +58,11 @@ def attention(
     modality
         Of a MuData object, the one that the results are of, or the several; by default where they are found.
     value
-        `"influence"`, mean over edges; `"z"`, how many standard deviations it is above that of groups dealt out at
-        random; `"n_edges"`; `"n_significant"`, the number of pairs of genes with a false discovery rate of at most
-        `fdr`. Groups that share no edge, and those that were not tested, are gray.
+        `"influence"`, mean over edges; `"z"`, its distance in standard deviations from the mean under permuted group
+        labels; `"n_edges"`, the number of edges; `"n_significant"`, the number of pairs of genes with a false discovery
+        rate of at most `fdr`. Pairs of groups without edge or test are gray.
     fdr
-        Where the false discovery rate of the drawn influence (or z) is at most this, its number has a star.
+        Numbers of influence (or z) with at most this false discovery rate have a star.
     numbers
         Write numbers into the squares; by default for up to 12 groups.
     cmap
@@ -122,7 +122,7 @@ def attention(
 
 
 def attention_result(adata: AnnData, key: str) -> dict[str, Any]:
-    """Return what :func:`fimp_sc.tl.attention` wrote to ``uns[key]``, without cells that have no group.
+    """Return the results of :func:`fimp_sc.tl.attention` in ``uns[key]``, without cells that have no group.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What one cell hears of each of its neighbors."""
+"""Arrows from each neighbor to one cell, scaled by influence."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def attention_arrows(
     save: str | Path | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
-    """Draw the surroundings of a cell, with an arrow from each neighbor as strong as its influence.
+    """Draw an arrow from each neighbor to one cell, scaled by its influence.
 
     Parameters
     ----------
@@ -59,10 +59,11 @@ def attention_arrows(
     key
         Where the results are in `.obsp` and `.uns`.
     groupby
-        Column of `.obs` to color cells by, in `.uns[f"{groupby}_colors"]` if that fits; by default the one of which
-        attention was read. Cells without group, as these results have it, are gray.
+        Column of `.obs` to color cells by, in `.uns[f"{groupby}_colors"]` if that fits; by default the one of the
+        results. Cells without group are gray.
     library_key
-        Column of `.obs` that tells the samples apart: cells of others are not drawn. By default the one of the results.
+        Column of `.obs` with the sample of each cell: cells of other samples are not drawn. By default the one of the
+        results.
     spatial_key
         Key of `.obsm` with the coordinates; the first two columns are drawn. By default the one of the results.
     size

@@ -1,4 +1,4 @@
-"""Genes that a vocabulary knows, and those that it does not."""
+"""Bars of genes by the step that matched them with a vocabulary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fimp_sc.pp import GeneMatch
 
-# Okabe and Ito's colors, which stay apart for color-blind readers; what is not used is gray. Labels are black or
+# Okabe and Ito's colors, which stay apart for color-blind readers; unused genes are gray. Labels are black or
 # white, whichever is easier to read on them.
 _STYLES = {
     "exact": ("#0072b2", "white"),
@@ -41,7 +41,7 @@ def gene_match(
     save: str | Path | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
-    """Draw the shares of genes, and of counts, that each step of the matching found, and what is lost.
+    """Draw the fractions of genes and counts that each step of matching found, and of those lost.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def gene_match(
 
     canvas = Canvas(ax, show, save, return_fig)
     if not isinstance(match, Result):
-        raise TypeError(f"match must be what fimp_sc.pp.match_genes returns, found {type(match).__name__}.")
+        raise TypeError(f"match must be a result of fimp_sc.pp.match_genes, found {type(match).__name__}.")
     numbers, shares = _parts(match)
     # A bar without a length says nothing: the object may hold no counts at all.
     bars = {"genes": shares[0]} | ({"counts": shares[1]} if np.isfinite(shares[1]).all() else {})

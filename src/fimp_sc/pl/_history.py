@@ -1,4 +1,4 @@
-"""Losses during training."""
+"""Learning curves."""
 
 from __future__ import annotations
 

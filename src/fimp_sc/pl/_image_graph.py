@@ -1,4 +1,4 @@
-"""Images at their places, with the graph that joins them."""
+"""Map of images and the graph that joins them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def image_graph(
     return_fig: bool = False,
     **kwargs: Any,
 ) -> Axes | Figure | None:
-    """Draw images at their coordinates, framed by what is known about them, and the graph beneath.
+    """Draw images at their coordinates, framed in the color of a column, over their graph.
 
     Images that would cover others, and those beyond `max_images`, are points (beneath images, where they are near); a
     line below the axes says how many are drawn.
@@ -69,15 +69,15 @@ def image_graph(
     modality
         Name of the modality; not needed if only one holds images.
     color
-        What frames and points are colored by: a column of `.obs`, or a pair such as `("X_fimp", 0)`, a column of that
+        Values that color frames and points: a column of `.obs`, or a pair such as `("X_fimp", 0)`, a column of that
         `.obsm` array. Categories take their colors from `.uns[f"{color}_colors"]` if that fits.
     images
         True draws the images, False points alone. A name such as `"fimp"` draws reconstructions from that `.obsm` array
         `(n_obs, height × width × channels)` instead: integers from 0 to 255, or real numbers from 0 to 1 or (if any is
         above 2) from 0 to 255; NaN is gray.
     nodes
-        What to draw: names, positions counted from 0, or one bool for each image; all by default. Edges to others are
-        left out.
+        Images to draw: names, positions counted from 0, or one bool for each image; all by default. Edges to others
+        are left out.
     spatial_key
         Key of `.obsm` with the coordinates. Those that :func:`fimp_sc.pp.images` wrote are latitude and longitude: they
         are drawn with north above, and a degree of longitude as long as it is at this latitude. Of others the first two

@@ -1,4 +1,4 @@
-"""Imputed expression beside what was measured."""
+"""Maps and agreement of measured and imputed expression."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def imputation(
 
     The colors end at the 99.5th percentile, so that a few high values do not darken all others.
 
-    The coefficient of determination (R²) in the last panel tells how close they are in all cells drawn there; only of
-    values that were hidden (``hidden`` of :func:`fimp_sc.tl.impute`) it tells how well unseen values are predicted.
+    The coefficient of determination (R²) in the last panel is that of all cells drawn there. It measures prediction
+    only if the values were hidden from the model (``hidden`` of :func:`fimp_sc.tl.impute`).
 
     Parameters
     ----------
@@ -70,13 +70,13 @@ def imputation(
         Name that :func:`fimp_sc.tl.impute` wrote to, in `.layers` or (of some genes) in `.obsm`.
     modality
         Name of the modality of a MuData object that has the genes; by default the only one with values imputed under
-        this name. What it lacks of coordinates and samples is that of the MuData object.
+        this name. Coordinates and samples that it lacks are those of the MuData object.
     observed_layer
-        Layer with measured expression; by default that which was imputed from. Where values were imputed on the log
-        scale, counts are brought there as the model did: divided by the cell's total, multiplied by the total that
-        :func:`fimp_sc.tl.impute` wrote to `.uns[layer]` (the median total where it wrote none), log1p.
+        Layer with measured expression; by default the input of the imputation. If values were imputed on the log
+        scale, counts are normalized as the model did: divided by the cell's total, multiplied by the total that
+        :func:`fimp_sc.tl.impute` wrote to `.uns[layer]` (the median total if it wrote none), log1p.
     library_key
-        Column of `.obs` that tells the samples apart; by default that of the imputation, if it had one and it is there.
+        Column of `.obs` with the sample of each cell; by default that of the imputation, if it had one and it is there.
     spatial_key
         Key of `.obsm` with the coordinates.
     size
@@ -125,8 +125,8 @@ def imputation(
                 raise missing_key(name, where, there, "Name genes that were measured and imputed.")
     record = dict(adata.uns.get(layer, {}))
     observed = _observed(adata, names, record, observed_layer)
-    what = f"the values imputed as {layer!r}"
-    made = read_columns(imputed, what, gene_columns(known, names, f"the genes imputed as {layer!r}"))
+    where = f"the values imputed as {layer!r}"
+    made = read_columns(imputed, where, gene_columns(known, names, f"the genes imputed as {layer!r}"))
     if library_key is None:
         # Several modalities may have been read together with a column of the whole object.
         used = dict(record.get("params", {})).get("library_key")
@@ -146,9 +146,9 @@ def imputation(
         for j, (library, rows) in enumerate(samples):
             row = axes[i * len(samples) + j]
             title = name if library is None else f"{name}, {library}"
-            for panel, values, what in ((row[0], observed, "measured"), (row[1], made, "imputed")):
+            for panel, values, kind in ((row[0], observed, "measured"), (row[1], made, "imputed")):
                 colored = Numbers(values[:, i], colormap(cmap), Normalize(low, brightest))
-                draw_map(panel, xy, colored, rows, title=f"{title}, {what}", size=size, **kwargs)
+                draw_map(panel, xy, colored, rows, title=f"{title}, {kind}", size=size, **kwargs)
             row[0].figure.colorbar(
                 row[0].collections[0], ax=list(row[:2]), shrink=0.8, pad=0.02,
                 extend="max" if brightest < high else "neither",
@@ -182,7 +182,7 @@ def _draw_against(ax: Any, true: NDArray[Any], guess: NDArray[Any], limits: tupl
 def _table(
     mdata: Any, modality: str | None, layer: str, genes: list[str], columns: list[str | None], spatial_key: str
 ) -> AnnData:
-    """Return the modality with imputed genes, and with what the whole object, or its other modalities, know of it."""
+    """Return the modality with imputed genes, with columns and coordinates of the whole object or other modalities."""
     if modality is None:
         found = [name for name, part in mdata.mod.items() if layer in part.layers or layer in part.obsm]
         having = [name for name in found if set(genes) <= set(mdata.mod[name].var_names)]
@@ -245,7 +245,7 @@ def _observed(
 
 
 def _factor(adata: AnnData, matrix: Any, scale: Any, record: dict[str, Any]) -> NDArray[np.float32]:
-    """Return what the model multiplied the values of each cell by; without a record, what brings all to the median."""
+    """Return the size factor of each cell in the model; without a record, the one that scales to the median total."""
     if not {"total", "measured", "share", "trained_scale"} <= record.keys():
         return ExpressionSource(matrix, np.arange(adata.n_vars), scale, None).factor
     columns = adata.var_names.get_indexer(as_index(record["measured"])).astype(np.int64)

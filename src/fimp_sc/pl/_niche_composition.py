@@ -1,4 +1,4 @@
-"""Which kinds of cells make up each niche."""
+"""Cell-type composition of niches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def niche_composition(
     save: str | Path | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
-    """Draw the share of each kind of cells in every niche.
+    """Draw the cell-type composition of every niche.
 
     Parameters
     ----------
@@ -53,8 +53,7 @@ def niche_composition(
     modality
         Of a MuData object, the one that the results are of, or the several; by default where they are found.
     kind
-        `"bars"`, stacked to 100 %; `"heatmap"`, where many kinds are easier to read; `"auto"`, the former for up to
-        20 kinds.
+        `"bars"`, stacked to 100 %; `"heatmap"`, easier to read with many kinds; `"auto"`, bars for up to 20 kinds.
     cmap
         Color map of the heat map.
     ax

@@ -1,4 +1,4 @@
-"""Signals of regions over time, with what a model makes of them."""
+"""Time series of measured and reconstructed signals."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ def signals(
     return_fig: bool = False,
     **kwargs: Any,
 ) -> NDArray[np.object_] | Figure | None:
-    """Plot the signals of a few regions over time, one panel each, with their reconstruction over them.
+    """Plot measured signals of a few regions over time, one panel each, and their reconstruction.
 
     Parameters
     ----------
     mdata
         Object with signals, as :func:`fimp_sc.pp.fmri` makes it.
     nodes
-        What to draw, one or several of: a name of `.obs_names`; a region of `.obs[region_key]`; a position, counted
-        from 0 in the modality. One bool for each node is fine too.
+        One or several of: a name of `.obs_names`; a region of `.obs[region_key]`; a position, counted from 0 in the
+        modality. Or one bool for each node.
     modality
         Name of the modality; not needed if only one holds signals.
     key
         Layer with the reconstruction, of the shape of `.X`; NaN leaves gaps. None draws the signals alone.
     hidden
-        What the model did not see, to be shaded: bool `(n_obs, n_times)`, or the name of such a layer.
+        Time points hidden from the model, to be shaded: bool `(n_obs, n_times)`, or the name of such a layer.
     recording
         Recording (in the column that the modality names as its `library_key`) to find regions in, needed where a
         region is in several.
@@ -191,7 +191,7 @@ def _hidden(adata: AnnData, where: str, hidden: Any, rows: NDArray[np.int64]) ->
     if tuple(array.shape) != (adata.n_obs, adata.n_vars):
         raise ValueError(
             f"{where} has the shape {tuple(array.shape)}, but {adata.n_obs:,} signals of {adata.n_vars:,} time points "
-            f"need {(adata.n_obs, adata.n_vars)}: repeat what is said of a token for each of its time points."
+            f"need {(adata.n_obs, adata.n_vars)}: repeat the value of a token for each of its time points."
         )
     values = read_rows(array, where, rows)
     unclear = ~np.isin(values, (0, 1))

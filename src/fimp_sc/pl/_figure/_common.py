@@ -1,4 +1,4 @@
-"""Which modality a figure is of, which of its nodes it shows, and what becomes of it."""
+"""Modality, nodes and matrix values of a figure."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def results_of(
     """Return an object with the results that a figure shows, and the modalities that it brings together.
 
     Of several modalities read together these are nodes, columns, coordinates and graphs of all, see
-    :class:`~fimp_sc.data._study.Study`, with what the whole object says of them in ``uns``, and the colors that the
-    modalities have. Else it is the object, or the modality, itself, and there are no others.
+    :class:`~fimp_sc.data._study.Study`, with ``uns`` of the whole object and the colors of the modalities. Else it is
+    the object, or the modality, itself, and there are no others.
 
     Parameters
     ----------
     data, modality
-        What the user passed; see :func:`~fimp_sc._keys.find_results`.
+        Arguments of the user; see :func:`~fimp_sc._keys.find_results`.
     holds
         Whether an object, and the modalities that it brings together, hold what the figure shows.
     """
@@ -75,7 +75,7 @@ def modality_of_kind(mdata: Any, modality: str | None, kind: str) -> tuple[str, 
     name, adata = get_modality(mdata, modality)
     info = _info(adata)
     if info.get("kind") != kind:
-        found = f"is of kind {info['kind']!r}" if "kind" in info else "does not say what it holds"
+        found = f"is of kind {info['kind']!r}" if "kind" in info else "has no kind"
         raise ValueError(
             f"The modality {name!r} {found}, and this figure is of kind {kind!r}: choose another with modality=, or "
             f"correct uns[{MODALITY_KEY!r}]['kind']."
@@ -108,7 +108,7 @@ def node_positions(
     among
         ``(n_obs,)`` nodes to look names up in; all by default.
     hint
-        What to do where a name stands for several nodes, for the message.
+        Advice for the message about a name of several nodes.
 
     Raises
     ------
@@ -176,7 +176,7 @@ def gene_columns(names: pd.Index, genes: Sequence[str], where: str) -> NDArray[n
     Parameters
     ----------
     where
-        What the names are, for messages.
+        Origin of the names, for messages.
 
     Raises
     ------
@@ -196,7 +196,7 @@ def read_columns(matrix: Any, where: str, columns: NDArray[np.int64]) -> NDArray
     """Return columns of a matrix in memory or in a file, dense."""
     kind = storage(matrix)
     if kind == "memory":
-        open_rows(matrix, where)  # which refuses what is no matrix of real numbers
+        open_rows(matrix, where)  # which refuses all but matrices of real numbers
     pieces: Any = [matrix]
     # By columns scipy, and files of CSC, are read as they are: rows of the latter cannot be.
     if kind in {"dask", "dense"} or (kind == "sparse" and matrix.format == "csr"):

@@ -1,4 +1,4 @@
-"""Small images: which ones find room on a map, and what they look like."""
+"""Thumbnails of images: a choice of those with room on a map, and their pixels."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def read_thumbnails(adata: AnnData, nodes: NDArray[np.int64], key: str | None) -
 
 
 def _small(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return ``(height, width, 3)``, reduced by a whole factor; what is no RGB becomes gray."""
+    """Return ``(height, width, 3)``, reduced by a whole factor; other channels than RGB become gray."""
     height, width, channels = image.shape
     factor = -(-max(height, width) // _LONGEST_SIDE)
     rows, columns = max(height // factor, 1), max(width // factor, 1)
