@@ -30,7 +30,7 @@ PAGES = {
     "guide/evaluation.md": 9,
     "guide/niches_attention.md": 5,
     "guide/reproducibility.md": 3,
-    "extend.md": 4,
+    "extend.md": 5,
 }
 
 

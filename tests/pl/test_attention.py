@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from attention_toys import heard
+from figure_contract import check_figure
 from matplotlib import colormaps
 from matplotlib.colors import to_rgba
 
@@ -80,3 +81,7 @@ def test_unusable_input() -> None:
     del adata.uns["fimp_attention"]
     with pytest.raises(KeyError, match=r"Run fimp_sc\.tl\.attention\(adata, groupby\) first"):
         pl.attention(adata, show=False)
+
+
+def test_what_becomes_of_the_figure() -> None:
+    check_figure(pl.attention, heard())

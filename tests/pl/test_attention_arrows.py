@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from attention_toys import heard
+from figure_contract import check_figure
 from matplotlib import colormaps
 from matplotlib.colors import to_rgba
 
@@ -106,3 +107,7 @@ def test_neighbors_in_the_place_of_the_cell_are_drawn() -> None:
     ax = pl.attention_arrows(adata, "c0", show=False)
     assert ax.get_xlim() == (-1, 1)
     ax.figure.canvas.draw()
+
+
+def test_what_becomes_of_the_figure() -> None:
+    check_figure(pl.attention_arrows, heard(), "c0")

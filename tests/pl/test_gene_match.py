@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from figure_contract import check_figure
 
 from fimp_sc import pl
 from fimp_sc.pp import GeneMatch
@@ -45,3 +46,7 @@ def test_without_counts_only_genes_are_drawn() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="found DataFrame"):
         pl.gene_match(make_match().table)
+
+
+def test_what_becomes_of_the_figure() -> None:
+    check_figure(pl.gene_match, make_match())

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from figure_contract import check_figure
 
 from fimp_sc import pl
 
@@ -40,3 +41,7 @@ def test_untrained(history) -> None:
 def test_no_losses() -> None:
     with pytest.raises(ValueError, match=r"no train or validation loss; it has \['kl_weight'\]"):
         pl.history({"kl_weight": _frame("kl_weight", [1.0])}, show=False)
+
+
+def test_what_becomes_of_the_figure(record) -> None:
+    check_figure(pl.history, record)

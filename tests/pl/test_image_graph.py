@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+from figure_contract import check_figure
 from matplotlib import pyplot as plt
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgba
@@ -249,3 +250,7 @@ def test_real_street_images(shared_data) -> None:
     east, north = np.array([1e-4 / np.cos(np.radians(start[1])), 0]), np.array([0, 1e-4])
     corner, right, up = ax.transData.transform([start, start + east, start + north])
     assert np.hypot(*(right - corner)) == pytest.approx(np.hypot(*(up - corner)), rel=1e-3)
+
+
+def test_what_becomes_of_the_figure(photos) -> None:
+    check_figure(pl.image_graph, photos)

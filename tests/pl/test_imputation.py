@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from figure_contract import check_figure
 from sklearn.metrics import r2_score
 
 from fimp_sc import pl, pp, tl
@@ -203,3 +204,7 @@ def test_a_gene_that_is_there_twice_is_refused(imputed) -> None:
 def test_unusable_input(imputed, arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         pl.imputation(imputed, show=False, **arguments)
+
+
+def test_what_becomes_of_the_figure(imputed) -> None:
+    check_figure(pl.imputation, imputed, list(imputed.var_names[:2]), shape=(2, 3))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from figure_contract import check_figure
 from matplotlib.colors import to_rgba
 
 from fimp_sc import pl
@@ -81,3 +82,7 @@ def test_legend_of_many_kinds_lies_inside_the_figure(toy) -> None:
     assert legend.y1 <= figure.bbox.y1
     assert legend.x1 <= figure.bbox.x1
     assert ax.get_window_extent().width > 2 * figure.dpi
+
+
+def test_what_becomes_of_the_figure(cells) -> None:
+    check_figure(pl.niche_composition, cells)

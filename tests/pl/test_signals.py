@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from figure_contract import check_figure
 from mudata import MuData
 from scipy import sparse
 
@@ -119,7 +120,10 @@ def test_missing_keys_are_named(brain, arguments, message) -> None:
         ({"nodes": [True, False]}, "nodes are 2 bools, but there are 10 nodes"),
         ({"nodes": [0] * 51}, "51 nodes make a figure that nobody can read"),
         ({"nodes": 0, "times": (70, 90)}, r"no time points: give first and last between 0 and 58 \(time \(s\)\)"),
-        ({"nodes": 0, "hidden": np.zeros((10, 3), bool)}, r"\(10, 3\), but 10 signals of 30 .* repeat the value of a token"),
+        (
+            {"nodes": 0, "hidden": np.zeros((10, 3), bool)},
+            r"\(10, 3\), but 10 signals of 30 .* repeat the value",
+        ),
         ({"nodes": 0, "hidden": np.full((10, 30), 0.5)}, "hidden must hold True and False"),
     ],
 )
@@ -158,3 +162,7 @@ def test_the_object_is_not_changed(brain) -> None:
     np.testing.assert_array_equal(after.X, before.X)
     assert set(after.layers) == set(before.layers)
     assert set(after.uns) == set(before.uns)
+
+
+def test_what_becomes_of_the_figure(brain) -> None:
+    check_figure(pl.signals, brain, [0, 1], shape=(2,))

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from figure_contract import check_figure
 from matplotlib.colors import to_hex, to_rgba, to_rgba_array
 
 from fimp_sc import pl
@@ -256,3 +257,7 @@ def test_keywords_are_those_of_squidpy_and_matplotlib(toy) -> None:
     np.testing.assert_allclose(ax.collections[0].get_facecolors()[:, 3], 0.5, atol=1 / 255)
     with pytest.raises(TypeError, match=r"img_alph=, which squidpy\.pl\.spatial_scatter .* mean img_alpha="):
         pl.spatial(toy, "region", img_alph=1, show=False)
+
+
+def test_what_becomes_of_the_figure(toy) -> None:
+    check_figure(pl.spatial, toy, ["region", "HES4"], shape=(2, 1))
