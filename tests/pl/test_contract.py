@@ -28,7 +28,7 @@ def test_arguments_have_the_same_names_defaults_and_texts(name) -> None:
     text = inspect.getdoc(function)
     for argument, meaning in TEXTS.items():
         assert re.search(rf"^{argument}\n    {meaning}$", text, re.MULTILINE), argument
-    returned = " ".join(re.search(r"Returns\n-+\n(.*?)\n\n", text, re.DOTALL)[1].split())
+    returned = " ".join(re.search(r"Returns\n-+\n(.*?)(?:\n\n|\Z)", text, re.DOTALL)[1].split())
     assert returned.startswith("None if the figure is shown; else the figure if `return_fig`, else the axes")
 
 
