@@ -116,7 +116,7 @@ def pca(problem: Embedding, kind: str) -> Fit:
 
 
 def banksy(problem: Embedding, lam: float) -> Fit:
-    """PCA of own expression, neighbourhood mean and azimuthal gradient, after Singhal et al. (2024), for one `lam`.
+    """PCA of own expression, neighborhood mean and azimuthal gradient, after Singhal et al. (2024), for one `lam`.
 
     The three matrices of standardized genes are weighted with ``sqrt(1 - lam)``, ``sqrt(lam * 2 / 3)`` and
     ``sqrt(lam / 3)``. The gradient is ``|sum_j w_ij exp(i phi_ij) (x_j - mean_i)|``, where phi is the direction in

@@ -43,6 +43,8 @@ class Variant:
         Layers of a randomly initialized stack in scGPT's format, trained like the rest.
     foundation
         What is trained of the foundation model of ``--checkpoint``, see ``FIMP``.
+    recipe
+        Fields of ``fimp_sc._recipe.Recipe``.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -54,6 +56,7 @@ class Variant:
     permuted: bool = False
     deep: int = 0
     foundation: str | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 GENE_VECTORS = "spatialformer_gene_embeddings_512.npz"
@@ -80,6 +83,35 @@ ABLATIONS = {
     "FIMP, 20 to 60 % hidden": Variant(train={"mask_ratio": (0.2, 0.6)}),
     "FIMP, random stack of 4 layers": Variant(deep=4),
 }
+# Each heuristic of the recipe switched off; titles say what is left out.
+RECIPE = {
+    f"FIMP without {what}": Variant(recipe=numbers)
+    for what, numbers in {
+        "components": {"components": False},
+        "smoother": {"smoother": False},
+        "shared components": {"mostly_signal": 0.0},
+        "dropping noise": {"drop_noise": False},
+        "gene scale (covariance)": {"gene_scale": 0.0},
+        "whitening": {"whitening": 0.0},
+        "start of layers": {"layers": False},
+        "small first message": {"first_message": 1.0},
+        "more steps on many cells": {"few_cells": 10**9},
+        "averaging": {"averaging": 0.0},
+        "warm-up": {"warmup": 0},
+        "rate of loadings": {"lr_loadings": 5e-4},
+        "rate of heads": {"lr_head": 5e-4},
+        "weight decay": {"weight_decay": 0.0},
+        "hiding genes of blocks": {"gene_mask_ratio": 0.0},
+        "unmasked cells": {"mask_cells_labels": 1.0},
+        "balance of classes": {"class_balance": 0.0},
+        "self prediction": {"self_prediction": False},
+        "least weight of neighbors": {"least_neighbor_weight": 0.0},
+        "smoothing": {"smoothing": False},
+        "shifts": {"shifts": 0},
+        "shrinkage": {"least_visible": 1e-9},
+        "patience for labels": {"patience_labels": 3},
+    }.items()
+}
 FOUNDATION = {
     "FIMP-scGPT, frozen": Variant(foundation="frozen"),
     "FIMP-scGPT, lora": Variant(foundation="lora"),
@@ -89,6 +121,7 @@ GROUPS = {
     "controls": CONTROLS,
     "vectors": VECTORS,
     "ablations": ABLATIONS,
+    "recipe": RECIPE,
     "foundation": FOUNDATION,
 }
 
@@ -154,7 +187,14 @@ def embed(problem: Embedding, run: Run, variant: Variant) -> Fit:
 
 def groups(task: Callable[[Any, Run, Variant], Fit]) -> dict[str, dict[str, Method]]:
     """All variants as methods of `annotate`, `masked` or `embed`, by group."""
-    return {group: {name: partial(task, variant=v) for name, v in named.items()} for group, named in GROUPS.items()}
+    return {group: {name: partial(_run, task, v) for name, v in named.items()} for group, named in GROUPS.items()}
+
+
+def _run(task: Callable[[Any, Run, Variant], Fit], variant: Variant, problem: Any, run: Run) -> Fit:
+    from fimp_sc._recipe import changed
+
+    with changed(**variant.recipe):
+        return task(problem, run, variant)
 
 
 def _graphs(adata: AnnData, problem: Any, run: Run, variant: Variant) -> AnnData:

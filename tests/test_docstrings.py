@@ -97,6 +97,8 @@ def test_methods_are_documented(namespace: str, name: str) -> None:
         if where.split(".")[0] in ("BlockSplitter", "FIMPModule", "FIMPTrainingPlan"):
             continue
         assert method.__doc__, where
+        # Methods of FIMP are functions whose first parameter is the model.
+        given = set(list(inspect.signature(method).parameters)[1:]) - {"self", "cls"}
         if "Parameters" in sections(method.__doc__):
             told = documented(method.__doc__) | set(re.findall(r"``(\w+)``", method.__doc__))
-            assert parameters(method) - told <= {"args", "kwargs"}, where
+            assert given - told <= {"args", "kwargs"}, where

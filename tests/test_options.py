@@ -112,6 +112,9 @@ def test_model(section, options, error, message) -> None:
         ({"plan_kwargs": {"lr": -1}}, ValueError, r"plan_kwargs\['lr'\] must be a finite number above 0"),
         ({"plan_kwargs": {"lr_heat": 1}}, TypeError, "plan_kwargs has 'lr_heat', which .* Did you mean 'lr_head'"),
         ({"precisoin": 16}, TypeError, "keyword argument precisoin=.* Did you mean precision="),
+        ({"lr": 1e-3}, TypeError, r"keyword argument lr=.* Pass it as plan_kwargs=\{'lr': ...\}"),
+        ({"devices": -1, "accelerator": "cpu"}, ValueError, "devices=-1 names GPUs, and training is on the CPU"),
+        ({"devices": [0], "accelerator": "cpu"}, ValueError, r"devices=\[0\] names GPUs"),
     ],
 )
 def test_training(model, options, error, message) -> None:
@@ -151,6 +154,9 @@ def test_prediction(model, options, error, message) -> None:
         ({"n_latent": 8}, TypeError, r"unexpected keyword argument 'n_latent'. Pass it as model_kwargs=\{'n_latent'"),
         ({"batch_size": 8}, TypeError, "Pass it as train_kwargs="),
         ({"precision": 16}, TypeError, "Pass it as train_kwargs="),
+        ({"lr": 3}, TypeError, r"Pass it as train_kwargs=\{'plan_kwargs': \{'lr': ...\}\}"),
+        ({"train_kwargs": {"lr": 3}}, TypeError, r"Pass it as train_kwargs=\{'plan_kwargs': \{'lr': ...\}\}"),
+        ({"train_kwargs": {"epochs": 3}}, TypeError, "Did you mean 'max_epochs'"),
         ({"distribute": True}, TypeError, "Pass it as inference_kwargs="),
         ({"max_epoch": 8}, TypeError, "Did you mean max_epochs="),
         ({"model_kwargs": {"n_heads": 0}}, ValueError, r"model_kwargs\['n_heads'\] must be"),

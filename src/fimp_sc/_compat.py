@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,10 @@ _LEGACY_ARGUMENTS: dict[str, dict[str, Any]] = {
 
 def squidpy_graph_builder(method: str) -> Callable[..., Any]:
     """Return squidpy's function that builds the spatial graph ``method`` ("knn", "radius", "delaunay" or "grid")."""
-    import squidpy
+    with warnings.catch_warnings():
+        # docrep complains, on import, of keys in squidpy's own docstrings.
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import squidpy
 
     builder = getattr(squidpy.gr, f"spatial_neighbors_{method}", None)
     return builder if builder is not None else partial(squidpy.gr.spatial_neighbors, **_LEGACY_ARGUMENTS[method])

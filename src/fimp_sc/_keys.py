@@ -165,21 +165,17 @@ def check_key(
         where = f"adata.{slot}[{name!r}]"
         if (slot, name) in reads:
             raise ValueError(
-                f"Results under {key!r} would replace {where}, which this call reads ({reads[slot, name]}): pass "
-                "another name with key_added=. The object is unchanged."
+                f"key_added={key!r} would replace {where}, which this call reads ({reads[slot, name]}): choose another "
+                "name."
             )
         if overwrite or name not in getattr(table, slot):
             continue
         record = next((found for found in (table.uns.get(key), data.uns.get(key)) if _is_record(found)), None)
-        if record is None:
+        made_by = None if record is None else _tool(record)
+        if made_by != tool:
+            whose = f"which fimp_sc.{tool} did not write" if made_by is None else f"a result of fimp_sc.{made_by}"
             raise ValueError(
-                f"{where} exists, and adata.uns[{key!r}] has no record that fimp_sc.{tool} made it: pass another name "
-                "with key_added=, or overwrite=True to replace it. The object is unchanged."
-            )
-        if (made_by := _tool(record)) != tool:
-            raise ValueError(
-                f"{where} holds results of fimp_sc.{made_by}, which would be replaced: pass another name with "
-                "key_added=, or overwrite=True to replace them. The object is unchanged."
+                f"key_added={key!r} would replace {where}, {whose}: choose another name, or pass overwrite=True."
             )
 
 

@@ -9,14 +9,17 @@ import warnings
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
-
-from fimp_sc._threads import ONE_AT_A_TIME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
+
+# Held by whoever uses what belongs to the whole process: torch's random numbers, filters of warnings, levels of
+# loggers. A thread that holds it may take it again.
+ONE_AT_A_TIME = RLock()
 
 _CHATTER = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric", "scvi")
 _PACKAGE = str(Path(__file__).parent) + os.sep

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fimp_sc
-from fimp_sc._options import Choice, Flag, Integer, Real, rule_of
+from fimp_sc._option_rules import Choice, Flag, Integer, Real
+from fimp_sc._options import rule_of
 from fimp_sc.pretrained import foundation_names
 
 if TYPE_CHECKING:

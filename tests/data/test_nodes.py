@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fimp_sc.data._elements import label_text
 from fimp_sc.data._nodes import by_name, one_label_each, square_by_name
+from fimp_sc.data.storage._elements import label_text
 
 NAMES = ["a", "b", "c", "d"]
 

@@ -15,14 +15,10 @@ from fimp_sc._errors import MissingKeyError
 from fimp_sc.data._modality import quiet_mudata
 from fimp_sc.data._study import (
     as_modalities,
-    check_whole,
     expand_rows,
     feature_names,
     is_mudata,
-    nodes_of,
-    parts_of,
-    registered_keys,
-    tables_of,
+    resolve,
 )
 
 KEY = "spatial_connectivities"
@@ -61,27 +57,27 @@ def places(mdata: MuData) -> np.ndarray:
 def test_an_anndata_object_is_its_own_modality(kind, expected) -> None:
     adata = part_of("abc", kind)
     for modality in (None, "any", ["any"]):
-        (part,) = parts_of(adata, modality)
+        (part,) = resolve(adata, modality).modalities
         assert (part.name, part.kind, part.rows, part.absent) == ("adata", expected, None, None)
         assert part.adata is adata
-        assert nodes_of(adata, modality) is adata
+        assert resolve(adata, modality).nodes is adata
     assert not is_mudata(adata)
 
 
 def test_one_modality_is_read_as_it_is() -> None:
     mdata = mdata_of(one=part_of("ab", "signal"), other=part_of("cbd"))
     for modality in ("other", ["other"]):
-        (part,) = parts_of(mdata, modality)
+        (part,) = resolve(mdata, modality).modalities
         assert (part.name, part.kind, part.rows) == ("other", "expression", None)
-        assert nodes_of(mdata, modality) is mdata["other"] is part.adata
+        assert resolve(mdata, modality).nodes is mdata["other"] is part.adata
     alone = mdata_of(one=part_of("ab", "signal"))
-    assert parts_of(alone, None)[0].adata is alone["one"]
+    assert resolve(alone, None).modalities[0].adata is alone["one"]
     assert is_mudata(alone)
 
 
 def test_rows_of_several_modalities_are_found_by_name() -> None:
     mdata = mdata_of(rna=part_of("abcdef"), image=part_of("fbad", "patch"), bold=part_of("abcdef", "signal", seed=1))
-    parts = parts_of(mdata, ("image", "rna", "bold"))
+    parts = resolve(mdata, ("image", "rna", "bold")).modalities
     assert [(part.name, part.kind) for part in parts] == [
         ("image", "patch"), ("rna", "expression"), ("bold", "signal"),
     ]  # fmt: skip
@@ -98,7 +94,7 @@ def test_rows_of_several_modalities_are_found_by_name() -> None:
 
 def test_all_nodes_in_another_order_are_no_absent_ones() -> None:
     mdata = mdata_of(rna=part_of("abc"), image=part_of("cab", "patch"))
-    first, second = parts_of(mdata, ["rna", "image"])
+    first, second = resolve(mdata, ["rna", "image"]).modalities
     assert first.rows is None
     assert second.rows.tolist() == [1, 2, 0]
     assert second.absent is None
@@ -118,24 +114,24 @@ def test_names_must_be_there_once(names) -> None:
 def test_what_cannot_be_read() -> None:
     mdata = mdata_of(rna=part_of("abc"), image=part_of("ab", "patch"), table=part_of("abc", "feature"))
     with pytest.raises(MissingKeyError, match=r"'imag' is not in mdata.mod .*Did you mean 'image'"):
-        parts_of(mdata, ["rna", "imag"])
+        resolve(mdata, ["rna", "imag"])
     with pytest.raises(MissingKeyError, match=r"'imag' is not in mdata.mod .*Did you mean 'image'"):
-        parts_of(mdata, "imag")
+        resolve(mdata, "imag")
     with pytest.raises(ValueError, match=r"has 3 modalities: choose one with modality=, of \['rna'"):
-        parts_of(mdata, None)
+        resolve(mdata)
     with pytest.raises(TypeError, match="found dict"):
-        parts_of({}, "rna")
+        resolve({}, "rna")
 
 
 def test_columns_of_several_tables_have_names_of_their_own() -> None:
     mdata = mdata_of(rna=part_of("abc"), image=part_of("ab", "patch"), table=part_of("abc", "feature"))
     mdata["rna"].var_names, mdata["table"].var_names = ["x", "y", "z"], ["z", "w", "v"]
-    tables = tables_of(parts_of(mdata, ["table", "image", "rna"]))
+    tables = resolve(mdata, ["table", "image", "rna"]).tables
     assert [list(names) for names in feature_names(tables)] == [["table:z", "w", "v"], ["x", "y", "rna:z"]]
     assert [list(names) for names in feature_names(tables[1:])] == [["x", "y", "z"]]
     mdata["rna"].var_names = ["x", "table:z", "z"]
     with pytest.raises(ValueError, match="'table:z' would be the name of two columns"):
-        feature_names(tables_of(parts_of(mdata, ["table", "rna"])))
+        feature_names(resolve(mdata, ["table", "rna"]).tables)
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:mudata")
@@ -147,8 +143,8 @@ def test_nodes_without_names_of_their_own_cannot_be_brought_together(modality) -
         warnings.simplefilter("ignore", UserWarning)  # mudata warns of the same
         mdata = mdata_of(**parts)
     with pytest.raises(ValueError, match=r"obs_names has 'z' more than once.*a name of its own"):
-        parts_of(mdata, ["rna", "image"])
-    assert parts_of(mdata, modality)[0].rows is None, "one modality alone needs no names"
+        resolve(mdata, ["rna", "image"])
+    assert resolve(mdata, modality).modalities[0].rows is None, "one modality alone needs no names"
 
 
 # Nodes ----------------------------------------------------------------------------------------------------------------
@@ -165,13 +161,13 @@ def test_a_graph_of_all_nodes_comes_from_where_it_is(where: str, form: str) -> N
     holder = mdata if where == "whole" else mdata[where]
     graph = graph_of(holder.obs_names)
     holder.obsp["mine"] = graph.toarray() if form == "dense" else graph.asformat(form)
-    nodes = nodes_of(mdata, ["rna", "image"])
+    nodes = resolve(mdata, ["rna", "image"]).nodes
     found = nodes.obsp["mine"]
     np.testing.assert_array_equal(
         found.toarray() if sparse.issparse(found) else found, graph_of(mdata.obs_names).toarray()
     )
     assert nodes.obs_names.equals(mdata.obs_names)
-    check_whole(mdata, "mine", ["rna", "image"], nodes)
+    resolve(mdata, ["rna", "image"]).check_graph("mine")
 
 
 def test_the_whole_object_and_then_the_first_modality_decide() -> None:
@@ -182,7 +178,7 @@ def test_the_whole_object_and_then_the_first_modality_decide() -> None:
     mdata["image"].obs["x"] += 100
 
     def found(*names):
-        nodes = nodes_of(mdata, names)
+        nodes = resolve(mdata, names).nodes
         shift = (nodes.obsm["spatial"][:, 0] - places(mdata), nodes.obs["x"] - places(mdata))
         return nodes.obsp["g"].max() / 65, *(set(values) for values in shift)
 
@@ -201,7 +197,7 @@ def test_modalities_with_some_of_the_nodes_give_columns_only_and_come_last() -> 
     some.obs["only"] = pd.Categorical(["u", "v", "u", "v"])
     some.obsp["g"] = graph_of("abcd")
     some.obsm["pca"] = np.ones((4, 2))
-    nodes = nodes_of(mdata, ["rna", "image"])
+    nodes = resolve(mdata, ["rna", "image"]).nodes
     np.testing.assert_array_equal(nodes.obs["x"], places(mdata) + 100)
     assert dict(nodes.obs["only"].dropna()) == {"a": "u", "b": "v", "c": "u", "d": "v"}
     assert nodes.obs["only"].isna().sum() == 2
@@ -209,7 +205,7 @@ def test_modalities_with_some_of_the_nodes_give_columns_only_and_come_last() -> 
     np.testing.assert_array_equal(nodes.obsm["spatial"][:, 0], places(mdata))
     assert "g" not in nodes.obsp
     with pytest.raises(MissingKeyError, match=r"'g' is not in mdata.obsp, nor in a mod.* need one graph of all 6"):
-        check_whole(mdata, "g", ["rna", "image"], nodes)
+        resolve(mdata, ["rna", "image"]).check_graph("g")
 
 
 def test_masks_of_the_whole_object_and_pixels_describe_no_nodes() -> None:
@@ -220,7 +216,7 @@ def test_masks_of_the_whole_object_and_pixels_describe_no_nodes() -> None:
     mdata["rna"].obsm["counts"] = sparse.csr_matrix(places(mdata)[:, None] + 1)
     mdata.obsm["table"] = pd.DataFrame({"y": places(mdata)}, mdata.obs_names)
     assert {"rna", "image"} <= set(mdata.obsm)
-    nodes = nodes_of(mdata, ["image", "rna"])
+    nodes = resolve(mdata, ["image", "rna"]).nodes
     assert set(nodes.obsm) == {"spatial", "image", "counts", "table"}
     np.testing.assert_array_equal(nodes.obsm["image"], np.ones((6, 2)))
     np.testing.assert_array_equal(nodes.obsm["counts"].toarray()[:, 0], places(mdata) + 1)
@@ -232,28 +228,28 @@ def test_many_columns_are_put_together_at_once() -> None:
     more = pd.DataFrame({f"c{i}": np.arange(6) for i in range(150)}, mdata["rna"].obs_names)
     mdata["rna"].obs = mdata["rna"].obs.join(more)
     # pandas warns where a frame is put together column by column.
-    assert nodes_of(mdata, ["rna", "image"]).obs.shape == (6, 151)
+    assert resolve(mdata, ["rna", "image"]).nodes.obs.shape == (6, 151)
 
 
 def test_one_modality_needs_no_graph_of_the_whole() -> None:
     mdata = two()
-    for modality in (None, "rna", ["rna"]):
-        check_whole(mdata, "g", modality, mdata["rna"])
+    for modality in ("rna", ["rna"]):
+        resolve(mdata, modality).check_graph("absent")
     with pytest.raises(MissingKeyError, match="need one graph of all"):
-        check_whole(mdata, "g", ["rna", "image"], mdata["rna"])
+        resolve(mdata, ["rna", "image"]).check_graph("absent")
 
 
 def test_keys_that_modalities_name_for_themselves() -> None:
     none = {"connectivities_key": KEY, "library_key": None}
     adata = part_of("abc", "signal", connectivities_key="mesh", library_key="run")
     own = {"connectivities_key": "mesh", "library_key": "run"}
-    assert registered_keys(adata, None) == own
-    assert registered_keys(part_of("abc"), None) == none
+    assert resolve(adata, None).registered_keys() == own
+    assert resolve(part_of("abc")).registered_keys() == none
     mdata = mdata_of(bold=adata, rna=part_of("abc"), image=part_of("abc", "patch", connectivities_key="near"))
-    assert registered_keys(mdata, "rna") == none
-    assert registered_keys(mdata, ["rna", "bold"]) == own
-    assert registered_keys(mdata, ["image", "bold"]) == own | {"connectivities_key": "near"}
-    assert registered_keys(mdata, ["bold", "image"]) == own
+    assert resolve(mdata, "rna").registered_keys() == none
+    assert resolve(mdata, ["rna", "bold"]).registered_keys() == own
+    assert resolve(mdata, ["image", "bold"]).registered_keys() == own | {"connectivities_key": "near"}
+    assert resolve(mdata, ["bold", "image"]).registered_keys() == own
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

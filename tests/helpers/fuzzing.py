@@ -21,7 +21,7 @@ from mudata import MuData
 from scipy import sparse
 
 import fimp_sc
-from fimp_sc import _options
+from fimp_sc import _option_rules, _options
 from fimp_sc.data._modality import quiet_mudata
 
 PACKAGE = str(Path(fimp_sc.__file__).parent)
@@ -213,28 +213,28 @@ def strange(rng: np.random.Generator) -> Any:
     return pool[rng.integers(len(pool))]
 
 
-def allowed(rng: np.random.Generator, rule: _options.Rule | None) -> Any:
+def allowed(rng: np.random.Generator, rule: _option_rules.Rule | None) -> Any:
     """Return a value of the right kind, most often in range."""
-    if isinstance(rule, _options.Integer):
+    if isinstance(rule, _option_rules.Integer):
         return int(rule.low + rng.integers(-1, 3))
-    if isinstance(rule, _options.Real):
+    if isinstance(rule, _option_rules.Real):
         low, high = max(rule.low, -1.0), min(rule.high, 2.0)
         return float(rng.choice([low, high, (low + high) / 2, low - 0.1, high + 0.1]))
-    if isinstance(rule, _options.Flag):
+    if isinstance(rule, _option_rules.Flag):
         return bool(rng.integers(2))
-    if isinstance(rule, _options.Choice):
+    if isinstance(rule, _option_rules.Choice):
         return rule.choices[rng.integers(len(rule.choices))]
-    if isinstance(rule, _options.Text | _options.Label):
+    if isinstance(rule, _option_rules.Text | _option_rules.Label):
         return str(
             rng.choice(["type", "known", "section", "batch", "area", "spatial", "counts", "X_fimp", "new", "fimp"])
         )
-    if isinstance(rule, _options.Names):
+    if isinstance(rule, _option_rules.Names):
         return [f"gene{i}" for i in rng.choice(24, rng.integers(1, 4), replace=False)]
-    if isinstance(rule, _options.Pair):
+    if isinstance(rule, _option_rules.Pair):
         return (allowed(rng, rule.of), allowed(rng, rule.of))
-    if isinstance(rule, _options.Accelerator):
+    if isinstance(rule, _option_rules.Accelerator):
         return str(rng.choice(["cpu", "auto", "gpu", "cuda", "mps", "tpu", "nothing"]))
-    if isinstance(rule, _options.Arguments):
+    if isinstance(rule, _option_rules.Arguments):
         names = [name for name in rule.parameters()[0] if name not in (*FIXED, *LONG, "foundation")]
         name = names[rng.integers(len(names))]
         return {name: option(rng, rule.owner, name)}
@@ -421,7 +421,9 @@ def few_genes(rng: Any, adata: AnnData) -> AnnData:
 
 @_mutation(EXPRESSION)
 def view(rng: Any, adata: AnnData) -> AnnData:
-    return adata[np.sort(rng.permutation(adata.n_obs)[: max(adata.n_obs - 5, 1)])]
+    some = adata[np.sort(rng.permutation(adata.n_obs)[: max(adata.n_obs - 5, 1)])]
+    _ = some.X  # of sparse float16 anndata itself cannot read it
+    return some
 
 
 @_mutation(EXPRESSION)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from graph_toys import data_of
 from scipy.special import softmax
 
 from fimp_sc.data import BlockSplitter
@@ -12,7 +13,7 @@ from fimp_sc.model import FIMP
 
 def make_splitter(model: FIMP, val_idx: np.ndarray, batch_size: int) -> BlockSplitter:
     """The blocks of cells that a training would validate, with its masks."""
-    data = model._graph_data(model.adata)
+    data = data_of(model)
     return BlockSplitter(
         data, np.setdiff1d(np.arange(len(data.label)), val_idx), val_idx, batch_size=batch_size,
         n_layers=model.n_layers, n_tokens=model.n_tokens, mask_ratio=(0.0, 0.4), mask_cells=0.5,

@@ -12,7 +12,8 @@ from scipy import sparse
 from section_toys import other_section, restrict
 
 from fimp_sc.data.validate._values import inspect_values
-from fimp_sc.model import FIMP, _fields
+from fimp_sc.model import FIMP
+from fimp_sc.model.registry import _fields
 
 
 @pytest.mark.parametrize("layer", ["practical", "paper"])

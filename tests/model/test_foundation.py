@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from graph_toys import data_of
 from scipy import sparse
 
 import fimp_sc
@@ -204,7 +205,7 @@ def test_cells_that_hide_nothing_are_trained_on_as_they_are_embedded(tissue, mak
     """Without hidden genes there is nothing to ask for: tokens that ask would change the cell."""
     model = make(tissue, train="full")
     splitter = fimp_sc.data.BlockDataset(
-        model._graph_data(tissue), n_layers=1, n_tokens=10, mask_ratio=(0.0, 0.0), mask_cells=0.0
+        data_of(model, tissue), n_layers=1, n_tokens=10, mask_ratio=(0.0, 0.0), mask_cells=0.0
     )
     batch = splitter[fimp_sc.data.Destinations(np.arange(20), 0)]
     assert batch["query_padding"].all()

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from graph_toys import data_of
 from mudata import MuData
 from scipy import sparse
 
@@ -13,6 +14,7 @@ from fimp_sc.data import BlockDataset, Destinations
 from fimp_sc.data._modality import quiet_mudata
 from fimp_sc.model import FIMP
 from fimp_sc.model.predict._reference import remember
+from fimp_sc.model.train._train import _split
 from fimp_sc.nn._layers import run_layers
 
 NAMES = ["rna", "image", "bold"]
@@ -32,8 +34,8 @@ def model(_joint, copied_mudata) -> FIMP:
     with torch.no_grad():
         for weights in model.module.network.parameters():
             weights += 0.2 * torch.randn(weights.shape, generator=generator)
-    data = model._graph_data(mdata)
-    remember(model, data, *model._split(data, 0.1, None, None))
+    data = data_of(model, mdata)
+    remember(model, data, *_split(model, data, 0.1, None, None))
     return model
 
 
@@ -67,7 +69,7 @@ def test_every_node_has_an_embedding_and_labels(model) -> None:
 
 
 def test_absent_nodes_are_not_learned_from(model) -> None:
-    data = model._graph_data(model.adata)
+    data = data_of(model)
     nodes = np.arange(24)
     for name in ("image", "bold"):
         here = has(model.adata, name)
@@ -81,7 +83,7 @@ def test_absent_nodes_are_not_learned_from(model) -> None:
 
 def test_tokens_of_absent_nodes_are_not_read(model) -> None:
     """Whatever stands there, in own tokens and in those of neighbors."""
-    data, network = model._graph_data(model.adata), model.module.eval().network
+    data, network = data_of(model), model.module.eval().network
     batch = BlockDataset(data, n_layers=2, n_tokens=6)[Destinations(np.arange(24), 0)]
     with torch.no_grad():
         tokens, padding = network.tokens(batch)
@@ -106,7 +108,7 @@ def test_tokens_of_absent_nodes_are_not_read(model) -> None:
     ],
 )
 def test_blocks_give_the_result_of_the_whole_graph(model, how) -> None:
-    data, network = model._graph_data(model.adata), model.module.eval().network
+    data, network = data_of(model), model.module.eval().network
     batch = BlockDataset(data, n_layers=2, n_tokens=6)[Destinations(np.arange(24), 0)]
     with torch.no_grad():
         whole = network(batch).numpy()

@@ -150,7 +150,7 @@ def test_order_of_cells_does_not_matter(seed, batch_size, self_loops, reduce) ->
 
 
 @pytest.mark.parametrize("layer", ["practical", "paper"])
-def test_a_cell_sees_exactly_its_neighbourhood_of_as_many_hops_as_layers(layer: str) -> None:
+def test_a_cell_sees_exactly_its_neighborhood_of_as_many_hops_as_layers(layer: str) -> None:
     """Change one cell: exactly the cells that reach it within two hops may change, and do."""
     matrix = make_data(directed(), self_loops=True).source.rows(np.arange(N))
     data, network = make_data(directed(), self_loops=True, matrix=matrix), make_network(layer)
@@ -226,7 +226,7 @@ def test_start_holds_beside_them_the_components_of_the_mean_over_neighbors(graph
     assert np.abs(embedding[:, 56:]).max() < 0.25, "the rest is free"
 
 
-def test_start_of_two_layers_counts_the_wider_neighbourhood_most() -> None:
+def test_start_of_two_layers_counts_the_wider_neighborhood_most() -> None:
     k = 8
     embedding, own, averaging, _ = embed_at_the_start("delaunay", 2, k)
     fitted = []
@@ -242,7 +242,7 @@ def test_start_of_two_layers_counts_the_wider_neighbourhood_most() -> None:
     assert np.abs(embedding[:, 56:]).max() < 0.6, "the rest is free"
 
 
-def test_at_the_start_cells_without_neighbors_have_nothing_in_the_columns_of_the_neighbourhood() -> None:
+def test_at_the_start_cells_without_neighbors_have_nothing_in_the_columns_of_the_neighborhood() -> None:
     torch.manual_seed(0)
     network, data = FIMPNetwork(GENES, 64, 1, 4).eval(), make_data(sparse.csr_matrix((N, N)), self_loops=False)
     batch = next(iter(make_loader(data, n_layers=1)))

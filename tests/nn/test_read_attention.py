@@ -16,6 +16,9 @@ class _OneLayer(nn.Module):
         layer = TransformerLayer(8, 2, d_feedforward=12, norm_first=norm_first, dropout=0.0)
         self.layers = nn.ModuleList([layer])
 
+    def message_layers(self) -> list[nn.Module]:
+        return list(self.layers)
+
 
 def _reference(layer: TransformerLayer) -> nn.MultiheadAttention:
     own = layer.attention

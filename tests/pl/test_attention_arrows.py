@@ -84,7 +84,7 @@ def test_unusable_input() -> None:
         pl.attention_arrows(adata, "c2", show=False)
     with pytest.raises(KeyError, match="'c9' is not in obs_names"):
         pl.attention_arrows(adata, "c9", show=False)
-    with pytest.raises(IndexError, match="no node 6"):
+    with pytest.raises(IndexError, match="cell has the position 6, and positions go from 0 to 5"):
         pl.attention_arrows(adata, 6, show=False)
     with pytest.raises(KeyError, match=r"'type' is not in adata\.obs"):
         pl.attention_arrows(adata, "c0", groupby="type", show=False)

@@ -208,7 +208,7 @@ def test_missing_keys_are_named(photos) -> None:
         ({"color": "nothing"}, "'nothing' is neither a column"),
         ({"images": "fimp"}, r"'fimp' is not in adata.obsm .*fimp_sc.tl.impute"),
         ({"spatial_key": "xy"}, "'xy' is not in adata.obsm .*coordinates= to fimp_sc.pp.images"),
-        ({"connectivities_key": "mesh"}, "'mesh' is not in image.obsp .*edges=False"),
+        ({"connectivities_key": "mesh"}, r"'mesh' is not in mdata\['image'\].obsp .*edges=False"),
         ({"nodes": ["photo"]}, "'photo' is not in obs_names"),
         ({"modality": "photo"}, "'photo' is not in mdata.mod"),
     ):

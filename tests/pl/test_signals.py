@@ -114,8 +114,11 @@ def test_what_is_returned_and_written(brain, monkeypatch, tmp_path) -> None:
     [
         ({"nodes": "F", "recording": "first"}, r"'F' is not in obs_names and obs\['region'\]"),
         ({"nodes": "A", "recording": "third"}, r"'third' is not in obs\['recording'\] .*'first', 'second'"),
-        ({"nodes": 0, "key": "other"}, r"'other' is not in fmri.layers .*fimp_sc.tl.impute\(mdata, modality='fmri'\)"),
-        ({"nodes": 0, "hidden": "mask"}, "'mask' is not in fmri.layers"),
+        (
+            {"nodes": 0, "key": "other"},
+            r"'other' is not in mdata\['fmri'\].layers .*fimp_sc.tl.impute\(mdata, modality='fmri'\)",
+        ),
+        ({"nodes": 0, "hidden": "mask"}, r"'mask' is not in mdata\['fmri'\].layers"),
         ({"nodes": 0, "modality": "eeg"}, "'eeg' is not in mdata.mod"),
     ],
 )
@@ -144,7 +147,7 @@ def test_unusable_input(brain, arguments, message) -> None:
 
 @pytest.mark.parametrize("position", [-1, 10])
 def test_positions_out_of_range(brain, position) -> None:
-    with pytest.raises(IndexError, match=f"no node {position}: positions go from 0 to 9"):
+    with pytest.raises(IndexError, match=f"nodes has the position {position}, and positions go from 0 to 9"):
         pl.signals(brain, position)
 
 
@@ -154,7 +157,7 @@ def test_recordings_must_be_known() -> None:
     with pytest.raises(ValueError, match="names no column of recordings"):
         pl.signals(mdata, 0, recording="first")
     mdata["feature"].X = None
-    with pytest.raises(ValueError, match=r"feature\.X is None"):
+    with pytest.raises(ValueError, match=r"mdata\[.feature.\]\.X is None"):
         pl.signals(mdata, 0)
 
 

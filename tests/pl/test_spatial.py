@@ -195,3 +195,21 @@ def test_objects_that_stay_out_of_memory(toy, stored) -> None:
         np.testing.assert_array_equal(ax.collections[0].get_facecolors(), like.collections[0].get_facecolors())
         if like.collections[0].get_array() is not None:
             np.testing.assert_array_equal(ax.collections[0].get_array(), like.collections[0].get_array())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda p: np.where(np.arange(len(p))[:, None] == 3, np.nan, p),
+            ValueError,
+            "NaN or infinite for 1 of .* cells",
+        ),
+        (lambda p: p + np.inf, ValueError, "NaN or infinite for"),
+        (lambda p: np.full(p.shape, "a"), TypeError, r"adata\.obsm\['spatial'\] must hold numbers"),
+    ],
+)
+def test_cells_without_a_place(toy, change, error, message) -> None:
+    toy.obsm["spatial"] = change(toy.obsm["spatial"])
+    with pytest.raises(error, match=message):
+        pl.spatial(toy, "region", show=False)

@@ -177,5 +177,26 @@ def test_a_modality_without_graph_or_values_is_explained():
     with pytest.raises(MissingKeyError, match="Name the graph with connectivities_key="):
         to_pyg(mdata, connectivities_key="nothing")
     mdata["feature"].X = None
-    with pytest.raises(ValueError, match=r"feature\.X is None"):
+    with pytest.raises(ValueError, match=r"mdata\[.feature.\]\.X is None"):
+        to_pyg(mdata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda a: a.obsm.update(spatial=np.full((a.n_obs, 2), "a")),
+            r"mdata\['feature'\]\.obsm\['spatial'\] must hold",
+        ),
+        (
+            lambda a: a.obsp.update(spatial_connectivities=np.full((a.n_obs, a.n_obs), "a")),
+            r"mdata\['feature'\]\.obsp\['spatial_connectivities'\] must be a matrix of numbers",
+        ),
+        (lambda a: setattr(a, "X", np.full(a.shape, "a")), r"mdata\['feature'\]\.X must hold numbers"),
+    ],
+)
+def test_what_is_no_number_is_named(change, message) -> None:
+    mdata = from_pyg(Data(x=torch.eye(3), edge_index=torch.tensor([[0, 1, 2], [1, 2, 0]])))
+    change(mdata["feature"])
+    with pytest.raises(TypeError, match=message):
         to_pyg(mdata)

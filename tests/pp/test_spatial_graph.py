@@ -185,7 +185,7 @@ def test_logs_what_was_built_and_prints_nothing(caplog, capfd):
     adata = make_adata(random_points(30), ["a", "b"] * 15)
     with caplog.at_level(logging.INFO, logger="fimp_sc"):
         spatial_graph(adata, n_neighbors=3, library_key="section")
-    assert "knn graph of 30 cells in 2 samples: 3.0 neighbors per cell" in caplog.text
+    assert "knn graph of 30 cells in 2 samples, 3.0 neighbors per cell" in caplog.text
     assert capfd.readouterr().out == ""
 
 
@@ -304,3 +304,17 @@ def test_asking_for_another_graph_than_the_one_that_is_there_is_a_warning(caplog
         assert not caplog.records
         spatial_graph(adata, method="radius", radius=0.4)
     assert "pass overwrite=True to build it again" in caplog.text
+
+
+def test_the_first_call_is_silent() -> None:
+    """Also where squidpy is imported by it, whose docstrings another package complains of."""
+    code = (
+        "import warnings; warnings.simplefilter('error', SyntaxWarning)\n"
+        "import fimp_sc\n"
+        "adata = fimp_sc.datasets.toy_tissue(n_obs=60)\n"
+        "fimp_sc.pp.spatial_graph(adata, library_key='section')\n"
+        "assert adata.obsp['spatial_connectivities'].nnz == 360"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "SyntaxWarning" not in done.stderr

@@ -157,7 +157,7 @@ def test_niches_are_not_replaced(tissue, quick, unchanged, trainings) -> None:
     tissue.obs["niche"] = tissue.obs["region"]
     fimp_sc.tl.niches(tissue, 3, smooth=0, n_seeds=2)
     for copy in (False, True):
-        with unchanged(tissue), pytest.raises(ValueError, match=r"'fimp_niche'.*fimp_sc\.tl\.niches.*key_added="):
+        with unchanged(tissue), pytest.raises(ValueError, match=r"key_added='fimp_niche'.*fimp_sc\.tl\.niches"):
             fimp_sc.tl.annotate(tissue, "niche", copy=copy, **quick)
     assert not trainings
     for _ in range(2):  # its own results are replaced
@@ -182,3 +182,55 @@ def test_object_is_unchanged_when_training_diverges(tissue, quick, unchanged, mo
     monkeypatch.setattr(fimp_sc.model.FIMP, "predict", nan)
     with unchanged(tissue), pytest.raises(FloatingPointError):
         fimp_sc.tl.annotate(tissue, "label", **quick)
+
+
+@pytest.mark.parametrize(
+    ("values", "categories"),
+    [
+        (lambda code: code, [0, 1, 2]),
+        (lambda code: pd.Series(code).where(code != 2).to_numpy(), [0.0, 1.0]),
+        (lambda code: pd.Categorical(code), [0, 1, 2]),
+        (lambda code: pd.Series(code).astype(object).where(code != 2, "Unknown").to_numpy(), [0, 1]),
+        (lambda code: code == 1, [False, True]),
+        (lambda code: np.array(["0", "1", "2"])[code], ["0", "1", "2"]),
+    ],
+)
+def test_predictions_are_of_the_type_of_labels(tissue, quick, tmp_path, values, categories) -> None:
+    code = np.arange(tissue.n_obs) % 3
+    tissue.obs["code"] = values(code)
+    fimp_sc.tl.annotate(tissue, "code", **quick)
+    found = tissue.obs["fimp_code"].cat.categories
+    assert list(found) == list(tissue.uns["fimp_code"]["classes"]) == categories
+    assert {type(value) for value in found.tolist()} == {type(value) for value in categories}
+    # Comparison, as a user counts right predictions, agrees with the one of texts.
+    known = tissue.obs["code"].notna() & (tissue.obs["code"].astype(object) != "Unknown")
+    truth, guess = tissue.obs["code"][known], tissue.obs["fimp_code"][known]
+    right = (guess.astype(object) == truth.astype(object)).mean()
+    column = tissue.obsm["fimp_code_probabilities"][known.to_numpy()].argmax(1)
+    assert right == np.mean(np.asarray(categories, dtype=object)[column] == truth.to_numpy(dtype=object)) > 0
+    tissue.obs["code"] = tissue.obs["code"].astype(str)  # whose first kind may be none that a file holds
+    tissue.write_h5ad(tmp_path / "tissue.h5ad")
+    again = ad.read_h5ad(tmp_path / "tissue.h5ad").obs["fimp_code"]
+    pd.testing.assert_series_equal(again, tissue.obs["fimp_code"])
+
+
+def test_a_model_of_other_classes_than_the_labels_of_a_section_keeps_its_own(reference, section) -> None:
+    section.obs["label"] = np.arange(section.n_obs) % 2
+    fimp_sc.tl.annotate(section, "label", model=reference, accelerator="cpu", verbose=False)
+    assert list(section.obs["fimp_label"].cat.categories) == CLASSES
+
+
+def test_colors_go_with_the_classes(tissue, quick) -> None:
+    """Scanpy takes the colors in ``uns`` by position: those of other classes would be wrong, or too few."""
+    colors = ["#ff0000", "#00ff00", "#0000ff"]
+    tissue.uns["fimp_label_colors"] = list(colors)
+    fimp_sc.tl.annotate(tissue, "label", **quick)
+    assert list(tissue.uns["fimp_label_colors"]) == colors, "as many as there are classes, chosen before"
+    fimp_sc.tl.annotate(tissue, "label", **quick)
+    assert list(tissue.uns["fimp_label_colors"]) == colors
+    tissue.obs["label"] = tissue.obs["label"].replace("B", "another")
+    fimp_sc.tl.annotate(tissue, "label", **quick)
+    assert "fimp_label_colors" not in tissue.uns
+    tissue.uns["fimp_other_colors"] = colors[:2]
+    fimp_sc.tl.annotate(tissue, "label", key_added="fimp_other", **quick)
+    assert "fimp_other_colors" not in tissue.uns

@@ -70,7 +70,7 @@ def test_the_other_slot_holds_no_older_values(embedded) -> None:
 
 def test_what_others_hold_under_the_same_name_stays(embedded, unchanged) -> None:
     embedded.obsm["mine"] = np.zeros((100, 2))
-    with unchanged(embedded), pytest.raises(ValueError, match=r"adata\.obsm\['mine'\] exists.*overwrite=True"):
+    with unchanged(embedded), pytest.raises(ValueError, match=r"would replace adata\.obsm\['mine'\].*overwrite=True"):
         fimp_sc.tl.impute(embedded, key_added="mine", **AGAIN)
 
 
@@ -291,3 +291,10 @@ def test_a_given_model_is_used_whatever_is_hidden(embedded, trainings) -> None:
     np.testing.assert_array_equal(other.layers["again"], other.layers["fimp"])
     fimp_sc.tl.impute(embedded, hidden=mask, **AGAIN)
     assert len(trainings) == 1
+
+
+def test_a_gene_that_is_named_twice(tissue, trainings, unchanged) -> None:
+    gene = tissue.var_names[3]
+    with unchanged(tissue), pytest.raises(ValueError, match=f"genes names '{gene}' more than once"):
+        fimp_sc.tl.impute(tissue, genes=[gene, tissue.var_names[0], gene])
+    assert trainings == []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mudata
 import numpy as np
+import pandas as pd
 import pytest
+from graph_toys import data_of
 from protein_toys import N_GENES, cells_with_proteins
 
 import fimp_sc
@@ -37,7 +39,7 @@ def test_tools_read_two_tables_together(tmp_path, only_changed) -> None:
     totals = {name: np.median(np.asarray(mdata[name].X.sum(1))) for name in BOTH}
     assert {name: mdata[name].uns["fimp"]["target_sum"] for name in BOTH} == pytest.approx(totals)
     made = fimp_sc.pl.imputation(mdata, "CD1", show=False)
-    measured = model._graph_data(model.adata).source.rows(np.arange(mdata.n_obs))[:, N_GENES + 1]
+    measured = data_of(model).source.rows(np.arange(mdata.n_obs))[:, N_GENES + 1]
     np.testing.assert_allclose(made[0, 0].collections[0].get_array(), measured, rtol=1e-5)
     fimp_sc.tl.impute(mdata, genes=["CD2", mdata["rna"].var_names[4]], key_added="few", **AGAIN)
     np.testing.assert_allclose(mdata["protein"].obsm["few"][:, 0], values[:, N_GENES + 2], rtol=1e-5, atol=1e-6)
@@ -70,6 +72,37 @@ def test_cells_and_tables_in_another_order_have_the_same_results() -> None:
     fimp_sc.tl.embed(other, modality=["protein", "rna"], model=model, **AGAIN)
     rows = other.obs_names.get_indexer(mdata.obs_names)
     np.testing.assert_allclose(other.obsm["X_fimp"][rows], model.get_latent_representation(), rtol=1e-3, atol=1e-4)
+
+
+def test_attention_is_between_genes_and_proteins(only_changed) -> None:
+    mdata = cells_with_proteins()
+    rna = mdata["rna"]
+    rna.obs["side"] = np.where(rna.obsm["spatial"][:, 1] > np.median(rna.obsm["spatial"][:, 1]), "up", "down")
+    names = ["CD0", rna.var_names[3], "CD4", rna.var_names[7]]
+    how = {"min_edges": 3, "min_support": 1, "n_permutations": 20, "genes": names}
+    with only_changed(mdata, ("", "obsp", "k"), ("", "uns", "k")):
+        fimp_sc.tl.attention(mdata, "side", modality=BOTH, library_key="section", key_added="k", **how, **QUICK)
+    graph = rna.obsp["spatial_connectivities"]
+    np.testing.assert_array_equal(mdata.obsp["k"].toarray() > 0, graph.toarray() > 0)
+    table = mdata.uns["k"]["pairs"]
+    assert {*table["source_gene"]} == {*table["destination_gene"]} == set(names)
+    assert (table["attention"] > 0).any()
+    columns = []
+    for name in names:
+        part = mdata["protein" if name in mdata["protein"].var_names else "rna"]
+        counts = part.X.toarray()
+        totals = counts.sum(1)
+        columns.append(np.log1p(counts[:, part.var_names.get_loc(name)] / totals * np.median(totals)))
+    values = pd.DataFrame(np.stack(columns, axis=1), columns=names)
+    values -= values.groupby((rna.obs["section"].astype(str) + rna.obs["side"]).to_numpy()).transform("mean")
+    coo, side = graph.tocoo(), rna.obs["side"].to_numpy()
+    for _, row in table.iterrows():
+        chosen = (side[coo.col] == row["source_group"]) & (side[coo.row] == row["destination_group"])
+        i, j = coo.row[chosen], coo.col[chosen]
+        assert row["n_edges"] == len(i)
+        term = values[row["destination_gene"]].to_numpy()[i] * values[row["source_gene"]].to_numpy()[j]
+        term /= np.bincount(i)[i]
+        assert row["score"] == pytest.approx(term.sum() / np.sqrt((term**2).sum()), rel=1e-3, abs=1e-4)
 
 
 def test_hidden_proteins_are_predicted_from_expression() -> None:
@@ -115,7 +148,12 @@ def test_what_cannot_be_read(scgpt_checkpoint) -> None:
         fimp_sc.tl.embed(mdata, modality="rna", input_scale={"rna": "log"}, **QUICK)
     fimp_sc.tl.embed(mdata, modality=BOTH, **QUICK)
     model = fimp_sc.tl.get_model(mdata)
-    with pytest.raises(ValueError, match="name the modalities that the model was trained on"):
+    with pytest.raises(ValueError, match=r"reads \['rna', 'protein'\], and this call one modality: name the modal"):
         fimp_sc.tl.embed(mdata["rna"].copy(), model=model, **AGAIN)
+    del mdata.mod["protein"]
+    with pytest.raises(KeyError, match=r"'protein' is not in mdata\.mod.*train a model on \['rna'\] alone"):
+        fimp_sc.tl.annotate(mdata, "cell_type", model=model, **AGAIN)
+    with pytest.raises(ValueError, match="and this call one modality"):
+        fimp_sc.tl.embed(mdata, modality=["rna"], model=model, **AGAIN)
     with pytest.raises(ValueError, match=r"dictionary, with keys of \['rna', 'protein'\]"):
         model.get_expression(hidden=np.zeros((mdata.n_obs, 3), dtype=bool))

@@ -211,7 +211,8 @@ def test_leiden_without_igraph_names_the_package(blobs, unchanged, monkeypatch) 
         ({"n_niches": 281}, ValueError, "number of cells, 280, found 281"),
         ({"n_niches": 1}, ValueError, "whole number of at least 2"),
         ({"n_niches": None, "n_range": (5, 4)}, ValueError, "n_range must be a pair .* in increasing order"),
-        ({"n_niches": None, "n_range": (200, 300)}, ValueError, "half of it for mixtures"),
+        ({"n_niches": None, "n_range": (200, 300)}, ValueError, r"280 cells are too few .* n_range=\(200, 300\).* 400"),
+        ({"n_niches": None, "n_range": (281, 300), "method": "leiden"}, ValueError, "which takes 281 cells: pass"),
         ({"method": "kmeans"}, ValueError, "'mixture', 'leiden', found 'kmeans'"),
         ({"covariance_type": "round"}, ValueError, "covariance_type must be one of 'tied'"),
         ({"smooth": -1}, ValueError, "smooth must be a whole number of at least 0"),
@@ -237,7 +238,7 @@ def test_predictions_are_not_replaced(blobs, unchanged) -> None:
         "params": {},
         "versions": {"fimp-sc": "0"},
     }
-    with unchanged(blobs), pytest.raises(ValueError, match=r"'fimp_niche'.*fimp_sc\.tl\.annotate.*key_added="):
+    with unchanged(blobs), pytest.raises(ValueError, match=r"key_added='fimp_niche'.*fimp_sc\.tl\.annotate"):
         tl.niches(blobs, 4, **FAST)
     with unchanged(blobs, obs={"regions"}, uns={"regions", "regions_colors"}):
         tl.niches(blobs, 4, key_added="regions", **FAST)
@@ -273,3 +274,14 @@ def test_components_are_the_leading_ones_of_the_averaged_representation():
     assert "n_components" not in adata.uns["other"]["params"]
     with pytest.raises(ValueError, match=r"n_components must be a whole number of at least 1 \(or None\), found 0"):
         tl.niches(adata, 3, smooth=0, n_components=0)
+
+
+def test_a_handful_of_cells_is_too_few_to_choose_a_number(blobs, unchanged) -> None:
+    few = blobs[:5].copy()
+    with (
+        unchanged(few),
+        pytest.raises(ValueError, match=r"5 cells are too few .* takes 8 cells, 4 in each half.*n_niches="),
+    ):
+        tl.niches(few, smooth=0)
+    tl.niches(few, 2, smooth=0)
+    assert few.uns["fimp_niche"]["n_niches"] == 2

@@ -15,8 +15,8 @@ import pytest
 from scipy import sparse
 
 import fimp_sc
-from fimp_sc.data.storage._rows import MatrixRows, open_rows
-from fimp_sc.data.storage._stored import storage
+from fimp_sc.data._study import resolve
+from fimp_sc.data.storage._rows import MatrixRows, open_rows, storage
 from fimp_sc.model import FIMP
 from fimp_sc.tl._call import _inputs, _models
 
@@ -206,13 +206,15 @@ def test_impute_uses_the_model_of_embed_until_the_data_change(
 
 def test_marks_read_no_expression(graph: ad.AnnData, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = _inputs.Inputs()
-    works = [_inputs.working_copy(place(graph, kind), inputs) for kind in ("backed", "backed dense", "lazy h5ad")]
+    works = [
+        _inputs.working_copy(resolve(place(graph, kind)), inputs) for kind in ("backed", "backed dense", "lazy h5ad")
+    ]
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("expression was read")
 
     for name in ("read", "take"):
-        monkeypatch.setattr(f"fimp_sc.data.storage._stored.StoredArray.{name}", refuse)
+        monkeypatch.setattr(f"fimp_sc.data.storage._rows.StoredArray.{name}", refuse)
     monkeypatch.setattr("dask.base.compute", refuse)
     marks = [_models._marks(work, inputs) for work in works]
     assert all(a != b for i, a in enumerate(marks) for b in marks[:i])
@@ -225,7 +227,7 @@ def test_marks_read_no_expression(graph: ad.AnnData, place: Place, monkeypatch: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_working_copy_holds_what_the_object_holds(graph: ad.AnnData, place: Place, kind: str) -> None:
     stored = place(graph, kind)
-    work = _inputs.working_copy(stored, _inputs.Inputs(library_key="section", labels_key="label"))
+    work = _inputs.working_copy(resolve(stored), _inputs.Inputs(library_key="section", labels_key="label")).nodes
     assert storage(work.X) == storage(stored.X) != "memory"
     assert isinstance(work.obs, pd.DataFrame)
     assert list(work.obs["section"].astype(str)) == list(graph.obs["section"].astype(str))

@@ -78,3 +78,25 @@ def test_models_of_threads_are_made_and_trained_as_alone(tissue) -> None:
             np.testing.assert_allclose(value, b[name], err_msg=name, **ROUNDING)
     weights = [np.concatenate([value.ravel() for name, value in part.items() if "weight" in name]) for part in expected]
     assert np.abs(weights[0] - weights[1]).max() > 0.1, "seeds differ by more than rounding"
+
+
+@pytest.mark.usefixtures("process")
+def test_niches_in_threads_are_those_of_one_call_after_the_other(tissue) -> None:
+    rng = np.random.default_rng(0)
+    objects = []
+    for n_obs in (400, 300, 400):
+        adata = ad.AnnData(obsm={"X_fimp": rng.normal(size=(n_obs, 6)) + 4 * rng.integers(0, 4, (n_obs, 1))})
+        adata.obsm["spatial"] = rng.random((n_obs, 2))
+        fimp_sc.pp.spatial_graph(adata)
+        objects.append(adata)
+
+    def divided(number: int) -> tuple[list[str], np.ndarray]:
+        adata = objects[number].copy()
+        fimp_sc.tl.niches(adata, n_range=(2, 6), random_state=number, verbose=False)
+        return adata.obs["fimp_niche"].tolist(), adata.uns["fimp_niche"]["stability"]["stability"].to_numpy()
+
+    expected = [divided(number) for number in range(3)]
+    found = side_by_side(*[lambda number=number: divided(number) for number in range(3)])
+    for (names, stability), (there, other) in zip(expected, found, strict=True):
+        assert names == there
+        np.testing.assert_array_equal(stability, other)

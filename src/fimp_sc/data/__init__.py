@@ -3,11 +3,10 @@
 from fimp_sc.data._batch import Batch, SequenceBatch, without_neighbors
 from fimp_sc.data._loader import BlockDataset, BlockSampler, Destinations, GraphData, block_loader
 from fimp_sc.data._modality import describe_modality
-from fimp_sc.data.expression._choice import choose_tokens, hide_genes
+from fimp_sc.data._splitter import BlockSplitter, split_by_blocks
 from fimp_sc.data.expression._reader import ExpressionSource, GeneStatistics
-from fimp_sc.data.expression._tokenizers import BinnedTokens, CenteredTokens, TokenSource
+from fimp_sc.data.expression._tokenizers import BinnedTokens, CenteredTokens, TokenSource, choose_tokens, hide_genes
 from fimp_sc.data.graph._graph import Block, NodeGraph
-from fimp_sc.data.graph._splitter import BlockSplitter, split_by_blocks
 from fimp_sc.data.graph._tiles import curve_rank, spatial_blocks
 from fimp_sc.data.sequences._kinds import SequenceKind, register_kind
 from fimp_sc.data.sequences._pixels import read_pixels

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fimp_sc.data.expression._fields import expression_fields
+from fimp_sc.data.expression._tokenizers import expression_fields
 from fimp_sc.data.graph._tiles import curve_rank, spatial_blocks
 
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fimp_sc.data._batch import Batch
-    from fimp_sc.data.expression._joined import JoinedExpression
-    from fimp_sc.data.expression._reader import ExpressionSource
+    from fimp_sc.data.expression._reader import ExpressionSource, JoinedExpression
     from fimp_sc.data.expression._tokenizers import TokenSource
     from fimp_sc.data.graph._graph import NodeGraph
     from fimp_sc.data.sequences._reader import SequenceSource

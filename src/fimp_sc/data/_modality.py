@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fimp_sc.data._elements import in_memory, missing_key
 from fimp_sc.data.graph._adjacency import check_adjacency
 from fimp_sc.data.sequences._kinds import sequence_kinds
 from fimp_sc.data.sequences._pixels import check_images
+from fimp_sc.data.storage._elements import in_memory, missing_key
 from fimp_sc.data.validate._checks import check_coordinates, check_obs_key
 
 if TYPE_CHECKING:
@@ -129,6 +129,11 @@ def get_modality(mdata: Any, modality: str | None = None) -> tuple[str, AnnData]
     if adata.n_obs == 0:
         raise ValueError(f"The modality {name!r} has no nodes (n_obs = 0): check the filters applied before.")
     return name, adata
+
+
+def place_of(data: AnnData | MuData, modality: str) -> str:
+    """Return what a user writes for an object that :func:`get_modality` found: ``mdata['rna']``, or ``adata``."""
+    return f"mdata[{modality!r}]" if hasattr(data, "mod") else "adata"
 
 
 def describe_modality(

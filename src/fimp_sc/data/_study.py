@@ -1,19 +1,20 @@
-"""What a model reads of an object: its nodes, and what each modality holds of them."""
+"""A study: an AnnData or MuData object resolved once into nodes, tables and sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from fimp_sc.data._elements import in_memory, missing_key
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, described, get_modality, modality_info
 from fimp_sc.data.sequences._kinds import sequence_kinds
 from fimp_sc.data.sequences._pixels import PIXELS_KEY
+from fimp_sc.data.storage._elements import in_memory, missing_key
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One modality.
+class Modality:
+    """One modality of a study.
 
     Attributes
     ----------
@@ -77,8 +78,100 @@ def as_modalities(modality: str | Sequence[str] | None) -> list[str] | None:
     return names
 
 
-def parts_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> list[Part]:
-    """Return the modalities that a model reads.
+@dataclass(frozen=True)
+class Study:
+    """An object and what is read of it, resolved once by :func:`resolve`.
+
+    Attributes
+    ----------
+    data
+        AnnData or MuData object.
+    names
+        Names of the modalities that were asked for; ``None`` for the only one.
+    modalities
+        What each of them holds. An AnnData object is its own only modality.
+    """
+
+    data: AnnData | MuData
+    names: tuple[str, ...] | None
+    modalities: tuple[Modality, ...]
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether several modalities are read together; nodes then are those of the whole object."""
+        return len(self.modalities) > 1
+
+    @property
+    def tables(self) -> list[Modality]:
+        """Modalities that hold tables of expression or features."""
+        return [modality for modality in self.modalities if not modality.is_sequence]
+
+    @property
+    def sequences(self) -> list[Modality]:
+        """Modalities whose nodes are sequences of numbers."""
+        return [modality for modality in self.modalities if modality.is_sequence]
+
+    @cached_property
+    def nodes(self) -> AnnData:
+        """Object whose ``obs``, ``obsm`` and ``obsp`` are those of the nodes.
+
+        Of one modality this is the modality itself. Several modalities are brought together: nodes are those of the
+        whole object; columns, coordinates and graph come from the whole object or from the first modality, in the order
+        of their names, that has all nodes. Columns that only a modality with some of the nodes has are missing for the
+        others.
+        """
+        return _joined(self.data, self.modalities) if self.is_joined else self.modalities[0].adata
+
+    def registered_keys(self) -> dict[str, Any]:
+        """Return the keys of graph and samples that a modality names for itself."""
+        found: dict[str, Any] = {"connectivities_key": CONNECTIVITIES_KEY, "library_key": None}
+        for modality in reversed(self.modalities):
+            info = described(modality.adata) or {}
+            found |= {key: str(info[key]) for key in found if info.get(key) is not None}
+        return found
+
+    def check_graph(self, key: str) -> None:
+        """Raise where several modalities have no graph of all nodes.
+
+        Raises
+        ------
+        MissingKeyError
+            Neither the whole object nor a modality with all its nodes has the graph.
+        """
+        nodes = self.nodes
+        if self.is_joined and key not in nodes.obsp:
+            raise missing_key(
+                key,
+                "mdata.obsp, nor in a modality that has all nodes",
+                nodes.obsp,
+                f"The modalities {[modality.name for modality in self.modalities]} need one graph of all "
+                f"{nodes.n_obs:,} nodes: store it in mdata.obsp[{key!r}].",
+            )
+
+    def check_columns(self, columns: Iterable[str | None]) -> None:
+        """Raise where the only modality lacks a column of ``obs`` that the whole object has.
+
+        Raises
+        ------
+        MissingKeyError
+            There is such a column; the message says how to bring it to the modality.
+        """
+        if not is_mudata(self.data) or self.is_joined:
+            return
+        name, adata = self.modalities[0].name, self.modalities[0].adata
+        for column in columns:
+            if column is not None and column not in adata.obs and column in self.data.obs:
+                where, call = f"mdata[{name!r}].obs", f"mdata.push_obs(columns=[{column!r}], mods=[{name!r}])"
+                raise missing_key(column, where, adata.obs, f"mdata.obs has it: bring it there with {call}.")
+
+
+def as_whole(data: AnnData | MuData) -> Study:
+    """Return an object whose own ``obs``, ``obsm`` and ``obsp`` are read, whatever modalities it has."""
+    return Study(data, None, (Modality("mdata" if is_mudata(data) else "adata", "expression", data),))
+
+
+def resolve(data: AnnData | MuData, modality: str | Sequence[str] | None = None) -> Study:
+    """Find out what an object holds of its nodes.
 
     Parameters
     ----------
@@ -98,10 +191,11 @@ def parts_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> li
         are brought together.
     """
     names = as_modalities(modality)
+    asked = None if names is None else tuple(names)
     if names is None or len(names) == 1 or not is_mudata(data):
         name, adata = get_modality(data, names[0] if names and is_mudata(data) else None)
-        return [Part(name, _kind(adata), adata)]
-    parts = []
+        return Study(data, asked, (Modality(name, _kind(adata), adata),))
+    modalities = []
     for name in names:
         adata = get_modality(data, name)[1]
         for where, found in (("mdata", data.obs_names), (f"mdata[{name!r}]", adata.obs_names)):
@@ -112,16 +206,11 @@ def parts_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> li
                 )
         rows = adata.obs_names.get_indexer(data.obs_names).astype(np.int64)
         agree = len(rows) == adata.n_obs and (rows == np.arange(len(rows))).all()
-        parts.append(Part(name, _kind(adata), adata, None if agree else rows))
-    return parts
+        modalities.append(Modality(name, _kind(adata), adata, None if agree else rows))
+    return Study(data, asked, tuple(modalities))
 
 
-def tables_of(parts: Sequence[Part]) -> list[Part]:
-    """Return the modalities that hold tables of expression or features."""
-    return [part for part in parts if not part.is_sequence]
-
-
-def feature_names(tables: Sequence[Part]) -> list[pd.Index]:
+def feature_names(tables: Sequence[Modality]) -> list[pd.Index]:
     """Return the names of genes and features of tables that are read together.
 
     A name that several tables have stands for none of them: there, it has the name of the table before it, as in
@@ -132,66 +221,20 @@ def feature_names(tables: Sequence[Part]) -> list[pd.Index]:
     ValueError
         A name that is so made is that of another column.
     """
-    names = [part.adata.var_names.astype(str) for part in tables]
+    names = [table.adata.var_names.astype(str) for table in tables]
     if len(names) == 1:
         return names
     joined = pd.Index(np.concatenate([name.unique().to_numpy(dtype=object) for name in names]))
     shared = joined[joined.duplicated()].unique()
-    names = [name.where(~name.isin(shared), f"{part.name}:" + name) for part, name in zip(tables, names, strict=True)]
+    names = [name.where(~name.isin(shared), f"{table.name}:" + name) for table, name in zip(tables, names, strict=True)]
     joined = pd.Index(np.concatenate([name.unique().to_numpy(dtype=object) for name in names]))
     if not joined.is_unique:
         twice = joined[joined.duplicated()][0]
         raise ValueError(
-            f"{twice!r} would be the name of two columns of the modalities {[part.name for part in tables]}: rename "
+            f"{twice!r} would be the name of two columns of the modalities {[table.name for table in tables]}: rename "
             "one of them."
         )
     return names
-
-
-def nodes_of(data: AnnData | MuData, modality: str | Sequence[str] | None) -> AnnData:
-    """Return what describes nodes: an object whose ``obs``, ``obsm`` and ``obsp`` are theirs.
-
-    Of one modality this is the modality itself. Several modalities are brought together: nodes are those of the whole
-    object; columns, coordinates and graph come from the whole object or from the first modality, in the order of
-    their names, that has all nodes. Columns that only a modality with some of the nodes has are missing for the
-    others.
-
-    Raises
-    ------
-    See :func:`parts_of`.
-    """
-    parts = parts_of(data, modality)
-    if len(parts) == 1:
-        return parts[0].adata
-    from anndata import AnnData
-
-    names = data.obs_names
-    columns: dict[str, pd.Series] = {}
-    for frame in (data.obs, *(part.adata.obs for part in sorted(parts, key=lambda part: part.absent is not None))):
-        columns = {key: frame[key].reindex(names) for key in frame.columns} | columns
-    nodes = AnnData(obs=pd.DataFrame(columns, index=names))
-    for part in (data, *(part.adata for part in parts)):
-        rows = part.obs_names.get_indexer(names)
-        if (rows < 0).any():
-            continue
-        for key in part.obsp:
-            if key not in nodes.obsp:
-                graph = in_memory(part.obsp[key], f"obsp[{key!r}]")
-                nodes.obsp[key] = graph if (rows == np.arange(len(rows))).all() else graph[rows][:, rows]
-        # The whole object lists its modalities there too, as masks. Pixels are read when they are asked for.
-        for key in set(part.obsm) - {*getattr(part, "mod", ()), PIXELS_KEY} - set(nodes.obsm):
-            values = in_memory(part.obsm[key], f"obsm[{key!r}]")
-            nodes.obsm[key] = (values if sparse.issparse(values) else np.asarray(values))[rows]
-    return nodes
-
-
-def registered_keys(data: AnnData | MuData, modality: str | Sequence[str] | None) -> dict[str, Any]:
-    """Return the keys of graph and samples that a modality names for itself."""
-    found: dict[str, Any] = {"connectivities_key": CONNECTIVITIES_KEY, "library_key": None}
-    for part in reversed(parts_of(data, modality)):
-        info = described(part.adata) or {}
-        found |= {key: str(info[key]) for key in found if info.get(key) is not None}
-    return found
 
 
 def expand_rows(matrix: Any, rows: NDArray[np.int64], where: str) -> sparse.csr_matrix:
@@ -225,45 +268,31 @@ def expand_rows(matrix: Any, rows: NDArray[np.int64], where: str) -> sparse.csr_
     return sparse.csr_matrix(chosen @ sparse.csr_matrix(matrix))
 
 
+def _joined(data: MuData, modalities: Sequence[Modality]) -> AnnData:
+    from anndata import AnnData
+
+    names = data.obs_names
+    columns: dict[str, pd.Series] = {}
+    for frame in (data.obs, *(one.adata.obs for one in sorted(modalities, key=lambda one: one.absent is not None))):
+        columns = {key: frame[key].reindex(names) for key in frame.columns} | columns
+    nodes = AnnData(obs=pd.DataFrame(columns, index=names))
+    for one in (data, *(modality.adata for modality in modalities)):
+        rows = one.obs_names.get_indexer(names)
+        if (rows < 0).any():
+            continue
+        for key in one.obsp:
+            if key not in nodes.obsp:
+                graph = in_memory(one.obsp[key], f"obsp[{key!r}]")
+                nodes.obsp[key] = graph if (rows == np.arange(len(rows))).all() else graph[rows][:, rows]
+        # The whole object lists its modalities there too, as masks. Pixels are read when they are asked for.
+        for key in set(one.obsm) - {*getattr(one, "mod", ()), PIXELS_KEY} - set(nodes.obsm):
+            values = in_memory(one.obsm[key], f"obsm[{key!r}]")
+            nodes.obsm[key] = (values if sparse.issparse(values) else np.asarray(values))[rows]
+    return nodes
+
+
 def _kind(adata: AnnData) -> str:
     info = described(adata)
     if info is None or "kind" not in info or info["kind"] == "expression":
         return "expression"
     return str(modality_info(adata, "adata")["kind"])
-
-
-def check_whole(data: AnnData | MuData, key: str, modality: str | Sequence[str] | None, nodes: AnnData) -> None:
-    """Raise where several modalities have no graph of all nodes.
-
-    Raises
-    ------
-    MissingKeyError
-        Neither the whole object nor a modality with all its nodes has the graph.
-    """
-    names = as_modalities(modality)
-    if names is None or len(names) == 1 or key in nodes.obsp:
-        return
-    raise missing_key(
-        key,
-        "mdata.obsp, nor in a modality that has all nodes",
-        nodes.obsp,
-        f"The modalities {names} need one graph of all {nodes.n_obs:,} nodes: store it in mdata.obsp[{key!r}].",
-    )
-
-
-def check_columns(data: AnnData | MuData, modality: str | Sequence[str] | None, columns: Iterable[str | None]) -> None:
-    """Raise where the only modality lacks a column of ``obs`` that the whole object has.
-
-    Raises
-    ------
-    MissingKeyError
-        There is such a column; the message says how to bring it to the modality.
-    """
-    names = as_modalities(modality)
-    if not is_mudata(data) or (names is not None and len(names) > 1):
-        return
-    name, adata = get_modality(data, names[0] if names else None)
-    for column in columns:
-        if column is not None and column not in adata.obs and column in data.obs:
-            where, call = f"mdata[{name!r}].obs", f"mdata.push_obs(columns=[{column!r}], mods=[{name!r}])"
-            raise missing_key(column, where, adata.obs, f"mdata.obs has it: bring it there with {call}.")

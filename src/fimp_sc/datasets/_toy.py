@@ -33,7 +33,7 @@ def toy_tissue(n_obs: int = 1500, random_state: int = 0) -> AnnData:
 
     Cells are drawn with replacement from the 700 peripheral blood cells × 765 genes of
     :func:`scanpy.datasets.pbmc68k_reduced`, which ships inside scanpy. They are placed in two sections, each divided
-    into four contiguous regions. What a neighbourhood knows is put in on purpose:
+    into four contiguous regions. What a neighborhood knows is put in on purpose:
 
     - each region has its own mix of cell types;
     - each region raises its own set of genes in *all* its cells;

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fimp_sc.data._elements import get_matrix, get_obs, in_memory, label_text, missing_key
 from fimp_sc.data._study import is_mudata
+from fimp_sc.data.storage._elements import get_matrix, get_obs, in_memory, label_text, missing_key
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from fimp_sc.data._elements import missing_key
+from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.data.storage._rows import open_rows
 from fimp_sc.metrics._common import expression, split
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import pandas as pd
 
-from fimp_sc.data._elements import get_graph, missing_key
 from fimp_sc.data.graph._adjacency import check_adjacency
+from fimp_sc.data.storage._elements import get_graph, missing_key
 from fimp_sc.metrics._common import labels
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import numpy as np
 from fimp_sc import _logging
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.sequences._tokenizers import token_shape
-from fimp_sc.model._fields import SEQUENCE_KEY, X_KEY, ExpressionField, SequenceField, table_states
-from fimp_sc.model._shared_genes import FEW_GENES
+from fimp_sc.model.registry._fields import SEQUENCE_KEY, X_KEY, ExpressionField, SequenceField, table_states
+from fimp_sc.model.registry._shared_genes import FEW_GENES
 from fimp_sc.nn import FoundationNetwork
 from fimp_sc.pretrained import GeneVectors, read_gene_vectors
 from fimp_sc.pretrained.genes._match import advice, match_names

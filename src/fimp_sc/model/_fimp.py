@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from inspect import getattr_static
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from anndata import AnnData
+from scvi.model.base import BaseModelClass
 
 from fimp_sc._draws import name_key
 from fimp_sc._options import checked
-from fimp_sc.data._elements import missing_key
+from fimp_sc._recipe import recipe
+from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.model._build import check_expression_alone, foundation_network, gene_vectors, sequence_shapes
-from fimp_sc.model._fields import X_KEY, table_states
-from fimp_sc.model.io._saved import SavedModel
+from fimp_sc.model.io import _saved
 from fimp_sc.model.module._module import FIMPModule
-from fimp_sc.model.predict._attention import AttentiveModel
-from fimp_sc.model.predict._outputs import PredictiveModel
-from fimp_sc.model.train._seeded import seeded
-from fimp_sc.model.train._train import TrainableModel
+from fimp_sc.model.predict._attention import get_edge_influence, get_gene_attention
+from fimp_sc.model.predict._outputs import (
+    get_expression,
+    get_latent_representation,
+    get_reconstruction,
+    predict,
+)
+from fimp_sc.model.registry._fields import LABELS_KEY, X_KEY, ExpressionField, LabelField, table_states
+from fimp_sc.model.registry._graph_data import check_genes, field_state
+from fimp_sc.model.registry._setup import Absent, Listed, is_object, setup_anndata, setup_mudata
+from fimp_sc.model.train._plan import FIMPTrainingPlan
+from fimp_sc.model.train._runner import FIMPTrainRunner, seeded
+from fimp_sc.model.train._train import train
 
 if TYPE_CHECKING:
     from mudata import MuData
@@ -27,12 +38,10 @@ if TYPE_CHECKING:
     from fimp_sc.pretrained import Foundation
 
 
-_TOKENS, _TOKENS_FOUNDATION = 16, 200
-_WIDTH, _WIDTH_SEQUENCES, _LEAST_WIDTH = 64, 128, 12
-_DROPOUT, _DROPOUT_LABELS = 0.2, 0.5
+_LEAST_WIDTH = 12
 
 
-class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
+class FIMP(BaseModelClass, metaclass=Listed):
     """Foundation-informed message passing between cells (arXiv 2210.09475), brain regions, images or any nodes.
 
     A cell is a sequence of gene tokens; over each edge of the graph the tokens of the destination attend to those of
@@ -137,14 +146,15 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
         architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(adata, registry)
+        numbers = recipe()
         if n_tokens is None:
-            n_tokens = _TOKENS if foundation is None else _TOKENS_FOUNDATION
+            n_tokens = numbers.tokens if foundation is None else numbers.tokens_foundation
         tables = bool(self.summary_stats.n_vars)
-        states = table_states(self._state(X_KEY))
+        states = table_states(field_state(self, X_KEY))
         n_tables = len(states)
-        n_latent = (_WIDTH if tables else _WIDTH_SEQUENCES) if n_latent is None else n_latent
+        n_latent = (numbers.width if tables else numbers.width_sequences) if n_latent is None else n_latent
         if dropout is None:
-            dropout = _DROPOUT if tables else _DROPOUT_LABELS if self.classes else 0.0
+            dropout = numbers.dropout if tables else numbers.dropout_sequences if self.classes else 0.0
         if foundation is not None and gene_embeddings is not None:
             raise ValueError(
                 "gene_embeddings are for FIMP-base: a foundation model brings its own. Leave one of them out."
@@ -174,7 +184,7 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
                         f"n_latent must be at least {_LEAST_WIDTH} for signals and images, found {n_latent}"
                     )
             if gene_embeddings is not None:
-                check_expression_alone("gene_embeddings", self._state(X_KEY), shapes)
+                check_expression_alone("gene_embeddings", field_state(self, X_KEY), shapes)
                 if architecture is None:
                     vectors, known = gene_vectors(self.genes, gene_embeddings)
                     stored = {"vector_width": vectors.shape[1]}
@@ -192,7 +202,7 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
                 vector_width=stored.get("vector_width"),
                 sequences=shapes,
                 network=network,
-                alone=messages and foundation is None,
+                alone=messages and foundation is None and numbers.self_prediction,
                 gene_key=name_key(self.genes),
                 n_tables=max(n_tables, 1),
             )
@@ -215,6 +225,76 @@ class FIMP(SavedModel, TrainableModel, PredictiveModel, AttentiveModel):
             "foundation": None if foundation is None else foundation.record(),
             "architecture": stored or None,
         }
+
+    _training_plan_cls = FIMPTrainingPlan
+    _train_runner_cls = FIMPTrainRunner
+
+    # Each is documented where it is written.
+    setup_anndata = classmethod(setup_anndata)
+    setup_mudata = classmethod(setup_mudata)
+    train = train
+    predict = predict
+    get_latent_representation = get_latent_representation
+    get_expression = get_expression
+    get_reconstruction = get_reconstruction
+    get_edge_influence = get_edge_influence
+    get_gene_attention = get_gene_attention
+    save = _saved.save
+    save_pretrained = _saved.save_pretrained
+    load = classmethod(_saved.load)
+    load_query_data = classmethod(_saved.load_query_data)
+    from_pretrained = classmethod(_saved.from_pretrained)
+    load_registry = classmethod(_saved.load_registry)
+    convert_legacy_save = classmethod(_saved.convert_legacy_save)
+    get_normalized_expression = Absent("get_expression() predicts expression.")
+    differential_abundance = Absent("compare groups of cells in get_latent_representation().")
+
+    @property
+    def genes(self) -> NDArray[Any]:
+        """Names of the genes that the model knows, in its own order.
+
+        Of several tables one after the other; a name that several of them have follows that of its table there
+        (``"protein:CD3"``).
+        """
+        return field_state(self, X_KEY)[ExpressionField.NAMES]
+
+    @property
+    def classes(self) -> list[str]:
+        """Labels that the model was set up with; empty without ``labels_key``."""
+        return [str(label) for label in field_state(self, LABELS_KEY).get(LabelField.CLASSES, ())]
+
+    @property
+    def neighbor_share(self) -> float:
+        """How much the prediction with neighbors counts in predicted labels, 0 to 1; the one without has the rest.
+
+        Fitted to the log loss of the labeled validation cells; 0.5 where there are none, 0 without messages, and 1 of
+        a foundation model, which predicts with neighbors alone, or without labels. A model that is bound to other cells
+        than those of training has the share that suits shifted validation cells.
+        """
+        return float(self.module.neighbor_share) if self.messages else 0.0
+
+    @property
+    def smoothed_share(self) -> float:
+        """How much predicted labels are smoothed, 0 to 1.
+
+        Log-probabilities are replaced twice by their mean over the cell and its neighbors, which has this weight, and
+        those of the cell itself, which have the rest. Fitted together with :attr:`neighbor_share`; 0 where there are
+        no labeled validation cells, without messages or without labels.
+        """
+        return float(self.module.smoothed_share) if self.messages else 0.0
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if not isinstance(getattr_static(self, name, None), Absent)]
+
+    def _validate_anndata(self, adata: Any = None, **kwargs: Any) -> Any:
+        if getattr(self, "_adata_manager", None) is None:
+            raise ValueError(
+                "This model is bound to no object: bind it to one with FIMP.load_query_data(adata, model), or "
+                "FIMP.from_pretrained(folder, adata)."
+            )
+        if adata is not None and is_object(adata) and self.get_anndata_manager(adata) is None:
+            check_genes(self, adata)
+        return super()._validate_anndata(adata, **kwargs)
 
     def _vocabulary_rows(self, key: str | None) -> NDArray[np.int64] | None:
         if key is None or not isinstance(self.adata, AnnData):

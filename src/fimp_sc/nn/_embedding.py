@@ -9,15 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fimp_sc._draws import normal
+from fimp_sc._recipe import recipe
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-# Size of the entries of random identities.
-_IDENTITY = 0.3
-# Share of a column's loadings (squared) below which scores of what is seen are shrunk, and by how much. Masks of
-# training leave more, but in panels of a few dozen genes.
-_LEAST_SHARE, _SHRINKAGE = 0.25, 0.2
 
 
 def random_rows(n: int, width: int, key: NDArray[np.uint64] | None = None) -> Tensor:
@@ -61,7 +56,7 @@ class FeatureEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.loading = nn.Parameter(random_rows(n_features, d_model, gene_key) * n_features**-0.5)
-        self.identity = nn.Parameter(random_rows(n_features, d_model, gene_key) * _IDENTITY)
+        self.identity = nn.Parameter(random_rows(n_features, d_model, gene_key) * recipe().identity)
         # Of one size, so that every head of the first layer tells summaries by it.
         self.summary = nn.Parameter(torch.randn(d_model).sign())
         last = nn.Linear(32, d_model)
@@ -94,8 +89,9 @@ class FeatureEmbedding(nn.Module):
         seen = visible.to(energy.dtype) @ energy
         missing = total / seen.clamp(min=1e-12)
         # Where hardly anything is seen it is scaled up less than for all that is missing: that would be noise.
-        shrunk = (1.0 + _SHRINKAGE / _LEAST_SHARE) * total / (seen + _SHRINKAGE * total).clamp(min=1e-12)
-        missing = torch.where(seen < _LEAST_SHARE * total, shrunk, missing)
+        least, shrinkage = recipe().least_visible, recipe().shrinkage
+        shrunk = (1.0 + shrinkage / least) * total / (seen + shrinkage * total).clamp(min=1e-12)
+        missing = torch.where(seen < least * total, shrunk, missing)
         summary = (profile @ self.loading) * missing.index_select(0, pattern)
         value = value.unsqueeze(2)
         tokens = (
@@ -133,7 +129,7 @@ class FeatureEmbedding(nn.Module):
         self.project.weight.zero_()
         self.project.weight[: len(components)] = components
         projected = self.project(self.vectors)[torch.from_numpy(known)]
-        self.project.weight *= _IDENTITY / projected.square().mean().sqrt().clamp(min=1e-3)
+        self.project.weight *= recipe().identity / projected.square().mean().sqrt().clamp(min=1e-3)
         self.identity[torch.from_numpy(known)] = 0.0
 
     @torch.no_grad()

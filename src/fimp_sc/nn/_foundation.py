@@ -9,18 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from fimp_sc.nn._layers import weight_of
+from fimp_sc.nn._network import Network
 
 if TYPE_CHECKING:
     from typing import Self
 
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from fimp_sc.data import TokenSource
     from fimp_sc.data._batch import Batch
+    from fimp_sc.data.sequences._reader import SequenceStatistics
     from fimp_sc.nn._stack import TransformerStack
 
+# Hidden genes of a cell that a decoder learns from: a fraction of its tokens.
+_QUERIES = 32
 _RANK = 8
 _PROJECTIONS = ("query", "value")
 
 
-class FoundationNetwork(nn.Module):
+class FoundationNetwork(Network):
     """Tokens of a block in, embeddings of its destinations out: a foundation model run across one hop of the graph.
 
     Parameters
@@ -46,9 +54,11 @@ class FoundationNetwork(nn.Module):
     """
 
     n_hops = 1
+    pretrained = True
+    adds_self_loops = True  # those of the stack
+    least_batch = 128  # the neighbors of a block are computed too: small blocks would mostly be halo
     embedding: Any
     decoder: Any
-    width: int
 
     def __init__(
         self,
@@ -66,15 +76,12 @@ class FoundationNetwork(nn.Module):
         choose_trained(self, trained)
         self.frozen = trained == "frozen"
         self.sequence = None if sequence is None else sequence[0]
+        self.unit_length = bool(embedding.unit_length)
         self.head: nn.Linear | None = None
         if sequence is not None and not self.embedding.misaligned:
             self.head = nn.Linear(self.width, sequence[1])
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return ``(n_dst, width)``: the summary token of each destination after the last layer."""
-        return self.read(self.states(batch, self.n_queries(batch)), batch)
 
     def n_queries(self, batch: Batch, *, reconstruct: bool = False) -> int | None:
         """Return how many tokens of a destination the last layer must update, ``None`` for all."""
@@ -83,11 +90,6 @@ class FoundationNetwork(nn.Module):
     @property
     def _has_summary(self) -> bool:
         return self.sequence is None or self.embedding.n_class > 0
-
-    @property
-    def unit_length(self) -> bool:
-        """Whether embeddings are divided by their length."""
-        return bool(self.embedding.unit_length)
 
     def states(self, batch: Batch, n_queries: int | None = None, tokens: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return the first ``n_queries`` tokens of the destinations (all by default) after the last layer.
@@ -153,6 +155,40 @@ class FoundationNetwork(nn.Module):
             return self.embedding(batch["feature_id"], batch["value"], batch["padding"])
         tokens = self.embedding(batch["sequences"][self.sequence])
         return tokens, torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+    def message_layers(self) -> list[Any]:
+        """Return the layers of the stack.
+
+        Raises
+        ------
+        ValueError
+            Every edge runs a stack of its own, ``aggregate="final"``: layers have no messages.
+        """
+        if self.stack.aggregate == "final":
+            raise ValueError(
+                "With aggregate='final' every edge runs the whole stack and layers pass no messages that could be "
+                "read: use a model with aggregate='layer'."
+            )
+        return list(self.stack.layers)
+
+    def token_source(self, gene_rank: Tensor, gene_key: NDArray[np.uint64], random_state: int) -> TokenSource:
+        """Return what makes tokens of genes that the foundation model knows."""
+        n_queries = 0 if self.frozen or self.decoder is None else _QUERIES
+        return self.embedding.tokenizer(gene_rank, random_state, n_queries, gene_key)
+
+    def places(self, coordinates: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Return coordinates of nodes as the foundation model reads them."""
+        return coordinates if self.sequence is None else self.embedding.places(coordinates)
+
+    def sequence_statistics(self) -> SequenceStatistics | None:
+        """Return those of pretraining."""
+        return None if self.sequence is None else self.embedding.statistics()
+
+    def block_memory(self, *, training: bool) -> tuple[int, int]:
+        """Return nodes of a block and copies of their tokens; of each layer two are kept to compute it again."""
+        if not training or self.frozen:
+            return 2 * 128, 12
+        return 2 * 256, 24 + 2 * len(self.stack.layers)
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation; a frozen foundation model stays in evaluation."""

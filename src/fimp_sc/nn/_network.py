@@ -1,12 +1,15 @@
-"""The network: tokens, layers, and one embedding per node."""
+"""The contract of networks, and FIMP-base: tokens, layers, and one embedding per node."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fimp_sc._recipe import recipe
+from fimp_sc.data.expression._tokenizers import CenteredTokens
 from fimp_sc.nn._embedding import FeatureEmbedding
 from fimp_sc.nn._initialize import start_as_gated_mean
 from fimp_sc.nn._layers import PaperLayer, TransformerLayer, run_layers
@@ -18,17 +21,122 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from fimp_sc.data import TokenSource
     from fimp_sc.data._batch import Batch
-    from fimp_sc.data.sequences._reader import SequenceShape
+    from fimp_sc.data.sequences._reader import SequenceShape, SequenceStatistics
 
 # The norm before attention divides summary tokens by about this length, because of the vector that marks them.
 _NORM = 2**0.5
-# Size of the first layer's message; later layers average these messages again and bring them back to full size, so
-# that the widest neighbourhood counts most. It is what carries domains, and the nearest cells are seen in any case.
-_FIRST = 0.3
 
 
-class FIMPNetwork(nn.Module):
+class Network(nn.Module, ABC):
+    """What turns the tokens of a block into embeddings of its destinations.
+
+    A new kind of network answers these questions for itself; nothing outside asks which class it is.
+
+    Attributes
+    ----------
+    width
+        Width of tokens and embedding.
+    n_hops
+        Hops of the graph that one pass reads.
+    pretrained
+        Whether the weights come from a checkpoint: they are trained in steps of their own size, and heads start from
+        standardized embeddings rather than from components of the data.
+    adds_self_loops
+        Whether the network makes nodes their own neighbors, so that graphs need no self-loops.
+    unit_length
+        Whether embeddings are handed out at unit length.
+    least_batch
+        Fewest destinations of a block in inference.
+    n_bins
+        Bins into which the values of tokens are put, where the network reads bins.
+    n_own, n_neighborhood
+        Columns of the embedding where training starts: the cell's own components, then those of its neighbors' mean;
+        0 where it does not start from components.
+    """
+
+    width: int
+    n_hops: int
+    pretrained: bool = False
+    adds_self_loops: bool = False
+    unit_length: bool = False
+    least_batch: int = 64
+    n_bins: int | None = None
+    n_own: int = 0
+    n_neighborhood: int = 0
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return ``(n_dst, width)``: the embedding of each destination."""
+        return self.read(self.states(batch, self.n_queries(batch)), batch)
+
+    @abstractmethod
+    def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the tokens of all nodes of a block, ``(n, f, width)``, and their padding, ``(n, f)``."""
+
+    @abstractmethod
+    def n_queries(self, batch: Batch, *, reconstruct: bool = False) -> int | None:
+        """Return how many tokens of a destination the last layer must update, ``None`` for all."""
+
+    @abstractmethod
+    def states(self, batch: Batch, n_queries: int | None = None, tokens: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the first ``n_queries`` tokens of the destinations (all by default) after the last layer.
+
+        ``tokens`` are those of :meth:`tokens`, where they are there already.
+        """
+
+    @abstractmethod
+    def read(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """Return the embedding of each node from its tokens after the last layer."""
+
+    @abstractmethod
+    def split(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the tokens of sequences, ``(n_dst, f, width)`` by modality, from the last layer's tokens."""
+
+    @property
+    @abstractmethod
+    def heads(self) -> dict[str, nn.Module]:
+        """By modality, the map from tokens of sequences to their standardized values."""
+
+    @abstractmethod
+    def message_layers(self) -> list[Any]:
+        """Return the layers that pass messages; raise a ValueError where these cannot be read layer by layer."""
+
+    @abstractmethod
+    def token_source(self, gene_rank: Tensor, gene_key: NDArray[np.uint64], random_state: int) -> TokenSource:
+        """Return what chooses the gene tokens of a cell.
+
+        Parameters
+        ----------
+        gene_rank, gene_key
+            ``(n_genes,)`` order of genes of equal value, and keys of the genes.
+        random_state
+            Seed.
+        """
+
+    @property
+    def gene_table(self) -> FeatureEmbedding | None:
+        """Embeddings of genes that start from the data, where there are such."""
+        return None
+
+    def decode(self, batch: Batch, genes: Tensor, absent: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Predict bins of hidden genes, see :meth:`FoundationNetwork.decode`."""
+        raise TypeError(f"{type(self).__name__} has no decoder of bins.")
+
+    def places(self, coordinates: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Return coordinates of nodes, ``(n_nodes, k)``, as the network reads them."""
+        return coordinates
+
+    def sequence_statistics(self) -> SequenceStatistics | None:
+        """Return the statistics that values of sequences are standardized with, ``None`` for those of the data."""
+        return None
+
+    def block_memory(self, *, training: bool) -> tuple[int, int]:
+        """Return the usual number of nodes of a block with its halo, and of copies of their tokens held at once."""
+        return 2 * 256, 40
+
+
+class FIMPNetwork(Network):
     """Tokens of a block in, embeddings of its destinations out.
 
     A node is its summary token, its gene (or feature) tokens if it has any, and the tokens of its sequences. Where
@@ -75,12 +183,12 @@ class FIMPNetwork(nn.Module):
         self.width, self.n_hops = d_model, n_layers
         # Columns of the embedding where training starts: the cell's own components, then those of its neighbors'
         # mean; the rest is free. Kept apart, neither blurs the other.
-        self.n_own, self.n_neighbourhood = d_model * 5 // 8, d_model // 4
-        neighbourhood = slice(self.n_own, self.n_own + self.n_neighbourhood)
+        self.n_own, self.n_neighborhood = d_model * 5 // 8, d_model // 4
+        neighborhood = slice(self.n_own, self.n_own + self.n_neighborhood)
         self.embedding: FeatureEmbedding | None = None
         if n_features:
             self.embedding = FeatureEmbedding(n_features, d_model, vector_width, gene_key)
-            self.embedding.mark_summary_outside(slice(self.n_neighbourhood), neighbourhood)
+            self.embedding.mark_summary_outside(slice(self.n_neighborhood), neighborhood)
         self.sequences: SequenceParts | None = None
         if sequences:
             self.sequences = SequenceParts(sequences, d_model, apart=bool(n_features), dropout=dropout)
@@ -92,6 +200,7 @@ class FIMPNetwork(nn.Module):
             # As long as the mark of a position.
             self.mark.data[first.summary_flag] = (first.at.stop - first.at.start) ** 0.5
         layers: list[nn.Module] = []
+        size = recipe().first_message
         for _ in range(n_layers):
             if layer == "paper":
                 layers.append(PaperLayer(d_model, n_heads, reduce=reduce))
@@ -99,18 +208,14 @@ class FIMPNetwork(nn.Module):
             practical = TransformerLayer(d_model, n_heads, d_feedforward=2 * d_model, dropout=dropout, reduce=reduce)
             if first is not None:
                 start_as_gated_mean(practical, first, later=bool(layers))
-            elif not layers:
+            elif not layers and recipe().layers:
                 practical.start_as_neighbor_mean(
-                    slice(self.n_neighbourhood), neighbourhood, _NORM * (_FIRST if n_layers > 1 else 1)
+                    slice(self.n_neighborhood), neighborhood, _NORM * (size if n_layers > 1 else 1)
                 )
-            else:
-                practical.start_as_neighbor_mean(neighbourhood, neighbourhood, _NORM * _FIRST ** (-1 / (n_layers - 1)))
+            elif recipe().layers:
+                practical.start_as_neighbor_mean(neighborhood, neighborhood, _NORM * size ** (-1 / (n_layers - 1)))
             layers.append(practical)
         self.layers = nn.ModuleList(layers)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return ``(n_dst, d_model)``: the summary token of each destination after the last layer."""
-        return self.read(self.states(batch, self.n_queries(batch)), batch)
 
     def n_queries(self, batch: Batch, *, reconstruct: bool = False) -> int:
         """Return how many tokens of a destination the last layer must update."""
@@ -146,6 +251,19 @@ class FIMPNetwork(nn.Module):
         if features is not None:
             tokens, padding = [*tokens, features], [*padding, batch["padding"]]
         return torch.cat([summary, *tokens], dim=1), torch.cat(padding, dim=1)
+
+    def message_layers(self) -> list[Any]:
+        """Return the layers, each of which passes messages."""
+        return list(self.layers)
+
+    def token_source(self, gene_rank: Tensor, gene_key: NDArray[np.uint64], random_state: int) -> TokenSource:
+        """Return what makes tokens of the values that differ most from their genes' means."""
+        return CenteredTokens(gene_rank)
+
+    @property
+    def gene_table(self) -> FeatureEmbedding | None:
+        """Embeddings of genes, which start from the data."""
+        return self.embedding
 
     @property
     def summary_mark(self) -> Tensor:

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fimp_sc.nn._foundation import FoundationNetwork
 from fimp_sc.nn._layers import PaperLayer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fimp_sc.nn._layers import CrossNodeAttention
-    from fimp_sc.nn._network import FIMPNetwork
+    from fimp_sc.nn._network import Network
 
 # Scores held at once: 2 MB of fp32 stay in the cache of a CPU core.
 _SCORES = 1 << 19
@@ -76,25 +75,7 @@ def edges_at_once(n_heads: int, n_queries: int, n_tokens: int) -> int:
     return max(_SCORES // max(n_heads * n_queries * n_tokens, 1), 1)
 
 
-def message_layers(network: FIMPNetwork | FoundationNetwork) -> list[Any]:
-    """Return the layers of a network that pass messages.
-
-    Raises
-    ------
-    ValueError
-        Every edge runs a stack of its own, ``aggregate="final"``: layers have no messages.
-    """
-    if not isinstance(network, FoundationNetwork):
-        return list(network.layers)
-    if network.stack.aggregate == "final":
-        raise ValueError(
-            "With aggregate='final' every edge runs the whole stack and layers pass no messages that could be read: "
-            "use a model with aggregate='layer'."
-        )
-    return list(network.stack.layers)
-
-
-def first_projections(network: FIMPNetwork | FoundationNetwork, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def first_projections(network: Network, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return queries and keys of tokens in the first layer, ``(n, heads, f, head_dim)`` each.
 
     Parameters
@@ -104,7 +85,7 @@ def first_projections(network: FIMPNetwork | FoundationNetwork, tokens: Tensor) 
     tokens
         ``(n, f, width)`` as ``network.tokens`` makes them.
     """
-    layer = message_layers(network)[0]
+    layer = network.message_layers()[0]
     attention = layer.attention
     if getattr(layer, "norm_first", False):
         tokens = layer.attention_norm(tokens)
@@ -112,9 +93,7 @@ def first_projections(network: FIMPNetwork | FoundationNetwork, tokens: Tensor) 
 
 
 @contextmanager
-def recorded_influence(
-    network: FIMPNetwork | FoundationNetwork, n_nodes: int, n_destinations: int
-) -> Iterator[list[Tensor]]:
+def recorded_influence(network: Network, n_nodes: int, n_destinations: int) -> Iterator[list[Tensor]]:
     r"""Within the context, one pass of the network over a block also leaves the influence of its edges in a list.
 
     That of an edge on the summary token of its destination in one layer is :math:`\lVert W_O \,
@@ -136,7 +115,7 @@ def recorded_influence(
     found: list[Tensor] = []
     handles = [
         layer.attention.register_forward_pre_hook(_Recorder(layer, n_nodes, n_destinations, found), with_kwargs=True)
-        for layer in message_layers(network)
+        for layer in network.message_layers()
     ]
     try:
         yield found

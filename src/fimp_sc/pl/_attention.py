@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._options import checked
-from fimp_sc.data._elements import missing_key
+from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.pl._figure._common import finish, results_of
 from fimp_sc.pl._spatial import _MISSING_COLOR
 

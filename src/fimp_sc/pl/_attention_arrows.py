@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._options import checked
-from fimp_sc.data._elements import get_graph, get_obs, missing_key
+from fimp_sc.data.storage._elements import get_graph, get_obs, missing_key
 from fimp_sc.pl._attention import attention_result
 from fimp_sc.pl._figure._common import finish, fit_legends, node_positions, results_of
 from fimp_sc.pl._spatial import _MISSING_COLOR, _coordinates, _palette
@@ -94,7 +94,7 @@ def attention_arrows(
     for name in (groupby, library_key):
         if name is not None and name not in adata.obs:
             raise missing_key(name, "adata.obs", adata.obs, "Set groupby= or library_key=.")
-    center = int(node_positions(adata, [cell])[0])
+    center = int(node_positions(adata, [cell], argument="cell")[0])
     row = get_graph(adata, key)[[center]].tocoo()
     if not row.nnz:
         raise ValueError(f"Cell {adata.obs_names[center]!r} has no neighbors in adata.obsp[{key!r}]: choose another.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from fimp_sc._options import checked
-from fimp_sc.data._elements import missing_key
+from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.pl._attention import attention_result
 from fimp_sc.pl._figure._common import finish, results_of
 

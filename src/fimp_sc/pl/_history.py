@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from fimp_sc._options import checked, shown
+from fimp_sc._option_rules import shown
+from fimp_sc._options import checked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._options import checked
-from fimp_sc.data._elements import in_memory, missing_key
-from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY
+from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY, place_of
 from fimp_sc.data.graph._adjacency import check_adjacency
 from fimp_sc.data.sequences._pixels import image_shape
+from fimp_sc.data.storage._elements import in_memory, missing_key
 from fimp_sc.data.validate._checks import check_coordinates
 from fimp_sc.pl._figure._common import finish, fit_legends, modality_of_kind, node_positions
 from fimp_sc.pl._figure._thumbnails import far_apart, read_thumbnails
@@ -119,7 +119,7 @@ def image_graph(
     name, adata, info = modality_of_kind(mdata, modality, "patch")
     rows = np.arange(adata.n_obs) if nodes is None else np.unique(node_positions(adata, nodes))
     xy, aspect = _places(adata, info, spatial_key, rows)
-    graph = _edges(adata, name, info, connectivities_key, rows) if edges else None
+    graph = _edges(adata, place_of(mdata, name), info, connectivities_key, rows) if edges else None
     value = None if color is None else _values(adata, color, None)[rows]
     room = _room(adata, xy, aspect, image_size, min(len(rows), max_images))
     chosen = far_apart(xy, room, max_images) if images else np.zeros(0, dtype=np.int64)
@@ -178,14 +178,14 @@ def _places(
 
 
 def _edges(
-    adata: AnnData, name: str, info: dict[str, Any], connectivities_key: str | None, rows: NDArray[np.int64]
+    adata: AnnData, place: str, info: dict[str, Any], connectivities_key: str | None, rows: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Return the joined pairs ``(2, n_edges)``, once each, as positions in ``rows``."""
     key = connectivities_key or str(info.get("connectivities_key", CONNECTIVITIES_KEY))
-    where = f"{name}.obsp[{key!r}]"
+    where = f"{place}.obsp[{key!r}]"
     if key not in adata.obsp:
         advice = "Name the graph with connectivities_key=, or pass edges=False."
-        raise missing_key(key, f"{name}.obsp", adata.obsp, advice)
+        raise missing_key(key, f"{place}.obsp", adata.obsp, advice)
     graph = check_adjacency(in_memory(adata.obsp[key], where), adata.n_obs, where=where, what="image", self_loops=False)
     part = graph[rows][:, rows].tocoo()
     pairs = np.sort(np.stack([part.row, part.col]).astype(np.int64), axis=0)

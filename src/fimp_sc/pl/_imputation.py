@@ -11,10 +11,10 @@ from anndata import AnnData
 from fimp_sc._keys import joined_modalities
 from fimp_sc._logging import warn
 from fimp_sc._options import checked
-from fimp_sc.data._elements import get_matrix, in_memory, missing_key
 from fimp_sc.data._modality import get_modality
-from fimp_sc.data._study import is_mudata, nodes_of
+from fimp_sc.data._study import is_mudata, resolve
 from fimp_sc.data.expression._reader import ExpressionSource, GeneStatistics, used_as_is
+from fimp_sc.data.storage._elements import get_matrix, in_memory, missing_key
 from fimp_sc.data.validate._values import check_values
 from fimp_sc.metrics import imputation_scores
 from fimp_sc.metrics._common import as_index, expression
@@ -187,7 +187,7 @@ def _table(
     names = joined_modalities(mdata)
     if names is None or name not in names:
         return adata
-    nodes = nodes_of(mdata, names)
+    nodes = resolve(mdata, names).nodes
     rows = nodes.obs_names.get_indexer(adata.obs_names)
     columns = [*columns, dict(dict(adata.uns.get(layer, {})).get("params", {})).get("library_key")]
     # Of a copy of the parts alone that are read, as nothing is to be written to the user's object.
@@ -242,7 +242,7 @@ def _observed(
 
 def _factor(adata: AnnData, matrix: Any, scale: Any, record: dict[str, Any]) -> NDArray[np.float32]:
     """Return what the model multiplied the values of each cell by; without a record, what brings all to the median."""
-    if "total" not in record:
+    if not {"total", "measured", "share", "trained_scale"} <= record.keys():
         return ExpressionSource(matrix, np.arange(adata.n_vars), scale, None).factor
     columns = adata.var_names.get_indexer(as_index(record["measured"])).astype(np.int64)
     gone = int((columns < 0).sum())

@@ -8,7 +8,8 @@ import numpy as np
 from scipy import sparse
 
 from fimp_sc._options import checked
-from fimp_sc.data._elements import get_obs, missing_key
+from fimp_sc.data._modality import place_of
+from fimp_sc.data.storage._elements import get_obs, missing_key
 from fimp_sc.pl._figure._common import as_list, finish, modality_of_kind, node_positions, read_rows
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def signals(
     from matplotlib import pyplot as plt
 
     name, adata, info = modality_of_kind(mdata, modality, "signal")
+    where = place_of(mdata, name)
     among = _recording(adata, info, recording)
     column = region_key if region_key in adata.obs else None
     hint = "choose one with recording=, or give names of obs_names" if recording is None else "give positions instead"
@@ -100,13 +102,13 @@ def signals(
     shown = _within(time, times, label)
     time = time[shown]
     if adata.X is None:
-        raise ValueError(f"{name}.X is None: store the signals there.")
-    measured = read_rows(adata.X, f"{name}.X", rows)[:, shown]
+        raise ValueError(f"{where}.X is None: store the signals there.")
+    measured = read_rows(adata.X, f"{where}.X", rows)[:, shown]
     if key is not None and key not in adata.layers:
         advice = f"Run fimp_sc.tl.impute(mdata, modality={name!r}), or pass key=None to draw the signals alone."
-        raise missing_key(key, f"{name}.layers", adata.layers, advice)
-    made = None if key is None else read_rows(adata.layers[key], f"{name}.layers[{key!r}]", rows)[:, shown]
-    covered = None if hidden is None else _hidden(adata, name, hidden, rows)[:, shown]
+        raise missing_key(key, f"{where}.layers", adata.layers, advice)
+    made = None if key is None else read_rows(adata.layers[key], f"{where}.layers[{key!r}]", rows)[:, shown]
+    covered = None if hidden is None else _hidden(adata, where, hidden, rows)[:, shown]
 
     show = (axes is None and save is None) if show is None else show
     if axes is None:
@@ -180,12 +182,12 @@ def _within(time: NDArray[np.float64], times: tuple[float, float] | None, label:
     return shown
 
 
-def _hidden(adata: AnnData, name: str, hidden: Any, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _hidden(adata: AnnData, where: str, hidden: Any, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
     if isinstance(hidden, str):
         if hidden not in adata.layers:
             advice = "Pass an array or the name of a layer as hidden=."
-            raise missing_key(hidden, f"{name}.layers", adata.layers, advice)
-        where, array = f"{name}.layers[{hidden!r}]", adata.layers[hidden]
+            raise missing_key(hidden, f"{where}.layers", adata.layers, advice)
+        where, array = f"{where}.layers[{hidden!r}]", adata.layers[hidden]
     else:
         where, array = "hidden", hidden if sparse.issparse(hidden) else np.asarray(hidden)
     if tuple(array.shape) != (adata.n_obs, adata.n_vars):

@@ -12,8 +12,9 @@ from scipy import sparse
 from fimp_sc._errors import MissingKeyError
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
-from fimp_sc.data._elements import get_matrix, get_obs, in_memory
-from fimp_sc.data._study import feature_names, is_mudata, tables_of
+from fimp_sc.data._study import feature_names, is_mudata
+from fimp_sc.data.storage._elements import get_matrix, get_obs, in_memory
+from fimp_sc.data.validate._checks import check_places
 from fimp_sc.pl._figure._common import fit_legends, gene_columns, read_columns, results_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from mudata import MuData
     from numpy.typing import NDArray
 
-    from fimp_sc.data._study import Part
+    from fimp_sc.data._study import Modality
 
 _MISSING_COLOR = "#d3d3d3"
 _MAX_LEGEND_ROWS = 15
@@ -86,14 +87,14 @@ def spatial(
     KeyError
         If a color, `library_key`, `layer` or `spatial_key` is not found.
     ValueError
-        If no color is given, the coordinates have fewer than two columns, a gene is there more than once, or `.X` is
-        to be read and is empty.
+        If no color is given, the coordinates have fewer than two columns or are missing for some cells, a gene is
+        there more than once, or `.X` is to be read and is empty.
     """
     from matplotlib import pyplot as plt
 
     colors = [color] if isinstance(color, str | tuple) else list(color)
 
-    def holds(held: Any, parts: list[Part]) -> bool:
+    def holds(held: Any, parts: list[Modality]) -> bool:
         genes = [name for _, _, names in _tables(held, parts) for name in names]
         return spatial_key in held.obsm and all(
             key[0] in held.obsm if isinstance(key, tuple) else key in held.obs or key in genes for key in colors
@@ -150,25 +151,29 @@ def _coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
     if xy.ndim != 2 or xy.shape[1] < 2:
         message = f"adata.obsm[{spatial_key!r}] has shape {xy.shape}; two columns are needed to draw."
         raise ValueError(message)
+    check_places(xy[:, :2], f"adata.obsm[{spatial_key!r}]", adata.obs_names)
     return xy[:, :2]
 
 
 def _array(adata: AnnData, key: str) -> NDArray[np.float64]:
     """Return an entry of `.obsm`, wherever it is, dense."""
     values = in_memory(adata.obsm[key], f"adata.obsm[{key!r}]")
-    return np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+    try:
+        return np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"adata.obsm[{key!r}] must hold numbers, which columns of text are not.") from None
 
 
-def _tables(adata: Any, parts: Sequence[Part]) -> list[tuple[AnnData, NDArray[np.int64] | None, pd.Index]]:
+def _tables(adata: Any, parts: Sequence[Modality]) -> list[tuple[AnnData, NDArray[np.int64] | None, pd.Index]]:
     """Return what has genes, the row of each node there, and the names of the genes."""
     if parts:
-        tables = tables_of(parts)
+        tables = [part for part in parts if not part.is_sequence]
         return [(t.adata, t.rows, names) for t, names in zip(tables, feature_names(tables), strict=True)]
     return [] if is_mudata(adata) else [(adata, None, adata.var_names)]
 
 
 def _values(
-    adata: AnnData, key: str | tuple[str, int], layer: str | None, parts: Sequence[Part] = ()
+    adata: AnnData, key: str | tuple[str, int], layer: str | None, parts: Sequence[Modality] = ()
 ) -> pd.Categorical | NDArray[np.float64]:
     if isinstance(key, tuple):
         name, column = key

@@ -11,11 +11,11 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._options import checked
-from fimp_sc.data._elements import in_memory, missing_key, shorten
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY, check_modality_name, make_mudata
 from fimp_sc.data._nodes import by_name, node_names, one_label_each, square_by_name
 from fimp_sc.data.graph._adjacency import check_adjacency, euclidean_lengths, report_isolated
-from fimp_sc.data.storage._stored import storage
+from fimp_sc.data.storage._elements import in_memory, missing_key, shorten
+from fimp_sc.data.storage._rows import storage
 from fimp_sc.data.validate._checks import check_anndata, check_coordinates
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from fimp_sc._options import checked
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY, check_modality_name, make_mudata
 from fimp_sc.data._nodes import by_name, label_columns, label_values, node_names
 from fimp_sc.data.graph._adjacency import euclidean_lengths, report_isolated
-from fimp_sc.data.sequences._signal_checks import check_signals
+from fimp_sc.data.sequences._signal import check_signals
 from fimp_sc.pp._fmri_graph import DEFAULT_NEIGHBORS, Method, region_graphs
 from fimp_sc.pp._fmri_signals import Orientation, read_recordings
 

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from fimp_sc.data._elements import shorten
 from fimp_sc.data._nodes import square_by_name
 from fimp_sc.data.graph._adjacency import check_adjacency, strongest_edges
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.pp._spatial_graph import build_graph
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from fimp_sc.data._elements import shorten
 from fimp_sc.data._nodes import node_names
+from fimp_sc.data.storage._elements import shorten
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,8 +21,7 @@ from fimp_sc.data.graph._adjacency import (
     nearest_places,
     report_isolated,
 )
-from fimp_sc.data.sequences._image_arrays import Channels, flatten_images
-from fimp_sc.data.sequences._image_files import decode_files, inspect_files
+from fimp_sc.data.sequences._image_files import Channels, decode_files, flatten_images, inspect_files
 from fimp_sc.data.sequences._pixels import PATH_KEY, PIXELS_KEY
 
 if TYPE_CHECKING:
@@ -123,7 +122,8 @@ def images(
     check_modality_name(modality)
     size = _check_size(image_size)
     paths = [images] if isinstance(images, str | Path) else images
-    from_files = isinstance(paths, list | tuple | pd.Series | pd.Index | np.ndarray) and _are_paths(paths)
+    listed = isinstance(paths, list | tuple | pd.Series | pd.Index | np.ndarray) and getattr(paths, "ndim", 1) > 0
+    from_files = listed and _are_paths(paths)
     pixels, default_names = None, names is None
     if from_files:
         files, shape = inspect_files(list(paths), size)

@@ -13,7 +13,7 @@ from scipy import sparse
 from fimp_sc._keys import check_key, new_record
 from fimp_sc._logging import warn
 from fimp_sc._options import checked
-from fimp_sc.data._elements import get_matrix, missing_key
+from fimp_sc.data.storage._elements import get_matrix, missing_key
 from fimp_sc.data.storage._rows import open_rows
 from fimp_sc.data.validate._checks import check_anndata
 from fimp_sc.pp._gene_match import GeneMatch, percent
@@ -200,10 +200,11 @@ def _column(adata: AnnData, key: str) -> pd.Series:
 
 
 def _gene_totals(matrix: Any, where: str) -> NDArray[np.float64]:
-    total = np.zeros(matrix.shape[1])
     # CSC in memory is summed as the rows of its transpose, which shares its values, and needs no conversion.
     turned = sparse.issparse(matrix) and matrix.format == "csc"
-    for first, piece in open_rows(matrix.T if turned else matrix, where).stream():
+    rows = open_rows(matrix.T if turned else matrix, where)
+    total = np.zeros(matrix.shape[1])
+    for first, piece in rows.stream():
         values = np.asarray(piece.data if sparse.issparse(piece) else piece)
         if values.size and not (np.isfinite(values).all() and values.min() >= 0):
             raise ValueError(

@@ -10,7 +10,6 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._options import checked
-from fimp_sc.data._elements import get_obs, in_memory, missing_key
 from fimp_sc.data._modality import (
     CONNECTIVITIES_KEY,
     SPATIAL_KEY,
@@ -18,10 +17,12 @@ from fimp_sc.data._modality import (
     described,
     get_modality,
     make_mudata,
+    place_of,
 )
 from fimp_sc.data._nodes import node_names
 from fimp_sc.data.graph._adjacency import report_isolated
 from fimp_sc.data.sequences._pixels import PIXELS_KEY, read_pixels
+from fimp_sc.data.storage._elements import get_obs, in_memory, missing_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -167,6 +168,8 @@ def to_pyg(
     ------
     MissingKeyError
         There is no such modality, graph or column.
+    TypeError
+        Features, graph, coordinates or labels are no numbers.
     ValueError
         The modality has neither values nor pixels.
     """
@@ -174,29 +177,34 @@ def to_pyg(
     from torch_geometric.data import Data
 
     name, adata = get_modality(mdata, modality)
+    where = place_of(mdata, name)
     info = described(adata) or {}
     key = connectivities_key or str(info.get("connectivities_key", CONNECTIVITIES_KEY))
     if key not in adata.obsp:
-        raise missing_key(key, f"{name}.obsp", adata.obsp, "Name the graph with connectivities_key=.")
-    graph = sparse.csr_matrix(in_memory(adata.obsp[key], f"{name}.obsp[{key!r}]"))
+        raise missing_key(key, f"{where}.obsp", adata.obsp, "Name the graph with connectivities_key=.")
+    try:
+        graph = sparse.csr_matrix(in_memory(adata.obsp[key], f"{where}.obsp[{key!r}]"))
+    except (TypeError, ValueError):
+        raise TypeError(f"{where}.obsp[{key!r}] must be a matrix of numbers, the graph.") from None
     row = np.repeat(np.arange(adata.n_obs), np.diff(graph.indptr))
-    data = Data(x=_tensor(_values(adata, info, name)))
+    data = Data(x=_tensor(_values(adata, info, where), f"{where}.X"))
     data.edge_index = torch.from_numpy(np.stack([graph.indices, row]).astype(np.int64))
     made_of = info.get("connectivities_key") == key
     if bool(info["weighted"]) if made_of and "weighted" in info else bool((graph.data != 1).any()):
-        data.edge_weight = _tensor(graph.data)
-    if SPATIAL_KEY in adata.obsm:
-        data.pos = _tensor(in_memory(adata.obsm[SPATIAL_KEY], "obsm"))
+        data.edge_weight = _tensor(graph.data, f"{where}.obsp[{key!r}]")
     for column in info.get("pyg_obs", ()):
-        data[str(column)] = _tensor(get_obs(adata, [column])[column].to_numpy())
-    for array in info.get("pyg_obsm", ()):
-        data[str(array)] = _tensor(in_memory(adata.obsm[array], "obsm"))
+        data[str(column)] = _tensor(get_obs(adata, [column])[column].to_numpy(), f"{where}.obs[{column!r}]")
+    names = {"pos": SPATIAL_KEY} if SPATIAL_KEY in adata.obsm else {}
+    for attribute, array in (names | {str(array): array for array in info.get("pyg_obsm", ())}).items():
+        place = f"{where}.obsm[{array!r}]"
+        data[attribute] = _tensor(in_memory(adata.obsm[array], place), place)
     if labels_key is not None:
         if labels_key not in adata.obs:
-            raise missing_key(labels_key, f"{name}.obs", adata.obs, "Name the column of labels with labels_key=.")
+            raise missing_key(labels_key, f"{where}.obs", adata.obs, "Name the column of labels with labels_key=.")
         labels = get_obs(adata, [labels_key])[labels_key]
         numeric = pd.api.types.is_numeric_dtype(labels.dtype)
-        data.y = _tensor(labels.to_numpy() if numeric else pd.Categorical(labels).codes.astype(np.int64))
+        values = labels.to_numpy() if numeric else pd.Categorical(labels).codes.astype(np.int64)
+        data.y = _tensor(values, f"{where}.obs[{labels_key!r}]")
     return data
 
 
@@ -224,13 +232,13 @@ def _graph(data: Data, n: int) -> csr_matrix:
     return sparse.csr_matrix((weight, source, indptr), shape=(n, n))
 
 
-def _values(adata: AnnData, info: Any, name: str) -> NDArray[Any]:
+def _values(adata: AnnData, info: Any, where: str) -> NDArray[Any]:
     if info.get("kind") == "patch" and (adata.X is None or PIXELS_KEY in adata.obsm):
         pixels = read_pixels(adata, np.arange(adata.n_obs))
         return pixels.reshape(adata.n_obs, -1).astype(np.float32) / np.float32(255)
     if adata.X is None:
-        raise ValueError(f"{name}.X is None: store the features of the nodes there.")
-    values = in_memory(adata.X, f"{name}.X")
+        raise ValueError(f"{where}.X is None: store the features of the nodes there.")
+    values = in_memory(adata.X, f"{where}.X")
     return values.toarray() if sparse.issparse(values) else np.asarray(values)
 
 
@@ -244,10 +252,13 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return array
 
 
-def _tensor(array: Any) -> Tensor:
+def _tensor(values: Any, where: str) -> Tensor:
     import torch
 
-    return torch.from_numpy(np.array(array))
+    array = np.array(values)
+    if array.dtype.kind not in "buifc":
+        raise TypeError(f"{where} must hold numbers, found dtype {array.dtype}: convert or remove it.")
+    return torch.from_numpy(array)
 
 
 def _names(names: Sequence[Any] | None, n: int, what: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Neighbourhood graph from spatial coordinates."""
+"""Neighborhood graph from spatial coordinates."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pandas as pd
 
 from fimp_sc._compat import quiet_squidpy, squidpy_graph_builder
 from fimp_sc._options import checked
+from fimp_sc.data._samples import warn_joined_samples
 from fimp_sc.data.validate._checks import (
     check_connectivities,
     check_coordinates,
@@ -24,7 +25,6 @@ from fimp_sc.data.validate._checks import (
     get_graph,
     shorten,
 )
-from fimp_sc.data.validate._samples import warn_joined_samples
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -200,7 +200,7 @@ def add_graph(
 
     _write(adata, key_added, connectivities, distances, {**keys, "params": params})
     logger.info(
-        "Built a %s graph of %d cells in %d %s: %.1f neighbors per cell on average. Stored in adata.obsp[%r].",
+        "Built a %s graph of %d cells in %d %s, %.1f neighbors per cell on average, for adata.obsp[%r].",
         method,
         adata.n_obs,
         len(groups),
@@ -291,13 +291,14 @@ def _check_library_sizes(
         small = [describe(name, len(cells)) for name, cells in groups.items() if len(cells) <= n_neighbors]
         if small:
             largest = min(map(len, groups.values())) - 1
-            advice = "a sample of one cell has no neighbors"
+            advice = "leave these cells out"
             if largest:
                 sample = "" if library_key is None else f", library_key={library_key!r}"
-                advice = f"call fimp_sc.pp.spatial_graph(adata, n_neighbors={largest}{sample}) or with less"
+                call = f"fimp_sc.pp.spatial_graph(adata, n_neighbors={largest}{sample})"
+                advice += f", or build a graph of fewer neighbors first: {call}"
             raise ValueError(
                 f"{where} {shorten(small)}, too few for n_neighbors={n_neighbors}, which needs at least "
-                f"{n_neighbors + 1} cells in every sample: {advice}, or leave these cells out."
+                f"{n_neighbors + 1} cells in every sample: {advice}."
             )
     if method == "delaunay":
         dimensions = coordinates.shape[1]

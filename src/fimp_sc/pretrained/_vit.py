@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fimp_sc.data import SequenceStatistics
-from fimp_sc.data._elements import shorten
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.nn import TransformerStack
 from fimp_sc.pretrained._backbone import Backbone, SequenceTokens, copy_layer, copy_weights
 from fimp_sc.pretrained._registry import FoundationReader, register

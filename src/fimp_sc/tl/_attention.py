@@ -9,12 +9,20 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
-from fimp_sc.data._elements import get_obs, missing_key
-from fimp_sc.data._study import feature_names, nodes_of, parts_of, tables_of
+from fimp_sc.data._study import feature_names
+from fimp_sc.data.storage._elements import get_obs, missing_key
 from fimp_sc.data.validate._labels import warn_words
-from fimp_sc.model.predict._attention import cell_groups, edge_pairs, measured_codes
+from fimp_sc.model.predict._attention import (
+    attention_data,
+    cell_groups,
+    check_message_layer,
+    edge_pairs,
+    genes_with_tokens,
+    measured_codes,
+    tokens_of_genes,
+)
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
-from fimp_sc.tl._call._models import fitted_model, write_back
+from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, record
 from fimp_sc.tl._statistics._attention_genes import check_genes, check_pairs, choose_genes, say_untested
 from fimp_sc.tl._statistics._significance import gene_tests, group_tests, plan_tests
@@ -188,35 +196,37 @@ def attention(
     if not (model_kwargs or {}).get("messages", True):
         raise ValueError("model_kwargs has messages=False: without messages there is no attention between cells.")
     adata = copied(adata) if copy else adata
-    target, inputs = choose(
-        adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
+    model = given_model(model, accelerator, verbose=verbose)
+    study, inputs = choose(
+        adata, modality, verbose=verbose, model=model, layer=layer, library_key=library_key, batch_key=batch_key,
         spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
         center=center,
         unlabeled_category=unlabeled_category,
     )  # fmt: skip
-    check_results(key_added, "tl.attention", target, inputs, overwrite=overwrite)
-    if all(part.is_sequence for part in parts_of(target, inputs.modality)):
+    target = study.data
+    check_results(key_added, "tl.attention", study, inputs, overwrite=overwrite)
+    if not study.tables:
         raise ValueError("attention reads genes, and there are signals or images only: pass a modality of expression.")
     table = None if pairs is None else check_pairs(pairs)
-    names = np.concatenate(feature_names(tables_of(parts_of(target, inputs.modality))))
+    names = np.concatenate(feature_names(study.tables))
     check_genes(pd.Index(names), "adata.var_names", genes, table)
-    nodes = nodes_of(target, inputs.modality)
+    nodes = study.nodes
     category = _groups(nodes, groupby, unlabeled_category)
     batch_size = (inference_kwargs or {}).get("batch_size")
     with user_messages(verbose=verbose):
-        work = working_copy(target, inputs)
-        there = nodes_of(work, inputs.modality).obs_names
+        work = working_copy(study, inputs)
+        there = work.nodes.obs_names
         if not nodes.obs_names.equals(there):
             category = _at_least_two(category[nodes.obs_names.get_indexer(there)], groupby)
         least: dict[str, Any] = {"min_edges": min_edges, "min_support": min_support}
         plans: list[tuple[list[str], Plan]] = []
 
         def check(model: FIMP) -> None:
-            model._check_layer(influence_layer)
+            check_message_layer(model, influence_layer)
             plans.append(_planned(model, category, genes, n_genes, table, **least))
 
         fitted = fitted_model(
-            target, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
+            study, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, same_seed=False, verbose=verbose, model_kwargs=model_kwargs,
             train_kwargs=train_kwargs, gene_embeddings=gene_embeddings, foundation=foundation,
             check=check,
@@ -228,14 +238,14 @@ def attention(
         n_groups, names = len(category.categories), np.asarray(category.categories)
         influence = fitted.get_edge_influence(layer=influence_layer, batch_size=batch_size)
         finite_or_raise(influence.data, "influence of edges")
-        data = fitted._attention_data(None)
+        data = attention_data(fitted, None)
         how: dict[str, Any] = {"n_permutations": n_permutations, "random_state": random_state}
         by_group = group_tests(
             influence, np.asarray(category.codes, dtype=np.int64), data.library, n_groups, min_edges=min_edges,
             verbose=verbose, **how,
         )  # fmt: skip
         by_gene = gene_tests(
-            fitted._gene_tokens(data, chosen), data.graph, measured_codes(data, category), data.library, n_groups,
+            tokens_of_genes(fitted, data, chosen), data.graph, measured_codes(data, category), data.library, n_groups,
             plan, null=null, statistic=statistic, batch_size=None, verbose=verbose, **how,
         )  # fmt: skip
         if not by_gene.result.z.any():
@@ -250,8 +260,8 @@ def attention(
             "groups": _group_table(names, by_group), "pairs": _pair_table(names, np.asarray(chosen), plan, by_gene),
             "genes": np.asarray(chosen, dtype=object), "n_tests": len(by_gene.score),
         }  # fmt: skip
-        with write_back(target, work, inputs, fitted):
-            target.obsp[key_added] = _placed_edges(influence, work.obs_names, target.obs_names)
+        with write_back(study, work, inputs, fitted):
+            target.obsp[key_added] = _placed_edges(influence, work.nodes.obs_names, target.obs_names)
             target.uns[key_added] = result
     return adata if copy else None
 
@@ -291,12 +301,12 @@ def _planned(
 
     Which genes are tokens of a cell depends on the order of its values alone.
     """
-    data = model._attention_data(None, untrained=True)
+    data = attention_data(model, None, untrained=True)
     chosen, wanted = choose_genes(model, data, genes, n_genes, pairs)
     codes = measured_codes(data, category)
     plan = plan_tests(
-        data.graph, codes, len(category.categories), model._token_genes(data, chosen), wanted, min_edges=min_edges,
-        min_support=min_support,
+        data.graph, codes, len(category.categories), genes_with_tokens(model, data, chosen), wanted,
+        min_edges=min_edges, min_support=min_support,
     )  # fmt: skip
     if not len(plan.pairs):
         n_edges = len(edge_pairs(data.graph, codes, 1)[0])
@@ -306,9 +316,9 @@ def _planned(
         )
     if not len(plan.tests.pair):
         raise ValueError(
-            f"Nothing to test: no pair of groups has min_edges={min_edges} edges, {min_support:.15g} of which would "
-            f"join two of the {len(chosen)} genes as tokens. Name others, merge groups, or raise n_tokens with "
-            "model_kwargs={'n_tokens': 64}."
+            f"Nothing to test: between no pair of groups are min_support={min_support:.15g} edges expected to join "
+            f"tokens of two of the {len(chosen)} genes. Lower min_support, name other genes, merge groups, or raise "
+            "n_tokens."
         )
     n_missing = int((codes < 0).sum())
     if n_missing:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
-from fimp_sc.tl._call._models import fitted_model, write_back
+from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, placed, record
 
 if TYPE_CHECKING:
@@ -63,9 +63,10 @@ def embed(
         those of all, and results are written to the MuData object. By default the one, or the several, that earlier
         results are of.
     layer, library_key, batch_key, spatial_key, connectivities_key, input_scale, center
-        Where to find data and what they are. Those that are not given (``None``) are as in the latest call of
-        :mod:`fimp_sc.tl` whose results are in the object, also if it was written to a file since; a line of the log
-        says so. The scale is so only for the same layer.
+        Where to find data and what they are. Those that are not given (``None``) are those that a given ``model`` was
+        trained with, and else as in the latest call of :mod:`fimp_sc.tl` whose results are in the object, also if it
+        was written to a file since; a line of the log says so. The scale is as in that call for the same layer, and
+        else that of the model.
 
         ``layer``
             layer with expression; ``"X"`` for ``X``, which is read without earlier results.
@@ -84,7 +85,7 @@ def embed(
         ``center``
             mean that is subtracted from the expression of a gene: ``"training"``, of all training cells, so that
             results of a cell do not depend on which others there are; ``"batch"``, of the cells of its batch, for
-            batches with about the same mixture of cells. Else ``"training"``, or that of a given ``model``.
+            batches with about the same mixture of cells. Else ``"training"``.
     key_added
         Where to write in ``obsm`` and ``uns``.
     gene_embeddings
@@ -98,7 +99,8 @@ def embed(
         without training, which then only concerns labels and expression.
     model
         A trained model to apply without training: the model, its folder, or its name on the Hugging Face hub. Genes
-        are matched by name.
+        are matched by name. The object must hold what the keys of the model name, or others be given; a column of
+        samples only where the model subtracts means of batches by it (``center="batch"``).
     n_tokens, n_layers
         Token budget of a cell, and message-passing layers, of a model that is trained now; see
         :class:`fimp_sc.model.FIMP`.
@@ -138,27 +140,29 @@ def embed(
         vectors; or ``key_added`` has a slash, or is the name of something that would be lost (see ``overwrite``).
     """
     adata = copied(adata) if copy else adata
-    target, inputs = choose(
-        adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
+    model = given_model(model, accelerator, verbose=verbose)
+    study, inputs = choose(
+        adata, modality, verbose=verbose, model=model, layer=layer, library_key=library_key, batch_key=batch_key,
         spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
         center=center,
     )  # fmt: skip
-    check_results(key_added, "tl.embed", target, inputs, overwrite=overwrite)
+    target = study.data
+    check_results(key_added, "tl.embed", study, inputs, overwrite=overwrite)
     if zero_shot and not (foundation or model or (model_kwargs or {}).get("foundation")):
         raise ValueError(
             "zero_shot=True needs a foundation model: pass foundation=fimp_sc.pretrained.load(name, checkpoint)."
         )
     with user_messages(verbose=verbose):
-        work = working_copy(target, inputs)
+        work = working_copy(study, inputs)
         fitted = fitted_model(
-            target, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
+            study, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             gene_embeddings=gene_embeddings, foundation=foundation, zero_shot=zero_shot,
             n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         embedding = fitted.get_latent_representation(**(inference_kwargs or {}))
         finite_or_raise(embedding, "embedding")
-        with write_back(target, work, inputs, fitted):
-            target.obsm[key_added] = placed(embedding, work.obs_names, target.obs_names)
+        with write_back(study, work, inputs, fitted):
+            target.obsm[key_added] = placed(embedding, work.nodes.obs_names, target.obs_names)
             target.uns[key_added] = record(fitted, inputs, target, "tl.embed")
     return adata if copy else None

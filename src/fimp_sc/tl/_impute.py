@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -8,11 +9,13 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
-from fimp_sc.data._elements import missing_key
-from fimp_sc.data._study import expand_rows, parts_of
+from fimp_sc.data._study import expand_rows
 from fimp_sc.data.sequences._kinds import sequence_kind
+from fimp_sc.data.storage._elements import missing_key, shorten
+from fimp_sc.model.predict._attention import gene_columns
+from fimp_sc.model.registry._graph_data import known_columns, table_ends, tables_of
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
-from fimp_sc.tl._call._models import fitted_model, write_back
+from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, measured_scale, placed, record
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from mudata import MuData
     from numpy.typing import NDArray
 
-    from fimp_sc.data._study import Part
+    from fimp_sc.data._study import Modality
     from fimp_sc.model import FIMP
     from fimp_sc.pretrained import Foundation
 
@@ -119,15 +122,20 @@ def impute(
         the name of something that would be lost.
     """
     genes = [genes] if isinstance(genes, str) else genes if genes is None else list(genes)
+    twice = [gene for gene, number in Counter(genes or ()).items() if number > 1]
+    if twice:
+        raise ValueError(f"genes names {shorten([repr(gene) for gene in twice])} more than once: name each gene once.")
     adata = copied(adata) if copy else adata
-    target, inputs = choose(
-        adata, modality, verbose=verbose, layer=layer, library_key=library_key, batch_key=batch_key,
+    model = given_model(model, accelerator, verbose=verbose)
+    study, inputs = choose(
+        adata, modality, verbose=verbose, model=model, layer=layer, library_key=library_key, batch_key=batch_key,
         spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
         center=center,
     )  # fmt: skip
-    parts = parts_of(target, inputs.modality)
+    parts = study.modalities
+    target = study.data
     check_results(
-        key_added, "tl.impute", target, inputs, overwrite=overwrite, tables=[part.adata for part in parts],
+        key_added, "tl.impute", study, inputs, overwrite=overwrite, tables=[part.adata for part in parts],
         also={(slot, hidden): "hidden" for slot in ("layers", "obsm") if isinstance(hidden, str)},
     )  # fmt: skip
     if all(part.is_sequence for part in parts) and (genes is not None or scale != "log"):
@@ -136,29 +144,29 @@ def impute(
             "are. Leave them out."
         )
     with user_messages(verbose=verbose):
-        work = working_copy(target, inputs)
-        masks = _masks(hidden, parts, work.obs_names)
+        work = working_copy(study, inputs)
+        masks = _masks(hidden, parts, work.nodes.obs_names)
         fitted = fitted_model(
-            target, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
+            study, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             hidden=masks, gene_embeddings=gene_embeddings, foundation=foundation,
             genes=genes, n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         how = inference_kwargs or {}
-        predicted: list[tuple[Part, np.ndarray, Any]] = [
+        predicted: list[tuple[Modality, np.ndarray, Any]] = [
             (part, _reconstructed(fitted, part, masks.get(part.name), how), None) for part in parts if part.is_sequence
         ]
-        tables = fitted._tables(fitted.adata)
+        tables = tables_of(fitted, work)
         if tables:
             users = {part.name: part for part in parts}
             hidden_here = {part.name: masks[part.name] for part in tables if part.name in masks} or None
             expression = _expression(fitted, tables, genes, scale, hidden_here, how)
             predicted += [(users[name], values, names) for name, values, names in expression]
         extra: dict[str, Any] = {}
-        with write_back(target, work, inputs, fitted):
+        with write_back(study, work, inputs, fitted):
             for part, values, names in predicted:
                 table = part.adata
-                values = placed(values, work.obs_names, table.obs_names)
+                values = placed(values, work.nodes.obs_names, table.obs_names)
                 in_layer = sequence_kind(part.kind).results == "layers" if part.is_sequence else genes is None
                 if in_layer:
                     table.layers[key_added] = values
@@ -180,7 +188,7 @@ def impute(
     return adata if copy else None
 
 
-def _reconstructed(model: FIMP, part: Part, hidden: Any, how: Any) -> np.ndarray:
+def _reconstructed(model: FIMP, part: Modality, hidden: Any, how: Any) -> np.ndarray:
     """Return signals or images of one modality for all nodes of the model."""
     names = list(model.module.sequences)
     name = part.name if part.name in names else names[0]
@@ -194,7 +202,7 @@ def _reconstructed(model: FIMP, part: Part, hidden: Any, how: Any) -> np.ndarray
 
 
 def _expression(
-    model: FIMP, tables: list[Part], genes: list[str] | None, scale: Any, hidden: Any, how: Any
+    model: FIMP, tables: Sequence[Modality], genes: list[str] | None, scale: Any, hidden: Any, how: Any
 ) -> list[tuple[str, np.ndarray, NDArray[Any]]]:
     """Return of each table its name, values of its genes for all nodes of the model, and their names.
 
@@ -202,7 +210,7 @@ def _expression(
     """
     values = model.get_expression(genes=genes, scale=scale, hidden=hidden, **how)
     if genes is None:
-        known = np.concatenate(model._known_columns(tables)) >= 0
+        known = np.concatenate(known_columns(model, tables)) >= 0
         if not known.all():
             logger.warning("%d genes are not known to the model: their columns are NaN.", (~known).sum())
         finite_or_raise(values[:, known], "prediction")
@@ -211,12 +219,12 @@ def _expression(
         return [(part.name, own, np.array(part.adata.var_names, dtype=object)) for part, own in split]
     finite_or_raise(values, "prediction")
     names = np.array(genes, dtype=object)
-    owner = np.searchsorted(model._table_ends, model._gene_columns(genes), side="right")
+    owner = np.searchsorted(table_ends(model), gene_columns(model, genes), side="right")
     chosen = [(part.name, owner == i) for i, part in enumerate(tables)]
     return [(name, values[:, mine], names[mine]) for name, mine in chosen if mine.any() or len(tables) == 1]
 
 
-def _masks(hidden: Any, parts: list[Part], nodes: pd.Index) -> dict[str, Any]:
+def _masks(hidden: Any, parts: Sequence[Modality], nodes: pd.Index) -> dict[str, Any]:
     """Return what is hidden of each modality, from an array or from the name under which modalities hold theirs."""
     if hidden is None:
         return {}
@@ -234,13 +242,13 @@ def _masks(hidden: Any, parts: list[Part], nodes: pd.Index) -> dict[str, Any]:
     return masks
 
 
-def _place(part: Part) -> tuple[Any, str]:
+def _place(part: Modality) -> tuple[Any, str]:
     """Return where a modality holds what is hidden of it, and what that is called."""
     in_layer = not part.is_sequence or sequence_kind(part.kind).results == "layers"
     return (part.adata.layers, "layers") if in_layer else (part.adata.obsm, "obsm")
 
 
-def _mask(name: str, part: Part, nodes: pd.Index) -> Any:
+def _mask(name: str, part: Modality, nodes: pd.Index) -> Any:
     mask = _place(part)[0][name]
     if part.adata.obs_names.equals(nodes):
         return mask if sparse.issparse(mask) else np.asarray(mask)

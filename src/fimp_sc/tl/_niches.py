@@ -12,8 +12,8 @@ from fimp_sc._keys import check_key, find_results, new_record
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
-from fimp_sc.data._elements import get_obs, in_memory, label_text, missing_key
-from fimp_sc.data._study import nodes_of
+from fimp_sc.data._study import as_whole, resolve
+from fimp_sc.data.storage._elements import get_obs, in_memory, label_text, missing_key
 from fimp_sc.tl._call._inputs import copied, inherit
 from fimp_sc.tl._smooth import smoothed
 from fimp_sc.tl._statistics._clusterings import Leiden, fit_mixture
@@ -128,16 +128,17 @@ def niches(
     target: Any = found_in[0]
     modalities = found_in[1]
     # Columns and graph of several modalities may be those of one of them.
-    nodes = target if modalities is None else nodes_of(target, modalities)
+    study = as_whole(target) if modalities is None else resolve(target, modalities)
+    nodes = study.nodes
     keys = {"library_key": library_key, "connectivities_key": connectivities_key}
-    keys = inherit(target, modalities, keys, verbose=verbose)
+    keys = inherit(study, keys, verbose=verbose)
     library_key, connectivities_key = keys["library_key"], str(keys["connectivities_key"])
     reads = {("obs", library_key): "library_key", ("obs", labels_key): "labels_key"}
     check_key(key_added, "tl.niches", target, reads, overwrite=overwrite)
     if smooth is None:
         smooth = int(method == "mixture")
     raw = _representation(target, use_rep)
-    numbers = _numbers(n_niches, n_range, len(raw) if n_niches is not None or method == "leiden" else len(raw) // 2)
+    numbers = _numbers(n_niches, n_range, len(raw), halves=method == "mixture")
     labels = None if labels_key is None else _labels(nodes, labels_key)
     # In an order that values alone decide, so that random starts do not depend on the order of cells.
     order = np.lexsort(raw.T[::-1])
@@ -242,17 +243,19 @@ def _components(values: NDArray[np.float64], n_components: int | None) -> NDArra
     return scores
 
 
-def _numbers(n_niches: int | None, n_range: tuple[int, int], limit: int) -> list[int]:
-    """Return the numbers of niches to try, at most ``limit``."""
+def _numbers(n_niches: int | None, n_range: tuple[int, int], n_cells: int, *, halves: bool) -> list[int]:
+    """Return the numbers of niches to try; those of a range are compared between ``halves`` of the cells."""
     if n_niches is not None:
-        if n_niches > limit:
-            raise ValueError(f"n_niches must be at most the number of cells, {limit:,}, found {n_niches}.")
+        if n_niches > n_cells:
+            raise ValueError(f"n_niches must be at most the number of cells, {n_cells:,}, found {n_niches}.")
         return [n_niches]
     low, high = n_range
+    limit = n_cells // 2 if halves else n_cells
     if low > limit:
+        needed = f"{2 * low:,} cells, {low:,} in each half of them" if halves else f"{low:,} cells"
         raise ValueError(
-            f"n_range must start at {limit:,} or below, which is the number of cells, and half of it for mixtures: "
-            f"found {n_range!r}. Pass n_niches= to set the number."
+            f"{n_cells:,} cells are too few to choose a number of niches from n_range={n_range!r}, which takes "
+            f"{needed}: pass n_niches=, or a smaller n_range."
         )
     return list(range(low, min(high, limit) + 1))
 

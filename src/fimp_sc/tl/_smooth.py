@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fimp_sc.data import NodeGraph
-from fimp_sc.data._elements import get_graph, missing_key
 from fimp_sc.data.graph._adjacency import check_adjacency
+from fimp_sc.data.storage._elements import get_graph, missing_key
 from fimp_sc.data.validate._checks import check_graph
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 
 from fimp_sc.data import BinnedTokens, ExpressionSource
-from fimp_sc.data.expression._fields import expression_fields
+from fimp_sc.data.expression._tokenizers import expression_fields
 
 ABSENT = np.arange(90) % 3 == 0
 MASKS = {"mask_ratio": (0.2, 0.5), "gene_mask_ratio": 0.3, "mask_cells": 0.9}

@@ -8,7 +8,7 @@ import torch
 from scipy import sparse
 
 from fimp_sc.data import ExpressionSource
-from fimp_sc.data.expression._joined import JoinedExpression, split_statistics
+from fimp_sc.data.expression._reader import JoinedExpression, split_statistics
 
 N, EVERY = 30, np.arange(30)
 LACKING = np.arange(N) % 5 == 0

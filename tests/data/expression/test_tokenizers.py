@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fimp_sc.data import BinnedTokens, BlockDataset, CenteredTokens, Destinations
 from fimp_sc.data.expression._binning import bin_values, content_key
-from fimp_sc.data.expression._choice import choose_tokens
+from fimp_sc.data.expression._tokenizers import choose_tokens
 
 N, G, BINS = 12, 30, 7
 ALL = torch.ones(1, G, dtype=torch.bool), torch.zeros(N, dtype=torch.int64)

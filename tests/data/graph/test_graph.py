@@ -1,4 +1,4 @@
-"""`NodeGraph`: edges as given, and halos that are exactly the in-neighbourhood."""
+"""`NodeGraph`: edges as given, and halos that are exactly the in-neighborhood."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_block_equals_a_breadth_first_search(n, density, seed, n_layers, self_lo
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_halo_is_exactly_the_in_neighbourhood(n, density, seed, n_layers, self_loops, data) -> None:
+def test_halo_is_exactly_the_in_neighborhood(n, density, seed, n_layers, self_loops, data) -> None:
     graph = NodeGraph(random_matrix(n, density, seed), self_loops=self_loops)
     destinations = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n, unique=True))
     block = graph.block(destinations, n_layers)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fimp_sc.data.sequences._cuts import patches, picture, segments, series
+from fimp_sc.data.sequences._kinds import patches, picture, segments, series
 
 
 @given(n=st.integers(0, 3), n_times=st.integers(1, 30), length=st.integers(1, 12), seed=st.integers(0, 99))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sequence_toys import ALL, VISIBLE, N, P, make_source, some_nodes, statistics
 
 from fimp_sc.data import SequenceShape, SequenceSource
-from fimp_sc.data.sequences._cuts import segments
+from fimp_sc.data.sequences._kinds import segments
 
 N_TIMES = 103
 

@@ -15,7 +15,7 @@ from scipy import sparse
 import fimp_sc
 from fimp_sc.data import SequenceShape, SequenceStatistics
 from fimp_sc.data._modality import describe_modality, quiet_mudata
-from fimp_sc.data._study import parts_of
+from fimp_sc.data._study import resolve
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.sequences._tokenizers import sequence_source, token_shape
 
@@ -106,7 +106,7 @@ def test_what_is_left_out_is_said(kind, size, token_size, expected) -> None:
 
 def test_signals_of_regions() -> None:
     mdata = fimp_sc.pp.fmri(toy_signals(), connectivity=RING)
-    (part,) = parts_of(mdata, None)
+    (part,) = resolve(mdata).modalities
     source = source_of(part, N_REGIONS, 5)
     nodes = np.array([6, 0, 0, 3])
     tokens = source.tokens(nodes)
@@ -124,7 +124,7 @@ def test_signals_of_regions() -> None:
 
 def test_what_is_known_reaches_the_source() -> None:
     mdata = fimp_sc.pp.fmri(toy_signals(), connectivity=RING)
-    (part,) = parts_of(mdata, None)
+    (part,) = resolve(mdata).modalities
     hidden = np.random.default_rng(0).random((N_REGIONS, 4)) < 0.4
     places = np.random.default_rng(1).random((N_REGIONS, 3))
     known = SequenceStatistics(0.0, 1.0, np.full(3, 2, np.float32), np.full(3, 4, np.float32))
@@ -144,7 +144,7 @@ def test_images_from_memory_and_from_files(stored: str, tmp_path) -> None:
         for path, image in zip(images, pixels, strict=True):
             Image.fromarray(image).save(path)
     mdata = fimp_sc.pp.images(images, adjacency=RING, lazy=stored == "files")
-    (part,) = parts_of(mdata, "image")
+    (part,) = resolve(mdata, "image").modalities
     assert describe_modality(mdata)["stored"] == stored
     known = SequenceStatistics(100.0, 50.0, np.zeros(0, np.float32), np.ones(0, np.float32))
     source = source_of(part, 8, 3, statistics=known)
@@ -163,7 +163,7 @@ def test_values_are_read_when_they_are_asked_for(tmp_path) -> None:
     path = tmp_path / "image.png"
     Image.fromarray(toy_images()[0]).save(path)
     mdata = fimp_sc.pp.images([path] * 8, adjacency=RING, names=list("abcdefgh"), lazy=True)
-    source = source_of(parts_of(mdata, "image")[0], 8, 3)
+    source = source_of(resolve(mdata, "image").modalities[0], 8, 3)
     path.unlink()
     with pytest.raises(ValueError, match=r"image\.png"):
         source.tokens(np.array([2]))
@@ -179,7 +179,7 @@ def test_nodes_of_several_modalities_have_their_own_rows() -> None:
     with quiet_mudata():
         mdata = MuData({"bold": signals, "image": images})
     at = {name: i for i, name in enumerate(mdata.obs_names)}
-    bold, image = parts_of(mdata, ["bold", "image"])
+    bold, image = resolve(mdata, ["bold", "image"]).modalities
     for part, members, cut, size in (
         (bold, of_signals, toy_signals()[:, :20].reshape(8, 4, 5), 5),
         (image, of_images, None, 3),
@@ -201,7 +201,7 @@ def test_nodes_of_several_modalities_have_their_own_rows() -> None:
 
 def test_nothing_of_the_object_is_changed() -> None:
     mdata = fimp_sc.pp.fmri(toy_signals(), connectivity=sparse.csr_matrix(RING))
-    source = source_of(parts_of(mdata, None)[0], N_REGIONS, 5)
+    source = source_of(resolve(mdata).modalities[0], N_REGIONS, 5)
     source.tokens(np.arange(N_REGIONS))[:] = 0
     source.fields(np.arange(N_REGIONS), 3, (0.5, 0.5))["value"].zero_()
     np.testing.assert_array_equal(mdata["fmri"].X, toy_signals())
@@ -211,7 +211,7 @@ def test_nothing_of_the_object_is_changed() -> None:
 def test_signals_are_cut_from_any_time_on_and_a_segment_is_left(start: int) -> None:
     """Also where the first segment would start too late: it is the last one then."""
     mdata = fimp_sc.pp.fmri(toy_signals(), connectivity=RING)
-    source = source_of(parts_of(mdata, None)[0], N_REGIONS, 5)
+    source = source_of(resolve(mdata).modalities[0], N_REGIONS, 5)
     source = pickle.loads(pickle.dumps(source))  # as workers get it where processes are not forked
     nodes = np.array([4, 0])
     first = min(start, N_TIMES - 5)

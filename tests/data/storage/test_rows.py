@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from fimp_sc.data.storage._rows import MatrixRows, open_rows
-from fimp_sc.data.storage._stored import StoredArray, identity, storage
+from fimp_sc.data.storage._rows import MatrixRows, StoredArray, identity, open_rows, storage
 from fimp_sc.data.validate._checks import check_values
 
 da = pytest.importorskip("dask.array")

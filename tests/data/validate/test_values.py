@@ -371,3 +371,10 @@ def test_cells_that_do_not_matter_are_of_no_sample(form):
     with pytest.warns(UserWarning, match="10 in 'a', 5 in 'b'"):
         found = inspect_values(FORMATS[form](matrix), where="adata.X", samples=SAMPLES._replace(code=code))
     np.testing.assert_array_equal(found.lacking, lacking)
+
+
+def test_values_that_no_logarithm_has() -> None:
+    values = np.array([[0.5, 100.0], [2.0, 3.0]])
+    assert check_values(values, where="adata.X", input_scale="normalized") == "normalized"
+    with pytest.raises(ValueError, match=r'adata\.X has 100 as its largest value.* input_scale="log"'):
+        check_values(values, where="adata.X", input_scale="log")

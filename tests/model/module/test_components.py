@@ -7,7 +7,7 @@ import pytest
 from scipy import sparse
 from sklearn.decomposition import PCA
 
-from fimp_sc.model.module._components import principal_components, shared_components
+from fimp_sc.model.module._linear_smoother import principal_components, shared_components
 
 GENES = 60
 

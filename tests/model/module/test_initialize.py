@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fimp_sc.data import SequenceShape, SequenceStatistics
-from fimp_sc.data.sequences._cuts import patches
+from fimp_sc.data.sequences._kinds import patches
 from fimp_sc.model import FIMP
 from fimp_sc.model.module._module import FIMPModule
 

@@ -8,6 +8,7 @@ from scipy import sparse
 
 from fimp_sc.data import BlockDataset, Destinations
 from fimp_sc.model import FIMP
+from fimp_sc.model.predict._attention import attention_data, genes_with_tokens
 
 GENES = 12
 
@@ -20,7 +21,7 @@ def chosen(trained) -> list[str]:
 
 
 def batch_of_all(model: FIMP, n_layers: int) -> dict:
-    data = model._attention_data(None)
+    data = attention_data(model, None)
     dataset = BlockDataset(data, n_layers=n_layers, n_tokens=model.n_tokens)
     return dataset[Destinations(np.arange(model.adata.n_obs), 0)]
 
@@ -79,8 +80,8 @@ def test_gene_attention_is_the_mean_over_edges(trained, chosen) -> None:
 
 
 def test_a_gene_is_present_where_it_is_expressed_and_a_token(trained, chosen) -> None:
-    data = trained._attention_data(None)
-    present = trained._token_genes(data, chosen)
+    data = attention_data(trained, None)
+    present = genes_with_tokens(trained, data, chosen)
     batch = batch_of_all(trained, 0)
     X = trained.adata[:, chosen].X.toarray()
     expected = np.zeros(X.shape, dtype=bool)

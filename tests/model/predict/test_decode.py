@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from graph_toys import data_of
 from scipy import sparse
 
 from fimp_sc.model import FIMP
+from fimp_sc.model.predict._inference import collect
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
@@ -22,7 +24,7 @@ def test_decoder_predicts_known_genes_without_training(tissue, make) -> None:
     assert np.isfinite(expression[:, ~unknown]).all()
     assert (expression[:, ~unknown] >= 0).all()
     # On the scale of the cell: up to its largest visible value.
-    data = model._graph_data(tissue)
+    data = data_of(model, tissue)
     assert (expression[:, ~unknown].max(1) <= data.source.rows(np.arange(120))[:, ~unknown].max(1) + 1e-4).all()
     genes = [tissue.var_names[i] for i in (9, 7, 2)]
     few = model.get_expression(decoder=True, genes=genes, batch_size=11)
@@ -42,9 +44,9 @@ def test_decoded_values_are_bins_between_edges_of_what_is_visible(distinct, make
     genes = [distinct.var_names[i] for i in (9, 2)]
     hidden = np.zeros(distinct.shape, dtype=bool)
     hidden[:, [9, 2, 20]] = True
-    data = model._graph_data(distinct, hidden)
+    data = data_of(model, distinct, hidden)
     asked = {"untrained": True, "genes": torch.tensor([9, 2])}
-    bins = model._collect(None, None, lambda module, outputs, batch: outputs["bin"], {}, data, **asked)
+    bins = collect(model, data, None, lambda module, outputs, batch: outputs["bin"], {}, **asked)
     values = np.where(hidden, 0, distinct.X.toarray())
     values[:, np.arange(40) % 7 == 0] = 0
     expected = np.empty((120, 2))

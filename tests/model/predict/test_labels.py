@@ -5,12 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from graph_toys import data_of
 from module_toys import make_batch, make_module
 from scipy import sparse
 
+from fimp_sc._recipe import changed
 from fimp_sc.data import BlockDataset, Destinations, without_neighbors
 from fimp_sc.model import FIMP
-from fimp_sc.model.predict._labels import _shifts
+from fimp_sc.model.predict._inference import collect
+from fimp_sc.model.predict._labels import _probability, _probability_alone, _shifts, fit_mixtures, use_mixture
+from fimp_sc.model.registry._graph_data import without_messages
 
 LABELS = {"labels_key": "label", "library_key": "section"}
 
@@ -24,8 +28,8 @@ def draw_heads(module: torch.nn.Module) -> None:
 
 def both_views(model, adata, indices) -> tuple[np.ndarray, np.ndarray]:
     """What the model predicts with neighbors, and without."""
-    with_neighbors = model._with_neighbors(adata, indices, {}, model._graph_data(adata))
-    return with_neighbors, model._alone(adata, indices, {}, model._graph_data(adata, messages=False))
+    with_neighbors = collect(model, data_of(model, adata), indices, _probability, {})
+    return with_neighbors, collect(model, without_messages(data_of(model, adata)), indices, _probability_alone, {})
 
 
 def smooth(graph: np.ndarray, probability: np.ndarray, share: float) -> np.ndarray:
@@ -58,8 +62,8 @@ def test_destinations_by_themselves_are_those_of_a_graph_without_edges(tissue, m
     how = {"n_layers": model.n_layers, "n_tokens": model.n_tokens}
     module = model.module.eval()
     with torch.inference_mode():
-        batch = BlockDataset(model._graph_data(tissue), **how)[Destinations(nodes, 0)]
-        without = BlockDataset(model._graph_data(tissue, messages=False), **how)[Destinations(nodes, 0)]
+        batch = BlockDataset(data_of(model, tissue), **how)[Destinations(nodes, 0)]
+        without = BlockDataset(without_messages(data_of(model, tissue)), **how)[Destinations(nodes, 0)]
         alone = module.inference(batch, alone=True)["alone"]
         np.testing.assert_allclose(alone, module.inference(without)["embedding"], atol=1e-5)
         assert (alone - module.inference(batch)["embedding"]).abs().max() > 1e-2
@@ -144,36 +148,37 @@ def test_the_better_view_is_chosen(tissue, make_model, train, view: int, expecte
     known = np.flatnonzero(tissue.obs["label"].isin(model.classes))
     views = both_views(model, tissue, known)
     # Classes for which this view gives more than the other, everywhere.
-    model._fit_shares(np.arange(120), known, (views[view] - views[1 - view]).argmax(1))
+    fit_mixtures(model, data_of(model), np.arange(120), known, (views[view] - views[1 - view]).argmax(1))
     assert model.neighbor_share == expected
 
 
-def test_the_mixture_for_other_sections_stands_shifts(tissue, make_model, train, monkeypatch) -> None:
+def test_the_mixture_for_other_sections_stands_shifts(tissue, make_model, train) -> None:
     """It is the best under the very shifts, which have the covariance of cells."""
     model = train(make_model(tissue, LABELS), max_epochs=2)
     draw_heads(model.module)
-    data = model._graph_data(tissue)
+    data = data_of(model, tissue)
     everything = np.arange(120)
     rows = data.source.rows(everything).astype(float)
-    monkeypatch.setattr("fimp_sc.model.predict._labels._N_SHIFTS", 4000)
     mean = model.module.gene_mean.numpy()
-    drawn = np.stack(list(_shifts(data.source, everything, mean, 0)))
+    with changed(shifts=4000):
+        drawn = np.stack(list(_shifts(data.source, everything, mean, 0)))
     covariance = np.cov(rows.T, ddof=0)
     strong = np.argsort(np.diag(covariance))[-10:]
     expected = 0.25 * covariance[np.ix_(strong, strong)]
     np.testing.assert_allclose(np.cov(drawn[:, strong].T), expected, atol=0.12 * expected.max())
-    monkeypatch.setattr("fimp_sc.model.predict._labels._N_SHIFTS", 3)
     known = np.flatnonzero(tissue.obs["label"].isin(model.classes))
     code = np.array([model.classes.index(name) for name in tissue.obs["label"].iloc[known]])
-    model._fit_shares(everything, known, code)
+    with changed(shifts=3):
+        fit_mixtures(model, data_of(model), everything, known, code)
+        shifts = list(_shifts(data.source, everything, mean, model.random_state))
     graph = tissue.obsp["spatial_connectivities"].toarray() != 0
     loss = 0.0
-    for shift in _shifts(data.source, everything, mean, model.random_state):
-        sources = [model._graph_data(tissue), model._graph_data(tissue, messages=False)]
+    for shift in shifts:
+        sources = [data_of(model, tissue), without_messages(data_of(model, tissue))]
         for part in sources:
             part.source.center = part.source.center + shift
-        first = model._with_neighbors(tissue, None, {}, sources[0])
-        loss = loss + grid(graph, first, model._alone(tissue, None, {}, sources[1]), known, code)
+        first = collect(model, sources[0], None, _probability, {})
+        loss = loss + grid(graph, first, collect(model, sources[1], None, _probability_alone, {}), known, code)
     best = np.array(np.unravel_index(loss.argmin(), loss.shape)) / 20
     np.testing.assert_allclose(model.module.mixtures[1].numpy(), best, atol=1e-6)
     np.testing.assert_allclose(model.module.mixtures[0].numpy(), (model.neighbor_share, model.smoothed_share))
@@ -201,7 +206,7 @@ def test_an_object_that_is_passed_has_its_own_mixture(tissue, make_model, train)
     for head in (model.module.label_head, model.module.label_head_alone):
         torch.nn.init.normal_(head.score.weight, generator=torch.Generator().manual_seed(0))
     model.module.mixtures.copy_(torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
-    model._use_mixture(elsewhere=False)
+    use_mixture(model, elsewhere=False)
     other = tissue.copy()
     other.obs_names = [f"other_{name}" for name in other.obs_names]
     bound = FIMP.load_query_data(other.copy(), model)
@@ -214,7 +219,7 @@ def test_an_object_that_is_passed_has_its_own_mixture(tissue, make_model, train)
 def test_a_training_without_labeled_validation_cells_forgets_the_shares(tissue, make_model, train) -> None:
     model = train(make_model(tissue, LABELS), max_epochs=1)
     model.module.mixtures.copy_(torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
-    model._use_mixture(elsewhere=True)
+    use_mixture(model, elsewhere=True)
     train(model, max_epochs=1, validation_size=0)
     assert (model.neighbor_share, model.smoothed_share) == (0.5, 0.0)
 
@@ -222,7 +227,7 @@ def test_a_training_without_labeled_validation_cells_forgets_the_shares(tissue, 
 def test_shares_are_saved(tissue, make_model, train, tmp_path) -> None:
     model = train(make_model(tissue, LABELS), max_epochs=1)
     model.module.mixtures.copy_(torch.tensor([[0.7, 0.45], [0.2, 0.9]]))
-    model._use_mixture(elsewhere=False)
+    use_mixture(model, elsewhere=False)
     model.save_pretrained(tmp_path / "pretrained")
     model.save(str(tmp_path / "model"))
     again = (

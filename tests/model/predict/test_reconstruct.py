@@ -12,7 +12,7 @@ from scipy import sparse
 
 import fimp_sc
 from fimp_sc.data._modality import quiet_mudata
-from fimp_sc.data.sequences._cuts import patches, segments
+from fimp_sc.data.sequences._kinds import patches, segments
 from fimp_sc.model import FIMP
 from fimp_sc.model.predict._reconstruct import predict_all
 

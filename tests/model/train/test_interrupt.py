@@ -108,7 +108,7 @@ def test_an_interrupt_after_the_last_epoch(tissue, make_model, train, monkeypatc
     """While it is fitted how much neighbors count in labels."""
     model = make_model(tissue, {"labels_key": "label"})
     before = state(model)
-    monkeypatch.setattr(model, "_with_neighbors", lambda *args: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("fimp_sc.model.train._train.fit_mixtures", lambda *args: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         train(model, max_epochs=1)
     assert_same(model, before)

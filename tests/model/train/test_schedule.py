@@ -96,10 +96,10 @@ def test_what_signals_and_images_learn_from_differs() -> None:
 
 
 def test_labels_are_learned_from_nodes_without_a_mask() -> None:
-    assert of(100).mask_cells(labeled=True) == 0.5
-    assert of(100).mask_cells(labeled=False) == 1.0
-    assert of(100, expression=False).mask_cells(labeled=True) == 1.0
-    assert of(100, expression=False).mask_cells(labeled=False) == 1.0
+    assert of(100, labeled=(0,)).mask_cells == 0.5
+    assert of(100).mask_cells == 1.0
+    assert of(100, expression=False, labeled=(0,)).mask_cells == 1.0
+    assert of(100, expression=False).mask_cells == 1.0
 
 
 @pytest.mark.parametrize(

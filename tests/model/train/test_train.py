@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from graph_toys import data_of
 from lightning.pytorch import Callback
 from validation_toys import validation_losses
 
 import fimp_sc
 from fimp_sc.model import FIMP
 from fimp_sc.model.train._plan import FIMPTrainingPlan
-from fimp_sc.model.train._train import _BestWeights
+from fimp_sc.model.train._train import _BestWeights, _split
 
 
 def test_history_has_a_line_per_epoch(trained: FIMP) -> None:
@@ -79,7 +80,7 @@ def test_weights_of_the_best_epoch_are_kept(tissue, make_model, train) -> None:
     train(model, max_epochs=4, validation_size=0.3, early_stopping=False, plan_kwargs={"lr": 10.0, "lr_head": 10.0})
     curve = model.history["validation_loss"]["validation_loss"].astype(float).to_numpy()
     assert curve.argmin() < 3, "the test needs a run that gets worse"
-    val_idx = model._split(model._graph_data(tissue), 0.3, None, None)[1]
+    val_idx = _split(model, data_of(model, tissue), 0.3, None, None)[1]
     assert validation_losses(model, val_idx, 32)["validation_loss"] == pytest.approx(curve.min(), rel=1e-3)
 
 
@@ -312,8 +313,8 @@ def test_default_batch_size_makes_some_24_steps_of_an_epoch(tissue, make_model, 
     seen = spy_on_loader_arguments(monkeypatch)
     model = make_model(tissue)
     train_idx = np.resize(np.arange(tissue.n_obs), n_train)
-    monkeypatch.setattr(model, "_split", lambda *args: (train_idx, np.arange(0)))
-    monkeypatch.setattr(model, "_start_from_data", lambda data, *args: data)
+    monkeypatch.setattr("fimp_sc.model.train._train._split", lambda *args: (train_idx, np.arange(0)))
+    monkeypatch.setattr("fimp_sc.model.train._train.start_from_data", lambda model, study, data, *args: data)
     with pytest.raises(InterruptedError):
         model.train(accelerator="cpu")
     assert seen["batch_size"] == batch_size

@@ -69,9 +69,9 @@ def test_weights_that_are_all_alike_are_announced(tissue, make_model, train) -> 
     model = train(make_model(weigh(tissue, near), WEIGHTED, use_weights=True), max_epochs=1)
     with pytest.warns(UserWarning, match=message):
         train(make_model(tissue.copy(), use_weights=True), max_epochs=1)
-    other = other_section()
+    other, graph = other_section(), {"connectivities_key": "spatial_connectivities"}
     with pytest.warns(UserWarning, match=message):
-        fimp_sc.tl.embed(other, library_key="section", model=model, verbose=False)
+        fimp_sc.tl.embed(other, **graph, library_key="section", model=model, verbose=False)
     with pytest.raises(ValueError, match="messages=False leaves none"):
         make_model(tissue, use_weights=True, messages=False)
 

@@ -196,6 +196,17 @@ def test_versions_change_nothing(ids, data):
         ({"counts": [1.0, 2.0]}, ValueError, "each of the 1 names"),
         ({"counts": [np.nan]}, ValueError, "finite"),
         ({"aliases": 3}, TypeError, "found int"),
+        (
+            {"aliases": {"old": 1}},
+            TypeError,
+            "aliases must map an alias to a symbol or a list of symbols, found 'old': 1",
+        ),
+        ({"aliases": {"old": ["AQP4", None]}}, TypeError, "aliases must map an alias"),
+        (
+            {"orthologs": ["Aqp4"], "species": "mouse"},
+            TypeError,
+            "orthologs must be a data frame or a path, found list",
+        ),
         ({"aliases": "nowhere.tsv"}, FileNotFoundError, "nowhere.tsv"),
         ({"orthologs": "nowhere.tsv"}, FileNotFoundError, "nowhere.tsv"),
     ],

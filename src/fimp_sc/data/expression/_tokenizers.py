@@ -1,9 +1,9 @@
-"""What the tokens of a cell are: which genes, with which values."""
+"""Tokenizers: from the expression of a block to values, masks, and the genes that become tokens of each cell."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -11,11 +11,150 @@ from scipy import sparse
 
 from fimp_sc._draws import uniform
 from fimp_sc.data.expression._binning import bin_edges, bin_values, content_key
-from fimp_sc.data.expression._choice import choose_tokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
+
+    from fimp_sc.data.expression._reader import ExpressionSource, JoinedExpression
+
+
+# Masks of a batch. Enough for cells to differ, few enough to cost nothing beside the values themselves.
+_N_PATTERNS = 64
+
+
+def choose_tokens(
+    expression: sparse.csr_matrix,
+    visible: Tensor,
+    pattern: Tensor,
+    n_tokens: int,
+    gene_rank: Tensor,
+    *,
+    zeros: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Choose the genes that become tokens: the highest visible values of each cell.
+
+    Equal values (counts are full of them) are ordered by ``gene_rank``, a seeded permutation, so that the choice is
+    reproducible and favors no gene by its position in the file. Zeros carry no token, unless the whole panel fits
+    into the budget: in small imaging panels an absent gene is informative too.
+
+    Parameters
+    ----------
+    expression
+        ``(n_nodes, n_genes)`` float32, log-normalized, not negative.
+    visible, pattern
+        ``(n_patterns, n_genes)`` bool and ``(n_nodes,)`` int64: which genes each node shows. Genes that are hidden
+        or not measured never become tokens.
+    n_tokens
+        Token budget per cell.
+    gene_rank
+        ``(n_genes,)`` int64 permutation.
+    zeros
+        Whether genes that are not expressed become tokens where the whole panel fits into the budget.
+
+    Returns
+    -------
+    feature_id
+        ``(n_nodes, length)`` int64 gene of each token, best first; ``length`` is that of the longest sequence, as
+        columns that are padding in every cell cost attention and carry nothing.
+    padding
+        The same shape, bool, True where there is no token.
+    """
+    n_nodes, n_genes = expression.shape
+    value, gene, length = expression.data, expression.indices, np.diff(expression.indptr)
+    whole = zeros and n_genes <= n_tokens
+    if whole:
+        value, gene = expression.toarray().ravel(), np.tile(np.arange(n_genes, dtype=gene.dtype), n_nodes)
+        length = np.full(n_nodes, n_genes)
+    gene = gene.astype(np.int32 if visible.numel() < 2**31 else np.int64, copy=False)
+    row = np.repeat(np.arange(n_nodes, dtype=gene.dtype), length)
+    first_of_pattern = (pattern * n_genes).numpy().astype(gene.dtype)
+    shown = visible.numpy().ravel()
+
+    def seen(entries: NDArray[np.int64]) -> NDArray[np.int64]:
+        return entries[shown.take(first_of_pattern.take(row.take(entries)) + gene.take(entries))]
+
+    if whole:
+        entries = np.arange(len(value))
+    else:
+        # Most counts of a cell are ones. Where enough higher ones are visible, these need not be ranked.
+        lowest = np.zeros(n_nodes, dtype=value.dtype)
+        lowest[length > 0] = np.minimum.reduceat(value, expression.indptr[:-1][length > 0]) if len(value) else 0
+        candidate = value > np.repeat(lowest, length)
+        higher = row.take(seen(np.flatnonzero(candidate)))
+        scarce = np.bincount(higher, minlength=n_nodes) < n_tokens
+        candidate |= np.repeat(scarce, length) & (value > 0)
+        entries = np.flatnonzero(candidate)
+    # Positions rather than masks: taking is several times faster than compressing.
+    entries = seen(entries)
+    value, gene, row = value.take(entries), gene.take(entries), row.take(entries)
+
+    length = np.bincount(row, minlength=n_nodes)
+    width = max(int(length.max(initial=0)), 1)
+    place = np.arange(len(row)) + (np.arange(n_nodes) * width - np.cumsum(length) + length)[row]
+    # Bits of numbers that are not negative are in their order, however small they are; ranks come behind. No two of
+    # these coincide, so that the choice does not depend on what else is in the batch.
+    score = np.full(n_nodes * width, -1)
+    bits = np.abs(value.astype(np.float32, copy=False)).view(np.int32)
+    score[place] = (bits.astype(np.int64) << 32) | gene_rank.numpy()[gene]
+    genes = np.zeros(n_nodes * width, dtype=np.int64)
+    genes[place] = gene
+    best, chosen = torch.from_numpy(score).view(n_nodes, width).topk(min(n_tokens, width), dim=1)
+    return torch.from_numpy(genes).view(n_nodes, width).gather(1, chosen), best < 0
+
+
+def hide_genes(
+    measured: Tensor,
+    n_nodes: int,
+    ratio: tuple[float, float],
+    *,
+    gene_ratio: float = 0.0,
+    cell_share: float = 1.0,
+    seed: int,
+    gene_key: NDArray[np.uint64] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Hide genes for masked prediction, independently of their value.
+
+    Masks are drawn per batch and dealt out to its cells: a mask for every cell would cost more than all else in
+    making a batch of whole transcriptomes.
+
+    Parameters
+    ----------
+    measured
+        ``(n_genes,)`` bool, what is known.
+    n_nodes
+        Cells to serve.
+    ratio
+        Smallest and largest share of hidden genes; each mask draws its own.
+    gene_ratio
+        Largest share of genes hidden in *all* cells at once, as in a section with another panel.
+    cell_share
+        Probability that a cell has a mask at all, and that genes are hidden in all cells.
+    seed
+        Whole number from 0.
+    gene_key
+        ``(n_genes,)`` keys of the genes, by default their places. What is drawn for a gene depends on its key alone.
+
+    Returns
+    -------
+    visible
+        ``(n_patterns, n_genes)`` bool, what stays visible. The first pattern hides nothing of its own.
+    pattern
+        ``(n_nodes,)`` int64, the pattern of each cell.
+    """
+    (low, high), generator = ratio, torch.Generator().manual_seed(seed)
+    keys = np.arange(len(measured)) if gene_key is None else gene_key
+    # The last row is for all cells.
+    drawn = torch.from_numpy(uniform(seed, np.arange(_N_PATTERNS + 1), keys))
+    share = low + (high - low) * torch.rand(_N_PATTERNS, 1, generator=generator)
+    visible = measured.repeat(_N_PATTERNS + 1, 1)
+    visible[1:] &= drawn[:-1] >= share
+    pattern = torch.randint(1, _N_PATTERNS + 1, (n_nodes,), generator=generator)
+    pattern *= torch.rand(n_nodes, generator=generator) < cell_share
+    if float(torch.rand(1, generator=generator)) < cell_share:
+        share = gene_ratio * torch.rand(1, generator=generator)
+        visible &= drawn[-1] >= share
+    return visible, pattern
 
 
 class TokenSource(Protocol):
@@ -181,3 +320,95 @@ class BinnedTokens:
         keep = shown.numpy()[pattern.numpy()[row], rows.indices] & (rows.data > 0)
         indptr = np.concatenate([[0], np.cumsum(np.bincount(row[keep], minlength=rows.shape[0]))])
         return sparse.csr_matrix((rows.data[keep], rows.indices[keep], indptr), shape=rows.shape)
+
+
+def expression_fields(
+    source: ExpressionSource | JoinedExpression,
+    tokens: TokenSource,
+    nodes: NDArray[np.int64],
+    n_dst: int,
+    n_tokens: int,
+    *,
+    mask_ratio: tuple[float, float] | None,
+    gene_mask_ratio: float,
+    mask_cells: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Return what a batch holds of the expression of ``nodes``.
+
+    Parameters
+    ----------
+    source, tokens
+        Values, and which of them become tokens.
+    nodes
+        ``(n,)``, the ``n_dst`` destinations first.
+    n_dst
+        Number of destinations.
+    n_tokens, mask_ratio, gene_mask_ratio, mask_cells
+        See :class:`~fimp_sc.data.BlockDataset`.
+    seed
+        Of the masks.
+    """
+    rows = source.sparse_rows(nodes)
+    masks = mask_ratio, gene_mask_ratio, mask_cells, seed, source.gene_key
+    visible, pattern, hidden = _masks(source, nodes, n_dst, *masks)
+    profile = _centered(rows if mask_ratio is None else source.as_seen(rows, visible, pattern), source, nodes)
+    target = profile[:n_dst].clone() if mask_ratio is None else _centered(rows[:n_dst], source, nodes[:n_dst])
+    if mask_ratio is not None or not visible.all():
+        profile.mul_(visible.float().index_select(0, pattern))
+    feature_id, value, padding = tokens(rows, profile, visible, pattern, n_tokens)
+    made: dict[str, Any] = {
+        "feature_id": feature_id,
+        "value": value,
+        "padding": padding,
+        "profile": profile,
+        "visible": visible,
+        "pattern": pattern,
+        "target": target,
+        "target_mask": hidden,
+    }
+    if mask_ratio is not None and isinstance(tokens, BinnedTokens) and tokens.n_queries:
+        queries = tokens.queries(rows[:n_dst], visible, pattern[:n_dst], hidden, seed)
+        made["query_id"], made["query_bin"], made["query_padding"] = queries
+    return made
+
+
+def _centered(rows: sparse.csr_matrix, source: ExpressionSource | JoinedExpression, nodes: NDArray[np.int64]) -> Tensor:
+    values, code = rows.toarray(), source.batch[nodes]
+    for batch in np.unique(code):
+        mine = code == batch
+        values[slice(None) if mine.all() else mine] -= source.center[batch]
+    return torch.from_numpy(values)
+
+
+def _masks(
+    source: ExpressionSource | JoinedExpression,
+    nodes: NDArray[np.int64],
+    n_dst: int,
+    ratio: tuple[float, float] | None,
+    gene_ratio: float,
+    cell_share: float,
+    seed: int,
+    gene_key: NDArray[np.uint64] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return visible genes of each pattern, the pattern of each node, and what is hidden of the destinations."""
+    # Copies: with Dask's workers the arrays of a source cannot be written to, which tensors must be.
+    observed, pattern = (torch.from_numpy(part.copy()) for part in source.observed(nodes))
+    visible = observed
+    if ratio is not None:
+        visible, drawn = hide_genes(
+            observed.any(0),
+            len(nodes),
+            ratio,
+            gene_ratio=gene_ratio,
+            cell_share=cell_share,
+            seed=seed,
+            gene_key=gene_key,
+        )
+        if len(observed) > 1:
+            visible, drawn = observed[pattern] & visible[drawn], torch.arange(len(nodes))
+            observed = observed[pattern]
+        else:
+            observed = observed.expand(len(visible), -1)
+        pattern = drawn
+    return visible, pattern, (observed & ~visible)[pattern[:n_dst]]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from fimp_sc.data._elements import shorten
+from fimp_sc.data.storage._elements import shorten
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fimp_sc.data.sequences._cuts import patches, picture
-from fimp_sc.data.sequences._kinds import SequenceKind
+from fimp_sc.data.sequences._kinds import SequenceKind, patches, picture
 from fimp_sc.data.sequences._pixels import PATH_KEY, PIXELS_KEY, check_images, image_shape, read_pixels
 
 if TYPE_CHECKING:

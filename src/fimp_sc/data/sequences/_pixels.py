@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from fimp_sc.data._elements import missing_key
 from fimp_sc.data.sequences._image_files import decode_files
+from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.data.storage._rows import open_rows
 
 if TYPE_CHECKING:

@@ -6,17 +6,46 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fimp_sc.data._elements import in_memory
-from fimp_sc.data.sequences._cuts import segments, series
-from fimp_sc.data.sequences._kinds import SequenceKind
-from fimp_sc.data.sequences._signal_checks import check_signals
+from fimp_sc.data.sequences._kinds import SequenceKind, segments, series
+from fimp_sc.data.storage._elements import in_memory
 from fimp_sc.data.storage._rows import open_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from anndata import AnnData
     from numpy.typing import NDArray
+
+
+def check_signals(values: Any, describe: Callable[[int], str]) -> None:
+    """Check that signals are finite and vary in time.
+
+    Parameters
+    ----------
+    values
+        ``(n, n_times)`` array.
+    describe
+        Returns what the signal of a row is called, for messages.
+
+    Raises
+    ------
+    TypeError
+        No array of real numbers.
+    ValueError
+        NaN or infinite values, or a signal that is the same at all times.
+    """
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "buif":
+        raise TypeError(f"Signals must be a dense array of real numbers, found {type(values).__name__}.")
+    low, high = values.min(axis=1), values.max(axis=1)  # NaN and infinity show in them, without an array of flags
+    unusable = ~(np.isfinite(low) & np.isfinite(high))
+    for name, bad in (("NaN or infinite", unusable), ("constant", ~unusable & (low == high))):
+        if bad.any():
+            raise ValueError(
+                f"{int(bad.sum()):,} of {len(values):,} signals are {name}, first that of "
+                f"{describe(int(bad.argmax()))}: leave "
+                "this region out in all recordings, or this recording, or repair the signal before."
+            )
+
 
 # As in BrainLM.
 _SEGMENT = 20

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from fimp_sc.data._study import Part
+    from fimp_sc.data._study import Modality
     from fimp_sc.data.sequences._reader import SequenceStatistics
 
 
@@ -39,7 +39,7 @@ def token_shape(kind: str, size: Sequence[int], token_size: int, n_coordinates: 
 
 
 def sequence_source(
-    part: Part,
+    part: Modality,
     n_obs: int,
     shape: SequenceShape,
     token_size: int,

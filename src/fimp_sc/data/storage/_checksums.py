@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from fimp_sc.data.storage._stored import identity, storage
+from fimp_sc.data.storage._rows import identity, storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +12,16 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
-from fimp_sc.data._elements import get_graph, get_matrix, get_obs, in_memory, label_text, missing_key, shorten
+from fimp_sc._logging import warn
+from fimp_sc.data.graph._adjacency import check_adjacency
+from fimp_sc.data.storage._elements import get_graph, get_matrix, get_obs, in_memory, label_text, missing_key, shorten
 from fimp_sc.data.storage._rows import open_rows
-from fimp_sc.data.validate._coordinates import coordinates_hint
-from fimp_sc.data.validate._graph import check_connectivities
 from fimp_sc.data.validate._labels import check_labels, warn_labels
 from fimp_sc.data.validate._values import InputScale, check_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
 
 _FEW_CELLS = 64
 
@@ -138,10 +141,31 @@ def check_coordinates(adata: AnnData, spatial_key: str) -> np.ndarray:
         raise TypeError(f"{where} must be an array of numbers, found {type(stored).__name__}.") from None
     if coordinates.ndim != 2 or coordinates.shape[1] not in {2, 3}:
         raise ValueError(f"{where} must have the shape (n_obs, 2) or (n_obs, 3), found {coordinates.shape}.")
+    check_places(coordinates, where, adata.obs_names)
+    return coordinates
+
+
+def check_places(coordinates: np.ndarray, where: str, names: pd.Index) -> None:
+    """Check that every cell has a place, and that distances between places can be computed.
+
+    Parameters
+    ----------
+    coordinates
+        ``(n, d)`` float64.
+    where
+        Where they were found, for messages.
+    names
+        ``(n,)`` of the cells.
+
+    Raises
+    ------
+    ValueError
+        Some are NaN, infinite, or too large.
+    """
     bad = np.flatnonzero(~np.isfinite(coordinates).all(axis=1))
     if bad.size:
         raise ValueError(
-            f"{where} is NaN or infinite for {bad.size:,} of {adata.n_obs:,} cells, first {adata.obs_names[bad[0]]!r}: "
+            f"{where} is NaN or infinite for {bad.size:,} of {len(names):,} cells, first {names[bad[0]]!r}: "
             "remove these cells or give them coordinates."
         )
     largest = float(np.abs(coordinates).max(initial=0.0))
@@ -150,7 +174,6 @@ def check_coordinates(adata: AnnData, spatial_key: str) -> np.ndarray:
             f"{where} has values up to {largest:.4g}, between which distances cannot be computed: divide them, or "
             "check where they come from."
         )
-    return coordinates
 
 
 def check_obs_key(adata: AnnData, key: str, role: str) -> pd.Categorical:
@@ -238,3 +261,121 @@ def check_scaled(adata: AnnData, layer: str | None, input_scale: str) -> None:
             "adata.X contains values below zero, as scaled expression does, which cannot be used. adata.raw holds "
             f"{adata.raw.n_vars:,} genes as they were before: pass adata.raw.to_adata(){other}."
         )
+
+
+def check_connectivities(
+    graph: Any,
+    n_obs: int,
+    *,
+    where: str = "The graph",
+    library: pd.Categorical | None = None,
+    advice: str = "",
+) -> None:
+    """Check a neighborhood graph: a row holds the weights of the neighbors of its node.
+
+    Stored zeros are no edges. Graphs need not be symmetric. Self-loops are allowed and make nobody a neighbor.
+
+    Parameters
+    ----------
+    graph
+        Sparse matrix in any format, ``(n_obs, n_obs)``.
+    where
+        Where it was found, for messages.
+    library
+        Sample of each node, length ``n_obs``, without missing values.
+    advice
+        What to do about nodes without neighbors.
+
+    Raises
+    ------
+    TypeError
+        The graph is not sparse, or does not hold real numbers.
+    ValueError
+        Another shape; NaN, infinite or negative weights; no edges; edges that join samples.
+
+    Warns
+    -----
+    UserWarning
+        Nodes without neighbors.
+    """
+    if not sparse.issparse(graph):
+        raise TypeError(
+            f"{where} must be a sparse matrix, found {type(graph).__name__}: convert it with scipy.sparse.csr_matrix()."
+        )
+    checked = check_adjacency(graph, n_obs, where=where, what="node", self_loops=False)
+    row, col = np.repeat(np.arange(n_obs), np.diff(checked.indptr)), checked.indices
+    if not row.size:
+        raise ValueError(
+            f"{where} has no edges between nodes: build it with fimp_sc.pp.spatial_graph(adata, overwrite=True)."
+        )
+    if library is not None:
+        joined = np.flatnonzero(library.codes[row] != library.codes[col])
+        if joined.size:
+            r, c = int(row[joined[0]]), int(col[joined[0]])
+            raise ValueError(
+                f"{where} has {joined.size:,} edges that join samples, for instance node {c} of {library[c]!r} with "
+                f"node {r} of {library[r]!r} (positions counted from 0): build it sample by sample with "
+                "fimp_sc.pp.spatial_graph(adata, library_key=..., overwrite=True)."
+            )
+    isolated = int((np.diff(checked.indptr) == 0).sum())
+    if isolated:
+        warn(
+            f"{where}: {isolated:,} of {n_obs:,} nodes have no neighbors and are described by their own tokens alone. "
+            f"{advice}".rstrip()
+        )
+
+
+# Words in columns of coordinates in a whole slide, the best first, and of those in an array or a field.
+_FIRST, _LAST = ("global", "fullres", "slide", "centroid", "center", "spatial"), ("array", "local")
+_EMBEDDING = re.compile(r"umap|tsne|pca|latent|phate", re.IGNORECASE)
+_SWAPS = (("x", "y"), ("X", "Y"), ("col(?:umn)?", "row"), ("Col(?:umn)?", "Row"), ("COL(?:UMN)?", "ROW"))
+
+
+def coordinates_hint(adata: AnnData, spatial_key: str) -> str:
+    """Return the line that makes coordinates, from columns or from SpatialData, or else the argument that names them.
+
+    Parameters
+    ----------
+    adata
+        Object without ``obsm[spatial_key]``.
+    spatial_key
+        Key that is missing.
+    """
+    target = f"adata.obsm[{spatial_key!r}]"
+    pair = _columns(adata)
+    if pair is not None:
+        return f"adata.obs has columns of coordinates: {target} = adata.obs[{list(pair)!r}].to_numpy()"
+    attrs = adata.uns.get("spatialdata_attrs")
+    if isinstance(attrs, Mapping) and {"instance_key", "region"} <= set(attrs):
+        regions = [str(name) for name in np.ravel(np.asarray(attrs["region"]))]
+        one = "" if len(regions) == 1 else f" for the first of the regions {regions}, and likewise for the others"
+        return (
+            f"SpatialData keeps them with the shapes: {target} = spatialdata.get_centroids(sdata[{regions[0]!r}])"
+            f'.compute().loc[adata.obs[{attrs["instance_key"]!r}], ["x", "y"]].to_numpy(){one}.'
+        )
+    return "Name the cell coordinates with spatial_key=."
+
+
+def _columns(adata: AnnData) -> tuple[str, str] | None:
+    """Return the names of two columns of ``adata.obs`` with coordinates, that of x first."""
+    there = {str(column) for column in adata.obs.columns}
+    pairs = [
+        (x, f"{x[: found.start()]}{second}{x[found.end() :]}")
+        for x in map(str, adata.obs.columns)
+        for first, second in _SWAPS
+        for found in re.finditer(first, x)
+        if not _EMBEDDING.search(x)
+    ]
+    pairs = [pair for pair in pairs if pair[1] in there and _are_numbers(adata, pair)]
+
+    def rank(pair: tuple[str, str]) -> int:
+        name = pair[0].lower()
+        last = next((len(_LAST) + i for i, word in enumerate(_LAST) if word in name), 0)
+        return last or next((i - len(_FIRST) for i, word in enumerate(_FIRST) if word in name), 0)
+
+    return min(pairs, key=rank) if pairs else None
+
+
+def _are_numbers(adata: AnnData, columns: tuple[str, str]) -> bool:
+    table = get_obs(adata, columns)
+    return all(pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype) for dtype in table.dtypes)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from fimp_sc._logging import warn
-from fimp_sc.data._elements import get_obs, label_text, missing_key, shorten
+from fimp_sc.data.storage._elements import get_obs, label_text, missing_key, shorten
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -35,7 +35,7 @@ def check_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unk
     where = f"adata.obs[{labels_key!r}]"
     if labels_key not in adata.obs:
         raise missing_key(labels_key, "adata.obs", adata.obs, "Name the column of labels with labels_key=.")
-    labels = _labeled(adata, labels_key, unlabeled_category)
+    labels = labeled(adata, labels_key, unlabeled_category)
     if pd.api.types.is_float_dtype(labels.dtype) and (labels % 1 != 0).any():
         raise TypeError(f"{where} holds real numbers (dtype {labels.dtype}), not classes: name a column of labels.")
     if labels.empty:
@@ -60,7 +60,7 @@ def warn_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unkn
         Labels that a single cell has, and labels that read as if a cell had none.
     """
     where = f"adata.obs[{labels_key!r}]"
-    values = _labeled(adata, labels_key, unlabeled_category)
+    values = labeled(adata, labels_key, unlabeled_category)
     counts = label_text(values).value_counts()
     single = sorted(counts.index[counts == 1])
     if single:
@@ -86,7 +86,7 @@ def warn_words(adata: AnnData, key: str, unlabeled_category: str, consequence: s
     UserWarning
         There are such labels; the message says how to leave them out.
     """
-    where, values = f"adata.obs[{key!r}]", _labeled(adata, key, unlabeled_category)
+    where, values = f"adata.obs[{key!r}]", labeled(adata, key, unlabeled_category)
     counts = label_text(values).value_counts()
     words = [word for word in counts.index if word.strip().casefold() in _NO_LABEL]
     if not words:
@@ -102,7 +102,7 @@ def warn_words(adata: AnnData, key: str, unlabeled_category: str, consequence: s
     )
 
 
-def _labeled(adata: AnnData, labels_key: str, unlabeled_category: str) -> pd.Series:
+def labeled(adata: AnnData, labels_key: str, unlabeled_category: str) -> pd.Series:
     """Return the labels of labeled cells, as they are."""
     column = get_obs(adata, [labels_key])[labels_key]
     return column[column.notna().to_numpy() & (label_text(column) != str(unlabeled_category)).to_numpy()]

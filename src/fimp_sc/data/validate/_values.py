@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from fimp_sc._logging import warn
-from fimp_sc.data._elements import shorten
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.data.storage._rows import PIECE_VALUES, MatrixRows, open_rows
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ InputScale = Literal["counts", "normalized", "log", "real"]
 
 CHUNK_VALUES = PIECE_VALUES
 LOG_MAXIMUM = 20.0
+# Of larger logarithms float32 cannot hold the number.
+_LARGEST_LOG = 88.0
 _SAMPLED_CELLS = 256
 _CONSTANT_TOTAL = 0.01
 _ROUNDING = 1e-6
@@ -123,8 +125,8 @@ def inspect_values(
     ValueError
         A CSC matrix in a file; unknown ``input_scale``; infinite values; NaN that do not fill a gene throughout a
         sample; negative ones, unless ``input_scale="real"``; values that are not whole numbers although
-        ``input_scale="counts"``; zeros everywhere; values too large or too small for
-        float32.
+        ``input_scale="counts"``, or too large for logarithms although ``input_scale="log"``; zeros everywhere; values
+        too large or too small for float32.
 
     Warns
     -----
@@ -174,6 +176,11 @@ def inspect_values(
         raise ValueError(
             f"{where} has {largest:.4g} as its largest value, with which float32 cannot compute: check it, or bring "
             f"the values into a unit in which the largest is between {_SMALLEST:g} and {_LARGEST:g}."
+        )
+    if input_scale == "log" and found.maximum > _LARGEST_LOG:
+        raise ValueError(
+            f'{where} has {largest:.4g} as its largest value, which no logarithm is, but input_scale="log": leave '
+            'input_scale out, or pass "counts", "normalized" or, for numbers that are no expression, "real".'
         )
     if input_scale == "counts" and found.fractional:
         raise ValueError(

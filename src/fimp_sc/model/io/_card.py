@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fimp_sc.data._elements import shorten
 from fimp_sc.data.sequences._kinds import sequence_kind
+from fimp_sc.data.storage._elements import shorten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

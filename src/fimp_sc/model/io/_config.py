@@ -14,7 +14,7 @@ import pandas as pd
 
 import fimp_sc
 from fimp_sc.data.sequences._kinds import sequence_kinds
-from fimp_sc.model._fields import (
+from fimp_sc.model.registry._fields import (
     LABELS_KEY,
     SEQUENCE_KEY,
     X_KEY,
@@ -27,7 +27,7 @@ from fimp_sc.model._fields import (
 from fimp_sc.pretrained.files._weights import CheckpointError
 
 if TYPE_CHECKING:
-    from fimp_sc.model._base import GraphModel
+    from fimp_sc.model._fimp import FIMP
 
 FORMAT = "fimp-sc"
 FORMAT_VERSION = 2
@@ -45,7 +45,7 @@ _FORMER = {
 }
 
 
-def describe(model: GraphModel) -> dict[str, Any]:
+def describe(model: FIMP) -> dict[str, Any]:
     """Return what a model has to be built again from, besides weights, in types that JSON can hold.
 
     Raises
@@ -102,7 +102,7 @@ def init_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def make_registry(config: Mapping[str, Any], cls: type[GraphModel]) -> dict[str, Any]:
+def make_registry(config: Mapping[str, Any], cls: type[FIMP]) -> dict[str, Any]:
     """Return what scvi-tools keeps of the data that a model of class ``cls`` was trained on.
 
     Raises

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import fimp_sc
 from fimp_sc._files import is_unfinished, write_files
 from fimp_sc._logging import warn
-from fimp_sc.data._elements import shorten
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.model.io._card import model_card
 from fimp_sc.model.io._config import FORMAT, FORMAT_VERSION, describe, init_arguments, make_history, make_registry
 from fimp_sc.pretrained.files._files import (
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from fimp_sc.model._base import GraphModel
+    from fimp_sc.model._fimp import FIMP
 
-Model = TypeVar("Model", bound="GraphModel")
+Model = TypeVar("Model", bound="FIMP")
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 GENES = "genes.txt"  # in folders of the first version
 PICKLE = "model.pt"  # as scvi-tools writes
 
 
-def write_pretrained(model: GraphModel, folder: str | Path, *, overwrite: bool = False) -> None:
+def write_pretrained(model: FIMP, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write a model to a folder, completely or not at all.
 
     Parameters
@@ -181,7 +181,7 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
         )
 
 
-def _check_format(config: dict[str, Any], path: Path, cls: type[GraphModel]) -> dict[str, Any]:
+def _check_format(config: dict[str, Any], path: Path, cls: type[FIMP]) -> dict[str, Any]:
     """Refuse the configuration of something else, or of a newer version."""
     if config.get("format") != FORMAT:
         raise CheckpointError(
@@ -214,7 +214,7 @@ def _check_copy(path: Path, config: Mapping[str, Any]) -> None:
     )
 
 
-def _read_first_version(folder: Path, cls: type[GraphModel]) -> dict[str, Any]:
+def _read_first_version(folder: Path, cls: type[FIMP]) -> dict[str, Any]:
     """Return the configuration of a folder of the first version, which had names of genes in a file of their own."""
     path, genes = folder / CONFIG, folder / GENES
     config = _check_format({"sequences": {}, **read_json(path)}, path, cls)

@@ -10,20 +10,19 @@ from scipy import sparse
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
-from fimp_sc.model.module._components import principal_components, shared_components
-from fimp_sc.model.module._linear_smoother import fit_components
-from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
+from fimp_sc._recipe import recipe
+from fimp_sc.model.module._linear_smoother import fit_components, principal_components, shared_components
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fimp_sc.data import Batch, GeneStatistics, SequenceShape, SequenceStatistics
+    from fimp_sc.nn import LabelHead, ValueHead
+    from fimp_sc.nn._network import Network
 
 
 # Of the mean square, in units of which less is rounding.
 _LEAST_VARIANCE = 1e-8
-# Share of signal in the first principal components of single cells below which neighbors help to find better ones.
-_MOSTLY_SIGNAL = 0.4
 
 
 def _least_variance(square: float) -> float:
@@ -41,7 +40,7 @@ class StartingModule(BaseModuleClass):
         By modality: tokens of signals and images.
     """
 
-    network: FIMPNetwork | FoundationNetwork
+    network: Network
     value_head: ValueHead | None
     label_head: LabelHead | None
     label_head_alone: LabelHead | None
@@ -142,9 +141,9 @@ class StartingModule(BaseModuleClass):
 
     def start_from_vectors(self, vectors: np.ndarray, known: np.ndarray) -> None:
         """Use pretrained vectors of genes, see :meth:`~fimp_sc.nn.FeatureEmbedding.start_from_vectors`."""
-        if not isinstance(self.network, FIMPNetwork) or self.network.embedding is None:
+        if self.network.gene_table is None:
             raise TypeError("Only FIMP-base of genes starts from their vectors.")
-        self.network.embedding.start_from_vectors(vectors, known)
+        self.network.gene_table.start_from_vectors(vectors, known)
 
     @torch.no_grad()
     def start_from_embeddings(self, embedding: np.ndarray) -> None:
@@ -203,23 +202,22 @@ class StartingModule(BaseModuleClass):
         random_state
             Seed.
         """
-        if not isinstance(self.network, FIMPNetwork) or self.network.embedding is None or self.value_head is None:
+        if self.network.gene_table is None or self.value_head is None:
             raise TypeError("Only FIMP-base of genes starts from principal components.")
-        n_own, n_neighbourhood = self.network.n_own, self.network.n_neighbourhood
-        n_components = min(n_own, min(train.shape) - 1)
+        n_own, n_neighborhood = self.network.n_own, self.network.n_neighborhood
+        n_components = min(n_own, min(train.shape) - 1) if recipe().components else 0
         least = _least_variance(float(train.power(2).mean()))
         if n_components < 1 or float(self.value_variance) <= 1.001 * least:
             return
         deviation = np.sqrt(np.maximum(np.asarray(train.power(2).mean(0)).ravel() - mean**2, 0.0))
         if not deviation.any():
             return  # all cells are alike
-        # Halfway between covariance, where a few strong genes decide, and correlation, where noise does.
-        gene_scale = np.sqrt(np.maximum(deviation, 1e-3 * float(deviation.max())))
+        gene_scale = np.maximum(deviation, 1e-3 * float(deviation.max())) ** recipe().gene_scale
         scaled = sparse.csr_matrix(train @ sparse.diags(1.0 / gene_scale))
-        shared = min(n_components, n_neighbourhood)
+        shared = min(n_components, n_neighborhood)
         how = (gene_scale, validation, around, mean, shared, random_state, self.gene_key)
         loadings, fit = fit_components(principal_components(scaled, n_components, random_state), *how)
-        if fit.signal < _MOSTLY_SIGNAL and near.nnz and n_components < train.shape[1]:
+        if fit.signal < recipe().mostly_signal and near.nnz and n_components < train.shape[1]:
             components = shared_components(scaled, near, neighbor_weight, n_components, random_state)
             loadings, fit = fit_components(components, *how)
         encode, decode, spread = loadings
@@ -229,7 +227,7 @@ class StartingModule(BaseModuleClass):
         if drop_noise:
             kept = max(fit.n_telling, shared)
             encode[:, kept:] = columns[:, kept:n_components] = 0.0
-        self.network.embedding.start_from(encode)
+        self.network.gene_table.start_from(encode)
         self.value_head.start_from(columns)
         deviations = np.ones(n_own + shared)
         deviations[:n_components] = spread

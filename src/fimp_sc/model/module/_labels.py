@@ -8,14 +8,11 @@ import torch
 from scvi.module.base import BaseModuleClass
 from torch import Tensor, nn
 
+from fimp_sc._recipe import recipe
 from fimp_sc.nn._heads import mixture_loss
 
 if TYPE_CHECKING:
     from fimp_sc.nn import LabelHead
-
-# Where neighbors count nothing in the first epochs, as with cell types, the network would be late to learn what they
-# tell.
-_LEAST_SHARE = 0.3
 
 
 class LabelingModule(BaseModuleClass):
@@ -41,7 +38,7 @@ class LabelingModule(BaseModuleClass):
         out: dict[str, Tensor] = {}
         if embedding is not None and alone is not None:
             # The network learns from either prediction as much as it counts; the heads learn alike.
-            share = self.neighbor_share.clamp(min=_LEAST_SHARE)
+            share = self.neighbor_share.clamp(min=recipe().least_neighbor_weight)
             embedding = _scaled_gradient(embedding, 2 * share)
             alone = _scaled_gradient(alone, 2 - 2 * share)
         if alone is not None and self.label_head_alone is not None:

@@ -13,7 +13,7 @@ from fimp_sc._draws import combined
 from fimp_sc.data import without_neighbors
 from fimp_sc.model.module._initialize import StartingModule
 from fimp_sc.model.module._labels import LabelingModule
-from fimp_sc.nn import FIMPNetwork, FoundationNetwork, LabelHead, ValueHead
+from fimp_sc.nn import FIMPNetwork, LabelHead, ValueHead
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fimp_sc.data import Batch, SequenceBatch, SequenceShape
+    from fimp_sc.nn._network import Network
 
 
 # Training cells whose embeddings are kept.
@@ -83,7 +84,7 @@ class FIMPModule(LabelingModule, StartingModule):
         random_state: int = 0,
         vector_width: int | None = None,
         sequences: Mapping[str, SequenceShape] | None = None,
-        network: FoundationNetwork | None = None,
+        network: Network | None = None,
         alone: bool = False,
         gene_key: NDArray[np.uint64] | None = None,
         n_tables: int = 1,
@@ -91,11 +92,11 @@ class FIMPModule(LabelingModule, StartingModule):
         super().__init__()
         self.label_weight = label_weight
         self.sequences = dict(sequences or {})
-        self.network: FIMPNetwork | FoundationNetwork = network or FIMPNetwork(
+        self.network = network or FIMPNetwork(
             n_features, n_latent, n_layers, n_heads, layer=layer, reduce=reduce, dropout=dropout,
             vector_width=vector_width, sequences=self.sequences, gene_key=gene_key,
         )  # fmt: skip
-        self.n_bins = 0 if network is None else int(network.n_bins or 0)
+        self.n_bins = int(self.network.n_bins or 0)
         width = self.network.width
         self.value_head = ValueHead(n_features, width, gene_key) if n_features else None
         self.label_head = LabelHead(width, n_labels, dropout) if n_labels else None
@@ -123,8 +124,9 @@ class FIMPModule(LabelingModule, StartingModule):
         self.statistics = nn.ModuleDict()
         for i, (name, shape) in enumerate(self.sequences.items()):
             self.statistics[str(i)] = _Statistics(shape.n_coordinates)
-            if network is not None:
-                self.set_sequence_statistics(name, network.embedding.statistics())
+            own = self.network.sequence_statistics()
+            if own is not None:
+                self.set_sequence_statistics(name, own)
 
     def _get_inference_input(self, tensors: Batch, **kwargs: Any) -> dict[str, Any]:
         return {"batch": tensors, "alone": self.label_head_alone is not None}
@@ -170,8 +172,6 @@ class FIMPModule(LabelingModule, StartingModule):
                 states = self.network.states(own, self.network.n_queries(own), own_tokens)
                 out["alone"] = self.network.read(states, own)
             return out
-        if not isinstance(self.network, FoundationNetwork):
-            raise TypeError("FIMP-base has no decoder of bins.")
         embedding, bins = self.network.decode(batch, queries, absent)
         return {"embedding": embedding, "bin": bins}
 

@@ -12,10 +12,10 @@ from scipy import sparse
 
 from fimp_sc._options import checked
 from fimp_sc.data import BlockDataset, BlockSampler, NodeGraph
-from fimp_sc.data._elements import label_text, shorten
-from fimp_sc.model._base import GraphModel
+from fimp_sc.data.storage._elements import label_text, shorten
 from fimp_sc.model.predict._gene_pairs import GeneTokens, gene_tokens, pair_sums, token_genes
-from fimp_sc.nn._read_attention import message_layers, recorded_influence
+from fimp_sc.model.registry._graph_data import graph_data, study_of
+from fimp_sc.nn._read_attention import recorded_influence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,164 +25,168 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fimp_sc.data import GraphData
+    from fimp_sc.model._fimp import FIMP
 
 _BLOCK = 256
 # So many groups are never too many; of more, each should have about so many cells.
 _GROUPS, _CELLS_PER_GROUP = 100, 10
 
 
-class AttentiveModel(GraphModel):
-    """A graph model whose attention can be read; nothing is written to the object."""
+@checked
+def get_edge_influence(
+    model: FIMP, adata: AnnData | MuData | None = None, *, layer: int | None = None, batch_size: int | None = None
+) -> sparse.csr_matrix:
+    r"""Return how large the message of each edge is.
 
-    @checked
-    def get_edge_influence(
-        self, adata: AnnData | MuData | None = None, *, layer: int | None = None, batch_size: int | None = None
-    ) -> sparse.csr_matrix:
-        r"""Return how large the message of each edge is.
+    The rows of attention sum to one, so that attention itself cannot tell which neighbor matters. The influence of
+    node :math:`j` on node :math:`i` in one layer is the length of what its message adds to the summary token of
+    :math:`i`, over all heads together and before the mean over neighbors,
+    :math:`w_{ij} \lVert W_O \, \mathrm{softmax}(q_i K_j^\top / \sqrt d) V_j \rVert`. The weight of an edge is 1
+    unless the model uses those of the graph.
 
-        The rows of attention sum to one, so that attention itself cannot tell which neighbor matters. The influence of
-        node :math:`j` on node :math:`i` in one layer is the length of what its message adds to the summary token of
-        :math:`i`, over all heads together and before the mean over neighbors,
-        :math:`w_{ij} \lVert W_O \, \mathrm{softmax}(q_i K_j^\top / \sqrt d) V_j \rVert`. The weight of an edge is 1
-        unless the model uses those of the graph.
+    Parameters
+    ----------
+    adata
+        As in :meth:`get_latent_representation`.
+    layer
+        Which message-passing layer, from 0; the mean over layers by default.
+    batch_size
+        Destinations per block. Changes speed and memory, not the result.
 
-        Parameters
-        ----------
-        adata
-            As in :meth:`get_latent_representation`.
-        layer
-            Which message-passing layer, from 0; the mean over layers by default.
-        batch_size
-            Destinations per block. Changes speed and memory, not the result.
+    Returns
+    -------
+    ``(n_obs, n_obs)`` float32 CSR, row = destination: the edges of the graph, without model-loops.
 
-        Returns
-        -------
-        ``(n_obs, n_obs)`` float32 CSR, row = destination: the edges of the graph, without self-loops.
+    Raises
+    ------
+    ValueError
+        When there is no such layer, the model passes no messages, or edges run the whole stack of a foundation
+        model (``aggregate="final"``).
+    """
+    network = model.module.network
+    check_message_layer(model, layer)
+    data = attention_data(model, adata)
+    csr = data.graph.csr
+    row = np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
+    real = csr.indices != row
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(row[real], minlength=csr.shape[0]))])
+    out = np.zeros(int(indptr[-1]), dtype=np.float32)
+    dataset = BlockDataset(data, n_layers=model.n_layers, n_tokens=model.n_tokens)
+    sampler = BlockSampler(data, np.arange(csr.shape[0]), batch_size=batch_size or _BLOCK)
+    for item in sampler:
+        batch = move_data_to_device(dataset[item], model.module.device)
+        with torch.inference_mode(), recorded_influence(network, len(batch["nodes"]), len(item.nodes)) as found:
+            network.states(batch, 1)
+        value = torch.stack(found).mean(0) if layer is None else found[layer]
+        start, degree = indptr[item.nodes], np.diff(indptr)[item.nodes]
+        within = np.arange(degree.sum()) - np.repeat(np.cumsum(degree) - degree, degree)
+        out[np.repeat(start, degree) + within] = value.float().cpu().numpy()
+    return sparse.csr_matrix((out, csr.indices[real], indptr), shape=csr.shape)
 
-        Raises
-        ------
-        ValueError
-            When there is no such layer, the model passes no messages, or edges run the whole stack of a foundation
-            model (``aggregate="final"``).
-        """
-        network = self.module.network
-        self._check_layer(layer)
-        data = self._attention_data(adata)
-        csr = data.graph.csr
-        row = np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
-        real = csr.indices != row
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(row[real], minlength=csr.shape[0]))])
-        out = np.zeros(int(indptr[-1]), dtype=np.float32)
-        dataset = BlockDataset(data, n_layers=self.n_layers, n_tokens=self.n_tokens)
-        sampler = BlockSampler(data, np.arange(csr.shape[0]), batch_size=batch_size or _BLOCK)
-        for item in sampler:
-            batch = move_data_to_device(dataset[item], self.module.device)
-            with torch.inference_mode(), recorded_influence(network, len(batch["nodes"]), len(item.nodes)) as found:
-                network.states(batch, 1)
-            value = torch.stack(found).mean(0) if layer is None else found[layer]
-            start, degree = indptr[item.nodes], np.diff(indptr)[item.nodes]
-            within = np.arange(degree.sum()) - np.repeat(np.cumsum(degree) - degree, degree)
-            out[np.repeat(start, degree) + within] = value.float().cpu().numpy()
-        return sparse.csr_matrix((out, csr.indices[real], indptr), shape=csr.shape)
 
-    @checked
-    def get_gene_attention(
-        self,
-        groups: Sequence[Any] | pd.Series,
-        adata: AnnData | MuData | None = None,
-        *,
-        genes: Sequence[str],
-        batch_size: int | None = None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
-        """Return the mean attention between genes over the edges of each pair of groups.
+@checked
+def get_gene_attention(
+    model: FIMP,
+    groups: Sequence[Any] | pd.Series,
+    adata: AnnData | MuData | None = None,
+    *,
+    genes: Sequence[str],
+    batch_size: int | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
+    """Return the mean attention between genes over the edges of each pair of groups.
 
-        This is the attention of the first layer, where tokens are genes and nothing else, mean over heads, from the
-        token of a gene in the destination to the token of a gene in the source; 0 on edges where one of the two is
-        no token of its cell.
+    This is the attention of the first layer, where tokens are genes and nothing else, mean over heads, from the
+    token of a gene in the destination to the token of a gene in the source; 0 on edges where one of the two is
+    no token of its cell.
 
-        Parameters
-        ----------
-        groups
-            ``(n_obs,)`` group of each node, missing for nodes to leave out. A series whose index has the names of the
-            nodes in another order is brought into theirs. Nodes without expression are left out, too.
-        adata
-            As in :meth:`get_latent_representation`.
-        genes
-            Genes that the model knows, once each.
-        batch_size
-            Edges at once. Changes speed and memory, not the result.
+    Parameters
+    ----------
+    groups
+        ``(n_obs,)`` group of each node, missing for nodes to leave out. A series whose index has the names of the
+        nodes in another order is brought into theirs. Nodes without expression are left out, too.
+    adata
+        As in :meth:`get_latent_representation`.
+    genes
+        Genes that the model knows, once each.
+    batch_size
+        Edges at once. Changes speed and memory, not the result.
 
-        Returns
-        -------
-        attention
-            ``(n_groups, n_groups, n_genes, n_genes)`` float32: source group, destination group, source gene,
-            destination gene; NaN for pairs of groups without edges.
-        n_edges
-            ``(n_groups, n_groups)`` int64, source group x destination group.
-        groups
-            Names.
+    Returns
+    -------
+    attention
+        ``(n_groups, n_groups, n_genes, n_genes)`` float32: source group, destination group, source gene,
+        destination gene; NaN for pairs of groups without edges.
+    n_edges
+        ``(n_groups, n_groups)`` int64, source group x destination group.
+    groups
+        Names.
 
-        Raises
-        ------
-        KeyError
-            When the model does not know a gene.
-        TypeError
-            When ``groups`` are real numbers.
-        ValueError
-            When the model reads no genes or passes no messages, or ``groups`` has another length or far too many
-            groups, or a gene is there twice.
-        """
-        data = self._attention_data(adata)
-        names = self._nodes(self._validate_anndata(adata)).obs_names
-        column = groups if isinstance(groups, pd.Series) else pd.Series(list(groups))
-        if len(column) != len(names):
-            raise ValueError(f"groups must have one entry per node, {len(names)}: found {len(column)}.")
-        if not column.index.equals(names) and column.index.is_unique and names.isin(column.index).all():
-            column = column.loc[names]
-        if len(set(map(str, genes))) < len(genes):
-            raise ValueError(f"genes has a gene more than once: {shorten(sorted(map(str, genes)))}.")
-        category = cell_groups(column, "groups")
-        tokens = self._gene_tokens(data, genes)
-        n_groups = len(category.categories)
-        to, of, pair = edge_pairs(data.graph, measured_codes(data, category), n_groups)
-        n_edges = np.bincount(pair, minlength=n_groups**2)
-        divisor = np.where(n_edges, n_edges, np.nan)[:, None, None]
-        mean = np.empty((n_groups**2, len(genes), len(genes)), dtype=np.float32)
-        for pairs, sums in pair_sums(tokens, None, to, of, pair, n_groups**2, batch_size=batch_size):
-            here = slice(pairs.start, pairs.stop)
-            mean[here] = (sums.first / divisor[here]).transpose(0, 2, 1)
-        shape = (n_groups, n_groups, len(genes), len(genes))
-        return mean.reshape(shape), n_edges.reshape(n_groups, n_groups), [str(name) for name in category.categories]
+    Raises
+    ------
+    KeyError
+        When the model does not know a gene.
+    TypeError
+        When ``groups`` are real numbers.
+    ValueError
+        When the model reads no genes or passes no messages, or ``groups`` has another length or far too many
+        groups, or a gene is there twice.
+    """
+    data = attention_data(model, adata)
+    names = pd.Index(data.names)
+    column = groups if isinstance(groups, pd.Series) else pd.Series(list(groups))
+    if len(column) != len(names):
+        raise ValueError(f"groups must have one entry per node, {len(names)}: found {len(column)}.")
+    if not column.index.equals(names) and column.index.is_unique and names.isin(column.index).all():
+        column = column.loc[names]
+    if len(set(map(str, genes))) < len(genes):
+        raise ValueError(f"genes has a gene more than once: {shorten(sorted(map(str, genes)))}.")
+    category = cell_groups(column, "groups")
+    tokens = tokens_of_genes(model, data, genes)
+    n_groups = len(category.categories)
+    to, of, pair = edge_pairs(data.graph, measured_codes(data, category), n_groups)
+    n_edges = np.bincount(pair, minlength=n_groups**2)
+    divisor = np.where(n_edges, n_edges, np.nan)[:, None, None]
+    mean = np.empty((n_groups**2, len(genes), len(genes)), dtype=np.float32)
+    for pairs, sums in pair_sums(tokens, None, to, of, pair, n_groups**2, batch_size=batch_size):
+        here = slice(pairs.start, pairs.stop)
+        mean[here] = (sums.first / divisor[here]).transpose(0, 2, 1)
+    shape = (n_groups, n_groups, len(genes), len(genes))
+    return mean.reshape(shape), n_edges.reshape(n_groups, n_groups), [str(name) for name in category.categories]
 
-    def _check_layer(self, layer: int | None) -> None:
-        n_layers = len(message_layers(self.module.network))
-        if layer is not None and not 0 <= layer < n_layers:
-            raise ValueError(f"layer must be from 0 to {n_layers - 1}, found {layer}.")
 
-    def _attention_data(self, adata: AnnData | MuData | None, *, untrained: bool = False) -> GraphData:
-        if self.foundation is None and not untrained:  # type: ignore[attr-defined]
-            self._check_if_trained(warn=False)
-        message_layers(self.module.network)
-        if not self.messages:
-            raise ValueError("This model passes no messages (messages=False), and has no attention between cells.")
-        data = self._graph_data(self._validate_anndata(adata))
-        if data.source is None:
-            raise ValueError("This model reads no expression: attention between cells is read for genes only.")
-        self.module.eval()
-        return data
+def check_message_layer(model: FIMP, layer: int | None) -> None:
+    n_layers = len(model.module.network.message_layers())
+    if layer is not None and not 0 <= layer < n_layers:
+        raise ValueError(f"layer must be from 0 to {n_layers - 1}, found {layer}.")
 
-    def _gene_tokens(self, data: GraphData, genes: Sequence[str]) -> GeneTokens:
-        return gene_tokens(self.module, data, self.n_tokens, self._gene_columns(genes))
 
-    def _token_genes(self, data: GraphData, genes: Sequence[str]) -> NDArray[np.bool_]:
-        return token_genes(data, self.n_tokens, self._gene_columns(genes))
+def attention_data(model: FIMP, adata: AnnData | MuData | None, *, untrained: bool = False) -> GraphData:
+    if model.foundation is None and not untrained:  # type: ignore[attr-defined]
+        model._check_if_trained(warn=False)
+    model.module.network.message_layers()
+    if not model.messages:
+        raise ValueError("This model passes no messages (messages=False), and has no attention between cells.")
+    data = graph_data(model, study_of(model, adata))
+    if data.source is None:
+        raise ValueError("This model reads no expression: attention between cells is read for genes only.")
+    model.module.eval()
+    return data
 
-    def _gene_columns(self, genes: Sequence[str]) -> NDArray[np.int64]:
-        columns = pd.Index(self.genes.astype(str)).get_indexer(pd.Index([str(gene) for gene in genes]))
-        if (columns < 0).any():
-            unknown = [repr(str(gene)) for gene, column in zip(genes, columns, strict=True) if column < 0]
-            raise KeyError(f"Not among the {len(self.genes)} genes of the model: {shorten(unknown)}.")
-        return columns.astype(np.int64)
+
+def tokens_of_genes(model: FIMP, data: GraphData, genes: Sequence[str]) -> GeneTokens:
+    return gene_tokens(model.module, data, model.n_tokens, gene_columns(model, genes))
+
+
+def genes_with_tokens(model: FIMP, data: GraphData, genes: Sequence[str]) -> NDArray[np.bool_]:
+    return token_genes(data, model.n_tokens, gene_columns(model, genes))
+
+
+def gene_columns(model: FIMP, genes: Sequence[str]) -> NDArray[np.int64]:
+    columns = pd.Index(model.genes.astype(str)).get_indexer(pd.Index([str(gene) for gene in genes]))
+    if (columns < 0).any():
+        unknown = [repr(str(gene)) for gene, column in zip(genes, columns, strict=True) if column < 0]
+        raise KeyError(f"Not among the {len(model.genes)} genes of the model: {shorten(unknown)}.")
+    return columns.astype(np.int64)
 
 
 def cell_groups(column: pd.Series, where: str, unlabeled_category: str | None = None) -> pd.Categorical:

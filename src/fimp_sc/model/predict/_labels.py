@@ -2,146 +2,123 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
-from fimp_sc.model._base import GraphModel
+from fimp_sc._recipe import recipe
+from fimp_sc.model.predict._inference import collect
 from fimp_sc.model.predict._reference import compare
+from fimp_sc.model.registry._graph_data import graph_data, node_indices, without_messages
 from fimp_sc.nn._heads import SHARES
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
     from numpy.typing import NDArray
     from scipy import sparse
 
     from fimp_sc.data import Batch, ExpressionSource, GraphData
-    from fimp_sc.data.expression._joined import JoinedExpression
+    from fimp_sc.data._study import Study
+    from fimp_sc.data.expression._reader import JoinedExpression
+    from fimp_sc.model._fimp import FIMP
     from fimp_sc.model.module._module import FIMPModule
 
-# Shifts of a whole section that predictions of other sections must stand, and their size in standard deviations of
-# cells along each principal component: neighboring sections of one donor differ by about 0.4 (DLPFC 151673, 151674).
-_N_SHIFTS, _SHIFT = 16, 0.5
-# Training cells whose deviations make up a shift.
-_CELLS_PER_SHIFT = 2000
 _LEAST_PROBABILITY = 1e-6
 
 
-class MixingModel(GraphModel):
-    """A graph model that predicts labels with and without neighbors, mixes both, and smooths them over the graph.
+def label_probability(model: FIMP, study: Study, indices: Any, how: dict[str, Any]) -> NDArray[np.float32]:
+    """Return the probabilities of the classes, ``(len(indices), n_classes)``.
 
-    What neighbors tell about a label is much in one tissue and nothing in another. How much they count is therefore
-    fitted to validation cells, twice: as they are, for the cells of training, and with their expression shifted as that
-    of another section may be. The mean of neighbors has less noise than a cell, so that a shift of the whole section
-    misleads predictions made with neighbors more than those of single cells, smoothed afterwards.
+    FIMP-base predicts labels twice, with and without neighbors, and averages both predictions; log-probabilities are
+    then averaged over cell and neighbors. What neighbors tell about a label is much in one tissue and nothing in
+    another. Both weights are therefore fitted to validation cells, twice: as they are, for the cells of training, and
+    with their expression shifted as that of another section may be. The mean of neighbors has less noise than a cell,
+    so that a shift of the whole section misleads predictions made with neighbors more than those of single cells,
+    smoothed afterward.
     """
+    data = graph_data(model, study)
+    wanted = node_indices(study.nodes.obs_names, indices)
+    if not len(wanted):
+        raise ValueError("indices is empty: there is nothing to compute.")
+    share, smoothed = float(model.module.neighbor_share), model.smoothed_share
+    if study.data is not model.adata and model.messages and (same := compare(model, data)) is not None:
+        share, smoothed = model.module.mixtures[int(not same)].tolist()
+    return _mixed(model, wanted, how, data, share, smoothed)
 
-    @property
-    def neighbor_share(self) -> float:
-        """How much the prediction with neighbors counts in predicted labels, 0 to 1; the one without has the rest.
 
-        Fitted to the log loss of the labeled validation cells; 0.5 where there are none, 0 without messages, and 1 of
-        a foundation model, which predicts with neighbors alone, or without labels. A model that is bound to other cells
-        than those of training has the share that suits shifted validation cells.
-        """
-        return float(self.module.neighbor_share) if self.messages else 0.0
+def _mixed(
+    model: FIMP,
+    nodes: NDArray[np.int64],
+    how: dict[str, Any],
+    data: GraphData,
+    share: float,
+    smoothed: float,
+) -> NDArray[np.float32]:
+    """Return probabilities mixed and smoothed; what does not count is not computed."""
+    around = _Surroundings(data, nodes) if smoothed else None
+    if around is not None:
+        nodes = around.nodes
+    views = []
+    if share != 0:
+        views.append(collect(model, data, nodes, _probability, how))
+    if share != 1:
+        views.append(collect(model, without_messages(data), nodes, _probability_alone, how))
+    mixed = views[0] if len(views) == 1 else _mix(share, *views)
+    return mixed if around is None else _softmax(around.smoothed(_log(mixed), np.float32(smoothed)))
 
-    @property
-    def smoothed_share(self) -> float:
-        """How much predicted labels are smoothed, 0 to 1.
 
-        Log-probabilities are replaced twice by their mean over the cell and its neighbors, which has this weight, and
-        those of the cell itself, which have the rest. Fitted together with :attr:`neighbor_share`; 0 where there are
-        no labeled validation cells, without messages or without labels.
-        """
-        return float(self.module.smoothed_share) if self.messages else 0.0
+def fit_mixtures(
+    model: FIMP,
+    data: GraphData,
+    train_idx: NDArray[np.int64],
+    indices: NDArray[np.int64],
+    label: NDArray[np.int64],
+) -> None:
+    """Set both mixtures to what suits cells, ``indices`` of known ``label``, best.
 
-    def _label_probability(self, adata: AnnData | MuData, indices: Any, how: dict[str, Any]) -> NDArray[np.float32]:
-        """Return the probabilities of the classes, ``(len(indices), n_classes)``."""
-        data = self._graph_data(adata)
-        wanted = self._indices(self._nodes(adata), indices)
-        if not len(wanted):
-            raise ValueError("indices is empty: there is nothing to compute.")
-        share, smoothed = float(self.module.neighbor_share), self.smoothed_share
-        if adata is not self.adata and self.messages and (same := compare(self, adata)) is not None:
-            share, smoothed = self.module.mixtures[int(not same)].tolist()
-        return self._mixed(adata, wanted, how, data, share, smoothed)
+    Parameters
+    ----------
+    data
+        What the model was trained on.
+    train_idx
+        Cells whose deviations from their mean make up shifts.
+    """
+    module = model.module
+    around = _Surroundings(data, indices)
 
-    def _mixed(
-        self, adata: Any, nodes: NDArray[np.int64], how: dict[str, Any], data: GraphData, share: float, smoothed: float
-    ) -> NDArray[np.float32]:
-        """Return probabilities mixed and smoothed; what does not count is not computed."""
-        around = _Surroundings(data, nodes) if smoothed else None
-        if around is not None:
-            nodes = around.nodes
-        views = []
-        if share != 0:
-            views.append(self._with_neighbors(adata, nodes, how, data))
-        if share != 1:
-            views.append(self._alone(adata, nodes, how, self._graph_data(adata, messages=False)))
-        mixed = views[0] if len(views) == 1 else _mix(share, *views)
-        return mixed if around is None else _softmax(around.smoothed(_log(mixed), np.float32(smoothed)))
-
-    def _fit_shares(
-        self, train_idx: NDArray[np.int64], indices: NDArray[np.int64], label: NDArray[np.int64], **hidden: Any
-    ) -> None:
-        """Set both mixtures to what suits cells, ``indices`` of known ``label``, best.
-
-        Parameters
-        ----------
-        train_idx
-            Cells whose deviations from their mean make up shifts.
-        **hidden
-            As for :meth:`_graph_data`.
-        """
-        module = self.module
-        with_messages = self._graph_data(self.adata, **hidden)
-        graphs = [with_messages]
+    def log_loss() -> NDArray[np.floating]:
+        views = [collect(model, data, around.nodes, _probability, {})]
         if module.label_head_alone is not None:
-            graphs.append(self._graph_data(self.adata, **hidden, messages=False))
-        around = _Surroundings(with_messages, indices)
+            views.append(collect(model, without_messages(data), around.nodes, _probability_alone, {}))
+        return around.log_loss(views, label)
 
-        def log_loss() -> NDArray[np.floating]:
-            views = [self._with_neighbors(self.adata, around.nodes, {}, with_messages)]
-            if len(graphs) > 1:
-                views.append(self._alone(self.adata, around.nodes, {}, graphs[1]))
-            return around.log_loss(views, label)
+    mixtures = [_best(log_loss())] * 2
+    source = data.source
+    # What foundation models read are ranks, which shifts of this kind hardly change.
+    if source is not None and module.n_bins == 0 and recipe().shifts:
+        center, total = source.center, cast("Any", 0.0)
+        mean = module.gene_mean.cpu().numpy()
+        for shift in _shifts(source, train_idx, mean, model.random_state):
+            source.center = center + shift
+            total = total + log_loss()
+        source.center = center
+        mixtures[1] = _best(total)
+    module.mixtures.copy_(torch.tensor(mixtures))
+    use_mixture(model, elsewhere=False)
 
-        mixtures = [_best(log_loss())] * 2
-        source = with_messages.source
-        # What foundation models read are ranks, which shifts of this kind hardly change.
-        if source is not None and module.n_bins == 0:
-            centers = [part.source.center for part in graphs if part.source is not None]
-            total: Any = 0.0
-            mean = module.gene_mean.cpu().numpy()
-            for shift in _shifts(source, train_idx, mean, self.random_state):
-                for part, center in zip(graphs, centers, strict=True):
-                    part.source.center = center + shift  # type: ignore[union-attr]
-                total = total + log_loss()
-            mixtures[1] = _best(total)
-        module.mixtures.copy_(torch.tensor(mixtures))
-        self._use_mixture(elsewhere=False)
 
-    def _use_mixture(self, *, elsewhere: bool) -> None:
-        """Predict cells of training, or those of another section."""
-        share, smoothed = self.module.mixtures[int(elsewhere)]
-        self.module.neighbor_share.copy_(share)
-        self.module.smoothed_share.copy_(smoothed)
+def use_mixture(model: FIMP, *, elsewhere: bool) -> None:
+    """Predict cells of training, or those of another section."""
+    share, smoothed = model.module.mixtures[int(elsewhere)]
+    model.module.neighbor_share.copy_(share)
+    model.module.smoothed_share.copy_(smoothed)
 
-    def _reset_shares(self) -> None:
-        """Forget what validation cells of an earlier training said."""
-        self.module.mixtures[:, 0] = 1.0 if self.module.label_head_alone is None else 0.5
-        self.module.mixtures[:, 1] = 0.0
-        self._use_mixture(elsewhere=False)
 
-    def _with_neighbors(self, adata: Any, indices: Any, how: dict[str, Any], data: GraphData) -> NDArray[np.float32]:
-        return self._collect(adata, indices, _probability, how, data)
-
-    def _alone(self, adata: Any, indices: Any, how: dict[str, Any], data: GraphData) -> NDArray[np.float32]:
-        """Return probabilities predicted on ``data``, whose graph has no edges."""
-        return self._collect(adata, indices, _probability_alone, how, data)
+def reset_mixtures(model: FIMP) -> None:
+    """Forget what validation cells of an earlier training said."""
+    model.module.mixtures[:, 0] = 1.0 if model.module.label_head_alone is None else 0.5
+    model.module.mixtures[:, 1] = 0.0
+    use_mixture(model, elsewhere=False)
 
 
 class _Surroundings:
@@ -174,7 +151,7 @@ class _Surroundings:
         for i, share in enumerate(shares, start=len(SHARES) - len(shares)):
             mixed = views[0] if share == 1 else _mix(float(share), *views)
             rounds = self.rounds(_log(mixed))
-            for j, weight in enumerate(SHARES.numpy()):
+            for j, weight in enumerate(SHARES.numpy() if recipe().smoothing else SHARES.numpy()[:1]):
                 logits = _blend(weight, *rounds)
                 true = logits[np.arange(len(label)), label]
                 found[i, j] = np.sum(_log_sum(logits) - true, dtype=np.float64)
@@ -193,11 +170,11 @@ def _shifts(
     standard deviation of cells times the size asked for. What is not seen of a cell is at its mean.
     """
     rng = np.random.default_rng(random_state)
-    cells = np.sort(rng.permutation(source.present(train_idx))[:_CELLS_PER_SHIFT])
+    cells = np.sort(rng.permutation(source.present(train_idx))[: recipe().cells_per_shift])
     rows = source.complete_rows(cells, gene_mean)
     mean = np.asarray(rows.mean(0)).ravel()
-    for _ in range(_N_SHIFTS):
-        weight = rng.standard_normal(len(cells)) * (_SHIFT / np.sqrt(len(cells)))
+    for _ in range(recipe().shifts):
+        weight = rng.standard_normal(len(cells)) * (recipe().shift / np.sqrt(len(cells)))
         yield (rows.T @ weight - mean * weight.sum()).astype(np.float32)
 
 

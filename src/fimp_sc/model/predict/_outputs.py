@@ -12,13 +12,24 @@ import torch
 
 from fimp_sc._draws import name_key
 from fimp_sc._options import checked
-from fimp_sc.model._fields import X_KEY, ExpressionField, check_known, table_states
-from fimp_sc.model.predict._decode import decoded_expression
-from fimp_sc.model.predict._labels import MixingModel
+from fimp_sc.data import BinnedTokens
+from fimp_sc.data.expression._binning import unbin
+from fimp_sc.model.predict._inference import collect
+from fimp_sc.model.predict._labels import label_probability
 from fimp_sc.model.predict._reconstruct import hidden_tokens, predict_all
+from fimp_sc.model.registry._fields import X_KEY, ExpressionField, check_known, table_states
+from fimp_sc.model.registry._graph_data import (
+    field_state,
+    graph_data,
+    known_columns,
+    node_indices,
+    sequence_size,
+    study_of,
+    tables_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from anndata import AnnData
     from mudata import MuData
@@ -26,273 +37,308 @@ if TYPE_CHECKING:
     from scipy import sparse
     from torch import Tensor
 
-    from fimp_sc.data import Batch
-    from fimp_sc.model._inference import Strategy
+    from fimp_sc.data import Batch, GraphData
+    from fimp_sc.model._fimp import FIMP
     from fimp_sc.model.module._module import FIMPModule
-    from fimp_sc.pretrained import Foundation
+    from fimp_sc.model.predict._inference import Strategy
 
 
-class PredictiveModel(MixingModel):
-    """A graph model with methods that return arrays; nothing is written to the object.
+# Genes that are tokens of a cell at once, and cells whose bins are turned into values at once.
+_GENES, _CELLS = 200, 1024
 
-    Attributes
+
+def decoded_expression(
+    data: GraphData,
+    nodes: NDArray[np.int64],
+    genes: NDArray[np.int64],
+    predict: Callable[[torch.Tensor], NDArray[np.float32]],
+) -> NDArray[np.float32]:
+    """Predict genes some hundred at a time, and turn bins into values by what the cell's visible genes say of them.
+
+    Parameters
     ----------
-    foundation
-        The foundation model that makes messages, if there is one.
+    data
+        Cells and how they become tokens.
+    nodes
+        ``(n,)`` cells to predict.
+    genes
+        ``(g,)`` genes of the model.
+    predict
+        From ``(q,)`` genes to their ``(n, q)`` bins.
+
+    Returns
+    -------
+    ``(n, g)`` float32 log-normalized expression, NaN for genes that the vocabulary does not know.
     """
+    source = data.tokens
+    if not isinstance(source, BinnedTokens) or data.source is None:
+        raise ValueError("decoder=True needs a foundation model with a decoder: FIMP-base has none.")
+    out = np.full((len(nodes), len(genes)), np.nan, dtype=np.float32)
+    known = np.flatnonzero(source.known.numpy()[genes])
+    for i in range(0, len(known), _GENES):
+        part = known[i : i + _GENES]
+        out[:, part] = predict(torch.from_numpy(genes[part]))
+    for i in range(0, len(nodes), _CELLS):
+        cells = slice(i, i + _CELLS)
+        observed, pattern = (torch.from_numpy(part.copy()) for part in data.source.observed(nodes[cells]))
+        edges = torch.from_numpy(source.edges(data.source.sparse_rows(nodes[cells]), observed, pattern))
+        out[cells, known] = unbin(torch.from_numpy(out[cells][:, known]), edges).numpy()
+    return out
 
-    foundation: Foundation | None
 
-    @checked
-    def get_latent_representation(
-        self,
-        adata: AnnData | MuData | None = None,
-        indices: Sequence[int] | None = None,
-        *,
-        batch_size: int | None = None,
-        strategy: Strategy = "auto",
-        distribute: bool = False,
-    ) -> NDArray[np.float32]:
-        """Embed cells.
+@checked
+def get_latent_representation(
+    model: FIMP,
+    adata: AnnData | MuData | None = None,
+    indices: Sequence[int] | None = None,
+    *,
+    batch_size: int | None = None,
+    strategy: Strategy = "auto",
+    distribute: bool = False,
+) -> NDArray[np.float32]:
+    """Embed cells.
 
-        Parameters
-        ----------
-        adata
-            Object to embed; the training object by default. It may have other genes, and needs a graph.
-        indices
-            Cells to embed; all by default. Their neighbors are read from the whole object.
-        batch_size
-            Destinations per block; by default what fits into some hundred MB. Like ``strategy`` and ``distribute`` it
-            changes speed and memory, not the result.
-        strategy
-            ``"blocks"`` computes blocks of cells with the neighbourhood that all layers read, ``"layers"`` one layer
-            for all cells before the next; ``"auto"`` takes what is less work for the graph at hand.
-        distribute
-            Compute blocks as Dask tasks: on the workers of a ``dask.distributed.Client`` where one is open, else on
-            Dask's default scheduler. Workers read expression that is stored in files by themselves, under the same
-            path; expression in memory is sent to them.
+    Parameters
+    ----------
+    adata
+        Object to embed; the training object by default. It may have other genes, and needs a graph.
+    indices
+        Cells to embed; all by default. Their neighbors are read from the whole object.
+    batch_size
+        Destinations per block; by default what fits into some hundred MB. Like ``strategy`` and ``distribute`` it
+        changes speed and memory, not the result.
+    strategy
+        ``"blocks"`` computes blocks of cells with the neighborhood that all layers read, ``"layers"`` one layer
+        for all cells before the next; ``"auto"`` takes what is less work for the graph at hand.
+    distribute
+        Compute blocks as Dask tasks: on the workers of a ``dask.distributed.Client`` where one is open, else on
+        Dask's default scheduler. Workers read expression that is stored in files by themselves, under the same
+        path; expression in memory is sent to them.
 
-        Returns
-        -------
-        ``(len(indices), n_latent)`` float32. A foundation model gives them before any training too ("zero-shot");
-        those of scGPT have length 1, as its authors use them.
-        """
-        how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
-        return self._collect(adata, indices, _latent, how, untrained=self.foundation is not None)
+    Returns
+    -------
+    ``(len(indices), n_latent)`` float32. A foundation model gives them before any training too ("zero-shot");
+    those of scGPT have length 1, as its authors use them.
+    """
+    how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
+    data = graph_data(model, study_of(model, adata))
+    return collect(model, data, indices, _latent, how, untrained=model.foundation is not None)
 
-    def _check_classes(self) -> None:
-        if not self.classes:
-            raise ValueError(
-                "This model was trained without labels: call FIMP.setup_anndata(adata, labels_key=...) and train anew."
-            )
 
-    @checked
-    def predict(
-        self,
-        adata: AnnData | MuData | None = None,
-        indices: Sequence[int] | None = None,
-        *,
-        soft: bool = False,
-        batch_size: int | None = None,
-        strategy: Strategy = "auto",
-        distribute: bool = False,
-    ) -> NDArray[Any] | pd.DataFrame:
-        """Predict labels.
+def check_classes(model: FIMP) -> None:
+    """Raise a ValueError where a model knows no labels."""
+    if not model.classes:
+        raise ValueError(
+            "This model was trained without labels: call FIMP.setup_anndata(adata, labels_key=...) and train anew."
+        )
 
-        FIMP-base predicts them twice, with and without neighbors, and mixes both predictions with the share that suits
-        the validation cells of its training best (:attr:`neighbor_share`). What comes of it is averaged over cells and
-        their neighbors, again as much as suits these cells (:attr:`smoothed_share`).
 
-        Parameters
-        ----------
-        adata, indices, batch_size, strategy, distribute
-            As in :meth:`get_latent_representation`.
-        soft
-            Return probabilities instead of the most probable label.
+@checked
+def predict(
+    model: FIMP,
+    adata: AnnData | MuData | None = None,
+    indices: Sequence[int] | None = None,
+    *,
+    soft: bool = False,
+    batch_size: int | None = None,
+    strategy: Strategy = "auto",
+    distribute: bool = False,
+) -> NDArray[Any] | pd.DataFrame:
+    """Predict labels.
 
-        Returns
-        -------
-        ``(len(indices),)`` array of labels as text; with ``soft=True`` a data frame cells x classes of probabilities.
+    FIMP-base predicts them twice, with and without neighbors, and mixes both predictions with the share that suits
+    the validation cells of its training best (:attr:`neighbor_share`). What comes of it is averaged over cells and
+    their neighbors, again as much as suits these cells (:attr:`smoothed_share`).
 
-        Raises
-        ------
-        ValueError
-            When the model was set up without labels.
-        """
-        self._check_classes()
-        adata = self._validate_anndata(adata)
-        how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
-        probability = self._label_probability(adata, indices, how)
-        if not soft:
-            return np.asarray(self.classes, dtype=object)[probability.argmax(1)]
-        nodes = self._nodes(adata)
-        names = nodes.obs_names if indices is None else nodes.obs_names[np.asarray(indices)]
-        return pd.DataFrame(probability, index=names, columns=self.classes)
+    Parameters
+    ----------
+    adata, indices, batch_size, strategy, distribute
+        As in :meth:`get_latent_representation`.
+    soft
+        Return probabilities instead of the most probable label.
 
-    @checked
-    def get_expression(
-        self,
-        adata: AnnData | MuData | None = None,
-        indices: Sequence[int] | None = None,
-        *,
-        genes: Sequence[str] | None = None,
-        scale: Literal["log", "counts"] = "log",
-        hidden: sparse.spmatrix | NDArray[np.bool_] | Mapping[str, Any] | None = None,
-        decoder: bool = False,
-        batch_size: int | None = None,
-        strategy: Strategy = "auto",
-        distribute: bool = False,
-    ) -> NDArray[np.float32]:
-        """Predict expression from a cell's visible genes and its neighbors.
+    Returns
+    -------
+    ``(len(indices),)`` array of labels as text; with ``soft=True`` a data frame cells x classes of probabilities.
 
-        Parameters
-        ----------
-        adata, indices, batch_size, strategy, distribute
-            As in :meth:`get_latent_representation`.
-        genes
-            Genes to predict, of those that the model knows, measured in ``adata`` or not. By default the genes of
-            ``adata``; columns of genes that the model does not know are NaN. Of several tables these are one after the
-            other, in the order in which the model was trained on them; names as in :attr:`genes`.
-        scale
-            ``"log"``: ``log1p`` of values scaled to the model's common total; ``"counts"``: scaled back to the
-            total of each cell (for input on the log scale: ``expm1``). Not negative.
-        hidden
-            ``(n_obs, n_vars)`` boolean, True for entries that the model must not see; of several modalities a row for
-            each node of the whole object, of several tables a dictionary of these by modality. Cells are scaled by
-            totals of what is visible, over the share that these genes have in training; predictions are on the scale
-            of whole cells. Values on the log scale are used as they are, and carry the totals that they were
-            normalized with: pass counts.
-        decoder
-            Read values with the expression decoder of the foundation model instead of the head that training fits;
-            possible without training. Every gene becomes a token with a hidden value, so that cost grows with the
-            number of genes: name ``genes``. Up to 200 are asked for at once and attend to each other, as masked genes
-            do in scGPT, so that values depend a little on which. Bins come back on the scale of the cell's own visible
-            genes.
+    Raises
+    ------
+    ValueError
+        When the model was set up without labels.
+    """
+    check_classes(model)
+    study = study_of(model, adata)
+    how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
+    probability = label_probability(model, study, indices, how)
+    if not soft:
+        return np.asarray(model.classes, dtype=object)[probability.argmax(1)]
+    names = study.nodes.obs_names if indices is None else study.nodes.obs_names[np.asarray(indices)]
+    return pd.DataFrame(probability, index=names, columns=model.classes)
 
-        Returns
-        -------
-        ``(len(indices), len(genes))`` float32.
 
-        Raises
-        ------
-        KeyError
-            When a gene of ``genes`` is not known to the model.
-        ValueError
-            When there is no decoder.
-        """
-        adata = self._validate_anndata(adata)
-        tables = self._tables(adata)
-        if not tables:
-            raise ValueError("This model reads no expression: call get_reconstruction for signals and images.")
-        if len(tables) > 1 and hidden is not None and not isinstance(hidden, Mapping):
-            raise ValueError(
-                f"hidden is one array for several tables: pass a dictionary, with keys of "
-                f"{[part.name for part in tables]}."
-            )
-        if genes is None:
-            known = np.concatenate(self._known_columns(tables))
-        else:
-            wanted = [str(gene) for gene in genes]
-            check_known(wanted, self.genes)
-            known = pd.Index(self.genes).get_indexer(pd.Index(wanted))
-        states = table_states(self._state(X_KEY)).values()
-        sizes = [len(state[ExpressionField.NAMES]) for state in states]
-        real = np.repeat([state[ExpressionField.SCALE] == "real" for state in states], sizes)[known[known >= 0]]
-        if real.any() and scale == "counts":
-            raise ValueError("scale='counts' needs expression: these features are predicted as they are, scale='log'.")
-        data = self._graph_data(adata, hidden)
-        source = cast("Any", data.source)
-        features = torch.from_numpy(known[known >= 0]).to(self.device)
-        how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
-        nodes = self._indices(self._nodes(adata), indices)
-        if decoder:
-            values = decoded_expression(
-                data, nodes, known[known >= 0],
-                lambda genes: self._collect(adata, nodes, _bins, how, data, untrained=True, genes=genes),
-            )  # fmt: skip
-        else:
-            values = self._collect(adata, nodes, partial(_values, features=features), how, data)
-            values += source.center[source.batch[nodes]][:, known[known >= 0]]
-        np.maximum(values, 0.0, out=values, where=~real)
-        if scale == "counts":
-            np.expm1(values, out=values)
-            values /= source.factors(nodes, known[known >= 0])
-        if (known >= 0).all():
-            return values
-        out = np.full((len(nodes), len(known)), np.nan, dtype=np.float32)
-        out[:, known >= 0] = values
-        return out
+@checked
+def get_expression(
+    model: FIMP,
+    adata: AnnData | MuData | None = None,
+    indices: Sequence[int] | None = None,
+    *,
+    genes: Sequence[str] | None = None,
+    scale: Literal["log", "counts"] = "log",
+    hidden: sparse.spmatrix | NDArray[np.bool_] | Mapping[str, Any] | None = None,
+    decoder: bool = False,
+    batch_size: int | None = None,
+    strategy: Strategy = "auto",
+    distribute: bool = False,
+) -> NDArray[np.float32]:
+    """Predict expression from a cell's visible genes and its neighbors.
 
-    @checked
-    def get_reconstruction(
-        self,
-        adata: AnnData | MuData | None = None,
-        indices: Sequence[int] | None = None,
-        *,
-        modality: str | None = None,
-        hidden: NDArray[np.bool_] | None = None,
-        batch_size: int | None = None,
-        strategy: Strategy = "auto",
-        distribute: bool = False,
-    ) -> NDArray[np.float32]:
-        """Predict signals or images; every segment or patch while it is hidden, from the others and the neighbors.
+    Parameters
+    ----------
+    adata, indices, batch_size, strategy, distribute
+        As in :meth:`get_latent_representation`.
+    genes
+        Genes to predict, of those that the model knows, measured in ``adata`` or not. By default the genes of
+        ``adata``; columns of genes that the model does not know are NaN. Of several tables these are one after the
+        other, in the order in which the model was trained on them; names as in :attr:`genes`.
+    scale
+        ``"log"``: ``log1p`` of values scaled to the model's common total; ``"counts"``: scaled back to the
+        total of each cell (for input on the log scale: ``expm1``). Not negative.
+    hidden
+        ``(n_obs, n_vars)`` boolean, True for entries that the model must not see; of several modalities a row for
+        each node of the whole object, of several tables a dictionary of these by modality. Cells are scaled by
+        totals of what is visible, over the share that these genes have in training; predictions are on the scale
+        of whole cells. Values on the log scale are used as they are, and carry the totals that they were
+        normalized with: pass counts.
+    decoder
+        Read values with the expression decoder of the foundation model instead of the head that training fits;
+        possible without training. Every gene becomes a token with a hidden value, so that cost grows with the
+        number of genes: name ``genes``. Up to 200 are asked for at once and attend to each other, as masked genes
+        do in scGPT, so that values depend a little on which. Bins come back on the scale of the cell's own visible
+        genes.
 
-        Parameters
-        ----------
-        adata, indices, batch_size, strategy, distribute
-            As in :meth:`get_latent_representation`.
-        modality
-            Which one, where the model reads several signals or images.
-        hidden
-            What the model must not see: boolean, ``(n_obs, n_tokens)``, ``(n_obs, n_times)`` or ``(n_obs, height,
-            width)``; a segment or patch is hidden as a whole. The rest is predicted in five passes, in each of which a
-            fifth of it is hidden too.
+    Returns
+    -------
+    ``(len(indices), len(genes))`` float32.
 
-        Returns
-        -------
-        float32 on the scale of the data: signals ``(len(indices), n_times)`` or images ``(len(indices), height, width,
-        channels)``; NaN for what does not fill a segment or patch. Signals of which nothing is seen, and whose scale
-        is not known therefore, are on that of the training nodes as a whole.
+    Raises
+    ------
+    KeyError
+        When a gene of ``genes`` is not known to the model.
+    ValueError
+        When there is no decoder.
+    """
+    study = study_of(model, adata)
+    tables = tables_of(model, study)
+    if not tables:
+        raise ValueError("This model reads no expression: call get_reconstruction for signals and images.")
+    if len(tables) > 1 and hidden is not None and not isinstance(hidden, Mapping):
+        raise ValueError(
+            f"hidden is one array for several tables: pass a dictionary, with keys of {[part.name for part in tables]}."
+        )
+    if genes is None:
+        known = np.concatenate(known_columns(model, tables))
+    else:
+        wanted = [str(gene) for gene in genes]
+        check_known(wanted, model.genes)
+        known = pd.Index(model.genes).get_indexer(pd.Index(wanted))
+    states = table_states(field_state(model, X_KEY)).values()
+    sizes = [len(state[ExpressionField.NAMES]) for state in states]
+    real = np.repeat([state[ExpressionField.SCALE] == "real" for state in states], sizes)[known[known >= 0]]
+    if real.any() and scale == "counts":
+        raise ValueError("scale='counts' needs expression: these features are predicted as they are, scale='log'.")
+    data = graph_data(model, study, hidden)
+    source = cast("Any", data.source)
+    features = torch.from_numpy(known[known >= 0]).to(model.device)
+    how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
+    nodes = node_indices(study.nodes.obs_names, indices)
+    if decoder:
+        values = decoded_expression(
+            data, nodes, known[known >= 0],
+            lambda genes: collect(model, data, nodes, _bins, how, untrained=True, genes=genes),
+        )  # fmt: skip
+    else:
+        values = collect(model, data, nodes, partial(_values, features=features), how)
+        values += source.center[source.batch[nodes]][:, known[known >= 0]]
+    np.maximum(values, 0.0, out=values, where=~real)
+    if scale == "counts":
+        np.expm1(values, out=values)
+        values /= source.factors(nodes, known[known >= 0])
+    if (known >= 0).all():
+        return values
+    out = np.full((len(nodes), len(known)), np.nan, dtype=np.float32)
+    out[:, known >= 0] = values
+    return out
 
-        Raises
-        ------
-        ValueError
-            When the model reads no signals or images, ``modality`` is none of them, or ``hidden`` has another shape.
-        """
-        names = list(self.module.sequences)
-        if modality is None and len(names) == 1:
-            modality = names[0]
-        network: Any = self.module.network
-        if getattr(network, "head", True) is None:
-            raise ValueError(network.embedding.misaligned)
-        if modality not in names:
-            raise ValueError(
-                f"modality must be one of the signals and images that the model reads, {names}: found {modality!r}."
-                if names
-                else "This model reads no signals or images: call get_expression."
-            )
-        adata = self._validate_anndata(adata)
-        kind, size = self._sequence_size(adata, modality)
-        token_size, n_obs = self.token_sizes[modality], self._nodes(adata).n_obs
-        given = None if hidden is None else hidden_tokens(hidden, kind, n_obs, size, token_size)
-        nodes = self._indices(self._nodes(adata), indices)
-        how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
 
-        def predict(now: NDArray[np.bool_]) -> NDArray[np.float32]:
-            data = self._graph_data(adata, hidden_tokens={modality: now})
-            read = partial(_numbers, name=modality)
-            tokens = self._collect(adata, nodes, read, how, data, reconstruct=True)
-            return np.where(now[nodes, :, None], tokens, np.float32(np.nan))
+@checked
+def get_reconstruction(
+    model: FIMP,
+    adata: AnnData | MuData | None = None,
+    indices: Sequence[int] | None = None,
+    *,
+    modality: str | None = None,
+    hidden: NDArray[np.bool_] | None = None,
+    batch_size: int | None = None,
+    strategy: Strategy = "auto",
+    distribute: bool = False,
+) -> NDArray[np.float32]:
+    """Predict signals or images; every segment or patch while it is hidden, from the others and the neighbors.
 
-        key = name_key(self._nodes(adata).obs_names)
-        tokens = predict_all(n_obs, kind.tokens(size, token_size)[0], given, self.random_state, predict, key)
-        return kind.restore(tokens, size, token_size)
+    Parameters
+    ----------
+    adata, indices, batch_size, strategy, distribute
+        As in :meth:`get_latent_representation`.
+    modality
+        Which one, where the model reads several signals or images.
+    hidden
+        What the model must not see: boolean, ``(n_obs, n_tokens)``, ``(n_obs, n_times)`` or ``(n_obs, height,
+        width)``; a segment or patch is hidden as a whole. The rest is predicted in five passes, in each of which a
+        fifth of it is hidden too.
+
+    Returns
+    -------
+    float32 on the scale of the data: signals ``(len(indices), n_times)`` or images ``(len(indices), height, width,
+    channels)``; NaN for what does not fill a segment or patch. Signals of which nothing is seen, and whose scale
+    is not known therefore, are on that of the training nodes as a whole.
+
+    Raises
+    ------
+    ValueError
+        When the model reads no signals or images, ``modality`` is none of them, or ``hidden`` has another shape.
+    """
+    names = list(model.module.sequences)
+    if modality is None and len(names) == 1:
+        modality = names[0]
+    network: Any = model.module.network
+    if names and not network.heads:
+        raise ValueError(network.embedding.misaligned)
+    if modality not in names:
+        raise ValueError(
+            f"modality must be one of the signals and images that the model reads, {names}: found {modality!r}."
+            if names
+            else "This model reads no signals or images: call get_expression."
+        )
+    study = study_of(model, adata)
+    kind, size = sequence_size(model, study, modality)
+    token_size, n_obs = model.token_sizes[modality], study.nodes.n_obs
+    given = None if hidden is None else hidden_tokens(hidden, kind, n_obs, size, token_size)
+    nodes = node_indices(study.nodes.obs_names, indices)
+    how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
+
+    def predict(now: NDArray[np.bool_]) -> NDArray[np.float32]:
+        data = graph_data(model, study, hidden_tokens={modality: now})
+        read = partial(_numbers, name=modality)
+        tokens = collect(model, data, nodes, read, how, reconstruct=True)
+        return np.where(now[nodes, :, None], tokens, np.float32(np.nan))
+
+    key = name_key(study.nodes.obs_names)
+    tokens = predict_all(n_obs, kind.tokens(size, token_size)[0], given, model.random_state, predict, key)
+    return kind.restore(tokens, size, token_size)
 
 
 def _latent(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:
     embedding = outputs["embedding"]
-    unit_length = getattr(module.network, "unit_length", False)
-    return torch.nn.functional.normalize(embedding) if unit_length else embedding
+    return torch.nn.functional.normalize(embedding) if module.network.unit_length else embedding
 
 
 def _values(module: FIMPModule, outputs: dict[str, Any], batch: Batch, features: Tensor) -> Tensor:

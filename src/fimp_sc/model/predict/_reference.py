@@ -10,16 +10,14 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from fimp_sc._logging import warn
-from fimp_sc.model._inference import infer, read_embedding
 from fimp_sc.model.module._module import N_REFERENCE
+from fimp_sc.model.predict._inference import infer, read_embedding
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
     from numpy.typing import NDArray
 
     from fimp_sc.data import GraphData
-    from fimp_sc.model._base import GraphModel
+    from fimp_sc.model._fimp import FIMP
 
 _LEAST_STD = 1e-3
 # Cells looked at in another object.
@@ -37,7 +35,7 @@ _FEWEST_SEEN = 10
 _FAR = 0.5
 
 
-def remember(model: GraphModel, data: GraphData, train_idx: NDArray[np.int64], val_idx: NDArray[np.int64]) -> None:
+def remember(model: FIMP, data: GraphData, train_idx: NDArray[np.int64], val_idx: NDArray[np.int64]) -> None:
     """Keep embeddings of some training cells in the module, and how far validation cells are from them."""
     module, rng = model.module, np.random.default_rng(model.random_state)
     # Of an earlier training, with other weights.
@@ -49,7 +47,7 @@ def remember(model: GraphModel, data: GraphData, train_idx: NDArray[np.int64], v
     module.reference.zero_()
     module.reference[: len(kept)].copy_(torch.from_numpy(reference))
     module.reference_name.zero_()
-    module.reference_name[: len(kept)].copy_(torch.from_numpy(_hashes(model, model.adata)[kept]))
+    module.reference_name[: len(kept)].copy_(torch.from_numpy(_hashes(data)[kept]))
     module.n_reference.fill_(len(kept))
     usual = np.finfo(np.float32).max
     if len(seen) >= _FEWEST_SEEN:
@@ -57,13 +55,13 @@ def remember(model: GraphModel, data: GraphData, train_idx: NDArray[np.int64], v
     module.reference_distance.fill_(float(usual))
 
 
-def compare(model: GraphModel, adata: AnnData | MuData) -> bool | None:
+def compare(model: FIMP, data: GraphData) -> bool | None:
     """Compare the cells of an object with those that a model was trained on.
 
     Parameters
     ----------
-    adata
-        Object that is registered with the model.
+    data
+        Of an object that is registered with the model.
 
     Returns
     -------
@@ -80,8 +78,7 @@ def compare(model: GraphModel, adata: AnnData | MuData) -> bool | None:
     module, n_reference = model.module, int(model.module.n_reference)
     if not n_reference:
         return None
-    data = model._graph_data(adata)
-    names = _hashes(model, adata)
+    names = _hashes(data)
     reference = module.reference[:n_reference].cpu().numpy()
     rows = pd.Series(np.arange(n_reference), index=module.reference_name[:n_reference].cpu().numpy())
     there = rows[~rows.index.duplicated()].reindex(names, fill_value=-1).to_numpy()
@@ -102,12 +99,11 @@ def compare(model: GraphModel, adata: AnnData | MuData) -> bool | None:
     return False
 
 
-def _hashes(model: GraphModel, adata: AnnData | MuData) -> NDArray[np.int64]:
-    names = model._nodes(adata).obs_names
-    return pd.util.hash_array(names.astype(str).to_numpy(dtype=object)).view(np.int64)
+def _hashes(data: GraphData) -> NDArray[np.int64]:
+    return pd.util.hash_array(np.asarray(data.names).astype(str).astype(object)).view(np.int64)
 
 
-def _embed(model: GraphModel, data: GraphData, nodes: NDArray[np.int64]) -> NDArray[np.float32]:
+def _embed(model: FIMP, data: GraphData, nodes: NDArray[np.int64]) -> NDArray[np.float32]:
     return infer(model.module, data, nodes, read_embedding, n_layers=model.n_layers, n_tokens=model.n_tokens)
 
 

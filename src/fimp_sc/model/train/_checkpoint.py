@@ -13,13 +13,14 @@ import torch
 from lightning.pytorch import Callback
 
 import fimp_sc
-from fimp_sc.data._elements import shorten
-from fimp_sc.data._study import parts_of
-from fimp_sc.data.expression._joined import JoinedExpression
+from fimp_sc.data._study import resolve
+from fimp_sc.data.expression._reader import JoinedExpression
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._checksums import checksum
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.data.validate._checks import get_matrix
-from fimp_sc.model._fields import X_KEY, ExpressionField, table_states
+from fimp_sc.model.registry._fields import X_KEY, ExpressionField, table_states
+from fimp_sc.model.registry._graph_data import field_state
 from fimp_sc.model.train._plan import frozen, stored_weights
 from fimp_sc.pretrained.files._weights import CheckpointError
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from fimp_sc.data import GraphData
-    from fimp_sc.model._base import GraphModel
+    from fimp_sc.model._fimp import FIMP
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> N
 
 
 def training_marks(
-    model: GraphModel,
+    model: FIMP,
     data: GraphData,
     split: tuple[np.ndarray, np.ndarray],
     unseen: Mapping[str, Any],
@@ -167,7 +168,7 @@ def training_marks(
     values: list[Any] = []
     for source in data.source.sources if isinstance(data.source, JoinedExpression) else [data.source]:
         values += [] if source is None else [source.batch, source.panel, source.measured]
-    for part in parts_of(model.adata, setup.get("modality")):
+    for part in resolve(model.adata, setup.get("modality")).modalities:
         values += [] if part.rows is None else [part.rows]
         if part.is_sequence:
             # Names of files tell images apart; they are not opened.
@@ -181,7 +182,7 @@ def training_marks(
     start = [value for name, value in model.module.state_dict().items() if name not in drawn]
     graph = data.graph.csr
     plain = {name: v for name, v in trainer_kwargs.items() if isinstance(v, bool | int | float | str | None)}
-    scales = [state[ExpressionField.SCALE] for state in table_states(model._state(X_KEY)).values()]
+    scales = [state[ExpressionField.SCALE] for state in table_states(field_state(model, X_KEY)).values()]
     marks = {
         "version": fimp_sc.__version__,
         "model": (model.init_params_["non_kwargs"], checksum(*start)),

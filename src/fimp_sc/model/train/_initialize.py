@@ -7,106 +7,97 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from lightning.fabric.utilities import move_data_to_device
 
+from fimp_sc._recipe import recipe
 from fimp_sc.data import BlockDataset, BlockSampler
-from fimp_sc.model._base import GraphModel
-from fimp_sc.model._inference import infer, read_embedding
-from fimp_sc.model.train._schedule import FEW_CELLS
-from fimp_sc.nn import FoundationNetwork
+from fimp_sc.model.predict._inference import infer, read_embedding
+from fimp_sc.model.registry._graph_data import graph_data
 
 if TYPE_CHECKING:
     from fimp_sc.data import ExpressionSource, GraphData
-
-_MOST_CELLS_TO_START = 4096
-_MOST_CELLS_FOR_COMPONENTS = 50_000
-_CELLS_TO_STANDARDIZE = 256
-# Nodes whose tokens give components, and blocks of them to which heads of sequences are fitted.
-_NODES_FOR_COMPONENTS, _NODES_PER_BLOCK, _BLOCKS = 1000, 128, 4
-_RIDGE = 0.3
-# Of neighbors in components of noisy cells: without labels they alone tell signal from noise.
-_WEIGHT, _WEIGHT_WITH_LABELS = 4.0, 1.0
+    from fimp_sc.data._study import Study
+    from fimp_sc.model._fimp import FIMP
 
 
-class StartingModel(GraphModel):
-    """A graph model that starts from its training nodes rather than from random weights alone."""
-
-    def _start_from_data(
-        self,
-        data: GraphData,
-        train_idx: np.ndarray,
-        val_idx: np.ndarray,
-        mask_ratio: tuple[float, float],
-        hidden: dict[str, Any],
-    ) -> GraphData:
-        """Start from training nodes, without what is ``hidden`` (arguments of :meth:`_graph_data`)."""
-        module = self.module
-        # A foundation model has a scale of its own.
-        foundation = isinstance(module.network, FoundationNetwork)
-        if not foundation:
-            for name, sequence in data.sequences.items():
-                module.set_sequence_statistics(name, sequence.statistics(train_idx))
-        if data.source is not None:
-            measured = data.source.present(train_idx)
-            if not len(measured):
-                raise ValueError("No training node has values of the table: check train_indices.")
-            self._start_from_expression(data, measured, val_idx, hidden)
-        data = self._graph_data(self.adata, **hidden)
-        module.eval()
-        if foundation:
-            few = self._some(data, train_idx, _CELLS_TO_STANDARDIZE)
-            module.start_from_embeddings(
-                infer(module, data, few, read_embedding, n_layers=self.n_layers, n_tokens=self.n_tokens)
-            )
-        if data.sequences:
-            self._start_from_sequences(data, train_idx, mask_ratio)
-        return data
-
-    def _start_from_expression(
-        self, data: GraphData, train_idx: np.ndarray, val_idx: np.ndarray, hidden: dict[str, Any]
-    ) -> None:
-        module, source = self.module, cast("ExpressionSource", data.source)
-        some = self._some(data, train_idx, _MOST_CELLS_FOR_COMPONENTS)
-        statistics = source.gene_statistics(train_idx)
-        rows = source.complete_rows(some, statistics.mean)
-        module.set_statistics(statistics, rows)
-        if isinstance(module.network, FoundationNetwork):
-            return
-        data = self._graph_data(self.adata, **hidden)
-        source = cast("ExpressionSource", data.source)
-        seen = source.present(val_idx[data.graph.degree[val_idx] > 0])
-        # Values are hidden in turn.
-        seen = data.ordered(self._some(data, seen, _MOST_CELLS_TO_START))
-        mean_of = data.graph.averaging(seen, self.n_layers)
-        sources = np.unique(mean_of.indices)
-        around = mean_of[:, sources] @ source.complete_rows(sources, statistics.mean)
-        # Labels, and training on many cells, make use of components that tell nothing by themselves.
-        drop = not self.classes and len(train_idx) <= FEW_CELLS
-        module.start_as_smoother(
-            rows,
-            data.graph.among(some),
-            source.complete_rows(seen, statistics.mean),
-            around,
-            statistics.mean,
-            neighbor_weight=_WEIGHT_WITH_LABELS if self.classes else _WEIGHT,
-            drop_noise=drop,
-            random_state=self.random_state,
+def start_from_data(
+    model: FIMP,
+    study: Study,
+    data: GraphData,
+    train_idx: np.ndarray,
+    val_idx: np.ndarray,
+    mask_ratio: tuple[float, float],
+    hidden: dict[str, Any],
+) -> GraphData:
+    """Start from training nodes, without what is ``hidden`` (arguments of :func:`graph_data`)."""
+    module = model.module
+    # A foundation model has a scale of its own.
+    if not module.network.pretrained:
+        for name, sequence in data.sequences.items():
+            module.set_sequence_statistics(name, sequence.statistics(train_idx))
+    if data.source is not None:
+        measured = data.source.present(train_idx)
+        if not len(measured):
+            raise ValueError("No training node has values of the table: check train_indices.")
+        _start_from_expression(model, study, data, measured, val_idx, hidden)
+    data = graph_data(model, study, **hidden)
+    module.eval()
+    if module.network.pretrained:
+        few = _some(model, data, train_idx, recipe().cells_standardized)
+        module.start_from_embeddings(
+            infer(module, data, few, read_embedding, n_layers=model.n_layers, n_tokens=model.n_tokens)
         )
+    if data.sequences:
+        _start_from_sequences(model, data, train_idx, mask_ratio)
+    return data
 
-    def _start_from_sequences(self, data: GraphData, train_idx: np.ndarray, mask_ratio: tuple[float, float]) -> None:
-        """Let tokens start as their components, and heads as least squares on hidden tokens of some blocks."""
-        module, rng = self.module, np.random.default_rng(self.random_state)
-        if not isinstance(module.network, FoundationNetwork):
-            for name, source in data.sequences.items():
-                there = train_idx[~source.absent[train_idx]]
-                few = self._some(data, there, _NODES_FOR_COMPONENTS)
-                fields = source.fields(few, len(few))
-                module.start_from_components(name, fields["target"][~fields["masked"]])
-        dataset = BlockDataset(data, n_layers=self.n_layers, n_tokens=self.n_tokens, mask_ratio=mask_ratio)
-        blocks = list(BlockSampler(data, train_idx, batch_size=_NODES_PER_BLOCK, random_state=self.random_state))
-        chosen = rng.permutation(len(blocks))[:_BLOCKS]
-        module.fit_heads((move_data_to_device(dataset[blocks[i]], module.device) for i in chosen), _RIDGE)
 
-    def _some(self, data: GraphData, nodes: np.ndarray, n: int) -> np.ndarray:
-        """Return at most ``n`` of ``nodes``, ascending: a sample that their order does not decide."""
-        if len(nodes) <= n:
-            return np.sort(nodes)
-        return np.sort(np.random.default_rng(self.random_state).choice(data.ordered(nodes), n, replace=False))
+def _start_from_expression(
+    model: FIMP, study: Study, data: GraphData, train_idx: np.ndarray, val_idx: np.ndarray, hidden: dict[str, Any]
+) -> None:
+    module, source = model.module, cast("ExpressionSource", data.source)
+    some = _some(model, data, train_idx, recipe().cells_components)
+    statistics = source.gene_statistics(train_idx)
+    rows = source.complete_rows(some, statistics.mean)
+    module.set_statistics(statistics, rows)
+    if module.network.pretrained:
+        return
+    data = graph_data(model, study, **hidden)
+    source = cast("ExpressionSource", data.source)
+    seen = source.present(val_idx[data.graph.degree[val_idx] > 0])
+    # Values are hidden in turn.
+    seen = data.ordered(_some(model, data, seen, recipe().cells_smoother))
+    mean_of = data.graph.averaging(seen, model.n_layers)
+    sources = np.unique(mean_of.indices)
+    around = mean_of[:, sources] @ source.complete_rows(sources, statistics.mean)
+    drop = recipe().drop_noise and not model.classes and len(train_idx) <= recipe().few_cells
+    module.start_as_smoother(
+        rows,
+        data.graph.among(some),
+        source.complete_rows(seen, statistics.mean),
+        around,
+        statistics.mean,
+        neighbor_weight=recipe().neighbor_weight_labels if model.classes else recipe().neighbor_weight,
+        drop_noise=drop,
+        random_state=model.random_state,
+    )
+
+
+def _start_from_sequences(model: FIMP, data: GraphData, train_idx: np.ndarray, mask_ratio: tuple[float, float]) -> None:
+    """Let tokens start as their components, and heads as least squares on hidden tokens of some blocks."""
+    module, rng = model.module, np.random.default_rng(model.random_state)
+    if not module.network.pretrained:
+        for name, source in data.sequences.items():
+            there = train_idx[~source.absent[train_idx]]
+            few = _some(model, data, there, recipe().nodes_components)
+            fields = source.fields(few, len(few))
+            module.start_from_components(name, fields["target"][~fields["masked"]])
+    dataset = BlockDataset(data, n_layers=model.n_layers, n_tokens=model.n_tokens, mask_ratio=mask_ratio)
+    blocks = list(BlockSampler(data, train_idx, batch_size=recipe().nodes_per_block, random_state=model.random_state))
+    chosen = rng.permutation(len(blocks))[: recipe().blocks_heads]
+    module.fit_heads((move_data_to_device(dataset[blocks[i]], module.device) for i in chosen), recipe().ridge_heads)
+
+
+def _some(model: FIMP, data: GraphData, nodes: np.ndarray, n: int) -> np.ndarray:
+    """Return at most ``n`` of ``nodes``, ascending: a sample that their order does not decide."""
+    if len(nodes) <= n:
+        return np.sort(nodes)
+    return np.sort(np.random.default_rng(model.random_state).choice(data.ordered(nodes), n, replace=False))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
-from fimp_sc.nn import FoundationNetwork
+from fimp_sc._recipe import recipe
 from fimp_sc.nn._heads import SHARES
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from fimp_sc.data import Batch
     from fimp_sc.model.module._module import FIMPModule
-
-_WARMUP_STEPS = 20
 
 
 class FIMPTrainingPlan(pl.LightningModule):
@@ -32,37 +30,41 @@ class FIMPTrainingPlan(pl.LightningModule):
     module
         The module to train.
     lr
-        Peak learning rate.
+        Peak learning rate, by default 5e-4.
     lr_loadings
-        Peak learning rate of the gene loadings, as a share of their own size. They start as principal components,
+        Peak learning rate of the gene loadings, by default 2e-3 of their own size. They start as principal components,
         whose entries are small and fit the training cells already: at the common rate ten steps would erase them.
     lr_head
-        Peak learning rate of the label head. It is a linear map that starts at zero: at the common rate it would be
-        the layers below that bend to it.
+        Peak learning rate of the label head, by default 5e-3. It is a linear map that starts at zero: at the common
+        rate it would be the layers below that bend to it.
     lr_foundation
-        Peak learning rate of what is trained of a foundation model.
+        Peak learning rate of what is trained of a foundation model, by default 1e-4.
     weight_decay
-        Of all weights but the tables of genes.
+        Of all weights but the tables of genes, by default 0.01.
     gradient_clip
-        Largest gradient norm.
+        Largest gradient norm, by default 1.
     """
 
     def __init__(
         self,
         module: FIMPModule,
         *,
-        lr: float = 5e-4,
-        lr_loadings: float = 2e-3,
-        lr_head: float = 5e-3,
-        lr_foundation: float = 1e-4,
-        weight_decay: float = 1e-2,
-        gradient_clip: float = 1.0,
+        lr: float | None = None,
+        lr_loadings: float | None = None,
+        lr_head: float | None = None,
+        lr_foundation: float | None = None,
+        weight_decay: float | None = None,
+        gradient_clip: float | None = None,
     ) -> None:
         super().__init__()
         self.module = module
-        self.lr, self.lr_loadings, self.lr_head, self.lr_foundation = lr, lr_loadings, lr_head, lr_foundation
-        self.weight_decay = weight_decay
-        self.gradient_clip = gradient_clip
+        numbers = recipe()
+        self.lr = numbers.lr if lr is None else lr
+        self.lr_loadings = numbers.lr_loadings if lr_loadings is None else lr_loadings
+        self.lr_head = numbers.lr_head if lr_head is None else lr_head
+        self.lr_foundation = numbers.lr_foundation if lr_foundation is None else lr_foundation
+        self.weight_decay = numbers.weight_decay if weight_decay is None else weight_decay
+        self.gradient_clip = numbers.gradient_clip if gradient_clip is None else gradient_clip
         self.n_obs_training: int | None = None
         self.n_obs_validation: int | None = None
         # Of the cells of an epoch so far, by name: the sum of a loss, and their number.
@@ -136,12 +138,11 @@ class FIMPTrainingPlan(pl.LightningModule):
             "head": {"lr": self.lr_head, "weight_decay": self.weight_decay},
             "foundation": {"lr": self.lr_foundation, "weight_decay": self.weight_decay},
         }
-        foundation = isinstance(self.module.network, FoundationNetwork)
         members: dict[str, list[torch.nn.Parameter]] = {name: [] for name in groups}
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if foundation and name.startswith("network."):
+            if self.module.network.pretrained and name.startswith("network."):
                 members["foundation"].append(parameter)
             elif name.endswith("loading"):
                 # A table that starts at zero must be able to leave it.
@@ -157,9 +158,12 @@ class FIMPTrainingPlan(pl.LightningModule):
         )
         total = max(int(self.trainer.estimated_stepping_batches), 1)
 
+        numbers = recipe()
+        last = numbers.last_rate
+
         def rate(step: int) -> float:
-            warmup = min((step + 1) / _WARMUP_STEPS, 1.0)
-            return warmup * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * min(step / total, 1.0))))
+            warmup = min((step + 1) / max(numbers.warmup, 1), 1.0)
+            return warmup * (last + (1.0 - last) * 0.5 * (1.0 + math.cos(math.pi * min(step / total, 1.0))))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

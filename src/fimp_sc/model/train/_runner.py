@@ -4,18 +4,46 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+import torch
 from scvi.train import TrainRunner
 
-from fimp_sc.model.train._history import continued
+from fimp_sc._logging import ONE_AT_A_TIME
 from fimp_sc.model.train._plan import trained_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fimp_sc.model._base import GraphModel
+    from fimp_sc.model._fimp import FIMP
+
+
+@contextmanager
+def seeded(random_state: int) -> Iterator[None]:
+    """Seed torch's global generators, which initialization and dropout draw from, and leave them as they were.
+
+    One thread at a time: generators that threads share would give each the numbers that the others left.
+    """
+    with ONE_AT_A_TIME, torch.random.fork_rng():
+        torch.manual_seed(random_state)
+        yield
+
+
+def continued(earlier: Mapping[str, pd.DataFrame], later: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Return the curves of two trainings as one, its epochs numbered on: scvi-tools would number entries instead."""
+    starts: dict[Any, int] = {}
+    for frame in (curve for curve in earlier.values() if len(curve)):
+        unit = frame.index.name  # epoch or step
+        starts[unit] = max(starts.get(unit, 0), int(frame.index.max()) + 1)
+    out = dict(earlier)
+    for name, frame in later.items():
+        frame = frame.set_axis(frame.index + starts.get(frame.index.name, 0))
+        out[name] = pd.concat([earlier[name], frame]) if name in earlier else frame
+    return out
+
 
 # Signals whose handlers Lightning replaces.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -47,7 +75,7 @@ class FIMPTrainRunner(TrainRunner):
 
 
 @contextmanager
-def unchanged_if_it_fails(model: GraphModel) -> Iterator[None]:
+def unchanged_if_it_fails(model: FIMP) -> Iterator[None]:
     """Give a model back its weights, mode, history and other attributes, and the process its handlers of signals.
 
     The handlers in any case; all else where what is done meanwhile raises, also for an interrupt by the user.

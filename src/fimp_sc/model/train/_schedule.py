@@ -7,24 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fimp_sc._recipe import recipe
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fimp_sc.data import GraphData
-
-# An epoch over a small section is a handful of steps, over a large one it is thousands: budget steps, not epochs.
-_STEPS, _EPOCHS = 600, (8, 100)
-# Compact blocks that make up a batch: small enough for a batch to hold cells of several domains.
-_CELLS_PER_PART = 64
-_BATCH = (64, 256)
-# Nodes of a recording that go into one batch: a part of it would read most of the others as neighbors.
-_RECORDING = 512
-_VALIDATIONS = 30
-# Expression: up to this many training cells the linear model that training starts from is nearly all that can be
-# learned, and small steps keep it; the more cells, the more and the larger the steps that pay.
-FEW_CELLS = 4000
-_MOST, _FASTEST, _FASTEST_LABELS = 4.0, 16.0, 8.0
-_LR, _LR_LOADINGS = 5e-4, 2e-3
 
 
 @dataclass(frozen=True)
@@ -41,54 +29,71 @@ class Schedule:
         Of a training; 0 validations for one in every epoch.
     patience
         Validations without gain after which to stop.
-    spare_labeled
-        Whether half of the nodes go without a mask where there are labels, so that these are learned from nodes as they
-        are predicted.
+    mask_cells
+        Probability that a node is masked at all.
     plan
         Arguments of the training plan.
     """
 
     batch_size: int
     parts: int
-    mask_ratio: tuple[float, float] = (0.0, 0.4)
-    steps: int = _STEPS
-    least_epochs: int = _EPOCHS[0]
-    most_epochs: int = _EPOCHS[1]
+    mask_ratio: tuple[float, float]
+    steps: int
+    least_epochs: int
+    most_epochs: int
+    patience: int
+    mask_cells: float = 1.0
     validations: int = 0
-    patience: int = 3
-    spare_labeled: bool = True
     plan: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, data: GraphData, train_idx: NDArray[np.int64], batch_size: int | None, *, pretrained: bool = False
+        cls,
+        data: GraphData,
+        train_idx: NDArray[np.int64],
+        batch_size: int | None = None,
+        *,
+        pretrained: bool = False,
     ) -> Schedule:
         """Return the schedule for training nodes; a given ``batch_size`` is kept.
 
         A ``pretrained`` foundation model is fine-tuned with as many and as large steps on many cells as on few.
         """
-        usual = int(np.clip(2 ** round(np.log2(max(len(train_idx) / 24, 1))), *_BATCH))
+        numbers = recipe()
+        usual = int(np.clip(2 ** round(np.log2(max(len(train_idx) / 24, 1))), *numbers.batch))
         labeled = bool((data.label[train_idx] >= 0).any())
+        least, most = numbers.epochs
         if data.source is not None:
             size = batch_size or usual
-            more = 1.0 if pretrained else float(np.clip(2 * len(train_idx) / FEW_CELLS - 1, 1.0, _MOST))
-            faster = min(more**3, _FASTEST_LABELS if labeled else _FASTEST)
-            plan = {"lr": faster * _LR, "lr_loadings": faster**0.5 * _LR_LOADINGS} if more > 1 else {}
-            # The few cells of some blocks say less reliably whether labels are still getting better.
-            patience = 6 if labeled else 3
-            return cls(size, max(size // _CELLS_PER_PART, 1), steps=round(more * _STEPS), patience=patience, plan=plan)
-        # Signals and images start from less than expression does, and learn relations of pairs of nodes.
+            more = 1.0
+            if not pretrained:
+                more = float(np.clip(2 * len(train_idx) / numbers.few_cells - 1, 1.0, numbers.most_steps))
+            faster = min(more**3, numbers.fastest_labels if labeled else numbers.fastest)
+            return cls(
+                size,
+                max(size // numbers.cells_per_tile, 1),
+                numbers.mask_ratio,
+                round(more * numbers.steps),
+                least,
+                most,
+                numbers.patience_labels if labeled else numbers.patience,
+                numbers.mask_cells_labels if labeled else 1.0,
+                plan={"lr": faster * numbers.lr, "lr_loadings": faster**0.5 * numbers.lr_loadings} if more > 1 else {},
+            )
         largest = int(np.bincount(data.library[train_idx]).max())
-        whole = data.library.max() > 0 and largest <= _RECORDING
+        whole = data.library.max() > 0 and largest <= numbers.recording
         size = batch_size or (largest if whole else usual)
         return cls(
-            size, 1 if whole else max(size // _CELLS_PER_PART, 1), mask_ratio=(0.1, 0.6), steps=800, most_epochs=400,
-            validations=_VALIDATIONS, patience=6, spare_labeled=False, plan={"lr": 1e-3 if labeled else 2e-3},
-        )  # fmt: skip
-
-    def mask_cells(self, labeled: bool) -> float:
-        """Return the probability that a node is masked at all."""
-        return 0.5 if labeled and self.spare_labeled else 1.0
+            size,
+            1 if whole else max(size // numbers.cells_per_tile, 1),
+            numbers.mask_ratio_sequences,
+            numbers.steps_sequences,
+            least,
+            numbers.most_epochs_sequences,
+            numbers.patience_sequences,
+            validations=numbers.validations_sequences,
+            plan={"lr": numbers.lr_sequences_labels if labeled else numbers.lr_sequences},
+        )
 
     def epochs(self, n_batches: int) -> int:
         """Return the number of epochs of ``n_batches`` steps."""

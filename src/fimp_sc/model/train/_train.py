@@ -16,19 +16,19 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fimp_sc._logging import ONE_AT_A_TIME
 from fimp_sc._options import checked
-from fimp_sc._threads import ONE_AT_A_TIME
+from fimp_sc._recipe import recipe
 from fimp_sc.data import BlockSplitter, split_by_blocks
-from fimp_sc.model.predict._labels import MixingModel
+from fimp_sc.model.predict._labels import fit_mixtures, reset_mixtures
 from fimp_sc.model.predict._reconstruct import hidden_tokens
 from fimp_sc.model.predict._reference import remember
+from fimp_sc.model.registry._graph_data import graph_data, node_indices, sequence_size, study_of, tables_of
 from fimp_sc.model.train._checkpoint import KeptTraining, training_marks
-from fimp_sc.model.train._initialize import StartingModel
-from fimp_sc.model.train._plan import FIMPTrainingPlan, trained_weights
-from fimp_sc.model.train._runner import FIMPTrainRunner, unchanged_if_it_fails
+from fimp_sc.model.train._initialize import start_from_data
+from fimp_sc.model.train._plan import trained_weights
+from fimp_sc.model.train._runner import seeded, unchanged_if_it_fails
 from fimp_sc.model.train._schedule import Schedule
-from fimp_sc.model.train._seeded import seeded
-from fimp_sc.nn import FoundationNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,15 +37,13 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from fimp_sc.data import GraphData
+    from fimp_sc.data._study import Study
+    from fimp_sc.model._fimp import FIMP
 
 logger = logging.getLogger(__name__)
 
-# The masked loss is relative to gene means, so that a smaller gain is one that no result shows.
-_LEAST_GAIN = 2e-4
 # Enough to keep an accelerator busy; on a CPU making batches and training would only take turns.
 _WORKERS_ACCELERATOR = 4
-# Weights used are an exponential average over some tens of steps, which evens out what single blocks ask for.
-_AVERAGING = 0.97
 
 
 class _BestWeights(Callback):
@@ -75,239 +73,238 @@ class _BestWeights(Callback):
         self.loss, self.weights = state_dict["loss"], state_dict["weights"]
 
 
-class TrainableModel(MixingModel, StartingModel):
-    """A graph model with :meth:`train`."""
+@checked
+def train(
+    model: FIMP,
+    max_epochs: int | None = None,
+    *,
+    accelerator: str = "auto",
+    devices: int | list[int] | str = "auto",
+    num_workers: int | None = None,
+    validation_size: float = 0.1,
+    train_indices: Sequence[int] | None = None,
+    validation_indices: Sequence[int] | None = None,
+    hidden: Any = None,
+    batch_size: int | None = None,
+    mask_ratio: tuple[float, float] | None = None,
+    gene_mask_ratio: float | None = None,
+    mask_cells: float | None = None,
+    class_balance: float | None = None,
+    early_stopping: bool = True,
+    early_stopping_patience: int | None = None,
+    early_stopping_min_delta: float | None = None,
+    plan_kwargs: dict[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    **trainer_kwargs: Any,
+) -> None:
+    """Train on masked expression, and on labels where there are some.
 
-    _training_plan_cls = FIMPTrainingPlan
-    _train_runner_cls = FIMPTrainRunner
+    A training that fails or is interrupted leaves the model as it was. Trainings of several threads run one after
+    the other, as they draw random numbers from generators that threads share.
 
-    @checked
-    def train(
-        self,
-        max_epochs: int | None = None,
-        *,
-        accelerator: str = "auto",
-        devices: int | list[int] | str = "auto",
-        num_workers: int | None = None,
-        validation_size: float = 0.1,
-        train_indices: Sequence[int] | None = None,
-        validation_indices: Sequence[int] | None = None,
-        hidden: Any = None,
-        batch_size: int | None = None,
-        mask_ratio: tuple[float, float] | None = None,
-        gene_mask_ratio: float = 0.3,
-        mask_cells: float | None = None,
-        class_balance: float = 0.5,
-        early_stopping: bool = True,
-        early_stopping_patience: int | None = None,
-        early_stopping_min_delta: float = _LEAST_GAIN,
-        plan_kwargs: dict[str, Any] | None = None,
-        checkpoint: str | Path | None = None,
-        **trainer_kwargs: Any,
-    ) -> None:
-        """Train on masked expression, and on labels where there are some.
+    Parameters
+    ----------
+    max_epochs
+        Upper limit of epochs; by default as many as make about 600 steps, between 8 and 100; of FIMP-base from
+        4,000 training cells on more, up to 2,400; where there are no genes 800 steps, in up to 400 epochs.
+    accelerator, devices
+        As in Lightning; ``"auto"`` takes a GPU when there is one. With several devices give ``strategy="ddp"``
+        too: every device then takes its share of the blocks of an epoch, so that a step covers ``devices`` times
+        ``batch_size`` cells.
+    num_workers
+        Processes that make batches ahead of their use; by default up to 4 with a GPU, none without.
+    validation_size
+        Share of cells held out for validation in whole spatial blocks.
+    train_indices, validation_indices
+        Cells of each part, instead of ``validation_size``. Cells in neither are seen as neighbors only.
+    hidden
+        Values that are kept for tests: neither shown nor learned from. As in :meth:`get_expression` or
+        :meth:`get_reconstruction`; of several modalities a dictionary by name. Totals of cells are of what is
+        visible, also where genes are masked to learn from.
+    batch_size
+        Destinations per step; by default 64 to 256, so that an epoch has at least some 24 steps; of signals whole
+        recordings.
+    mask_ratio
+        Smallest and largest share of a cell's genes, or of a node's segments or patches, hidden in training; each
+        draws its own. By default from 0 to 0.4, and from 0.1 to 0.6 where there are no genes.
+    gene_mask_ratio
+        Largest share of genes hidden in a whole block, by default 0.3, so that the model copes with other
+        gene panels.
+    mask_cells
+        Probability that a cell is masked at all. By default 1 without labels or without genes, and 0.5 otherwise,
+        so that labels are learned from cells as they are predicted.
+    class_balance
+        0 weighs cells alike, 1 classes alike, in the label loss; by default 0.5.
+    early_stopping
+        Stop when the validation loss no longer improves. With validation cells the weights of the best epoch are
+        kept in any case.
+    early_stopping_patience
+        Validations without improvement to wait for, by default 3, and 6 where there are labels or no genes.
+    early_stopping_min_delta
+        A smaller gain is none; by default 2e-4.
+    plan_kwargs
+        Passed to the training plan (``lr``, ``weight_decay``, ...). By default ``lr`` grows with the number of
+        steps, from 5e-4 to 8e-3 (4e-3 with labels), and so does ``lr_loadings``, from 2e-3.
+    checkpoint
+        Folder for ``training.ckpt``, a checkpoint of Lightning that is written after every epoch. Where the folder
+        holds one, that training is gone on with: the same call again loses no more than the epoch in which the
+        first was killed or interrupted. On one device the result is that of a training without the stop; several
+        share the blocks of an epoch in another way then. The file stays when the training is over. It is read as
+        tensors and plain values, so no code in it is run; the state of callbacks of your own must be of these.
+    **trainer_kwargs
+        Passed to :class:`scvi.train.Trainer` and so to Lightning.
 
-        A training that fails or is interrupted leaves the model as it was. Trainings of several threads run one after
-        the other, as they draw random numbers from generators that threads share.
-
-        Parameters
-        ----------
-        max_epochs
-            Upper limit of epochs; by default as many as make about 600 steps, between 8 and 100; of FIMP-base from
-            4,000 training cells on more, up to 2,400; where there are no genes 800 steps, in up to 400 epochs.
-        accelerator, devices
-            As in Lightning; ``"auto"`` takes a GPU when there is one. With several devices give ``strategy="ddp"``
-            too: every device then takes its share of the blocks of an epoch, so that a step covers ``devices`` times
-            ``batch_size`` cells.
-        num_workers
-            Processes that make batches ahead of their use; by default up to 4 with a GPU, none without.
-        validation_size
-            Share of cells held out for validation in whole spatial blocks.
-        train_indices, validation_indices
-            Cells of each part, instead of ``validation_size``. Cells in neither are seen as neighbors only.
-        hidden
-            Values that are kept for tests: neither shown nor learned from. As in :meth:`get_expression` or
-            :meth:`get_reconstruction`; of several modalities a dictionary by name. Totals of cells are of what is
-            visible, also where genes are masked to learn from.
-        batch_size
-            Destinations per step; by default 64 to 256, so that an epoch has at least some 24 steps; of signals whole
-            recordings.
-        mask_ratio
-            Smallest and largest share of a cell's genes, or of a node's segments or patches, hidden in training; each
-            draws its own. By default from 0 to 0.4, and from 0.1 to 0.6 where there are no genes.
-        gene_mask_ratio
-            Largest share of genes hidden in a whole block, so that the model copes with other gene panels.
-        mask_cells
-            Probability that a cell is masked at all. By default 1 without labels or without genes, and 0.5 otherwise,
-            so that labels are learned from cells as they are predicted.
-        class_balance
-            0 weighs cells alike, 1 classes alike, in the label loss.
-        early_stopping
-            Stop when the validation loss no longer improves. With validation cells the weights of the best epoch are
-            kept in any case.
-        early_stopping_patience
-            Validations without improvement to wait for, by default 3, and 6 where there are labels or no genes.
-        early_stopping_min_delta
-            A smaller gain is none.
-        plan_kwargs
-            Passed to the training plan (``lr``, ``weight_decay``, ...). By default ``lr`` grows with the number of
-            steps, from 5e-4 to 8e-3 (4e-3 with labels), and so does ``lr_loadings``, from 2e-3.
-        checkpoint
-            Folder for ``training.ckpt``, a checkpoint of Lightning that is written after every epoch. Where the folder
-            holds one, that training is gone on with: the same call again loses no more than the epoch in which the
-            first was killed or interrupted. On one device the result is that of a training without the stop; several
-            share the blocks of an epoch in another way then. The file stays when the training is over. It is read as
-            tensors and plain values, so no code in it is run; the state of callbacks of your own must be of these.
-        **trainer_kwargs
-            Passed to :class:`scvi.train.Trainer` and so to Lightning.
-
-        Raises
-        ------
-        ValueError
-            When indices overlap or leave nothing to train on, ``hidden`` has another shape or names no modality,
-            another loss is to stop training, or ``checkpoint`` is of a training of other data or arguments, or damaged.
-        IndexError
-            When indices are out of range.
-        KeyboardInterrupt
-            When it is interrupted.
-        """
-        self._validate_anndata()
-        unknown = {"early_stopping_monitor", "early_stopping_mode"} & set(trainer_kwargs)
-        if unknown:
-            raise ValueError(f"{min(unknown)} cannot be chosen: training stops by the validation loss.")
-        module = self.module
-        if module.value_head is None and module.label_head is None and not module.network.heads:
-            raise ValueError(
-                "There is nothing to learn: this foundation model does not reconstruct signals, and there are no "
-                "labels. Use it without training (zero_shot=True in fimp_sc.tl.embed), or name labels with labels_key=."
+    Raises
+    ------
+    ValueError
+        When indices overlap or leave nothing to train on, ``hidden`` has another shape or names no modality,
+        another loss is to stop training, or ``checkpoint`` is of a training of other data or arguments, or damaged.
+    IndexError
+        When indices are out of range.
+    KeyboardInterrupt
+        When it is interrupted.
+    """
+    unknown = {"early_stopping_monitor", "early_stopping_mode"} & set(trainer_kwargs)
+    if unknown:
+        raise ValueError(f"{min(unknown)} cannot be chosen: training stops by the validation loss.")
+    _check_devices(devices, accelerator)
+    module = model.module
+    if module.value_head is None and module.label_head is None and not module.network.heads:
+        raise ValueError(
+            "There is nothing to learn: this foundation model does not reconstruct signals, and there are no "
+            "labels. Use it without training (zero_shot=True in fimp_sc.tl.embed), or name labels with labels_key=."
+        )
+    numbers = recipe()
+    gene_mask_ratio = numbers.gene_mask_ratio if gene_mask_ratio is None else gene_mask_ratio
+    class_balance = numbers.class_balance if class_balance is None else class_balance
+    least_gain = numbers.least_gain if early_stopping_min_delta is None else early_stopping_min_delta
+    study = study_of(model, None)
+    unseen = _unseen(model, study, hidden)
+    data = graph_data(model, study, **unseen)
+    train_idx, val_idx = _split(model, data, validation_size, train_indices, validation_indices)
+    asked = {
+        "max_epochs": max_epochs, "batch_size": batch_size, "mask_ratio": mask_ratio,
+        "gene_mask_ratio": gene_mask_ratio, "mask_cells": mask_cells, "class_balance": class_balance,
+        "early_stopping": early_stopping, "early_stopping_patience": early_stopping_patience,
+        "early_stopping_min_delta": least_gain, "plan_kwargs": plan_kwargs,
+    }  # fmt: skip
+    kept = []
+    if checkpoint is not None:
+        marks = training_marks(model, data, (train_idx, val_idx), unseen, asked, trainer_kwargs)
+        kept = [KeptTraining(checkpoint, marks)]
+    schedule = Schedule.of(data, train_idx, batch_size, pretrained=module.network.pretrained)
+    mask_ratio = schedule.mask_ratio if mask_ratio is None else mask_ratio
+    with unchanged_if_it_fails(model):
+        if model.classes:
+            label = data.label[train_idx]
+            module.set_class_weight(np.bincount(label[label >= 0], minlength=len(model.classes)), class_balance)
+        if not model.is_trained:
+            data = start_from_data(model, study, data, train_idx, val_idx, mask_ratio, unseen)
+        splitter = BlockSplitter(
+            data,
+            train_idx,
+            val_idx,
+            batch_size=schedule.batch_size,
+            n_layers=model.n_layers,
+            n_tokens=model.n_tokens,
+            parts=schedule.parts,
+            mask_ratio=mask_ratio,
+            gene_mask_ratio=gene_mask_ratio,
+            mask_cells=schedule.mask_cells if mask_cells is None else mask_cells,
+            random_state=model.random_state,
+            num_workers=_workers(accelerator) if num_workers is None else num_workers,
+            pin_memory=on_gpu(accelerator),
+        )
+        if max_epochs is None:
+            max_epochs = schedule.epochs(len(splitter.train_dataloader()))
+        validated = len(val_idx) > 0
+        patience = schedule.patience if early_stopping_patience is None else early_stopping_patience
+        # Lightning's own callback: that of scvi-tools prints when it stops, asked to be quiet or not.
+        stopping = EarlyStopping("validation_loss", min_delta=least_gain, patience=patience)
+        best = _BestWeights()
+        callbacks = [
+            *trainer_kwargs.pop("callbacks", []),
+            *([best] if validated else []),
+            *([stopping] if early_stopping and validated else []),
+            # This form of averaging leaves weights that do not change as they are, to the bit.
+            WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(numbers.averaging)),
+            *kept,  # last, to see what the others write
+        ]
+        with tempfile.TemporaryDirectory() as folder, seeded(model.random_state), _quiet():
+            module.train()
+            plan = model._training_plan_cls(module, **(schedule.plan | (plan_kwargs or {})))
+            runner = model._train_runner_cls(
+                model,
+                training_plan=plan,
+                data_splitter=splitter,
+                max_epochs=max_epochs,
+                accelerator=accelerator,
+                devices=devices,
+                callbacks=callbacks,
+                **{
+                    "default_root_dir": folder,
+                    "check_val_every_n_epoch": schedule.validate_every(max_epochs) if validated else None,
+                    **({"ckpt_path": kept[0].path} if kept and kept[0].found else {}),
+                    **trainer_kwargs,
+                },
             )
-        unseen = self._unseen(hidden)
-        data = self._graph_data(self.adata, **unseen)
-        train_idx, val_idx = self._split(data, validation_size, train_indices, validation_indices)
-        asked = {
-            "max_epochs": max_epochs, "batch_size": batch_size, "mask_ratio": mask_ratio,
-            "gene_mask_ratio": gene_mask_ratio, "mask_cells": mask_cells, "class_balance": class_balance,
-            "early_stopping": early_stopping, "early_stopping_patience": early_stopping_patience,
-            "early_stopping_min_delta": early_stopping_min_delta, "plan_kwargs": plan_kwargs,
-        }  # fmt: skip
-        kept = []
-        if checkpoint is not None:
-            marks = training_marks(self, data, (train_idx, val_idx), unseen, asked, trainer_kwargs)
-            kept = [KeptTraining(checkpoint, marks)]
-        pretrained = isinstance(module.network, FoundationNetwork)
-        schedule = Schedule.of(data, train_idx, batch_size, pretrained=pretrained)
-        mask_ratio = schedule.mask_ratio if mask_ratio is None else mask_ratio
-        with unchanged_if_it_fails(self):
-            if self.classes:
-                label = data.label[train_idx]
-                module.set_class_weight(np.bincount(label[label >= 0], minlength=len(self.classes)), class_balance)
-            if not self.is_trained:
-                data = self._start_from_data(data, train_idx, val_idx, mask_ratio, unseen)
-            splitter = BlockSplitter(
-                data,
-                train_idx,
-                val_idx,
-                batch_size=schedule.batch_size,
-                n_layers=self.n_layers,
-                n_tokens=self.n_tokens,
-                parts=schedule.parts,
-                mask_ratio=mask_ratio,
-                gene_mask_ratio=gene_mask_ratio,
-                mask_cells=schedule.mask_cells(bool(self.classes)) if mask_cells is None else mask_cells,
-                random_state=self.random_state,
-                num_workers=_workers(accelerator) if num_workers is None else num_workers,
-                pin_memory=on_gpu(accelerator),
-            )
-            if max_epochs is None:
-                max_epochs = schedule.epochs(len(splitter.train_dataloader()))
-            validated = len(val_idx) > 0
-            patience = schedule.patience if early_stopping_patience is None else early_stopping_patience
-            # Lightning's own callback: that of scvi-tools prints when it stops, asked to be quiet or not.
-            stopping = EarlyStopping("validation_loss", min_delta=early_stopping_min_delta, patience=patience)
-            best = _BestWeights()
-            callbacks = [
-                *trainer_kwargs.pop("callbacks", []),
-                *([best] if validated else []),
-                *([stopping] if early_stopping and validated else []),
-                # This form of averaging leaves weights that do not change as they are, to the bit.
-                WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGING)),
-                *kept,  # last, to see what the others write
-            ]
-            with tempfile.TemporaryDirectory() as folder, seeded(self.random_state), _quiet():
-                module.train()
-                plan = self._training_plan_cls(module, **(schedule.plan | (plan_kwargs or {})))
-                runner = self._train_runner_cls(
-                    self,
-                    training_plan=plan,
-                    data_splitter=splitter,
-                    max_epochs=max_epochs,
-                    accelerator=accelerator,
-                    devices=devices,
-                    callbacks=callbacks,
-                    **{
-                        "default_root_dir": folder,
-                        "check_val_every_n_epoch": schedule.validate_every(max_epochs) if validated else None,
-                        **({"ckpt_path": kept[0].path} if kept and kept[0].found else {}),
-                        **trainer_kwargs,
-                    },
-                )
-                runner()
-                if best.weights:
-                    plan.load_state_dict(best.weights, strict=False)
-            module.eval()
-            known = val_idx[data.label[val_idx] >= 0]
-            with ONE_AT_A_TIME:
-                self._reset_shares()
-                if module.label_head is not None and self.messages and len(known):
-                    self._fit_shares(train_idx, known, data.label[known], **unseen)
-                remember(self, data, train_idx, val_idx)
+            runner()
+            if best.weights:
+                plan.load_state_dict(best.weights, strict=False)
+        module.eval()
+        known = val_idx[data.label[val_idx] >= 0]
+        with ONE_AT_A_TIME:
+            reset_mixtures(model)
+            if module.label_head is not None and model.messages and len(known):
+                fit_mixtures(model, data, train_idx, known, data.label[known])
+            remember(model, data, train_idx, val_idx)
 
-    def _unseen(self, hidden: Any) -> dict[str, Any]:
-        """Return what is hidden, by modality or of the only one, as arguments of :meth:`_graph_data`."""
-        if hidden is None:
-            return {}
-        tables = [part.name for part in self._tables(self.adata)]
-        known = [*tables, *self.module.sequences]
-        if not isinstance(hidden, Mapping):
-            if len(known) > 1:
-                raise ValueError(
-                    f"hidden is one array for several modalities: pass a dictionary, with keys of {known}."
-                )
-            hidden = {known[0]: hidden}
-        unknown = sorted(set(hidden) - set(known))
-        if unknown:
-            raise ValueError(f"hidden names {unknown[0]!r}, but the model reads {known}.")
-        tokens, n_obs = {}, self._nodes(self.adata).n_obs
-        for name in self.module.sequences:
-            if name in hidden:
-                kind, size = self._sequence_size(self.adata, name)
-                tokens[name] = hidden_tokens(hidden[name], kind, n_obs, size, self.token_sizes[name])
-        return {"hidden": {name: hidden[name] for name in tables if name in hidden}, "hidden_tokens": tokens}
 
-    def _split(
-        self,
-        data: GraphData,
-        validation_size: float,
-        train_indices: Sequence[int] | None,
-        validation_indices: Sequence[int] | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        if train_indices is None and validation_indices is None:
-            train_idx, val_idx = split_by_blocks(
-                data.coordinates, data.library, validation_size, self.random_state, data.rank
-            )
-        else:
-            nodes = self._nodes(self.adata)
-            val_idx = np.unique(self._indices(nodes, [] if validation_indices is None else validation_indices))
-            rest = np.setdiff1d(np.arange(nodes.n_obs), val_idx)
-            train_idx = rest if train_indices is None else np.unique(self._indices(nodes, train_indices))
-        shared = np.intersect1d(train_idx, val_idx)
-        if len(shared):
-            raise ValueError(f"train_indices and validation_indices share {len(shared)} cells, {shared[:3]} among them")
-        if not len(train_idx):
-            raise ValueError("No cell is left to train on: check train_indices and validation_size.")
-        if self.classes and not (data.label[train_idx] >= 0).any():
-            raise ValueError("No training cell has a label: check labels_key, unlabeled_category and the split.")
-        return train_idx, val_idx
+def _unseen(model: FIMP, study: Study, hidden: Any) -> dict[str, Any]:
+    """Return what is hidden, by modality or of the only one, as arguments of :func:`graph_data`."""
+    if hidden is None:
+        return {}
+    tables = [part.name for part in tables_of(model, study)]
+    known = [*tables, *model.module.sequences]
+    if not isinstance(hidden, Mapping):
+        if len(known) > 1:
+            raise ValueError(f"hidden is one array for several modalities: pass a dictionary, with keys of {known}.")
+        hidden = {known[0]: hidden}
+    unknown = sorted(set(hidden) - set(known))
+    if unknown:
+        raise ValueError(f"hidden names {unknown[0]!r}, but the model reads {known}.")
+    tokens, n_obs = {}, study.nodes.n_obs
+    for name in model.module.sequences:
+        if name in hidden:
+            kind, size = sequence_size(model, study, name)
+            tokens[name] = hidden_tokens(hidden[name], kind, n_obs, size, model.token_sizes[name])
+    return {"hidden": {name: hidden[name] for name in tables if name in hidden}, "hidden_tokens": tokens}
+
+
+def _split(
+    model: FIMP,
+    data: GraphData,
+    validation_size: float,
+    train_indices: Sequence[int] | None,
+    validation_indices: Sequence[int] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    if train_indices is None and validation_indices is None:
+        train_idx, val_idx = split_by_blocks(
+            data.coordinates, data.library, validation_size, model.random_state, data.rank
+        )
+    else:
+        nodes = data.label
+        val_idx = np.unique(node_indices(nodes, [] if validation_indices is None else validation_indices))
+        rest = np.setdiff1d(np.arange(len(nodes)), val_idx)
+        train_idx = rest if train_indices is None else np.unique(node_indices(nodes, train_indices))
+    shared = np.intersect1d(train_idx, val_idx)
+    if len(shared):
+        raise ValueError(f"train_indices and validation_indices share {len(shared)} cells, {shared[:3]} among them")
+    if not len(train_idx):
+        raise ValueError("No cell is left to train on: check train_indices and validation_size.")
+    if model.classes and not (data.label[train_idx] >= 0).any():
+        raise ValueError("No training cell has a label: check labels_key, unlabeled_category and the split.")
+    return train_idx, val_idx
 
 
 @contextmanager
@@ -330,6 +327,17 @@ def _quiet() -> Iterator[None]:
 def on_gpu(accelerator: str) -> bool:
     """Tell whether ``accelerator``, as Lightning names it, means a CUDA device on this machine."""
     return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+
+
+def _check_devices(devices: Any, accelerator: str) -> None:
+    """Refuse what Lightning would, on a CPU, once everything is ready: anything but a number of processes."""
+    on_cpu = accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    number = int(devices) if isinstance(devices, str) and devices.isdigit() else devices
+    if on_cpu and devices != "auto" and not (isinstance(number, int) and number > 0):
+        raise ValueError(
+            f"devices={devices!r} names GPUs, and training is on the CPU: leave devices out, or pass a number of "
+            "processes."
+        )
 
 
 def _workers(accelerator: str) -> int:

@@ -10,11 +10,10 @@ import numpy as np
 from scipy import sparse
 
 from fimp_sc._keys import find_results
-from fimp_sc.data._elements import get_obs, missing_key, shorten
 from fimp_sc.data._modality import MODALITY_KEY, described, get_modality
-from fimp_sc.data._study import nodes_of, parts_of
-from fimp_sc.data.storage._rows import open_rows
-from fimp_sc.data.storage._stored import storage
+from fimp_sc.data._study import resolve
+from fimp_sc.data.storage._elements import get_obs, missing_key, shorten
+from fimp_sc.data.storage._rows import open_rows, storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,19 +23,19 @@ if TYPE_CHECKING:
     from mudata import MuData
     from numpy.typing import NDArray
 
-    from fimp_sc.data._study import Part
+    from fimp_sc.data._study import Modality
 
 # Inches between a legend and what is beside it.
 _MARGIN = 0.4
 
 
 def results_of(
-    data: AnnData | MuData, modality: str | Sequence[str] | None, holds: Callable[[Any, list[Part]], bool]
-) -> tuple[AnnData, list[Part]]:
+    data: AnnData | MuData, modality: str | Sequence[str] | None, holds: Callable[[Any, list[Modality]], bool]
+) -> tuple[AnnData, list[Modality]]:
     """Return an object with the results that a figure shows, and the modalities that it brings together.
 
     Of several modalities read together these are nodes, columns, coordinates and graphs of all, see
-    :func:`~fimp_sc.data._study.nodes_of`, with what the whole object says of them in ``uns``, and the colors that the
+    :class:`~fimp_sc.data._study.Study`, with what the whole object says of them in ``uns``, and the colors that the
     modalities have. Else it is the object, or the modality, itself, and there are no others.
 
     Parameters
@@ -50,14 +49,15 @@ def results_of(
     return _together(target, names)
 
 
-def _together(data: Any, names: list[str] | None) -> tuple[Any, list[Part]]:
+def _together(data: Any, names: list[str] | None) -> tuple[Any, list[Modality]]:
     if names is None:
         return data, []
-    nodes, parts = nodes_of(data, names), parts_of(data, names)
-    for part in parts:
-        nodes.uns |= {k: v for k, v in part.adata.uns.items() if str(k).endswith("_colors") and k not in nodes.uns}
+    study = resolve(data, names)
+    nodes = study.nodes
+    for modality in study.modalities:
+        nodes.uns |= {k: v for k, v in modality.adata.uns.items() if str(k).endswith("_colors") and k not in nodes.uns}
     nodes.uns |= dict(data.uns)
-    return nodes, parts
+    return nodes, list(study.modalities)
 
 
 def modality_of_kind(mdata: Any, modality: str | None, kind: str) -> tuple[str, AnnData, dict[str, Any]]:
@@ -91,7 +91,13 @@ def _info(adata: AnnData) -> dict[str, Any]:
 
 
 def node_positions(
-    adata: AnnData, nodes: Any, *, column: str | None = None, among: NDArray[np.bool_] | None = None, hint: str = ""
+    adata: AnnData,
+    nodes: Any,
+    *,
+    argument: str = "nodes",
+    column: str | None = None,
+    among: NDArray[np.bool_] | None = None,
+    hint: str = "",
 ) -> NDArray[np.int64]:
     """Return the positions of nodes in the order in which they are asked for.
 
@@ -100,6 +106,8 @@ def node_positions(
     nodes
         A name or position, or several, or one bool for each node. A name is looked up in ``obs_names``, then in
         ``obs[column]``.
+    argument
+        Name of the argument, for messages.
     among
         ``(n_obs,)`` nodes to look names up in; all by default.
     hint
@@ -111,28 +119,41 @@ def node_positions(
         No node has this name.
     IndexError
         There is no such position.
+    TypeError
+        Neither names nor positions.
     ValueError
         No nodes, bools of another number, or a name of several nodes.
     """
+    if not isinstance(nodes, str | Integral) and (not np.iterable(nodes) or isinstance(nodes, bytes)):
+        found = type(nodes).__name__
+        raise TypeError(f"{argument} must be a name, a position, or a list of these, found an object of type {found}.")
     wanted: list[Any] = [nodes] if isinstance(nodes, str | Integral) else list(nodes)
     if wanted and all(isinstance(item, bool | np.bool_) for item in wanted):
         if len(wanted) != adata.n_obs:
-            raise ValueError(f"nodes are {len(wanted):,} bools, but there are {adata.n_obs:,} nodes: one for each.")
+            raise ValueError(
+                f"{argument} are {len(wanted):,} bools, but there are {adata.n_obs:,} nodes: one for each."
+            )
         wanted = np.flatnonzero(wanted).tolist()
     if not wanted:
-        raise ValueError("nodes is empty: name at least one.")
+        raise ValueError(f"{argument} is empty: name at least one.")
     inside = np.ones(adata.n_obs, dtype=bool) if among is None else among
     names = np.asarray(adata.obs_names, dtype=object)
     other = names if column is None else get_obs(adata, [column])[column].astype(str).to_numpy(dtype=object)
-    return np.array([_position(item, names, other, inside, column, hint) for item in wanted], dtype=np.int64)
+    return np.array([_position(item, argument, names, other, inside, column, hint) for item in wanted], dtype=np.int64)
 
 
 def _position(
-    item: Any, names: NDArray[Any], other: NDArray[Any], inside: NDArray[np.bool_], column: str | None, hint: str
+    item: Any,
+    argument: str,
+    names: NDArray[Any],
+    other: NDArray[Any],
+    inside: NDArray[np.bool_],
+    column: str | None,
+    hint: str,
 ) -> int:
     if isinstance(item, Integral):
         if not 0 <= int(item) < len(names):
-            raise IndexError(f"There is no node {item}: positions go from 0 to {len(names) - 1}.")
+            raise IndexError(f"{argument} has the position {item}, and positions go from 0 to {len(names) - 1}.")
         return int(item)
     found = np.flatnonzero((names == str(item)) & inside)
     if not found.size:

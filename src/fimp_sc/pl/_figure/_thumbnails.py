@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fimp_sc.data._elements import missing_key
 from fimp_sc.data.sequences._pixels import image_shape, read_pixels
+from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.pl._figure._common import read_rows
 
 if TYPE_CHECKING:

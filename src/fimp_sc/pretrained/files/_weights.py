@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fimp_sc.data._elements import shorten
+from fimp_sc.data.storage._elements import shorten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from fimp_sc.data._elements import shorten
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.data.validate._gene_names import naming_hint
 from fimp_sc.pretrained.genes._orthologs import Orthologs, OrthologSource, index_orthologs, read_orthologs
 from fimp_sc.pretrained.genes._vocabulary import (

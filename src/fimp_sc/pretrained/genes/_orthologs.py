@@ -64,6 +64,8 @@ def read_orthologs(orthologs: str | Path | pd.DataFrame) -> pd.DataFrame:
 
     Raises
     ------
+    TypeError
+        Another kind of object.
     FileNotFoundError
         There is no such file.
     ValueError
@@ -71,6 +73,8 @@ def read_orthologs(orthologs: str | Path | pd.DataFrame) -> pd.DataFrame:
     """
     if isinstance(orthologs, pd.DataFrame):
         return _standard(orthologs, "The data frame of orthologs")
+    if not isinstance(orthologs, str | Path):
+        raise TypeError(f"orthologs must be a data frame or a path, found {type(orthologs).__name__}.")
     path = Path(orthologs)
     if not path.is_file():
         raise FileNotFoundError(f"There is no table of orthologs at {str(path)!r}.")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fimp_sc.data._elements import shorten
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.pretrained._registry import foundation_names, foundation_reader
 from fimp_sc.pretrained.files._files import (
     CheckpointError,

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._files import write_files
-from fimp_sc.data._elements import shorten
+from fimp_sc.data.storage._elements import shorten
 from fimp_sc.pretrained.files._files import CheckpointError
 from fimp_sc.pretrained.genes._tables import read_table
 

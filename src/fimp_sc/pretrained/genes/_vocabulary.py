@@ -107,16 +107,16 @@ def read_aliases(aliases: AliasSource) -> dict[str, tuple[str, ...]]:
     Raises
     ------
     TypeError
-        Another kind of object.
+        Another kind of object, or an alias that stands for something else than symbols.
     FileNotFoundError
         There is no such file.
     ValueError
-        The file does not have two columns.
+        The file cannot be read, or does not have two columns.
     """
     if aliases is None:
         return {}
     if isinstance(aliases, Mapping):
-        return {str(name): (to,) if isinstance(to, str) else tuple(map(str, to)) for name, to in aliases.items()}
+        return {str(name): _symbols(name, to) for name, to in aliases.items()}
     if not isinstance(aliases, str | Path):
         raise TypeError(f"aliases must be a dict from alias to symbol or a path, found {type(aliases).__name__}.")
     path = Path(aliases)
@@ -124,7 +124,11 @@ def read_aliases(aliases: AliasSource) -> dict[str, tuple[str, ...]]:
         raise FileNotFoundError(f"There is no table of aliases at {str(path)!r}.")
     separator = "," if ".csv" in path.suffixes else "\t"
     # Names such as NA or NAN are genes.
-    table = pd.read_csv(open_text_table(path, separator), sep=separator, header=None, dtype=str, keep_default_na=False)
+    how: dict[str, Any] = {"sep": separator, "header": None, "dtype": str, "keep_default_na": False}
+    try:
+        table = pd.read_csv(open_text_table(path, separator), **how)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as a table of aliases: {error}") from None
     if table.shape[1] != 2:
         raise ValueError(f"{str(path)!r} must have two columns, alias and symbol, found {table.shape[1]}.")
     found: dict[str, list[str]] = {}
@@ -132,6 +136,15 @@ def read_aliases(aliases: AliasSource) -> dict[str, tuple[str, ...]]:
         if alias and symbol:
             found.setdefault(alias, []).append(symbol)
     return {alias: tuple(dict.fromkeys(symbols)) for alias, symbols in found.items()}
+
+
+def _symbols(alias: Any, symbols: Any) -> tuple[str, ...]:
+    found = (
+        (symbols,) if isinstance(symbols, str) else tuple(symbols) if isinstance(symbols, list | tuple | set) else ()
+    )
+    if not found or not all(isinstance(symbol, str) for symbol in found):
+        raise TypeError(f"aliases must map an alias to a symbol or a list of symbols, found {alias!r}: {symbols!r}.")
+    return found
 
 
 def bare(name: str) -> str:

@@ -5,27 +5,27 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-import zlib
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
 from scipy import sparse
 
 from fimp_sc._keys import choose_target, last_record
+from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
-from fimp_sc.data._elements import shorten
-from fimp_sc.data._study import nodes_of, parts_of
 from fimp_sc.data.sequences._kinds import sequence_kind
-from fimp_sc.data.storage._stored import identity, storage
+from fimp_sc.data.storage._checksums import checksum
+from fimp_sc.data.storage._elements import get_matrix, shorten
+from fimp_sc.data.storage._rows import storage
 from fimp_sc.model import FIMP
-from fimp_sc.model._fields import X_KEY, check_known, table_states
+from fimp_sc.model.predict._outputs import check_classes
+from fimp_sc.model.registry._fields import X_KEY, check_known, table_states
+from fimp_sc.model.registry._graph_data import field_state
 from fimp_sc.model.train._train import on_gpu
-from fimp_sc.nn import FoundationNetwork
 from fimp_sc.tl._call._inputs import CONNECTIVITIES, Inputs
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from mudata import MuData
 
+    from fimp_sc.data._study import Study
     from fimp_sc.pretrained import Foundation
 
 logger = logging.getLogger(__name__)
@@ -61,12 +62,28 @@ class _Training(NamedTuple):
     unseen: dict[str, int]
 
 
+def given_model(model: FIMP | str | Path | None, accelerator: str, *, verbose: bool) -> FIMP | None:
+    """Return the model that a call was given, read if it is a folder or a name on the hub.
+
+    Raises
+    ------
+    ValueError
+        It is not trained, or cannot be read.
+    """
+    if isinstance(model, str | Path):
+        with user_messages(verbose=verbose):
+            model = FIMP.load(model, accelerator=accelerator)
+    if model is not None and not model.is_trained and model.foundation is None:
+        raise ValueError("The model is not trained: call model.train() first, or leave model out.")
+    return model
+
+
 def fitted_model(
-    adata: AnnData | MuData,
-    work: AnnData | MuData,
+    study: Study,
+    work: Study,
     inputs: Inputs,
     *,
-    model: FIMP | str | Path | None,
+    model: FIMP | None,
     reuse: bool,
     max_epochs: int | None,
     accelerator: str,
@@ -103,24 +120,21 @@ def fitted_model(
             f"max_epochs={max_epochs} and train_kwargs={{'max_epochs': {twice}}} are the same argument: leave one out."
         )
     max_epochs = twice if max_epochs is None else max_epochs
-    given = FIMP.load(model, accelerator=accelerator) if isinstance(model, str | Path) else model
-    if given is not None:
-        if not given.is_trained and given.foundation is None:
-            raise ValueError("The model is not trained: call model.train() first, or leave model out.")
+    if model is not None:
         if inputs.labels_key is not None:
-            given._check_classes()
+            check_classes(model)
         unused = [name for name, value in what.items() if value is not None]
         unused += [n for n, v in (("model_kwargs", model_kwargs), ("train_kwargs", train_kwargs)) if v]
         if unused:
             raise ValueError(f"{' and '.join(unused)} would have no effect on a model that is trained already.")
-        _check_modalities(given, work, inputs)
-        bound = _forgettable(FIMP.load_query_data(work, given, user_object=adata, **_given_keys(inputs)))
-        if given in _trainings:
-            _trainings[bound] = _trainings[given]
+        _check_modalities(model, work)
+        bound = _forgettable(FIMP.load_query_data(work.data, model, user_study=study, **_given_keys(inputs)))
+        if model in _trainings:
+            _trainings[bound] = _trainings[model]
         return bound
     marks = _marks(work, inputs)
-    remembered = _remembered(adata)
-    unseen = {name: _checksum(mask) for name, mask in (hidden or {}).items()}
+    remembered = _remembered(study.data)
+    unseen = {name: checksum(mask) for name, mask in (hidden or {}).items()}
     if reuse and remembered is not None:
         # A model that was given is one of other data, for all that is known of it here.
         former, seed = _trainings.get(remembered.model, _Training({}, None, {}, {}, {})), remembered.model.random_state
@@ -149,21 +163,21 @@ def fitted_model(
             max_epochs = former.max_epochs if max_epochs is None else max_epochs
             random_state = seed if random_state is None else random_state
         logger.info("Not using the model of the call before: %s. Training %s.", why, "one like it" if like else "one")
-    elif reuse and last_record(adata, several=inputs.modality is not None) is not None:
+    elif reuse and last_record(study.data, several=inputs.modality is not None) is not None:
         logger.info(
             "The model of the earlier results is not in this session, or was of another object: training one. Pass "
             "model= for a saved one."
         )
     ids = getattr(arguments.get("foundation"), "vocabulary_key", None)
-    setup = asdict(inputs) | {"layer": None, "center": inputs.center or "training"}
+    setup = asdict(inputs)
     names = setup.pop("modality")
-    if isinstance(work, AnnData):
-        if ids is not None and ids in adata.var:
-            work.var[ids] = np.asarray(adata.var[ids])
-        FIMP.setup_anndata(work, user_object=adata, **setup)
+    if isinstance(work.data, AnnData):
+        if ids is not None and ids in study.data.var:
+            work.data.var[ids] = np.asarray(study.data.var[ids])
+        FIMP.setup_anndata(work.data, user_study=study, **setup)
     else:
-        FIMP.setup_mudata(work, modality=list(names), user_object=adata, **setup)
-    fresh = _forgettable(FIMP(work, **{"random_state": random_state or 0, **arguments}))
+        FIMP.setup_mudata(work.data, modality=list(names), user_study=study, **setup)
+    fresh = _forgettable(FIMP(work.data, **{"random_state": random_state or 0, **arguments}))
     if genes is not None:
         check_known(genes, fresh.genes)
     if check is not None:
@@ -192,40 +206,42 @@ def _forget(model_id: str, key: str) -> None:
     FIMP._per_instance_manager_store.pop(model_id, None)
 
 
-def _check_modalities(model: FIMP, work: AnnData | MuData, inputs: Inputs) -> None:
-    parts = parts_of(work, inputs.modality)
-    known = list(model.module.sequences)
-    tables = list(table_states(model._state(X_KEY)))
-    table = "" if not tables else f"tables {tables}, " if len(tables) > 1 else "expression or features, "
-    if len(parts) != len(known) + len(tables):
-        raise ValueError(
-            f"The model reads {table}signals and images {known}, and modality= names {[part.name for part in parts]}: "
-            "name the modalities that the model was trained on."
-        )
+def _check_modalities(model: FIMP, work: Study) -> None:
+    found = [modality.name for modality in work.modalities]
+    tables = [name or "a table" for name in table_states(field_state(model, X_KEY))]
+    known = [*tables, *model.module.sequences]
+    if len(found) == len(known):
+        return
+    here = "one modality" if work.names is None else found
+    lacking = [name for name in known if name not in found] if work.names is not None else []
+    raise ValueError(
+        f"The model reads {known}, and this call {here}: name the modalities that the model was trained on, "
+        f"modality={known} of a MuData object. Where {shorten(lacking) or 'one'} was not measured, train a model on "
+        "the others alone."
+    )
 
 
 def _given_keys(inputs: Inputs) -> dict[str, Any]:
     """Return where a given model finds its data in the working copy: the caller's keys name the caller's data."""
-    names = ("library_key", "batch_key", "connectivities_key", "spatial_key")
-    keys: dict[str, Any] = {"layer": None} | {name: getattr(inputs, name) for name in names}
+    names = ("layer", "library_key", "batch_key", "connectivities_key", "spatial_key", "center")
+    keys = {name: getattr(inputs, name) for name in names}
     if inputs.input_scale != "auto":
         keys["input_scale"] = inputs.input_scale
-    if inputs.center is not None:
-        keys["center"] = inputs.center
     return keys
 
 
 @contextmanager
-def write_back(adata: AnnData | MuData, work: AnnData | MuData, inputs: Inputs, model: FIMP) -> Iterator[None]:
+def write_back(study: Study, work: Study, inputs: Inputs, model: FIMP) -> Iterator[None]:
     """Write results, and the graph if it was built here; remember the model."""
+    adata, light = study.data, work.data
     with warnings.catch_warnings():
         # Writing to a view turns it into an object of its own, as anndata documents.
         warnings.simplefilter("ignore", ImplicitModificationWarning)
         if inputs.modality is None and inputs.connectivities_key not in adata.obsp:
             prefix = inputs.connectivities_key.removesuffix(CONNECTIVITIES)
-            adata.obsp[f"{prefix}_distances"] = work.obsp[f"{prefix}_distances"]
-            adata.obsp[inputs.connectivities_key] = work.obsp[inputs.connectivities_key]
-            adata.uns[f"{prefix}_neighbors"] = work.uns[f"{prefix}_neighbors"]
+            adata.obsp[f"{prefix}_distances"] = light.obsp[f"{prefix}_distances"]
+            adata.obsp[inputs.connectivities_key] = light.obsp[inputs.connectivities_key]
+            adata.uns[f"{prefix}_neighbors"] = light.uns[f"{prefix}_neighbors"]
         yield
     address = id(adata)
     reference = weakref.ref(adata, lambda _: _models.pop(address, None))
@@ -262,47 +278,29 @@ def _remembered(adata: AnnData | MuData) -> _Remembered | None:
     return found if found is not None and found.adata() is adata else None
 
 
-def _marks(work: AnnData | MuData, inputs: Inputs) -> dict[str, Any]:
+def _marks(work: Study, inputs: Inputs) -> dict[str, Any]:
     """Return what a model reads of an object, as checksums and keys, by names for messages."""
-    nodes = nodes_of(work, inputs.modality)
+    nodes = work.nodes
     marks: dict[str, Any] = {
         name: getattr(inputs, name)
         for name in ("layer", "library_key", "batch_key", "input_scale", "center", "modality")
     }
-    marks["obs_names"] = _table_checksum(nodes.obs_names)
-    marks["the graph"] = _checksum(nodes.obsp[inputs.connectivities_key])
+    marks["obs_names"] = checksum(nodes.obs_names)
+    marks["the graph"] = checksum(nodes.obsp[inputs.connectivities_key])
     for key in (inputs.library_key, inputs.batch_key):
         if key is not None:
-            marks[f"obs[{key!r}]"] = _table_checksum(nodes.obs[key])
-    for part in parts_of(work, inputs.modality):
+            marks[f"obs[{key!r}]"] = checksum(nodes.obs[key])
+    for part in work.modalities:
         which = "" if inputs.modality is None else f" of {part.name!r}"
         if part.is_sequence:
             held = [value for place in sequence_kind(part.kind).parts(part.adata).values() for value in place.values()]
             # Names of files tell images apart; they are not opened.
-            marks[f"values{which}"] = [_table_checksum(v) if hasattr(v, "iloc") else _checksum(v) for v in held]
+            marks[f"values{which}"] = checksum(*held)
             continue
-        values = part.adata.X
-        marks[f"var_names{which}"] = _table_checksum(part.adata.var_names)
-        # Expression that is not in memory is known by where it is: reading all of it would take longer than most calls.
-        marks[f"values{which}"] = _checksum(values) if storage(values) == "memory" else identity(values)
+        values = get_matrix(part.adata, inputs.layer)
+        marks[f"var_names{which}"] = checksum(part.adata.var_names)
+        marks[f"values{which}"] = checksum(values)
     return marks
-
-
-def _table_checksum(table: pd.Index | pd.Series | pd.DataFrame) -> int:
-    return _checksum(pd.util.hash_pandas_object(table).to_numpy())
-
-
-def _checksum(matrix: Any) -> int:
-    """Of all values and their places: totals alone stay the same when cells or edges change places."""
-    if sparse.issparse(matrix):
-        matrix = sparse.csr_matrix(matrix)
-        parts = [matrix.data, matrix.indices, matrix.indptr]
-    else:
-        parts = [np.asarray(matrix)]
-    check = 0
-    for part in parts:
-        check = zlib.crc32(np.ascontiguousarray(part).data, check)
-    return check
 
 
 def _device(accelerator: str) -> str:
@@ -311,29 +309,26 @@ def _device(accelerator: str) -> str:
     return {"gpu": "cuda:0", "cuda": "cuda:0"}.get(accelerator, accelerator)
 
 
-def _report(model: FIMP, work: AnnData | MuData, inputs: Inputs, accelerator: str, zero_shot: bool) -> None:
-    nodes, parts = nodes_of(work, inputs.modality), parts_of(work, inputs.modality)
-    tables = [part.adata for part in parts if not part.is_sequence]
-    n_vars = sum(table.n_vars for table in tables)
+def _report(model: FIMP, work: Study, inputs: Inputs, accelerator: str, zero_shot: bool) -> None:
+    nodes = work.nodes
+    tables = work.tables
+    n_vars = sum(table.adata.n_vars for table in tables)
     shapes = model.module.sequences.values()
     # With what the optimizer keeps of those that are trained.
     weights = sum(p.numel() * (16 if p.requires_grad and not zero_shot else 4) for p in model.module.parameters())
-    # A block: about twice its destinations with the halo, a dozen dense copies of its expression, and copies of its
-    # tokens, a few dozen in training; a stack that computes its layers again in backward keeps two for each.
-    network, n_nodes, copies = model.module.network, 2 * 256, 40
-    if isinstance(network, FoundationNetwork):
-        n_nodes, copies = (
-            (2 * 128, 12) if zero_shot or network.frozen else (n_nodes, 24 + 2 * len(network.stack.layers))
-        )
+    # A block: its nodes with the halo, a dozen dense copies of its expression, and copies of its tokens.
+    network = model.module.network
+    n_nodes, copies = network.block_memory(training=not zero_shot)
     n_tokens = (model.n_tokens if tables else 0) + sum(shape.n_tokens for shape in shapes)
     n_values = n_vars + sum(shape.n_tokens * shape.token_size for shape in shapes)
     block = min(n_nodes, 2 * nodes.n_obs) * (12 * n_values + copies * (n_tokens + 1) * network.width) * 4
     matrix = 0
     for table in tables:
-        if storage(table.X) == "memory":
-            matrix += 3 * (table.X.nnz * 8 if sparse.issparse(table.X) else table.X.nbytes)
-    what = "cell" if parts[0].kind == "expression" else "node"
-    things = [f"{table.n_vars:,} genes" for table in tables]
+        values = get_matrix(table.adata, inputs.layer)
+        if storage(values) == "memory":
+            matrix += 3 * (values.nnz * 8 if sparse.issparse(values) else values.nbytes)
+    what = "cell" if work.modalities[0].kind == "expression" else "node"
+    things = [f"{table.adata.n_vars:,} genes" for table in tables]
     things += [f"{shape.n_tokens} tokens of {name}" for name, shape in model.module.sequences.items()]
     logger.info(
         "%s %s, %s, %.1f neighbors per %s, %d classes; %s on %s, about %.1f GB of memory.",

@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._keys import new_record
-from fimp_sc.model._fields import X_KEY, ExpressionField, table_states
+from fimp_sc.model.registry._fields import X_KEY, ExpressionField, table_states
+from fimp_sc.model.registry._graph_data import table_ends
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-    from fimp_sc.data._study import Part
+    from fimp_sc.data._study import Modality
     from fimp_sc.model import FIMP
     from fimp_sc.tl._call._inputs import Inputs
 
@@ -47,7 +48,7 @@ def record(model: FIMP, inputs: Inputs, data: AnnData | MuData, tool: str, **ext
     }
 
 
-def measured_scale(model: FIMP, part: Part) -> dict[str, Any]:
+def measured_scale(model: FIMP, part: Modality) -> dict[str, Any]:
     """Return how the model reads the values of a table, which are to be compared with its predictions.
 
     Parameters
@@ -75,7 +76,7 @@ def measured_scale(model: FIMP, part: Part) -> dict[str, Any]:
         return {}
     names = part.adata.var_names.astype(str)
     place = pd.Index(state[ExpressionField.NAMES]).get_indexer(names)
-    fraction = np.split(model.module.gene_fraction.cpu().numpy(), model._table_ends[:-1])[number][place[place >= 0]]
+    fraction = np.split(model.module.gene_fraction.cpu().numpy(), table_ends(model)[:-1])[number][place[place >= 0]]
     known = float(fraction.sum())
     return scales | {
         "target_sum": target_sum,

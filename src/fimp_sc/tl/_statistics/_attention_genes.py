@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fimp_sc.data._elements import missing_key, shorten
+from fimp_sc.data.storage._elements import missing_key, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,7 @@ from scvi.data.fields import BaseAnnDataField
 
 from fimp_sc._errors import MissingKeyError
 from fimp_sc._logging import warn
-from fimp_sc.data._study import Part, check_whole, feature_names, nodes_of, parts_of, tables_of
+from fimp_sc.data._study import Modality, Study, feature_names, resolve
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.validate._checks import (
     check_anndata,
@@ -54,7 +54,7 @@ class _Field(BaseAnnDataField):
     registry_key, attr_key
         As in scvi-tools.
     modality
-        What the model reads of a MuData object, see :func:`~fimp_sc.data._study.nodes_of`.
+        What the model reads of a MuData object, see :func:`~fimp_sc.data._study.resolve`.
     """
 
     _attr = ""
@@ -63,10 +63,18 @@ class _Field(BaseAnnDataField):
         super().__init__()
         self._registry_key, self._attr_key = registry_key, attr_key
         self._modality = modality
+        # While an object is registered: all fields read it as it was resolved once.
+        self.registered: Study | None = None
+
+    def study(self, data: AnnData | MuData) -> Study:
+        """Return what is read of an object."""
+        if self.registered is not None and self.registered.data is data:
+            return self.registered
+        return resolve(data, self._modality)
 
     def nodes(self, data: AnnData | MuData) -> AnnData:
         """Return the object that describes the nodes."""
-        return nodes_of(data, self._modality)
+        return self.study(data).nodes
 
     @property
     def registry_key(self) -> str:
@@ -130,13 +138,9 @@ class ExpressionField(_Field):
         # Key and what it is for.
         self._sample = sample
 
-    def tables(self, data: AnnData | MuData) -> list[Part]:
-        """Return the modalities with expression or features."""
-        return tables_of(parts_of(data, self._modality))
-
     def validate_field(self, adata: AnnData | MuData) -> None:
         # The values are looked at when they are registered: that reads all of them, and once is enough.
-        tables = self.tables(adata)
+        tables = self.study(adata).tables
         if not tables:
             check_object(self.nodes(adata))
         for part in tables:
@@ -145,7 +149,7 @@ class ExpressionField(_Field):
 
     def register_field(self, adata: AnnData | MuData) -> dict:
         self.validate_field(adata)
-        tables = self.tables(adata)
+        tables = self.study(adata).tables
         n_obs = self.nodes(adata).n_obs
         if not tables:
             return {"n_obs": n_obs, "n_vars": 0, self.NAMES: np.array([], dtype=object)}
@@ -158,7 +162,7 @@ class ExpressionField(_Field):
         joined = np.concatenate([np.asarray(name, dtype=object) for name in names])
         return {"n_obs": n_obs, "n_vars": len(joined), self.NAMES: joined, self.TABLES: states}
 
-    def _state(self, adata: AnnData | MuData, part: Part) -> dict:
+    def _state(self, adata: AnnData | MuData, part: Modality) -> dict:
         """Return what is registered of one table."""
         where = "adata.X" if self.attr_key is None else f"adata.layers[{self.attr_key!r}]"
         if part.adata is not adata:
@@ -184,7 +188,7 @@ class ExpressionField(_Field):
             state |= {self.SAMPLES: [] if samples is None else list(samples.names), self.LACKING: found.lacking}
         return state
 
-    def _samples(self, adata: AnnData | MuData, part: Part) -> Samples | None:
+    def _samples(self, adata: AnnData | MuData, part: Modality) -> Samples | None:
         """Return the sample of each row of a modality, where samples are named."""
         if self._sample is None:
             return None
@@ -198,7 +202,7 @@ class ExpressionField(_Field):
     def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
         self._learned = False
         self.validate_field(adata_target)
-        tables, trained = self.tables(adata_target), table_states(state_registry)
+        tables, trained = self.study(adata_target).tables, table_states(state_registry)
         if bool(tables) != bool(trained):
             raise ValueError(
                 "The model reads expression or features, and this object has none."
@@ -220,14 +224,14 @@ class ExpressionField(_Field):
         known = {"n_vars": len(state_registry[self.NAMES]), self.NAMES: state_registry[self.NAMES]}
         return state | known | {self.TABLES: states}
 
-    def _transferred(self, state: dict, known: dict, part: Part) -> dict:
+    def _transferred(self, state: dict, known: dict, part: Modality) -> dict:
         """Return what is registered of a table, whose columns become those of training."""
         # Weights belong to the genes of training, whatever this object has.
         trained = known.get(self.TRAINED_SCALE, known.get(self.SCALE))
         found = state[self.SCALE]
         asked = scale_of(self._input_scale, part.name)
         if asked == "auto" and trained is not None and _ALIKE.get(found) != _ALIKE.get(trained):
-            where = f"layers[{self.attr_key!r}]" if self.attr_key else "X"
+            where = f"adata.layers[{self.attr_key!r}]" if self.attr_key else "adata.X"
             warn(
                 f"The values of {where} are taken for {_MEANING[found]}, and the model was trained on "
                 f"{_MEANING[trained]}. Pass values as in training, or confirm with input_scale={found!r}."
@@ -246,7 +250,7 @@ def table_states(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {"": dict(state)} if len(state[ExpressionField.NAMES]) else {}
 
 
-def as_trained(tables: Sequence[Part], states: Mapping[str, Any]) -> list[Part]:
+def as_trained(tables: Sequence[Modality], states: Mapping[str, Any]) -> list[Modality]:
     """Return the tables of an object in the order in which a model knows them; a single one has any name.
 
     Raises
@@ -310,17 +314,8 @@ class SequenceField(_Field):
         super().__init__(SEQUENCE_KEY + part, None, modality)
         self._part, self._spatial_key = part, spatial_key
 
-    def part(self, data: AnnData | MuData) -> Part:
-        """Return the modality."""
-        found = [part for part in parts_of(data, self._modality) if part.is_sequence]
-        named = [part for part in found if part.name == self._part]
-        if not named and len(found) != 1:
-            raise ValueError(f"The model reads the modality {self._part!r} of signals or images, which is not there.")
-        # An object that holds the modality alone does not say its name.
-        return (named or found)[0]
-
     def register_field(self, adata: AnnData | MuData) -> dict:
-        part = self.part(adata)
+        part = sequence_modality(self.study(adata), self._part)
         kind, n_coordinates = sequence_kind(part.kind), 0
         if kind.located and self._spatial_key in self.nodes(adata).obsm:
             n_coordinates = check_coordinates(self.nodes(adata), self._spatial_key).shape[1]
@@ -340,6 +335,21 @@ class SequenceField(_Field):
         if reason is not None:
             raise ValueError(f"The model cannot read {self._part!r}: {reason}.")
         return new
+
+
+def sequence_modality(study: Study, name: str) -> Modality:
+    """Return the modality that holds signals or images under ``name``.
+
+    Raises
+    ------
+    ValueError
+        There is none.
+    """
+    named = [modality for modality in study.sequences if modality.name == name]
+    if not named and len(study.sequences) != 1:
+        raise ValueError(f"The model reads the modality {name!r} of signals or images, which is not there.")
+    # An object that holds the modality alone does not say its name.
+    return (named or study.sequences)[0]
 
 
 def match_columns(genes: NDArray[Any], adata: AnnData) -> NDArray[np.int64]:
@@ -388,8 +398,9 @@ class GraphField(_Field):
         self._library_key = library_key
 
     def validate_field(self, adata: AnnData | MuData) -> None:
-        nodes = self.nodes(adata)
-        check_whole(adata, str(self.attr_key), self._modality, nodes)
+        study = self.study(adata)
+        study.check_graph(str(self.attr_key))
+        nodes = study.nodes
         check_graph(nodes, str(self.attr_key), self._library_key)
 
 

@@ -9,7 +9,7 @@ import pytest
 import squidpy  # noqa: F401  # importing it warns
 
 import fimp_sc
-from fimp_sc.data.validate._warnings import warn_control_features
+from fimp_sc.data._warnings import warn_control_features
 
 GENES = ["ACTB", "NEGR1", "BLNK", "Blanka", "NegAtive", "CD4"]
 

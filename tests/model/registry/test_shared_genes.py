@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from fimp_sc.model import FIMP
-from fimp_sc.model._shared_genes import check_shared_genes
+from fimp_sc.model.registry._shared_genes import check_shared_genes
 
 GENES = np.array([f"GENE{i}" for i in range(1020)], dtype=object)
 # Two genes carry a third of the counts each, the others the rest.

@@ -12,8 +12,8 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._logging import warn
-from fimp_sc.data._elements import get_obs
 from fimp_sc.data._modality import MODALITY_KEY
+from fimp_sc.data.storage._elements import get_obs
 from fimp_sc.data.validate._checks import check_coordinates
 
 if TYPE_CHECKING:

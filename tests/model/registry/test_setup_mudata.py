@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from anndata import AnnData
+from graph_toys import data_of
 from mudata import MuData
 from scipy import sparse
 
@@ -176,7 +177,7 @@ def test_a_graph_of_a_modality_with_all_nodes_will_do(joint) -> None:
     FIMP.setup_mudata(other, modality=["rna", "whole"])
     model = FIMP(other, **SMALL)
     order = joint.obs_names.get_indexer(other.obs_names)
-    found = model._graph_data(other).graph.csr.toarray() != 0
+    found = data_of(model, other).graph.csr.toarray() != 0
     expected = graph.toarray()[order][:, order] != 0
     np.testing.assert_array_equal(found & ~np.eye(24, dtype=bool), expected)
 

@@ -10,15 +10,13 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._logging import warn
-from fimp_sc.data._elements import in_memory, shorten
-from fimp_sc.data._study import nodes_of, parts_of
-from fimp_sc.data.validate._samples import warn_joined_samples
+from fimp_sc.data._samples import warn_joined_samples
+from fimp_sc.data.storage._elements import in_memory, shorten
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from anndata import AnnData
-    from mudata import MuData
+
+    from fimp_sc.data._study import Study
 
 _TYPES, _GENE = "feature_types", "Gene Expression"
 # Probes that measure background, as Xenium, CosMx and MERSCOPE name them.
@@ -29,8 +27,7 @@ _CONTROL = re.compile(
 
 
 def warn_inputs(
-    data: AnnData | MuData,
-    modality: str | Sequence[str] | None,
+    study: Study,
     graph: Any,
     *,
     library_key: str | None,
@@ -40,8 +37,8 @@ def warn_inputs(
 
     Parameters
     ----------
-    data, modality
-        What the user passed, see :func:`~fimp_sc.data._study.parts_of`.
+    study
+        What the user passed.
     graph
         ``(n_obs, n_obs)``, in memory or not. Of several modalities that some nodes lack, it need not have these nodes.
     library_key
@@ -52,12 +49,12 @@ def warn_inputs(
     Warns
     -----
     UserWarning
-        See :func:`warn_control_features` and :func:`~fimp_sc.data.validate._samples.warn_joined_samples`.
+        See :func:`warn_control_features` and :func:`~fimp_sc.data._samples.warn_joined_samples`.
     """
-    for part in parts_of(data, modality):
-        if part.kind == "expression":
-            warn_control_features(part.adata)
-    nodes = nodes_of(data, modality)
+    for modality in study.modalities:
+        if modality.kind == "expression":
+            warn_control_features(modality.adata)
+    nodes = study.nodes
     if library_key is None and graph.shape[0] == nodes.n_obs:
         warn_joined_samples(nodes, sparse.csr_matrix(in_memory(graph, "The graph")), spatial_key)
 

@@ -14,7 +14,7 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 
 import fimp_sc
-from fimp_sc.data.validate._samples import warn_joined_samples
+from fimp_sc.data._samples import warn_joined_samples
 from fimp_sc.pp import spatial_graph
 
 N = 400

@@ -25,9 +25,9 @@ from fimp_sc.data import (
     GraphData,
     NodeGraph,
 )
-from fimp_sc.model import _inference as inference
-from fimp_sc.model._inference import infer
 from fimp_sc.model.module._module import FIMPModule
+from fimp_sc.model.predict import _inference as inference
+from fimp_sc.model.predict._inference import infer
 
 N, GENES, LAYERS, TOKENS, LATENT = 90, 16, 3, 8, 8
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -273,7 +273,7 @@ def test_arrays_that_cannot_be_written_to_are_enough(strategy: str, with_hidden:
     arrays = [csr.data, csr.indices, csr.indptr, data.coordinates, data.library, data.label, data.rank]
     arrays += [source.measured, source.batch, source.center, source.factor]
     for array in arrays:
-        array.flags.writable = False
+        array.flags.writeable = False
     torch.set_warn_always(True)
     try:
         found = run(module, data, strategy=strategy)

@@ -8,10 +8,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from graph_toys import data_of
 from scipy import sparse
 
 from fimp_sc.model import FIMP
-from fimp_sc.model._fields import ExpressionField, match_columns
+from fimp_sc.model.registry._fields import ExpressionField, match_columns
 
 
 def snapshot(adata: ad.AnnData) -> dict:
@@ -56,13 +57,13 @@ def test_labels_may_be_numbers_or_booleans(tissue, make_model) -> None:
     tissue.obs["flag"] = np.arange(tissue.n_obs) % 2 == 0
     model = make_model(tissue, {"labels_key": "flag"})
     assert model.classes == ["False", "True"]
-    label = model._graph_data(tissue).label
+    label = data_of(model, tissue).label
     np.testing.assert_array_equal(label, tissue.obs["flag"].astype(int))
 
 
 def test_label_codes_follow_the_classes_and_unlabeled_cells_have_none(tissue, make_model) -> None:
     model = make_model(tissue, {"labels_key": "label"})
-    codes = model._graph_data(tissue).label
+    codes = data_of(model, tissue).label
     text = tissue.obs["label"].astype(object)
     for code, label in zip(codes, text, strict=True):
         assert (code == -1) if (pd.isna(label) or label == "Unknown") else (model.classes[code] == label)
@@ -71,15 +72,15 @@ def test_label_codes_follow_the_classes_and_unlabeled_cells_have_none(tissue, ma
 
 def test_batches_are_the_libraries_unless_given(tissue, make_model) -> None:
     setup = {"library_key": "section", "center": "batch"}
-    both = make_model(tissue, setup)._graph_data(tissue)
+    both = data_of(make_model(tissue, setup))
     np.testing.assert_array_equal(both.source.batch, both.library)
     assert set(both.library) == {0, 1}
-    other = make_model(tissue, {**setup, "batch_key": "region"})._graph_data(tissue)
+    other = data_of(make_model(tissue, {**setup, "batch_key": "region"}))
     assert set(other.source.batch) == {0, 1, 2, 3}
-    training = make_model(tissue, {"library_key": "section", "batch_key": "region"})._graph_data(tissue)
+    training = data_of(make_model(tissue, {"library_key": "section", "batch_key": "region"}))
     assert set(training.source.batch) == {0}, "the training mean is that of all batches"
     assert set(training.library) == {0, 1}
-    none = make_model(tissue, {"center": "batch"})._graph_data(tissue)
+    none = data_of(make_model(tissue, {"center": "batch"}))
     assert set(none.library) == set(none.source.batch) == {0}
 
 
@@ -142,7 +143,7 @@ def test_dropped_and_missing_genes_are_reported(caplog: pytest.LogCaptureFixture
 
 
 def test_the_scale_is_registered_and_values_are_looked_at_once(tissue, make_model, monkeypatch) -> None:
-    from fimp_sc.model import _fields
+    from fimp_sc.model.registry import _fields
 
     calls = []
     check = _fields.inspect_values

@@ -5,23 +5,24 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from fimp_sc.data import BlockDataset, BlockSampler, Destinations, block_loader
-from fimp_sc.nn import FoundationNetwork
+from fimp_sc.model.registry._graph_data import node_indices
 from fimp_sc.nn._layers import weight_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
     from fimp_sc.data import Batch, GraphData
+    from fimp_sc.model._fimp import FIMP
     from fimp_sc.model.module._module import FIMPModule
 
 Strategy: TypeAlias = Literal["auto", "blocks", "layers"]
@@ -137,10 +138,8 @@ def infer(
         n_values = 0 if data.source is None else data.source.n_genes
         n_values += sum(source.shape.n_tokens * source.shape.token_size for source in data.sequences.values())
         budget = _NUMBERS_CPU if on_cpu else _NUMBERS_ACCELERATOR
-        # A foundation model computes the neighbors of a block too: small blocks would mostly be halo.
-        least = 128 if isinstance(module.network, FoundationNetwork) else 64
         per_node = 4 * n_values + 16 * _most_tokens(data, n_tokens) * module.network.width
-        batch_size = int(np.clip(budget // per_node, least, 1 << 14))
+        batch_size = int(np.clip(budget // per_node, module.network.least_batch, 1 << 14))
     sampler = BlockSampler(data, nodes, batch_size=batch_size)
     dataset = BlockDataset(data, n_layers=n_layers, n_tokens=n_tokens)
     runner = BlockRunner(module, dataset, read, genes=genes, reconstruct=reconstruct)
@@ -256,3 +255,36 @@ def _by_dask(runner: BlockRunner, sampler: BlockSampler) -> Iterator[tuple[NDArr
     task = delayed(runner, pure=False, traverse=False)
     results = compute(*(task(item) for item in items))
     return ((item.nodes, result) for item, result in zip(items, results, strict=True))
+
+
+def collect(
+    model: FIMP,
+    data: GraphData,
+    indices: Sequence[int] | NDArray[np.int64] | None,
+    read: Read,
+    how: dict[str, Any],
+    *,
+    untrained: bool = False,
+    genes: Tensor | None = None,
+    reconstruct: bool = False,
+) -> NDArray[np.float32]:
+    """Return what ``read`` takes from the outputs of the network, for nodes in the order of ``indices``.
+
+    Parameters
+    ----------
+    how
+        ``batch_size``, ``strategy`` and ``distribute`` of :meth:`FIMP.get_latent_representation`.
+    untrained
+        Whether a model that was not trained serves.
+    genes, reconstruct
+        See :meth:`FIMPModule.inference`.
+    """
+    if not untrained:
+        model._check_if_trained(warn=False)
+    nodes, inverse = np.unique(node_indices(cast("NDArray[Any]", data.names), indices), return_inverse=True)
+    model.module.eval()
+    out = infer(
+        model.module, data, nodes, read, n_layers=model.n_layers, n_tokens=model.n_tokens, genes=genes,
+        reconstruct=reconstruct, **how,
+    )  # fmt: skip
+    return out if indices is None else out[inverse]

@@ -11,8 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
-from fimp_sc.data.storage._rows import open_rows
-from fimp_sc.data.storage._stored import storage
+from fimp_sc.data.storage._rows import open_rows, storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -42,12 +41,14 @@ def get_matrix(adata: AnnData, layer: str | None) -> Any:
     MissingKeyError
         There is no such layer.
     ValueError
-        ``layer`` is ``None`` and ``adata.X`` is empty.
+        ``layer`` is ``None`` and ``adata.X`` is empty, or a single value.
     """
     if layer is None:
         if adata.X is None:
             layers = shorten([repr(k) for k in adata.layers if k is not None]) or "none"
             raise ValueError(f"adata.X is None: pass layer= with expression (layers found: {layers}).")
+        if tuple(adata.X.shape) != tuple(adata.shape):
+            raise ValueError(f"adata.X has the shape {tuple(adata.X.shape)}, and {tuple(adata.shape)} is needed.")
         return adata.X
     if layer not in adata.layers:
         raise missing_key(layer, "adata.layers", adata.layers, "Pass layer=None to use adata.X.")

@@ -1,0 +1,1 @@
+"""What a model registers of an object, and graph data made of it."""
