@@ -75,7 +75,7 @@ OPTIONS: dict[str, Rule | None] = {
     "dropout": Real(0, 1, open_right=True),
     "label_weight": Real(0),
     "foundation": FoundationModel(),
-    "name": Text("the name of a foundation model"),
+    "load.name": Text("the name of a foundation model"),
     "checkpoint": Place(),
     "load.train": Trained(),
     "neighbor_states": Choice(("evolving", "static")),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fimp_sc.data import SequenceBatch, TokenSource
+    from fimp_sc.data import TokenSource
     from fimp_sc.nn import TransformerLayer, TransformerStack
     from fimp_sc.pretrained.files._files import Weights
 
@@ -97,10 +97,6 @@ class SequenceTokens(nn.Module):
     n_class = 1
     misaligned = ""
     unit_length = False
-
-    def forward(self, nodes: SequenceBatch) -> Tensor:
-        """Return ``(n, n_class + f, width)``."""
-        raise NotImplementedError
 
     def check(self, size: Sequence[int], n_coordinates: int) -> None:
         """Check that nodes can be read.

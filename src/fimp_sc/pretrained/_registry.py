@@ -261,6 +261,10 @@ def load(
         Of this model: ``cls_value`` of scGPT (value of its first token, by default that of padding); ``n_heads`` of a
         ViT without a configuration.
 
+    Returns
+    -------
+    :class:`Foundation`.
+
     Raises
     ------
     CheckpointError
