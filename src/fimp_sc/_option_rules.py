@@ -22,7 +22,7 @@ _LONGEST = 80
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What a value may be.
+    """Rule for the values of an option.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Rule:
 
     @property
     def allowed(self) -> str:
-        """What is allowed, as it follows "must be"."""
+        """Allowed values, as they follow "must be"."""
         raise NotImplementedError
 
     def accept(self, value: Any, name: str, *, none: bool = False) -> Any:
@@ -304,7 +304,7 @@ class ColorMap(Rule):
 
 @dataclass(frozen=True)
 class Color(Rule):
-    """What points are colored by: a name, or a key of ``obsm`` and a column of it; or several of these."""
+    """Colors of points: a name, or a key of ``obsm`` and a column of it; or several of these."""
 
     several: bool = False
 
@@ -472,7 +472,7 @@ class FoundationModel(Rule):
 
 @dataclass(frozen=True)
 class Trained(Text):
-    """What is trained of a foundation model."""
+    """Trained part of a foundation model."""
 
     @property
     def allowed(self) -> str:
@@ -518,7 +518,7 @@ def _accelerators() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Devices(Rule):
-    """How many devices, or which."""
+    """Number of devices, or their names."""
 
     @property
     def allowed(self) -> str:

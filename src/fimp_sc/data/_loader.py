@@ -69,7 +69,7 @@ class GraphData:
 
 
 class Destinations(NamedTuple):
-    """What a batch is made from: destinations, and the seed of its masks."""
+    """Destinations of a batch, and the seed of its masks."""
 
     nodes: NDArray[np.int64]
     seed: int

@@ -1,4 +1,4 @@
-"""Token embeddings: who a token is (its gene) and what it says (its value)."""
+"""Token embeddings: gene identity and expression value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read off a node's embedding: values of features, and labels."""
+"""Heads: values of features, and labels, from the embedding of a node."""
 
 from __future__ import annotations
 

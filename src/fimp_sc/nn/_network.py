@@ -30,7 +30,7 @@ _NORM = 2**0.5
 
 
 class Network(nn.Module, ABC):
-    """What turns the tokens of a block into embeddings of its destinations.
+    """From the tokens of a block to embeddings of its destinations.
 
     A new kind of network answers these questions for itself; nothing outside asks which class it is.
 

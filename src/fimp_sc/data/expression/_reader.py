@@ -30,7 +30,7 @@ _ROUNDS = 100
 
 @dataclass
 class GeneStatistics:
-    """What the training cells tell about each gene of the model.
+    """Statistics of each gene of the model over the training cells.
 
     Attributes
     ----------

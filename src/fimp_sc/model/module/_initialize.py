@@ -1,4 +1,4 @@
-"""What a module takes over from its training nodes before training."""
+"""Initialization of the module from its training nodes: statistics, components and heads."""
 
 from __future__ import annotations
 

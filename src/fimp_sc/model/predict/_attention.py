@@ -1,4 +1,4 @@
-"""What a model's attention tells of edges, as arrays: influence of neighbors, and attention between genes."""
+"""Attention of a model as arrays: influence of neighbors, and attention between genes."""
 
 from __future__ import annotations
 

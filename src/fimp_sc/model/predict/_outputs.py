@@ -1,4 +1,4 @@
-"""What a model tells of cells, as arrays: embedding, labels, expression."""
+"""Prediction methods: embeddings, labels and expression as arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model reads: from a study to graph data, and results block by block."""
+"""Graph data of a registered object: from a study to tokens, graph and labels."""
 
 from __future__ import annotations
 

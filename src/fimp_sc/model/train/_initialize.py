@@ -1,4 +1,4 @@
-"""Where training starts: at what simple linear models of the training nodes already tell."""
+"""Initialization of a training by simple linear models of the training nodes."""
 
 from __future__ import annotations
 

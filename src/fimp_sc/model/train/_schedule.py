@@ -1,4 +1,4 @@
-"""How much training is enough, from what there is to learn from."""
+"""The schedule: size and number of steps, from the number of training nodes."""
 
 from __future__ import annotations
 
