@@ -63,7 +63,7 @@ class SequenceStatistics:
     spread: NDArray[np.float32]
 
 
-class SequenceSource:
+class SequenceReader:
     """Tokens of nodes as standardized numbers.
 
     Numbers are standardized with mean and standard deviation of the training nodes or, ``by_node``, of what is seen of
