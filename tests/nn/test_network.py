@@ -75,7 +75,7 @@ def make_data(
     batch = rng.integers(0, 2, N)
     statistics = ExpressionReader(expression, np.arange(GENES), "log", None).gene_statistics(np.arange(N))
     return GraphData(
-        source=ExpressionReader(matrix, np.arange(GENES), "log", statistics, batch=batch[order]),
+        expression=ExpressionReader(matrix, np.arange(GENES), "log", statistics, batch=batch[order]),
         graph=NodeGraph(graph[order][:, order], self_loops=self_loops, weighted=weighted),
         coordinates=points()[order],
         library=np.zeros(N, dtype=np.int64),
