@@ -273,7 +273,7 @@ def test_arrays_that_cannot_be_written_to_are_enough(strategy: str, with_hidden:
     arrays = [csr.data, csr.indices, csr.indptr, data.coordinates, data.library, data.label, data.rank]
     arrays += [source.measured, source.batch, source.center, source.factor]
     for array in arrays:
-        array.flags.writable = False
+        array.flags.writeable = False
     torch.set_warn_always(True)
     try:
         found = run(module, data, strategy=strategy)
