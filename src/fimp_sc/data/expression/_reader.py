@@ -81,7 +81,7 @@ class ExpressionReader:
     Parameters
     ----------
     matrix
-        ``(n_obs, n_vars)`` in any form that :func:`~fimp_sc.data.storage._rows.open_rows` reads.
+        ``(n_obs, n_vars)`` in any form that :func:`~fimp_sc.data.open_rows` reads.
     columns
         ``(n_genes,)`` int64, column of each gene of the model in ``matrix``, -1 where it is not measured.
     input_scale
