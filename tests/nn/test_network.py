@@ -157,7 +157,7 @@ def test_order_of_cells_does_not_matter(seed, batch_size, self_loops, reduce) ->
 @pytest.mark.parametrize("layer", ["practical", "paper"])
 def test_a_cell_sees_exactly_its_neighborhood_of_as_many_hops_as_layers(layer: str) -> None:
     """Change one cell: exactly the cells that reach it within two hops may change, and do."""
-    matrix = make_data(directed(), self_loops=True).source.rows(np.arange(N))
+    matrix = make_data(directed(), self_loops=True).expression.rows(np.arange(N))
     data, network = make_data(directed(), self_loops=True, matrix=matrix), make_network(layer)
     before = embed(network, data)
     step = (data.graph.csr.toarray() > 0).astype(int)
