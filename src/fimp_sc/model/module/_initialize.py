@@ -140,7 +140,7 @@ class StartingModule(BaseModuleClass):
                 linear.bias.copy_(weight[-1])
 
     def start_from_vectors(self, vectors: np.ndarray, known: np.ndarray) -> None:
-        """Use pretrained vectors of genes, ``(n_genes, width)``, where ``known``; they stay, a projection is learned."""
+        """Use pretrained vectors of genes, ``(n_genes, width)``, where ``known``: they stay as they are."""
         if self.network.gene_table is None:
             raise TypeError("Only FIMP-base of genes starts from their vectors.")
         self.network.gene_table.start_from_vectors(vectors, known)
