@@ -177,10 +177,10 @@ def neighbors(coordinates: np.ndarray, k: int, lib: np.ndarray | None = None) ->
 
 def spatial_block_ids(adata, name: str, seed: int) -> np.ndarray:
     """Spatial block of each cell, shape (n_obs,)."""
-    from fimp_sc.data import spatial_blocks
+    from fimp_sc.data import spatial_tiles
 
     xy = np.asarray(adata.obsm["spatial"], float)
-    return spatial_blocks(xy, DATA[name].block_size, library=library(adata, name), random_state=seed)
+    return spatial_tiles(xy, DATA[name].block_size, library=library(adata, name), random_state=seed)
 
 
 def folds(blocks: np.ndarray, n_folds: int, seed: int) -> np.ndarray:

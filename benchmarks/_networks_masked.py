@@ -28,10 +28,10 @@ CHANCES = 2**20  # places in the random numbers at which an epoch's hidden entri
 
 def validation_cells(adata, data: str, library_key: str | None, seed: int) -> np.ndarray:
     """Boolean (n_obs,): whole spatial blocks, about 1/8 of the cells."""
-    from fimp_sc.data import spatial_blocks
+    from fimp_sc.data import spatial_tiles
 
     xy = np.asarray(adata.obsm["spatial"], float)
-    blocks = spatial_blocks(xy, DATA[data].block_size, library=sections(adata, library_key), random_state=seed)
+    blocks = spatial_tiles(xy, DATA[data].block_size, library=sections(adata, library_key), random_state=seed)
     return folds(blocks, 8, seed) == 0
 
 

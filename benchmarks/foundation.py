@@ -9,62 +9,18 @@ parameters of the foundation model, heads left out.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
 from pathlib import Path
 
 from _common import DATA, Results, load, parse, parser
-
-CHILD = """
-import json, resource, sys, time, warnings
-import anndata, torch
-import fimp_sc
-from fimp_sc.pretrained import load
-task = json.loads(sys.argv[1])
-torch.set_num_threads(task["threads"])
-warnings.filterwarnings("ignore")
-adata = anndata.read_h5ad(task["path"])[: task["cells"]].copy()
-unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is in bytes on macOS, in KiB on Linux
-out = {"before_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
-start = time.perf_counter()
-if task["kind"] == "read":
-    load("scgpt", task["checkpoint"]).read()
-    out["read_s"] = time.perf_counter() - start
-elif task["kind"] == "embed":
-    fimp_sc.tl.embed(
-        adata, foundation=load("scgpt", task["checkpoint"], **task["foundation"]), zero_shot=True,
-        accelerator=task["accelerator"], verbose=False, n_tokens=task["n_tokens"],
-    )
-    out["embed_s"] = time.perf_counter() - start
-    out["ms_per_cell"] = 1000 * out["embed_s"] / adata.n_obs
-else:
-    fimp_sc.pp.spatial_graph(adata)
-    fimp_sc.model.FIMP.setup_anndata(adata)
-    foundation = load("scgpt", task["checkpoint"], **task["foundation"])
-    model = fimp_sc.model.FIMP(adata, foundation=foundation, n_tokens=task["n_tokens"])
-    out["trained"] = sum(p.numel() for p in model.module.network.parameters() if p.requires_grad)
-    out["heads"] = sum(p.numel() for p in model.module.value_head.parameters())
-    times = []
-
-    from lightning.pytorch import Callback
-
-    class Clock(Callback):
-        def on_train_epoch_start(self, *args):
-            times.append(-time.perf_counter())
-
-        def on_train_epoch_end(self, *args):
-            times[-1] += time.perf_counter()
-
-    model.train(task["epochs"], accelerator=task["accelerator"], enable_progress_bar=False, early_stopping=False,
-                validation_size=0.0, callbacks=[Clock()], batch_size=task["batch_size"])
-    out["epoch_s"] = sum(times) / len(times)
-    out["last_loss"] = float(model.history["train_loss"].iloc[-1, 0])
-out["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-print(json.dumps(out))
-"""
 
 
 def write_checkpoint(folder: Path, genes: list[str], *, width: int, layers: int, heads: int, n_genes: int) -> None:
@@ -103,9 +59,82 @@ def write_checkpoint(folder: Path, genes: list[str], *, width: int, layers: int,
     torch.save(tensors, folder / "best_model.pt")
 
 
+def measure(task: dict) -> dict[str, float]:
+    """Read a checkpoint, embed or train, as `task` says; without a checkpoint FIMP-base is trained."""
+    import anndata
+    import torch
+
+    import fimp_sc
+    from fimp_sc.pretrained import load as load_foundation
+
+    torch.set_num_threads(task["threads"])
+    warnings.filterwarnings("ignore")
+    adata = anndata.read_h5ad(task["path"])[: task["cells"]].copy()
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    out = {"before_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    cuda = torch.cuda.is_available() and task["accelerator"] != "cpu"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    given = {}
+    if task["checkpoint"] is not None:
+        given["foundation"] = load_foundation("scgpt", task["checkpoint"], **task.get("foundation", {}))
+    if task["kind"] == "read":
+        given["foundation"].read()
+        out["read_s"] = time.perf_counter() - start
+    elif task["kind"] == "embed":
+        how = {"accelerator": task["accelerator"], "verbose": False, "n_tokens": task["n_tokens"]}
+        fimp_sc.tl.embed(adata, **given, zero_shot=True, **how)
+        out["embed_s"] = time.perf_counter() - start
+        out["ms_per_cell"] = 1000 * out["embed_s"] / adata.n_obs
+    else:
+        fimp_sc.pp.spatial_graph(adata)
+        fimp_sc.model.FIMP.setup_anndata(adata)
+        model = fimp_sc.model.FIMP(adata, **given, n_tokens=task["n_tokens"], **task.get("model", {}))
+        out["trained"] = sum(p.numel() for p in model.module.network.parameters() if p.requires_grad)
+        out["heads"] = sum(p.numel() for p in model.module.value_head.parameters())
+        clock = _clock(cuda)
+        how = {"enable_progress_bar": False, "early_stopping": False, "validation_size": 0.0, "callbacks": [clock]}
+        how |= {"accelerator": task["accelerator"], "batch_size": task["batch_size"], **task.get("train", {})}
+        start = time.perf_counter()
+        model.train(task["epochs"], **how)
+        seconds = time.perf_counter() - start
+        out["epoch_s"], out["last_epoch_s"] = sum(clock.times) / len(clock.times), clock.times[-1]
+        out["start_s"] = seconds - sum(clock.times)
+        out["last_loss"] = float(model.history["train_loss"].iloc[-1, 0])
+    out["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if cuda:
+        out["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    return out
+
+
+def _clock(cuda: bool):
+    """Return a callback that keeps the seconds of each epoch."""
+    import torch
+    from lightning.pytorch import Callback
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    class Clock(Callback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_train_epoch_start(self, *args) -> None:
+            self.times.append(-now())
+
+        def on_train_epoch_end(self, *args) -> None:
+            self.times[-1] += now()
+
+    return Clock()
+
+
 def run(task: dict, env: dict[str, str]) -> dict[str, float]:
     """Run one task in a fresh process."""
-    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(task)], env=env, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(task)]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{task['kind']} failed (exit status {done.returncode}); its message is above.")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -122,7 +151,11 @@ def main() -> None:
     p.add_argument("--train-cells", type=int, default=256)
     p.add_argument("--train-tokens", type=int, default=64)
     p.add_argument("--kinds", nargs="+", default=["read", "embed", "train"], choices=["read", "embed", "train"])
+    p.add_argument("--child", help=argparse.SUPPRESS)
     args = parse(p)
+    if args.child:
+        print(json.dumps(measure(json.loads(args.child))))
+        return
     results = Results("foundation", args)
     size = {"width": 512, "layers": 12, "heads": 8, "n_genes": 60_697}
     if args.quick:

@@ -64,9 +64,9 @@ def town(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def split(places: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Training, validation and test images, boolean (n,), in whole spatial blocks."""
-    from fimp_sc.data import spatial_blocks
+    from fimp_sc.data import spatial_tiles
 
-    fold = folds(spatial_blocks(places / DEGREES, BLOCK_SIZE, random_state=seed), 5, seed)
+    fold = folds(spatial_tiles(places / DEGREES, BLOCK_SIZE, random_state=seed), 5, seed)
     return fold > 1, fold == 1, fold == 0
 
 

@@ -20,17 +20,17 @@ def block(n_cells: int, n_genes: int, n_tokens: int):
     from scipy import sparse
     from sklearn.neighbors import kneighbors_graph
 
-    from fimp_sc.data import BlockDataset, BlockSampler, CenteredTokens, ExpressionSource, GraphData, NodeGraph
+    from fimp_sc.data import BlockDataset, BlockSampler, CenteredTokenizer, ExpressionReader, GraphData, NodeGraph
 
     rng = np.random.default_rng(0)
     counts = sparse.csr_matrix(rng.poisson(0.3, (n_cells, n_genes)).astype(np.float32))
     xy = rng.random((n_cells, 2))
     genes, nodes = np.arange(n_genes), np.arange(n_cells)
-    statistics = ExpressionSource(counts, genes, "counts", None).gene_statistics(nodes)
-    source = ExpressionSource(counts, genes, "counts", statistics)
+    statistics = ExpressionReader(counts, genes, "counts", None).gene_statistics(nodes)
+    source = ExpressionReader(counts, genes, "counts", statistics)
     graph = NodeGraph(kneighbors_graph(xy, 6), self_loops=True)
     zeros = np.zeros(n_cells, dtype=np.int64)
-    data = GraphData(source, graph, xy, zeros, zeros, CenteredTokens(torch.arange(n_genes)))
+    data = GraphData(source, graph, xy, zeros, zeros, CenteredTokenizer(torch.arange(n_genes)))
     dataset = BlockDataset(data, n_layers=2, n_tokens=n_tokens)
     return [dataset[item] for item in BlockSampler(data, nodes, batch_size=256)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from importlib.metadata import metadata
@@ -21,32 +22,36 @@ version = release = _package["Version"]
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_autodoc_typehints",
+    "scanpydoc.elegant_typehints",
     "sphinx_copybutton",
     "sphinxcontrib.bibtex",
-    # Of this folder.
-    "api_pages",
-    "docstrings",
-    "outside",
+    "outside",  # of the folder _ext
 ]
 exclude_patterns = ["_build", "generated/*.inc.md", "**.ipynb_checkpoints"]
 needs_sphinx = "8.0"
 nitpicky = True
 # Whether a name of another package is found depends on inventories that may be out of reach.
-nitpick_ignore_regex = [(r"py:.*", r"(?!fimp_sc\.).*")]
+# Types that are no public names are shown without a link.
+nitpick_ignore_regex = [(r"py:.*", r"(?!fimp_sc\.).*"), (r"py:class", r"fimp_sc\..*\._.*")]
 
 # Single backticks in docstrings are code.
 default_role = "literal"
-autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False
+# Of each namespace what its __all__ has, each name on a page of its own.
+autosummary_ignore_module_all = False
+autosummary_imported_members = True
+templates_path = ["_templates"]
 python_maximum_signature_line_length = 100
 toc_object_entries_show_parents = "hide"
 napoleon_google_docstring = False
-napoleon_use_rtype = False
+napoleon_attr_annotations = False
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -84,3 +89,22 @@ html_theme_options = {
     "use_repository_button": "Source" in _urls,
     "show_navbar_depth": 1,
 }
+
+
+def _nearest_foreign_base(app: object, name: str, obj: type, options: object, bases: list) -> None:
+    """Name the class of another package whose members a class has, rather than private classes in between."""
+    bases[:] = [next(base for base in obj.__mro__ if not base.__module__.startswith("fimp_sc."))]
+
+
+def _skip_foreign(app: object, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
+    """Leave out members that other packages define, and fields of named tuples, which the docstring describes."""
+    function = next((getattr(obj, inner) for inner in ("fget", "func", "__func__") if hasattr(obj, inner)), obj)
+    defined_in = getattr(function, "__module__", None) or getattr(function, "__objclass__", object).__module__
+    is_code = inspect.isroutine(function) or inspect.isdatadescriptor(function)
+    return True if is_code and not defined_in.startswith("fimp_sc") else None
+
+
+def setup(app) -> None:
+    """Connect the functions above."""
+    app.connect("autodoc-process-bases", _nearest_foreign_base)
+    app.connect("autodoc-skip-member", _skip_foreign)

@@ -138,7 +138,7 @@ def _make_task(random_state: int) -> tuple[AnnData, pd.Categorical, NDArray[np.f
     left = seen.getnnz(axis=0) > 0  # a gene of which nothing is left to see
     adata, unseen = adata[:, left].copy(), unseen[:, left]
 
-    blocks = fimp_sc.data.spatial_blocks(
+    blocks = fimp_sc.data.spatial_tiles(
         adata.obsm["spatial"], _BLOCK_SIZE, library=adata.obs["section"].to_numpy(), random_state=random_state
     )
     names = rng.permutation(np.unique(blocks))

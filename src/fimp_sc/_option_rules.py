@@ -22,7 +22,7 @@ _LONGEST = 80
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What a value may be.
+    """Rule for the values of an option.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Rule:
 
     @property
     def allowed(self) -> str:
-        """What is allowed, as it follows "must be"."""
+        """Allowed values, as they follow "must be"."""
         raise NotImplementedError
 
     def accept(self, value: Any, name: str, *, none: bool = False) -> Any:
@@ -304,7 +304,7 @@ class ColorMap(Rule):
 
 @dataclass(frozen=True)
 class Color(Rule):
-    """What points are colored by: a name, or a key of ``obsm`` and a column of it; or several of these."""
+    """Colors of points: a name, or a key of ``obsm`` and a column of it; or several of these."""
 
     several: bool = False
 
@@ -472,7 +472,7 @@ class FoundationModel(Rule):
 
 @dataclass(frozen=True)
 class Trained(Text):
-    """What is trained of a foundation model."""
+    """Trained part of a foundation model."""
 
     @property
     def allowed(self) -> str:
@@ -518,7 +518,7 @@ def _accelerators() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Devices(Rule):
-    """How many devices, or which."""
+    """Number of devices, or their names."""
 
     @property
     def allowed(self) -> str:
@@ -627,16 +627,18 @@ class Keywords(Rule):
     Attributes
     ----------
     of
-        ``"trainer"`` (of scvi-tools and Lightning), the method of matplotlib's axes, ``"scatter"`` or ``"plot"``, or
-        ``"squidpy"`` (of its maps, which hand on those of ``"scatter"``).
+        ``"trainer"`` (of scvi-tools and Lightning), or the method of matplotlib's axes: ``"scatter"`` or ``"plot"``.
+    also
+        Others of a function that hands the rest on to that one.
     """
 
     of: str = ""
+    also: tuple[str, ...] = ()
 
     def accept(self, value: Any, name: str, *, none: bool = False) -> Any:
         from fimp_sc._options import OPTIONS
 
-        known = foreign_parameters(self.of)
+        known = (*foreign_parameters(self.of), *self.also)
         for keyword in value:
             if keyword not in known:
                 close = get_close_matches(keyword, known, n=1)
@@ -653,14 +655,7 @@ _FOREIGN = {
     "trainer": "lightning.pytorch.Trainer",
     "scatter": "matplotlib.axes.Axes.scatter",
     "plot": "matplotlib.axes.Axes.plot",
-    "squidpy": "squidpy.pl.spatial_scatter",
 }
-# Further keywords of squidpy's maps, but for those that a figure sets itself; and matplotlib's that squidpy sets.
-_SQUIDPY = (
-    "shape", "img_res_key", "img_alpha", "img_cmap", "img_channel", "crop_coord", "frameon", "outline",
-    "outline_color", "outline_width", "scalebar_dx", "scalebar_units", "scalebar_kwargs", "axis_label",
-)  # fmt: skip
-_SET_BY_SQUIDPY = ("x", "y", "s", "c", "cmap", "color", "plotnonfinite", "rasterized")
 
 
 @cache
@@ -673,8 +668,6 @@ def foreign_parameters(of: str) -> tuple[str, ...]:
         from scvi.train import Trainer
 
         functions, found = [Trainer, pl.Trainer], {"ckpt_path": None}
-    elif of == "squidpy":
-        return (*_SQUIDPY, *(name for name in foreign_parameters("scatter") if name not in _SET_BY_SQUIDPY))
     else:
         from matplotlib.artist import ArtistInspector
         from matplotlib.axes import Axes

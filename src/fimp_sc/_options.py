@@ -61,6 +61,12 @@ _SEVERAL_MODALITIES = (
 _KEY = Text("the name of a key")
 _COLUMN = Text("the name of a column")
 
+# Keywords of squidpy's maps beside those that figures set themselves.
+_SQUIDPY = (
+    "shape", "img_res_key", "img_alpha", "img_cmap", "img_channel", "crop_coord", "frameon", "outline",
+    "outline_color", "outline_width", "scalebar_dx", "scalebar_units", "scalebar_kwargs", "axis_label",
+)  # fmt: skip
+
 OPTIONS: dict[str, Rule | None] = {
     # model
     "n_latent": Integer(1, 1 << 14),
@@ -75,7 +81,7 @@ OPTIONS: dict[str, Rule | None] = {
     "dropout": Real(0, 1, open_right=True),
     "label_weight": Real(0),
     "foundation": FoundationModel(),
-    "name": Text("the name of a foundation model"),
+    "load.name": Text("the name of a foundation model"),
     "checkpoint": Place(),
     "load.train": Trained(),
     "neighbor_states": Choice(("evolving", "static")),
@@ -224,7 +230,7 @@ OPTIONS: dict[str, Rule | None] = {
     "cmap": ColorMap(),
     "ax": Axes(),
     **{f"{figure}.ax": Axes(several=True) for figure in ("spatial", "imputation", "signals")},
-    **{f"{figure}.kwargs": Keywords(of="squidpy") for figure in ("spatial", "imputation")},
+    **{f"{figure}.kwargs": Keywords(of="scatter", also=_SQUIDPY) for figure in ("spatial", "imputation")},
     "image_graph.kwargs": Keywords(of="scatter"),
     "signals.kwargs": Keywords(of="plot"),
     "show": Flag(),

@@ -6,7 +6,7 @@ import torch
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-from fimp_sc.data import CenteredTokens, ExpressionSource, GraphData, NodeGraph
+from fimp_sc.data import CenteredTokenizer, ExpressionReader, GraphData, NodeGraph
 
 
 def make_graph_data(
@@ -26,16 +26,16 @@ def make_graph_data(
     if expression is None:
         expression = np.log1p(rng.poisson(1.0, (n, n_genes))).astype(np.float32)
     genes = np.arange(n_genes)
-    statistics = ExpressionSource(expression, genes, "log", None).gene_statistics(np.arange(n // 2))
+    statistics = ExpressionReader(expression, genes, "log", None).gene_statistics(np.arange(n // 2))
     return GraphData(
-        source=ExpressionSource(
+        expression=ExpressionReader(
             expression if matrix is None else matrix, genes, "log", statistics, batch=library, hidden=hidden
         ),
         graph=NodeGraph(graph.tocsr(), self_loops=self_loops),
         coordinates=coordinates,
         library=library,
         label=rng.integers(-1, 3, n),
-        tokens=CenteredTokens(torch.from_numpy(rng.permutation(n_genes))),
+        tokens=CenteredTokenizer(torch.from_numpy(rng.permutation(n_genes))),
     )
 
 

@@ -15,12 +15,12 @@ from fimp_sc.data import (
     Destinations,
     GraphData,
     NodeGraph,
+    SequenceReader,
     SequenceShape,
-    SequenceSource,
     block_loader,
 )
 
-CUTS = ("batch_size", "parts", "shuffle", "random_state")
+CUTS = ("batch_size", "tiles_per_batch", "shuffle", "random_state")
 
 
 def make_sampler(data: GraphData, indices=None, **kwargs) -> BlockSampler:
@@ -73,7 +73,7 @@ def test_every_destination_is_served_once_in_blocks_of_one_library(graph_data, b
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 50])
 def test_parts_gather_several_compact_blocks(graph_data, parts: int) -> None:
-    loader = make_loader(graph_data, batch_size=12, parts=parts, shuffle=True)
+    loader = make_loader(graph_data, batch_size=12, tiles_per_batch=parts, shuffle=True)
     for _ in range(2):
         batches = [destinations(batch) for batch in loader]
         assert len(batches) == len(loader)
@@ -83,8 +83,8 @@ def test_parts_gather_several_compact_blocks(graph_data, parts: int) -> None:
 
 
 def test_contents_of_a_batch(graph_data) -> None:
-    expression = graph_data.source.rows(np.arange(90))
-    center = graph_data.source.center[graph_data.library]
+    expression = graph_data.expression.rows(np.arange(90))
+    center = graph_data.expression.center[graph_data.library]
     for batch in make_loader(graph_data, mask_ratio=(0.2, 0.5), gene_mask_ratio=0.3):
         nodes, n_dst = batch["nodes"].numpy(), batch["n_nodes"][-1]
         n, f, g = len(nodes), batch["feature_id"].shape[1], 25
@@ -221,7 +221,7 @@ def test_masks_come_on_top_of_hidden_entries(graph_data_factory, batch_size: int
 
 
 def test_genes_that_are_not_measured_are_neither_visible_nor_targets(graph_data) -> None:
-    graph_data.source.measured = (np.arange(25) != 7)[None]
+    graph_data.expression.measured = (np.arange(25) != 7)[None]
     for masks in ({}, {"mask_ratio": (0.2, 0.5), "gene_mask_ratio": 0.3}):
         for batch in make_loader(graph_data, **masks):
             assert not visible_in(batch)[:, 7].any()
@@ -307,11 +307,11 @@ def joint_data(graph_data_factory) -> GraphData:
     rng = np.random.default_rng(6)
     images = rng.normal(size=(90, 5, 2)).astype(np.float32)
     data.sequences = {
-        "bold": SequenceSource(
+        "bold": SequenceReader(
             lambda nodes: signals()[nodes], SequenceShape(4, 3, 2), 90, by_node=True, coordinates=data.coordinates,
             absent=np.arange(90) % 5 == 0,
         ),
-        "image": SequenceSource(
+        "image": SequenceReader(
             lambda nodes: images[nodes], SequenceShape(5, 2), 90, hidden=rng.random((90, 5)) < 0.3
         ),
     }  # fmt: skip
@@ -353,7 +353,7 @@ def test_expression_is_the_same_with_sequences_beside_it(joint_data) -> None:
     joint_data.sequences, known = {}, joint_data.sequences
     alone = make_dataset(joint_data, **masks)[item]
     assert_equal(both, alone)
-    joint_data.source, joint_data.sequences = None, known
+    joint_data.expression, joint_data.sequences = None, known
     of_sequences = make_dataset(joint_data, **masks)[item]
     assert set(of_sequences) == {"nodes", "n_nodes", "indptr", "indices", "label", "sequences"}
     assert_equal(of_sequences["sequences"], sequences)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fimp_sc.data import SequenceShape, SequenceSource, SequenceStatistics
+from fimp_sc.data import SequenceReader, SequenceShape, SequenceStatistics
 
 N, F, P = 14, 6, 4
 ALL = np.arange(N)
@@ -18,9 +18,9 @@ def numbers(seed=0) -> np.ndarray:
     return (rng.normal(size=(N, F, P)) * scale + 10 * level).astype(np.float32)
 
 
-def make_source(values=None, **kwargs) -> SequenceSource:
+def make_source(values=None, **kwargs) -> SequenceReader:
     values = numbers() if values is None else values
-    return SequenceSource(lambda nodes: values[nodes], SequenceShape(F, P), N, **kwargs)
+    return SequenceReader(lambda nodes: values[nodes], SequenceShape(F, P), N, **kwargs)
 
 
 def statistics(mean=3.0, std=2.0) -> SequenceStatistics:

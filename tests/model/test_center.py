@@ -64,7 +64,7 @@ def test_the_mean_of_the_crop_itself_is_an_option(trained):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*unlike all cells")
         own = FIMP.load_query_data(trained.adata[wanted].copy(), trained, center="batch")
-    source = data_of(own).source
+    source = data_of(own).expression
     rows = source.rows(np.arange(own.adata.n_obs))
     expected = (rows.sum(0) + 20 * trained.module.gene_mean.numpy()) / (len(rows) + 20)
     np.testing.assert_allclose(source.center, expected[None], rtol=1e-4, atol=1e-6)
@@ -124,5 +124,5 @@ def test_a_second_section_keeps_its_shift(trained):
     FIMP.setup_anndata(adata, library_key="section")
     model = FIMP(adata)
     model.train(max_epochs=1, **QUIET)
-    center = data_of(model).source.center
+    center = data_of(model).expression.center
     np.testing.assert_allclose(center, model.module.gene_mean.numpy()[None])

@@ -16,8 +16,8 @@ from fimp_sc.data import (
     Batch,
     BlockDataset,
     BlockSampler,
-    CenteredTokens,
-    ExpressionSource,
+    CenteredTokenizer,
+    ExpressionReader,
     GraphData,
     NodeGraph,
     block_loader,
@@ -73,14 +73,14 @@ def make_data(
     expression = np.log1p(rng.poisson(0.7, (N, GENES))).astype(np.float32)
     matrix = expression[order] if matrix is None else matrix
     batch = rng.integers(0, 2, N)
-    statistics = ExpressionSource(expression, np.arange(GENES), "log", None).gene_statistics(np.arange(N))
+    statistics = ExpressionReader(expression, np.arange(GENES), "log", None).gene_statistics(np.arange(N))
     return GraphData(
-        source=ExpressionSource(matrix, np.arange(GENES), "log", statistics, batch=batch[order]),
+        expression=ExpressionReader(matrix, np.arange(GENES), "log", statistics, batch=batch[order]),
         graph=NodeGraph(graph[order][:, order], self_loops=self_loops, weighted=weighted),
         coordinates=points()[order],
         library=np.zeros(N, dtype=np.int64),
         label=np.full(N, -1),
-        tokens=CenteredTokens(torch.from_numpy(rng.permutation(GENES))),
+        tokens=CenteredTokenizer(torch.from_numpy(rng.permutation(GENES))),
     )
 
 
@@ -157,7 +157,7 @@ def test_order_of_cells_does_not_matter(seed, batch_size, self_loops, reduce) ->
 @pytest.mark.parametrize("layer", ["practical", "paper"])
 def test_a_cell_sees_exactly_its_neighborhood_of_as_many_hops_as_layers(layer: str) -> None:
     """Change one cell: exactly the cells that reach it within two hops may change, and do."""
-    matrix = make_data(directed(), self_loops=True).source.rows(np.arange(N))
+    matrix = make_data(directed(), self_loops=True).expression.rows(np.arange(N))
     data, network = make_data(directed(), self_loops=True, matrix=matrix), make_network(layer)
     before = embed(network, data)
     step = (data.graph.csr.toarray() > 0).astype(int)
@@ -185,7 +185,7 @@ def embed_at_the_start(graph: str, n_layers: int, k: int) -> tuple[np.ndarray, n
     """Embeddings of an untrained network; whitened scores, sources as rows that sum to 1, and the vector that marks."""
     torch.manual_seed(0)
     network, data = FIMPNetwork(GENES, 64, n_layers, 4).eval(), make_data(GRAPHS[graph](), self_loops=True)
-    centered = data.source.rows(np.arange(N)) - data.source.center[data.source.batch]
+    centered = data.expression.rows(np.arange(N)) - data.expression.center[data.expression.batch]
     _, size, directions = np.linalg.svd(centered, full_matrices=False)
     loading = directions[:k].T / size[:k] * N**0.5
     network.embedding.start_from(loading)
@@ -276,7 +276,7 @@ def test_padding_of_other_cells_in_the_block_changes_nothing() -> None:
     network, data = make_network(), make_data(sparse.csr_matrix((N, N)), self_loops=True)
     together = embed(network, data)
     np.testing.assert_allclose(embed(network, data, batch_size=1), together, **TOLERANCE)
-    expressed = (data.source.rows(np.arange(N)) > 0).sum(1)
+    expressed = (data.expression.rows(np.arange(N)) > 0).sum(1)
     assert expressed.min() < TOKENS <= expressed.max(), "numbers of tokens should differ"
 
 
@@ -313,8 +313,8 @@ class SumsOfGenes(Network):
     def message_layers(self) -> list[nn.Module]:
         return list(self.layers)
 
-    def token_source(self, gene_rank, gene_key, random_state) -> CenteredTokens:
-        return CenteredTokens(gene_rank)
+    def tokenizer(self, gene_rank, gene_key, random_state) -> CenteredTokenizer:
+        return CenteredTokenizer(gene_rank)
 
 
 def test_a_network_of_another_kind_needs_no_more_than_the_contract() -> None:

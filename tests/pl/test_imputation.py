@@ -6,7 +6,7 @@ from figure_contract import check_figure
 from sklearn.metrics import r2_score
 
 from fimp_sc import pl, pp, tl
-from fimp_sc.data import ExpressionSource
+from fimp_sc.data import ExpressionReader
 from fimp_sc.model.registry._graph_data import _statistics
 
 
@@ -109,7 +109,7 @@ def test_measured_values_are_those_of_the_model(trained, scale, chosen) -> None:
     names = list(adata.var_names[[3, 20, 11]])
     tl.impute(adata, model=model, genes=names if chosen else None, input_scale=scale, **GIVEN)
     columns = adata.var_names.get_indexer(model.genes)
-    source = ExpressionSource(adata.X, columns, scale, _statistics(model), trained_scale="counts")
+    source = ExpressionReader(adata.X, columns, scale, _statistics(model), trained_scale="counts")
     assert (columns < 0).sum() == 10
     expected = source.rows(np.arange(adata.n_obs))[:, [list(model.genes).index(name) for name in names]]
     assert adata.uns["fimp"]["target_sum"] == float(model.module.target_sum)
@@ -128,7 +128,7 @@ def test_measured_values_of_selected_genes(trained) -> None:
     with pytest.warns(UserWarning, match="10 of the 30 genes that the model saw have left the object"):
         axes = pl.imputation(part, part.var_names[0], show=False)
     columns = part.var_names.get_indexer(model.genes)
-    source = ExpressionSource(part.X, columns, "counts", _statistics(model))
+    source = ExpressionReader(part.X, columns, "counts", _statistics(model))
     expected = source.rows(np.arange(part.n_obs))[:, list(model.genes).index(part.var_names[0])]
     np.testing.assert_allclose(axes[0, 0].collections[0].get_array(), expected, rtol=1e-4)
 

@@ -120,7 +120,7 @@ def test_real_section(shared_data, quick) -> None:
     genes = np.asarray(adata.X.sum(axis=0)).ravel().argsort()[::-1][:100]
     frequent = adata.obs["cell_type"].value_counts().index[:4]
     adata = adata[adata.obs["cell_type"].isin(frequent), np.sort(genes)].copy()
-    block = fimp_sc.data.spatial_blocks(adata.obsm["spatial"], 60, random_state=0)
+    block = fimp_sc.data.spatial_tiles(adata.obsm["spatial"], 60, random_state=0)
     test = block % 4 == 0
     truth = adata.obs["cell_type"].astype(str)
     adata.obs["known"] = truth.where(~test)

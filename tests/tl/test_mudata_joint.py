@@ -77,7 +77,7 @@ def test_imputed_values_of_a_modality_are_drawn(joint) -> None:
     rna.obsm["spatial"] = joint.obsm["spatial"][names.get_indexer(rna.obs_names)]
     model = fimp_sc.tl.get_model(joint, modality=NAMES)
     axes = fimp_sc.pl.imputation(rna, "g3", show=False)
-    measured = data_of(model).source.rows(names.get_indexer(rna.obs_names))
+    measured = data_of(model).expression.rows(names.get_indexer(rna.obs_names))
     np.testing.assert_allclose(axes[0, 0].collections[0].get_array(), measured[:, 3], rtol=1e-5)
     fimp_sc.tl.impute(joint, modality=NAMES, library_key="half", genes=["g3"], **AGAIN)
     assert "fimp" not in rna.layers

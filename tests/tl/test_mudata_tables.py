@@ -39,7 +39,7 @@ def test_tools_read_two_tables_together(tmp_path, only_changed) -> None:
     totals = {name: np.median(np.asarray(mdata[name].X.sum(1))) for name in BOTH}
     assert {name: mdata[name].uns["fimp"]["target_sum"] for name in BOTH} == pytest.approx(totals)
     made = fimp_sc.pl.imputation(mdata, "CD1", show=False)
-    measured = data_of(model).source.rows(np.arange(mdata.n_obs))[:, N_GENES + 1]
+    measured = data_of(model).expression.rows(np.arange(mdata.n_obs))[:, N_GENES + 1]
     np.testing.assert_allclose(made[0, 0].collections[0].get_array(), measured, rtol=1e-5)
     fimp_sc.tl.impute(mdata, genes=["CD2", mdata["rna"].var_names[4]], key_added="few", **AGAIN)
     np.testing.assert_allclose(mdata["protein"].obsm["few"][:, 0], values[:, N_GENES + 2], rtol=1e-5, atol=1e-6)

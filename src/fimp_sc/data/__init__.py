@@ -4,35 +4,35 @@ from fimp_sc.data._batch import Batch, SequenceBatch, without_neighbors
 from fimp_sc.data._loader import BlockDataset, BlockSampler, Destinations, GraphData, block_loader
 from fimp_sc.data._modality import describe_modality
 from fimp_sc.data._splitter import BlockSplitter, split_by_blocks
-from fimp_sc.data.expression._reader import ExpressionSource, GeneStatistics
-from fimp_sc.data.expression._tokenizers import BinnedTokens, CenteredTokens, TokenSource, choose_tokens, hide_genes
+from fimp_sc.data.expression._reader import ExpressionReader, GeneStatistics
+from fimp_sc.data.expression._tokenizers import BinnedTokenizer, CenteredTokenizer, Tokenizer, choose_tokens, hide_genes
 from fimp_sc.data.graph._graph import Block, NodeGraph
-from fimp_sc.data.graph._tiles import curve_rank, spatial_blocks
+from fimp_sc.data.graph._tiles import curve_rank, spatial_tiles
 from fimp_sc.data.sequences._kinds import SequenceKind, register_kind
 from fimp_sc.data.sequences._pixels import read_pixels
-from fimp_sc.data.sequences._reader import SequenceShape, SequenceSource, SequenceStatistics
+from fimp_sc.data.sequences._reader import SequenceReader, SequenceShape, SequenceStatistics
 from fimp_sc.data.storage._rows import MatrixRows, open_rows
 
 __all__ = [
     "Batch",
-    "BinnedTokens",
+    "BinnedTokenizer",
     "Block",
     "BlockDataset",
     "BlockSampler",
     "BlockSplitter",
-    "CenteredTokens",
+    "CenteredTokenizer",
     "Destinations",
-    "ExpressionSource",
+    "ExpressionReader",
     "GeneStatistics",
     "GraphData",
     "MatrixRows",
     "NodeGraph",
     "SequenceBatch",
     "SequenceKind",
+    "SequenceReader",
     "SequenceShape",
-    "SequenceSource",
     "SequenceStatistics",
-    "TokenSource",
+    "Tokenizer",
     "block_loader",
     "choose_tokens",
     "curve_rank",
@@ -41,7 +41,7 @@ __all__ = [
     "open_rows",
     "read_pixels",
     "register_kind",
-    "spatial_blocks",
+    "spatial_tiles",
     "split_by_blocks",
     "without_neighbors",
 ]

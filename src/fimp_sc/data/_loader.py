@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fimp_sc.data.expression._tokenizers import expression_fields
-from fimp_sc.data.graph._tiles import curve_rank, spatial_blocks
+from fimp_sc.data.graph._tiles import curve_rank, spatial_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fimp_sc.data._batch import Batch
-    from fimp_sc.data.expression._reader import ExpressionSource, JoinedExpression
-    from fimp_sc.data.expression._tokenizers import TokenSource
+    from fimp_sc.data.expression._reader import ExpressionReader, JoinedExpression
+    from fimp_sc.data.expression._tokenizers import Tokenizer
     from fimp_sc.data.graph._graph import NodeGraph
-    from fimp_sc.data.sequences._reader import SequenceSource
+    from fimp_sc.data.sequences._reader import SequenceReader
 
 
 @dataclass
@@ -31,7 +31,7 @@ class GraphData:
 
     Attributes
     ----------
-    source
+    expression
         Expression, of cells.
     graph
         Neighbors of every node.
@@ -49,13 +49,13 @@ class GraphData:
         ``(n_obs,)`` names of the nodes, which order those at one place.
     """
 
-    source: ExpressionSource | JoinedExpression | None
+    expression: ExpressionReader | JoinedExpression | None
     graph: NodeGraph
     coordinates: NDArray[np.floating]
     library: NDArray[np.int64]
     label: NDArray[np.int64]
-    tokens: TokenSource | None = None
-    sequences: dict[str, SequenceSource] = field(default_factory=dict)
+    tokens: Tokenizer | None = None
+    sequences: dict[str, SequenceReader] = field(default_factory=dict)
     names: NDArray[Any] | None = None
 
     @cached_property
@@ -69,7 +69,7 @@ class GraphData:
 
 
 class Destinations(NamedTuple):
-    """What a batch is made from: destinations, and the seed of its masks."""
+    """Destinations of a batch, and the seed of its masks."""
 
     nodes: NDArray[np.int64]
     seed: int
@@ -86,7 +86,7 @@ class BlockSampler(Sampler[Destinations]):
         Destinations.
     batch_size
         Largest number of destinations in a batch.
-    parts
+    tiles_per_batch
         Compact blocks, from anywhere in the tissue, that make up a batch. One block has the smallest halo, but its
         cells are alike: steps over one domain at a time pull the weights to and fro.
     shuffle
@@ -103,20 +103,20 @@ class BlockSampler(Sampler[Destinations]):
         indices: NDArray[np.int64],
         *,
         batch_size: int,
-        parts: int = 1,
+        tiles_per_batch: int = 1,
         shuffle: bool = False,
         random_state: int = 0,
         epoch: int = 0,
     ) -> None:
         self.data = data
         self.indices = data.ordered(np.asarray(indices, dtype=np.int64))
-        self.block_size = max(batch_size // parts, 1)
-        self.parts = parts
+        self.block_size = max(batch_size // tiles_per_batch, 1)
+        self.tiles_per_batch = tiles_per_batch
         self.shuffle = shuffle
         self.random_state = random_state
         self._epoch = epoch
         counts = np.unique(data.library[self.indices], return_counts=True)[1]
-        self._n_batches = -(-int((-(-counts // self.block_size)).sum()) // parts)
+        self._n_batches = -(-int((-(-counts // self.block_size)).sum()) // tiles_per_batch)
 
     def __len__(self) -> int:
         return self._n_batches
@@ -127,14 +127,14 @@ class BlockSampler(Sampler[Destinations]):
         if self.shuffle:
             self._epoch += 1
             rng.shuffle(blocks)
-        for i in range(0, len(blocks), self.parts):
-            yield Destinations(np.concatenate(blocks[i : i + self.parts]), int(rng.integers(2**62)))
+        for i in range(0, len(blocks), self.tiles_per_batch):
+            yield Destinations(np.concatenate(blocks[i : i + self.tiles_per_batch]), int(rng.integers(2**62)))
 
     def _cut(self, rng: np.random.Generator | None) -> list[NDArray[np.int64]]:
         if not len(self.indices):
             return []
         data, nodes = self.data, self.indices
-        block = spatial_blocks(data.coordinates[nodes], self.block_size, library=data.library[nodes], random_state=rng)
+        block = spatial_tiles(data.coordinates[nodes], self.block_size, library=data.library[nodes], random_state=rng)
         # Along the curve within a block: consecutive destinations share neighbors, whose keys and values then stay
         # in the cache.
         order = np.argsort(block, kind="stable")
@@ -162,7 +162,7 @@ class BlockDataset(Dataset["Batch"]):
     mask_cells
         Probability that a cell is masked at all.
     vary
-        Whether signals are shown differently every time, see :meth:`SequenceSource.fields`.
+        Whether signals are shown differently every time, see :meth:`SequenceReader.fields`.
     """
 
     def __init__(
@@ -197,9 +197,9 @@ class BlockDataset(Dataset["Batch"]):
         }
         if block.edge_weight is not None:
             made["edge_weight"] = [torch.from_numpy(part) for part in block.edge_weight]
-        if data.source is not None and data.tokens is not None:
+        if data.expression is not None and data.tokens is not None:
             expression = expression_fields(
-                data.source, data.tokens, nodes, n_dst, self.n_tokens, mask_ratio=self.mask_ratio,
+                data.expression, data.tokens, nodes, n_dst, self.n_tokens, mask_ratio=self.mask_ratio,
                 gene_mask_ratio=self.gene_mask_ratio, mask_cells=self.mask_cells, seed=seed,
             )  # fmt: skip
             made |= cast("Batch", expression)

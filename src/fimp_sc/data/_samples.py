@@ -46,7 +46,7 @@ _FAR, _NEIGHBORS = 10.0, 6
 
 @dataclass(frozen=True)
 class _Grouping:
-    """What may tell samples apart: a column, or names of cells.
+    """Candidate that may tell samples apart: a column, or names of cells.
 
     Attributes
     ----------

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 
 from fimp_sc.data._loader import BlockDataset, BlockSampler, block_loader
-from fimp_sc.data.graph._tiles import spatial_blocks
+from fimp_sc.data.graph._tiles import spatial_tiles
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,7 +60,7 @@ def split_by_blocks(
     size = max(min(_CELLS_PER_SPLIT_BLOCK, n_obs // _MIN_SPLIT_BLOCKS), 1)
     nodes = np.arange(n_obs) if rank is None else np.argsort(rank)
     block = np.empty(n_obs, dtype=np.int64)
-    block[nodes] = spatial_blocks(coordinates[nodes], size, library=library[nodes], random_state=rng)
+    block[nodes] = spatial_tiles(coordinates[nodes], size, library=library[nodes], random_state=rng)
     order = rng.permutation(block.max() + 1)
     held = np.cumsum(np.bincount(block)[order]) <= round(validation_size * n_obs)
     validation = np.isin(block, order[held])
@@ -79,7 +79,7 @@ class BlockSplitter(pl.LightningDataModule):
     train_idx, val_idx
         Destinations of each part. Cells of the other part may appear in a halo: their expression is seen, their
         loss and label are not.
-    batch_size, parts, random_state
+    batch_size, tiles_per_batch, random_state
         See :class:`BlockSampler`.
     num_workers, pin_memory
         See :func:`block_loader`.
@@ -94,7 +94,7 @@ class BlockSplitter(pl.LightningDataModule):
         val_idx: NDArray[np.int64],
         *,
         batch_size: int,
-        parts: int = 1,
+        tiles_per_batch: int = 1,
         random_state: int = 0,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -105,7 +105,7 @@ class BlockSplitter(pl.LightningDataModule):
         self.train_idx, self.val_idx, self.test_idx = train_idx, val_idx, np.empty(0, dtype=np.int64)
         self.n_train, self.n_val = len(train_idx), len(val_idx)
         self._cuts: dict[str, Any] = {"batch_size": batch_size, "random_state": random_state}
-        self._parts = parts
+        self._tiles_per_batch = tiles_per_batch
         self._how: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
         self._dataset_kwargs = dataset_kwargs
         self._epoch = 0
@@ -118,7 +118,12 @@ class BlockSplitter(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         sampler = BlockSampler(
-            self.data, self.train_idx, parts=self._parts, shuffle=True, epoch=self._epoch, **self._cuts
+            self.data,
+            self.train_idx,
+            tiles_per_batch=self._tiles_per_batch,
+            shuffle=True,
+            epoch=self._epoch,
+            **self._cuts,
         )
         return block_loader(BlockDataset(self.data, vary=True, **self._dataset_kwargs), sampler, **self._how)
 

@@ -1,4 +1,4 @@
-"""What scores are computed from: two arrays, or an object and the names of two of its entries."""
+"""Inputs of scores: two arrays, or an object and the names of two of its entries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is built from besides its data: pretrained vectors of genes, or a foundation model."""
+"""Networks from pretrained vectors of genes or from a foundation model."""
 
 from __future__ import annotations
 

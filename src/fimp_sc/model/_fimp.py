@@ -265,7 +265,7 @@ class FIMP(BaseModelClass, metaclass=Listed):
 
     @property
     def neighbor_share(self) -> float:
-        """How much the prediction with neighbors counts in predicted labels, 0 to 1; the one without has the rest.
+        """Weight of the prediction with neighbors in predicted labels, 0 to 1; the one without has the rest.
 
         Fitted to the log loss of the labeled validation cells; 0.5 where there are none, 0 without messages, and 1 of
         a foundation model, which predicts with neighbors alone, or without labels. A model that is bound to other cells
@@ -275,7 +275,7 @@ class FIMP(BaseModelClass, metaclass=Listed):
 
     @property
     def smoothed_share(self) -> float:
-        """How much predicted labels are smoothed, 0 to 1.
+        """Weight of the neighbors' mean when predicted labels are smoothed, 0 to 1.
 
         Log-probabilities are replaced twice by their mean over the cell and its neighbors, which has this weight, and
         those of the cell itself, which have the rest. Fitted together with :attr:`neighbor_share`; 0 where there are

@@ -1,4 +1,4 @@
-"""Token embeddings: who a token is (its gene) and what it says (its value)."""
+"""Token embeddings: gene identity and expression value."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ class FeatureEmbedding(nn.Module):
         gene_key: NDArray[np.uint64] | None = None,
     ) -> None:
         super().__init__()
+        # Constants for the compiler of torch.
+        self.least_visible, self.shrinkage = recipe().least_visible, recipe().shrinkage
         self.loading = nn.Parameter(random_rows(n_features, d_model, gene_key) * n_features**-0.5)
         self.identity = nn.Parameter(random_rows(n_features, d_model, gene_key) * recipe().identity)
         # Of one size, so that every head of the first layer tells summaries by it.
@@ -89,7 +91,7 @@ class FeatureEmbedding(nn.Module):
         seen = visible.to(energy.dtype) @ energy
         missing = total / seen.clamp(min=1e-12)
         # Where hardly anything is seen it is scaled up less than for all that is missing: that would be noise.
-        least, shrinkage = recipe().least_visible, recipe().shrinkage
+        least, shrinkage = self.least_visible, self.shrinkage
         shrunk = (1.0 + shrinkage / least) * total / (seen + shrinkage * total).clamp(min=1e-12)
         missing = torch.where(seen < least * total, shrunk, missing)
         summary = (profile @ self.loading) * missing.index_select(0, pattern)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from fimp_sc.data import TokenSource
+    from fimp_sc.data import Tokenizer
     from fimp_sc.data._batch import Batch
     from fimp_sc.data.sequences._reader import SequenceStatistics
     from fimp_sc.nn._stack import TransformerStack
@@ -171,7 +171,7 @@ class FoundationNetwork(Network):
             )
         return list(self.stack.layers)
 
-    def token_source(self, gene_rank: Tensor, gene_key: NDArray[np.uint64], random_state: int) -> TokenSource:
+    def tokenizer(self, gene_rank: Tensor, gene_key: NDArray[np.uint64], random_state: int) -> Tokenizer:
         """Return what makes tokens of genes that the foundation model knows."""
         n_queries = 0 if self.frozen or self.decoder is None else _QUERIES
         return self.embedding.tokenizer(gene_rank, random_state, n_queries, gene_key)

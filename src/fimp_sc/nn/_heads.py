@@ -1,4 +1,4 @@
-"""What is read off a node's embedding: values of features, and labels."""
+"""Heads: values of features, and labels, from the embedding of a node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARES = torch.linspace(0.0, 1.0, 21)
 
 
 class ValueHead(nn.Module):
-    """Predict the centered value of any feature from a node's embedding: ``loading[gene] . W z + bias[gene]``.
+    """Predict the centered value of any feature from a node's embedding: ``loading[gene] · W z + bias[gene]``.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How layers start where nodes are sequences of numbers."""
+"""Initialization of layers whose nodes are sequences of numbers."""
 
 from __future__ import annotations
 

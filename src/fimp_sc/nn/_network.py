@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fimp_sc._recipe import recipe
-from fimp_sc.data.expression._tokenizers import CenteredTokens
+from fimp_sc.data.expression._tokenizers import CenteredTokenizer
 from fimp_sc.nn._embedding import FeatureEmbedding
 from fimp_sc.nn._initialize import start_as_gated_mean
 from fimp_sc.nn._layers import PaperLayer, TransformerLayer, run_layers
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from fimp_sc.data import TokenSource
+    from fimp_sc.data import Tokenizer
     from fimp_sc.data._batch import Batch
     from fimp_sc.data.sequences._reader import SequenceShape, SequenceStatistics
 
@@ -30,7 +30,7 @@ _NORM = 2**0.5
 
 
 class Network(nn.Module, ABC):
-    """What turns the tokens of a block into embeddings of its destinations.
+    """From the tokens of a block to embeddings of its destinations.
 
     A new kind of network answers these questions for itself; nothing outside asks which class it is.
 
@@ -103,7 +103,7 @@ class Network(nn.Module, ABC):
         """Return the layers that pass messages; raise a ValueError where these cannot be read layer by layer."""
 
     @abstractmethod
-    def token_source(self, gene_rank: Tensor, gene_key: NDArray[np.uint64], random_state: int) -> TokenSource:
+    def tokenizer(self, gene_rank: Tensor, gene_key: NDArray[np.uint64], random_state: int) -> Tokenizer:
         """Return what chooses the gene tokens of a cell.
 
         Parameters
@@ -256,9 +256,9 @@ class FIMPNetwork(Network):
         """Return the layers, each of which passes messages."""
         return list(self.layers)
 
-    def token_source(self, gene_rank: Tensor, gene_key: NDArray[np.uint64], random_state: int) -> TokenSource:
+    def tokenizer(self, gene_rank: Tensor, gene_key: NDArray[np.uint64], random_state: int) -> Tokenizer:
         """Return what makes tokens of the values that differ most from their genes' means."""
-        return CenteredTokens(gene_rank)
+        return CenteredTokenizer(gene_rank)
 
     @property
     def gene_table(self) -> FeatureEmbedding | None:

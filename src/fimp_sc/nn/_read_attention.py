@@ -1,4 +1,4 @@
-r"""What single edges carry: attention between tokens, and the size of messages.
+r"""Attention between the tokens of single edges, and the size of their messages.
 
 Attention is reduced over sources wherever results are made; here edges are looked at one by one, some at a time.
 """

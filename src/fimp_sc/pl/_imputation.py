@@ -13,7 +13,7 @@ from fimp_sc._logging import warn
 from fimp_sc._options import checked
 from fimp_sc.data._modality import get_modality
 from fimp_sc.data._study import is_mudata, resolve
-from fimp_sc.data.expression._reader import ExpressionSource, GeneStatistics, used_as_is
+from fimp_sc.data.expression._reader import ExpressionReader, GeneStatistics, used_as_is
 from fimp_sc.data.storage._elements import get_matrix, in_memory, missing_key
 from fimp_sc.data.validate._values import check_values
 from fimp_sc.metrics import imputation_scores
@@ -247,7 +247,7 @@ def _observed(
 def _factor(adata: AnnData, matrix: Any, scale: Any, record: dict[str, Any]) -> NDArray[np.float32]:
     """Return the size factor of each cell in the model; without a record, the one that scales to the median total."""
     if not {"total", "measured", "share", "trained_scale"} <= record.keys():
-        return ExpressionSource(matrix, np.arange(adata.n_vars), scale, None).factor
+        return ExpressionReader(matrix, np.arange(adata.n_vars), scale, None).factor
     columns = adata.var_names.get_indexer(as_index(record["measured"])).astype(np.int64)
     gone = int((columns < 0).sum())
     if gone:
@@ -257,4 +257,4 @@ def _factor(adata: AnnData, matrix: Any, scale: Any, record: dict[str, Any]) -> 
         )
     share = np.asarray(in_memory(record["share"], "adata.uns"), dtype=np.float32)
     statistics = GeneStatistics(np.zeros(len(share), dtype=np.float32), share, float(record["total"]))
-    return ExpressionSource(matrix, columns, scale, statistics, trained_scale=record["trained_scale"]).factor
+    return ExpressionReader(matrix, columns, scale, statistics, trained_scale=record["trained_scale"]).factor

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class GeneMatch:
-    """Which genes of an object a vocabulary knows, how they were found, and what is lost.
+    """Genes of an object that a vocabulary knows, how they were found, and those that are lost.
 
     Attributes
     ----------

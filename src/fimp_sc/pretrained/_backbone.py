@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fimp_sc.data import BinnedTokens, SequenceStatistics
+from fimp_sc.data import BinnedTokenizer, SequenceStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from fimp_sc.data import SequenceBatch, TokenSource
+    from fimp_sc.data import Tokenizer
     from fimp_sc.nn import TransformerLayer, TransformerStack
     from fimp_sc.pretrained.files._files import Weights
 
@@ -66,15 +66,15 @@ class GeneTokens(nn.Module):
 
     def tokenizer(
         self, gene_rank: Tensor, random_state: int, n_queries: int, gene_key: NDArray[np.uint64]
-    ) -> TokenSource:
+    ) -> Tokenizer:
         """Return what chooses the genes and values of tokens; by default the highest values as bins of the cell.
 
         Parameters
         ----------
         gene_rank, random_state, n_queries, gene_key
-            See :class:`fimp_sc.data.BinnedTokens`.
+            See :class:`fimp_sc.data.BinnedTokenizer`.
         """
-        return BinnedTokens(gene_rank, self.known.cpu(), self.n_bins or 0, random_state, n_queries, gene_key)
+        return BinnedTokenizer(gene_rank, self.known.cpu(), self.n_bins or 0, random_state, n_queries, gene_key)
 
 
 class SequenceTokens(nn.Module):
@@ -97,10 +97,6 @@ class SequenceTokens(nn.Module):
     n_class = 1
     misaligned = ""
     unit_length = False
-
-    def forward(self, nodes: SequenceBatch) -> Tensor:
-        """Return ``(n, n_class + f, width)``."""
-        raise NotImplementedError
 
     def check(self, size: Sequence[int], n_coordinates: int) -> None:
         """Check that nodes can be read.

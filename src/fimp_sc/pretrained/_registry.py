@@ -24,7 +24,7 @@ _readers: dict[str, FoundationReader] = {}
 
 
 class FoundationReader(ABC):
-    """How the checkpoints of one foundation model are read.
+    """Reader of the checkpoints of one foundation model.
 
     Registered with :func:`register`, the model can be loaded by :attr:`name`, and used by all tools, the command line
     and saved models as any other.
@@ -164,7 +164,7 @@ class Foundation:
 
     @property
     def reader(self) -> FoundationReader:
-        """What reads its checkpoints."""
+        """Reader of its checkpoints."""
         return foundation_reader(self.name)
 
     def read(self, rows: NDArray[Any] | None = None, **stack: Any) -> Backbone:
@@ -260,6 +260,10 @@ def load(
     **settings
         Of this model: ``cls_value`` of scGPT (value of its first token, by default that of padding); ``n_heads`` of a
         ViT without a configuration.
+
+    Returns
+    -------
+    :class:`Foundation`.
 
     Raises
     ------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from fimp_sc.data import BinnedTokens, ExpressionSource
+from fimp_sc.data import BinnedTokenizer, ExpressionReader
 from fimp_sc.data.expression._tokenizers import expression_fields
 
 ABSENT = np.arange(90) % 3 == 0
@@ -27,16 +27,16 @@ def make_data(factory, *, hidden=None, **kwargs):
     """Data of which every third node lacks expression; statistics are those of the others."""
     data = factory(expression=expression())
     genes, nodes = np.arange(25), np.arange(90)
-    first = ExpressionSource(expression(), genes, "log", None, absent=ABSENT)
-    source = ExpressionSource(
+    first = ExpressionReader(expression(), genes, "log", None, absent=ABSENT)
+    source = ExpressionReader(
         sparse.csr_matrix(expression()), genes, "log", first.gene_statistics(first.present(nodes)), data.library,
         hidden, ABSENT,
     )  # fmt: skip
-    return dataclasses.replace(data, source=source, **kwargs)
+    return dataclasses.replace(data, expression=source, **kwargs)
 
 
 def fields(data, nodes, n_dst, masks, seed=3, n_tokens=30):
-    return expression_fields(data.source, data.tokens, nodes, n_dst, n_tokens, **masks, seed=seed)
+    return expression_fields(data.expression, data.tokens, nodes, n_dst, n_tokens, **masks, seed=seed)
 
 
 @pytest.mark.parametrize("masks", [MASKS, NO_MASKS], ids=["masked", "as it is"])
@@ -64,7 +64,7 @@ def test_nothing_of_absent_nodes_is_seen_or_a_target(graph_data_factory, nodes, 
     elif not gone.all() and len(nodes) > 10:
         assert made["target_mask"].any()
     there = ~gone
-    centered = expression()[nodes] - data.source.center[data.library[nodes]]
+    centered = expression()[nodes] - data.expression.center[data.library[nodes]]
     np.testing.assert_allclose(made["profile"][there], np.where(visible, centered, 0)[there], atol=1e-6)
 
 
@@ -80,7 +80,7 @@ def test_masks_do_not_depend_on_which_nodes_are_absent(graph_data_factory) -> No
 
 
 def test_a_decoder_is_asked_nothing_of_absent_nodes(graph_data_factory) -> None:
-    tokens = BinnedTokens(torch.arange(25), torch.ones(25, dtype=torch.bool), 7, 0, n_queries=4)
+    tokens = BinnedTokenizer(torch.arange(25), torch.ones(25, dtype=torch.bool), 7, 0, n_queries=4)
     nodes = np.arange(30)
     made = fields(make_data(graph_data_factory, tokens=tokens), nodes, 20, MASKS)
     gone = ABSENT[nodes[:20]]
@@ -93,12 +93,12 @@ def test_masked_counts_change_nothing_that_is_seen(graph_data_factory, binned) -
     """Nor does the scale of a cell: what is masked would show in its total."""
     counts = np.random.default_rng(0).poisson(3.0, (90, 25)).astype(np.float32)
     genes, nodes = np.arange(25), np.arange(40)
-    statistics = ExpressionSource(counts, genes, "counts", None).gene_statistics(np.arange(90))
-    tokens = {"tokens": BinnedTokens(torch.arange(25), torch.ones(25, dtype=torch.bool), 7, 0)} if binned else {}
+    statistics = ExpressionReader(counts, genes, "counts", None).gene_statistics(np.arange(90))
+    tokens = {"tokens": BinnedTokenizer(torch.arange(25), torch.ones(25, dtype=torch.bool), 7, 0)} if binned else {}
 
     def made(matrix):
-        source = ExpressionSource(sparse.csr_matrix(matrix), genes, "counts", statistics)
-        data = dataclasses.replace(graph_data_factory(), source=source, **tokens)
+        source = ExpressionReader(sparse.csr_matrix(matrix), genes, "counts", statistics)
+        data = dataclasses.replace(graph_data_factory(), expression=source, **tokens)
         return fields(data, nodes, 30, MASKS), source
 
     first, source = made(counts)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from fimp_sc.data import ExpressionSource
+from fimp_sc.data import ExpressionReader
 from fimp_sc.data.expression._reader import JoinedExpression, split_statistics
 
 N, EVERY = 30, np.arange(30)
@@ -29,7 +29,7 @@ def joined(*, hidden=(None, None, None), statistics=None, absent=None) -> Joined
     for values, scale, own_hidden, one, missing in zip(tables(), scales, hidden, known, own, strict=True):
         values = values if missing is None else values * ~missing[:, None]
         matrix = sparse.csr_matrix(values)
-        sources.append(ExpressionSource(matrix, np.arange(values.shape[1]), scale, one, None, own_hidden, missing))
+        sources.append(ExpressionReader(matrix, np.arange(values.shape[1]), scale, one, None, own_hidden, missing))
     return JoinedExpression(sources)
 
 
@@ -58,8 +58,8 @@ def test_rows_are_those_of_each_table_normalized_by_itself() -> None:
 
 def test_one_table_alone_has_the_same_rows() -> None:
     source = joined(statistics=joined().gene_statistics(EVERY))
-    alone = ExpressionSource(sparse.csr_matrix(tables()[1]), np.arange(4), "counts", None)
-    alone = ExpressionSource(sparse.csr_matrix(tables()[1]), np.arange(4), "counts", alone.gene_statistics(EVERY))
+    alone = ExpressionReader(sparse.csr_matrix(tables()[1]), np.arange(4), "counts", None)
+    alone = ExpressionReader(sparse.csr_matrix(tables()[1]), np.arange(4), "counts", alone.gene_statistics(EVERY))
     np.testing.assert_array_equal(source.rows(EVERY)[:, 8:12], alone.rows(EVERY))
     np.testing.assert_array_equal(source.factors(EVERY, np.array([9]))[:, 0], alone.factor)
 

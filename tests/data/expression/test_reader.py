@@ -1,4 +1,4 @@
-"""`ExpressionSource` against scanpy, in every format, on other gene lists, and with hidden entries."""
+"""`ExpressionReader` against scanpy, in every format, on other gene lists, and with hidden entries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from fimp_sc.data import ExpressionSource, GeneStatistics
+from fimp_sc.data import ExpressionReader, GeneStatistics
 from fimp_sc.data.expression import _reader as module
 from fimp_sc.data.expression._reader import Panels
 from fimp_sc.data.storage import _rows
@@ -35,10 +35,10 @@ def counts(seed=0) -> np.ndarray:
     return rng.poisson(rng.gamma(1.0, 4.0, N_GENES) * rng.gamma(2.0, 0.5, (N_OBS, 1)) + 0.2).astype(np.float32)
 
 
-def make_source(matrix, columns=SAME, scale="counts", **kwargs) -> ExpressionSource:
+def make_source(matrix, columns=SAME, scale="counts", **kwargs) -> ExpressionReader:
     """Source with the statistics of the whole of `counts()`."""
-    first = ExpressionSource(counts(), SAME, "counts", None)
-    return ExpressionSource(matrix, columns, scale, first.gene_statistics(EVERYTHING), **kwargs)
+    first = ExpressionReader(counts(), SAME, "counts", None)
+    return ExpressionReader(matrix, columns, scale, first.gene_statistics(EVERYTHING), **kwargs)
 
 
 def read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_rows._MemoryRows, "stream", lambda self: stream(self, 7 * N_GENES))
 
 
-def observed(source: ExpressionSource, nodes: np.ndarray) -> np.ndarray:
+def observed(source: ExpressionReader, nodes: np.ndarray) -> np.ndarray:
     """Which genes are seen in each of the nodes."""
     patterns, pattern = source.observed(nodes)
     assert patterns.dtype == bool
@@ -63,7 +63,7 @@ def test_equals_scanpy_in_every_format(kind: str) -> None:
     sc.pp.normalize_total(reference)  # to the median total
     sc.pp.log1p(reference)
     stored = FORMATS[kind](counts())
-    source = ExpressionSource(stored, SAME, "counts", None)
+    source = ExpressionReader(stored, SAME, "counts", None)
     values = source.rows(EVERYTHING)
     assert values.dtype == np.float32
     np.testing.assert_allclose(values, reference.X, rtol=1e-5, atol=1e-6)
@@ -77,7 +77,7 @@ def test_equals_scanpy_in_every_format(kind: str) -> None:
 
 def test_normalized_values_are_treated_like_counts_and_log_values_are_used_as_they_are() -> None:
     logged = np.log1p(counts())
-    np.testing.assert_array_equal(ExpressionSource(logged, SAME, "log", None).rows(EVERYTHING), logged)
+    np.testing.assert_array_equal(ExpressionReader(logged, SAME, "log", None).rows(EVERYTHING), logged)
     scaled = counts() * 0.37
     np.testing.assert_allclose(
         make_source(scaled, scale="normalized").rows(EVERYTHING), make_source(counts()).rows(EVERYTHING), rtol=1e-5
@@ -87,7 +87,7 @@ def test_normalized_values_are_treated_like_counts_and_log_values_are_used_as_th
 def test_statistics_equal_numpy_also_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     read_in_pieces(monkeypatch)
     cells = np.array([0, 5, 6, 9, 12, 13, 20, 31, 32, 33])
-    source = ExpressionSource(sparse.csr_matrix(counts()), SAME, "counts", None)
+    source = ExpressionReader(sparse.csr_matrix(counts()), SAME, "counts", None)
     found = source.gene_statistics(cells)
     np.testing.assert_allclose(found.mean, source.rows(EVERYTHING)[cells].mean(0), rtol=1e-5)
     np.testing.assert_allclose(found.fraction, counts()[cells].sum(0) / counts()[cells].sum(), rtol=1e-5)
@@ -112,8 +112,8 @@ def test_missing_genes_change_the_scale_by_the_documented_factor_only(kept: set[
     columns = np.full(N_GENES, -1)
     columns[genes] = np.arange(len(genes))
     full = counts(seed) + 1
-    statistics = ExpressionSource(full, SAME, "counts", None).gene_statistics(EVERYTHING)
-    part = ExpressionSource(sparse.csr_matrix(full[:, genes]), columns, "counts", statistics)
+    statistics = ExpressionReader(full, SAME, "counts", None).gene_statistics(EVERYTHING)
+    part = ExpressionReader(sparse.csr_matrix(full[:, genes]), columns, "counts", statistics)
     values = part.rows(EVERYTHING)
     share = full[:, genes].sum() / full.sum()
     total = full[:, genes].sum(1, keepdims=True)
@@ -127,10 +127,10 @@ def test_missing_genes_change_the_scale_by_the_documented_factor_only(kept: set[
 
 def test_a_cell_whose_genes_have_their_usual_share_looks_the_same_on_a_smaller_panel() -> None:
     typical = np.tile(np.arange(1.0, N_GENES + 1), (4, 1)) * np.array([[1], [2], [3], [10]])
-    statistics = ExpressionSource(typical, SAME, "counts", None).gene_statistics(np.arange(4))
-    whole = ExpressionSource(typical, SAME, "counts", statistics).rows(np.arange(4))
+    statistics = ExpressionReader(typical, SAME, "counts", None).gene_statistics(np.arange(4))
+    whole = ExpressionReader(typical, SAME, "counts", statistics).rows(np.arange(4))
     columns = np.where(SAME < 5, SAME, -1)
-    part = ExpressionSource(typical[:, :5], columns, "counts", statistics).rows(np.arange(4))
+    part = ExpressionReader(typical[:, :5], columns, "counts", statistics).rows(np.arange(4))
     np.testing.assert_allclose(part[:, :5], whole[:, :5], rtol=1e-5)
 
 
@@ -140,7 +140,7 @@ def test_centers_are_the_shrunken_means_of_batches(kind: str, monkeypatch: pytes
     shifted = FORMATS[kind](counts())
     source = make_source(shifted, batch=batch)
     values = source.rows(EVERYTHING)
-    mean = ExpressionSource(counts(), SAME, "counts", None).gene_statistics(EVERYTHING).mean
+    mean = ExpressionReader(counts(), SAME, "counts", None).gene_statistics(EVERYTHING).mean
     for code, n in ((0, 30), (1, 10)):
         expected = (values[batch == code].sum(0) + 20 * mean) / (n + 20)
         np.testing.assert_allclose(source.center[code], expected, rtol=1e-5)
@@ -153,8 +153,8 @@ def test_centering_takes_a_batch_effect_out() -> None:
     logged = np.log1p(counts())
     logged[batch == 1] += 2.0
     many = np.tile(logged, (50, 1))
-    statistics = ExpressionSource(many, SAME, "log", None).gene_statistics(np.arange(len(many)))
-    source = ExpressionSource(many, SAME, "log", statistics, batch=np.tile(batch, 50))
+    statistics = ExpressionReader(many, SAME, "log", None).gene_statistics(np.arange(len(many)))
+    source = ExpressionReader(many, SAME, "log", statistics, batch=np.tile(batch, 50))
     centered = source.rows(np.arange(len(many))) - source.center[source.batch]
     assert np.abs(centered[source.batch == 0].mean(0) - centered[source.batch == 1].mean(0)).max() < 0.05
 
@@ -162,7 +162,7 @@ def test_centering_takes_a_batch_effect_out() -> None:
 def test_center_of_a_gene_that_is_not_measured_is_the_training_mean() -> None:
     columns = np.where(SAME == 4, -1, SAME)
     source = make_source(counts(), columns)
-    mean = ExpressionSource(counts(), SAME, "counts", None).gene_statistics(EVERYTHING).mean
+    mean = ExpressionReader(counts(), SAME, "counts", None).gene_statistics(EVERYTHING).mean
     np.testing.assert_allclose(source.center[0, 4], mean[4], rtol=1e-6)
 
 
@@ -174,11 +174,11 @@ def test_hidden_entries_are_not_observed_and_do_not_move_the_centers(kind: str, 
     hidden = rng.random((N_OBS, N_GENES)) < 0.3
     values = np.log1p(counts())
     other = np.where(hidden, rng.random(values.shape) * 9, values)
-    statistics = ExpressionSource(values, SAME, "log", None).gene_statistics(EVERYTHING)
+    statistics = ExpressionReader(values, SAME, "log", None).gene_statistics(EVERYTHING)
 
     def make(matrix):
         mask = sparse.csr_matrix(hidden) if hidden_kind == "csr" else hidden
-        return ExpressionSource(
+        return ExpressionReader(
             FORMATS[kind](matrix[:, order]), np.argsort(order), "log", statistics, ONE_BATCH, mask[:, order]
         )
 
@@ -247,10 +247,10 @@ def test_total_of_a_log_normalized_object_is_the_one_that_it_was_normalized_to()
     reference = ad.AnnData(counts())
     sc.pp.normalize_total(reference, target_sum=321.0)
     sc.pp.log1p(reference)
-    statistics = ExpressionSource(reference.X, SAME, "log", None).gene_statistics(EVERYTHING)
+    statistics = ExpressionReader(reference.X, SAME, "log", None).gene_statistics(EVERYTHING)
     assert statistics.target_sum == pytest.approx(321.0, rel=1e-4)
     np.testing.assert_allclose(
-        ExpressionSource(counts(), SAME, "counts", statistics).rows(EVERYTHING), reference.X, rtol=1e-4, atol=1e-6
+        ExpressionReader(counts(), SAME, "counts", statistics).rows(EVERYTHING), reference.X, rtol=1e-4, atol=1e-6
     )
 
 
@@ -303,7 +303,7 @@ def test_nothing_of_absent_nodes_is_observed() -> None:
 def test_real_numbers_are_used_as_they_are(kind: str) -> None:
     values = (counts() - 4.25).astype(np.float32)
     stored = FORMATS[kind](values)
-    first = ExpressionSource(stored, SAME, "real", None)
+    first = ExpressionReader(stored, SAME, "real", None)
     some = np.array([7, 3, 3, 39])
     np.testing.assert_array_equal(first.rows(some), values[some])
     np.testing.assert_array_equal(first.sparse_rows(some).toarray(), values[some])
@@ -312,15 +312,15 @@ def test_real_numbers_are_used_as_they_are(kind: str) -> None:
     assert (found.fraction == 0).all(), "real numbers are no shares of anything"
     assert found.target_sum == 1.0
     order = np.random.default_rng(1).permutation(N_GENES)
-    second = ExpressionSource(FORMATS[kind](values[:, order]), np.argsort(order), "real", found)
+    second = ExpressionReader(FORMATS[kind](values[:, order]), np.argsort(order), "real", found)
     np.testing.assert_array_equal(second.rows(some), values[some])
     np.testing.assert_allclose(second.center[0], values.mean(0), rtol=1e-5)
 
 
 def test_a_missing_feature_does_not_change_the_scale_of_real_numbers() -> None:
     values = counts() - 4
-    found = ExpressionSource(values, SAME, "real", None).gene_statistics(EVERYTHING)
-    part = ExpressionSource(values[:, :5], np.where(SAME < 5, SAME, -1), "real", found)
+    found = ExpressionReader(values, SAME, "real", None).gene_statistics(EVERYTHING)
+    part = ExpressionReader(values[:, :5], np.where(SAME < 5, SAME, -1), "real", found)
     np.testing.assert_array_equal(part.rows(EVERYTHING), np.where(SAME < 5, values, 0))
 
 
@@ -340,10 +340,10 @@ def test_logarithms_of_another_total_are_those_of_counts_to_a_model_of_counts(ki
 
 def test_logarithms_of_another_total_are_announced_to_a_model_of_logarithms() -> None:
     values = np.log1p(counts() / counts().sum(1, keepdims=True) * 1e4)
-    statistics = ExpressionSource(values, SAME, "log", None).gene_statistics(EVERYTHING)
+    statistics = ExpressionReader(values, SAME, "log", None).gene_statistics(EVERYTHING)
     other = np.log1p(np.expm1(values) * 100)
     with pytest.warns(UserWarning, match="median total of 1e\\+06.*trained on 1e\\+04"):
-        ExpressionSource(other, SAME, "log", statistics, trained_scale="log")
+        ExpressionReader(other, SAME, "log", statistics, trained_scale="log")
 
 
 @pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
@@ -352,7 +352,7 @@ def test_statistics_do_not_depend_on_what_is_hidden(kind: str) -> None:
     hidden, values = rng.random((N_OBS, N_GENES)) < 0.3, np.log1p(counts())
     hidden[:, 3] = True
     other = np.where(hidden, rng.random(values.shape) * 9, values)
-    a, b = (ExpressionSource(FORMATS[kind](x), SAME, "log", None, hidden=hidden) for x in (values, other))
+    a, b = (ExpressionReader(FORMATS[kind](x), SAME, "log", None, hidden=hidden) for x in (values, other))
     found, same = a.gene_statistics(EVERYTHING), b.gene_statistics(EVERYTHING)
     expected = np.where(hidden, 0, values).sum(0) / np.maximum((~hidden).sum(0), 1)
     np.testing.assert_allclose(found.mean, expected, rtol=1e-5)
@@ -379,11 +379,11 @@ def test_cells_are_scaled_by_what_is_visible(kind: str, scale: str, monkeypatch:
     hidden = np.random.default_rng(1).random((N_OBS, N_GENES)) < 0.4
     hidden[3] = True
     columns = np.where(SAME == 4, -1, SAME)
-    statistics = ExpressionSource(counts(), SAME, "counts", None).gene_statistics(EVERYTHING)
+    statistics = ExpressionReader(counts(), SAME, "counts", None).gene_statistics(EVERYTHING)
     stored = FORMATS[kind](counts() if scale == "counts" else np.log1p(counts() / 7))
     expected = normalized(counts(), ~hidden & (SAME != 4), statistics.fraction, statistics.target_sum)
     read_in_pieces(monkeypatch)
-    source = ExpressionSource(stored, columns, scale, statistics, hidden=hidden, trained_scale="counts")
+    source = ExpressionReader(stored, columns, scale, statistics, hidden=hidden, trained_scale="counts")
     visible = ~hidden & (SAME != 4)
     np.testing.assert_allclose(source.rows(EVERYTHING)[visible], expected[visible], rtol=1e-4)
     assert source.factor[3] == 1.0, "nothing to go by"
@@ -400,9 +400,9 @@ def test_hidden_counts_change_nothing_anywhere(seed: int, share: float, kind: st
     batch[:2] = 0, 1
     found = []
     for matrix in (counts(seed), other):
-        first = ExpressionSource(FORMATS[kind](matrix), SAME, "counts", None, hidden=hidden)
+        first = ExpressionReader(FORMATS[kind](matrix), SAME, "counts", None, hidden=hidden)
         statistics = first.gene_statistics(EVERYTHING)
-        second = ExpressionSource(FORMATS[kind](matrix), SAME, "counts", statistics, batch, hidden)
+        second = ExpressionReader(FORMATS[kind](matrix), SAME, "counts", statistics, batch, hidden)
         visible = [np.where(hidden, 0, source.rows(EVERYTHING)) for source in (first, second)]
         arrays = [statistics.mean, statistics.fraction, statistics.target_sum, first.factor, second.factor]
         complete = second.complete_rows(EVERYTHING, statistics.mean).toarray()
@@ -415,8 +415,8 @@ def test_statistics_of_partly_hidden_cells_are_near_those_of_whole_ones() -> Non
     many = np.tile(counts(), (50, 1))
     nodes = np.arange(len(many))
     hidden = np.random.default_rng(0).random(many.shape) < 0.3
-    whole = ExpressionSource(many, SAME, "counts", None).gene_statistics(nodes)
-    part = ExpressionSource(many, SAME, "counts", None, hidden=hidden).gene_statistics(nodes)
+    whole = ExpressionReader(many, SAME, "counts", None).gene_statistics(nodes)
+    part = ExpressionReader(many, SAME, "counts", None, hidden=hidden).gene_statistics(nodes)
     np.testing.assert_allclose(part.fraction, whole.fraction, rtol=0.15)
     np.testing.assert_allclose(part.target_sum, whole.target_sum, rtol=0.15)
     np.testing.assert_allclose(part.mean, whole.mean, rtol=0.1)
@@ -433,7 +433,7 @@ def test_rows_as_seen_under_masks_equal_a_dense_reference(kind: str) -> None:
     expected = normalized(counts(), visible[pattern], fraction, float(np.median(counts().sum(1))))
     seen = visible[pattern]
     np.testing.assert_allclose(found.toarray()[seen], expected[seen], rtol=1e-4, atol=1e-6)
-    logged = ExpressionSource(np.log1p(counts()), SAME, "log", None)
+    logged = ExpressionReader(np.log1p(counts()), SAME, "log", None)
     rows = logged.sparse_rows(EVERYTHING)
     assert logged.as_seen(rows, torch.from_numpy(visible), torch.from_numpy(pattern)) is rows
 
@@ -449,7 +449,7 @@ LACKING = np.stack([SAME < 3, SAME >= 9])
 @pytest.mark.parametrize("with_hidden", [False, True])
 def test_an_outer_join_equals_its_sections(kind: str, filled: float, with_hidden: bool) -> None:
     """Each read with the genes that it has, by the same model; in another order, beside one that it does not know."""
-    statistics = ExpressionSource(counts(), SAME, "counts", None).gene_statistics(EVERYTHING)
+    statistics = ExpressionReader(counts(), SAME, "counts", None).gene_statistics(EVERYTHING)
     hidden = (
         np.random.default_rng(0).random((N_OBS, N_GENES)) < 0.3 if with_hidden else np.zeros((N_OBS, N_GENES), bool)
     )
@@ -459,7 +459,7 @@ def test_an_outer_join_equals_its_sections(kind: str, filled: float, with_hidden
         return np.hstack([table[:, :1], table[:, order]])
 
     joined = np.where(LACKING[SAMPLE], filled, counts())
-    source = ExpressionSource(
+    source = ExpressionReader(
         FORMATS[kind](moved(joined)), 1 + np.argsort(order), "counts", statistics, SAMPLE,
         moved(hidden) if with_hidden else None, panels=Panels(SAMPLE, moved(LACKING)),
     )  # fmt: skip
@@ -467,7 +467,7 @@ def test_an_outer_join_equals_its_sections(kind: str, filled: float, with_hidden
         cells, genes = np.flatnonzero(code == SAMPLE), np.flatnonzero(~LACKING[code])
         columns = np.full(N_GENES, -1)
         columns[genes] = np.arange(len(genes))
-        own = ExpressionSource(
+        own = ExpressionReader(
             FORMATS[kind](counts()[np.ix_(cells, genes)]), columns, "counts", statistics, np.zeros(len(cells), int),
             hidden=hidden[np.ix_(cells, genes)] if with_hidden else None,
         )  # fmt: skip
@@ -489,9 +489,9 @@ def test_statistics_of_panels_are_those_of_whole_cells_where_counts_are_depth_ti
     depth = np.where(SAMPLE == 0, 40.0, 900.0)  # sections of very different depth
     whole = depth[:, None] * share
     joined = np.where(LACKING[SAMPLE], 0, whole)
-    first = ExpressionSource(joined, SAME, "normalized", None, panels=Panels(SAMPLE, LACKING))
+    first = ExpressionReader(joined, SAME, "normalized", None, panels=Panels(SAMPLE, LACKING))
     found = first.gene_statistics(EVERYTHING)
-    expected = ExpressionSource(whole, SAME, "normalized", None).gene_statistics(EVERYTHING)
+    expected = ExpressionReader(whole, SAME, "normalized", None).gene_statistics(EVERYTHING)
     np.testing.assert_allclose(found.fraction, expected.fraction, rtol=1e-4)
     np.testing.assert_allclose(found.target_sum, expected.target_sum, rtol=1e-4)
     np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-4)
@@ -501,7 +501,7 @@ def test_statistics_of_panels_are_those_of_whole_cells_where_counts_are_depth_ti
 def test_numbers_that_a_sample_lacks_are_not_seen() -> None:
     values = counts() - 4.0
     joined = np.where(LACKING[SAMPLE], np.nan, values)
-    source = ExpressionSource(joined, SAME, "real", None, panels=Panels(SAMPLE, LACKING))
+    source = ExpressionReader(joined, SAME, "real", None, panels=Panels(SAMPLE, LACKING))
     mean = source.gene_statistics(EVERYTHING).mean
     np.testing.assert_allclose(mean, np.nanmean(joined, axis=0), rtol=1e-5)
     np.testing.assert_array_equal(observed(source, EVERYTHING), ~LACKING[SAMPLE])

@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from fimp_sc.data import BinnedTokens, BlockDataset, CenteredTokens, Destinations
+from fimp_sc.data import BinnedTokenizer, BlockDataset, CenteredTokenizer, Destinations
 from fimp_sc.data.expression._binning import bin_values, content_key
 from fimp_sc.data.expression._tokenizers import choose_tokens
 
@@ -33,11 +33,11 @@ def masks() -> tuple[Tensor, Tensor]:
     return visible, torch.arange(N) % 4
 
 
-def make_source(**kwargs) -> BinnedTokens:
+def make_source(**kwargs) -> BinnedTokenizer:
     rng = np.random.default_rng(3)
     known = torch.from_numpy(rng.random(G) < 0.75)
     rank = torch.from_numpy(rng.permutation(G))
-    return BinnedTokens(**{"gene_rank": rank, "known": known, "n_bins": BINS, "random_state": 0, **kwargs})
+    return BinnedTokenizer(**{"gene_rank": rank, "known": known, "n_bins": BINS, "random_state": 0, **kwargs})
 
 
 def run(source, values, visible=None, pattern=None, *, n_tokens=G) -> list[dict[int, float]]:
@@ -133,7 +133,7 @@ def test_edges_are_quantiles_of_what_is_shown() -> None:
 # Queries --------------------------------------------------------------------------------------------------------------
 
 
-def ask(source: BinnedTokens, values: np.ndarray, seed=0) -> tuple[Tensor, Tensor, Tensor]:
+def ask(source: BinnedTokenizer, values: np.ndarray, seed=0) -> tuple[Tensor, Tensor, Tensor]:
     visible, pattern = masks()
     return source.queries(sparse.csr_matrix(values), visible, pattern, ~visible[pattern], seed)
 
@@ -170,9 +170,9 @@ def test_queries_are_chosen_whatever_their_value() -> None:
 
 
 def test_batches_ask_where_genes_are_hidden_for_training_only(graph_data) -> None:
-    n_genes = graph_data.source.n_genes
+    n_genes = graph_data.expression.n_genes
     known = torch.arange(n_genes) % 5 > 0
-    tokens = BinnedTokens(torch.arange(n_genes), known, BINS, 0, n_queries=6)
+    tokens = BinnedTokenizer(torch.arange(n_genes), known, BINS, 0, n_queries=6)
     item = Destinations(np.array([40, 3, 77]), 11)
     data = dataclasses.replace(graph_data, tokens=tokens)
     batch = BlockDataset(data, n_layers=1, n_tokens=8, mask_ratio=(0.3, 0.6))[item]
@@ -180,7 +180,7 @@ def test_batches_ask_where_genes_are_hidden_for_training_only(graph_data) -> Non
     assert asked.any()
     assert batch["target_mask"].gather(1, batch["query_id"])[asked].all()
     assert known[batch["query_id"]][asked].all()
-    rows = data.source.rows(item.nodes)
+    rows = data.expression.rows(item.nodes)
     for cell in range(3):
         seen = batch["visible"][batch["pattern"][cell]].numpy() & known.numpy()
         assert set(batch["feature_id"][cell][~batch["padding"][cell]].tolist()) <= set(np.flatnonzero(seen))
@@ -207,7 +207,7 @@ def test_centered_tokens_have_the_centered_values_of_the_highest_genes(n_tokens:
     values, (visible, pattern) = expression(ties=True), masks()
     rank = torch.from_numpy(np.random.default_rng(2).permutation(G))
     rows, profile = sparse.csr_matrix(values), torch.from_numpy(values - 0.7) * visible[pattern]
-    genes, found, padding = CenteredTokens(rank)(rows, profile, visible, pattern, n_tokens)
+    genes, found, padding = CenteredTokenizer(rank)(rows, profile, visible, pattern, n_tokens)
     chosen, absent = choose_tokens(rows, visible, pattern, n_tokens, rank)
     torch.testing.assert_close((genes, padding), (chosen, absent))
     for cell in range(N):
@@ -224,7 +224,7 @@ def test_of_real_numbers_those_furthest_from_zero_become_tokens(n_tokens: int) -
     values *= np.random.default_rng(4).choice([-1, 1], values.shape).astype(np.float32)
     # The furthest are hidden in some cells, and their values must not count.
     profile = torch.from_numpy(values + 0.3) * visible[pattern]
-    genes, found, padding = CenteredTokens(torch.arange(G))(
+    genes, found, padding = CenteredTokenizer(torch.arange(G))(
         sparse.csr_matrix(values), profile, visible, pattern, n_tokens
     )
     signs = set()

@@ -1,4 +1,4 @@
-"""`spatial_blocks`: sizes, coverage, libraries, seeds and compactness; and the curve along which nodes are ranked."""
+"""`spatial_tiles`: sizes, coverage, libraries, seeds and compactness; and the curve along which nodes are ranked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
-from fimp_sc.data import curve_rank, spatial_blocks
+from fimp_sc.data import curve_rank, spatial_tiles
 
 
 @given(
@@ -24,7 +24,7 @@ def test_sizes_coverage_and_libraries(sizes, block_size, n_dims, ties, seed) -> 
     n = sum(sizes)
     coordinates = rng.integers(0, 3, (n, n_dims)) if ties else rng.random((n, n_dims))
     library = rng.permutation(np.repeat([f"s{i}" for i in range(len(sizes))], sizes))
-    block = spatial_blocks(coordinates, block_size, library=library, random_state=seed)
+    block = spatial_tiles(coordinates, block_size, library=library, random_state=seed)
     assert block.shape == (n,)
     assert block.dtype == np.int64
     count = np.bincount(block)
@@ -35,23 +35,23 @@ def test_sizes_coverage_and_libraries(sizes, block_size, n_dims, ties, seed) -> 
         mine = count[np.unique(block[library == name])]
         assert mine.sum() == size, "a block holds cells of one library only"
         assert np.ptp(mine) <= max(2, 0.35 * block_size), "nearly equal sizes"
-    np.testing.assert_array_equal(block, spatial_blocks(coordinates, block_size, library=library, random_state=seed))
+    np.testing.assert_array_equal(block, spatial_tiles(coordinates, block_size, library=library, random_state=seed))
 
 
 def test_seeds_decide_the_cut() -> None:
     points = np.random.default_rng(0).random((200, 2))
-    cuts = [spatial_blocks(points, 25, random_state=seed) for seed in (0, 0, 1)]
+    cuts = [spatial_tiles(points, 25, random_state=seed) for seed in (0, 0, 1)]
     together = [cut[:, None] == cut[None] for cut in cuts]
     assert (together[0] == together[1]).all()
     assert (together[0] != together[2]).any()
     generator = np.random.default_rng(3)
-    first, second = (spatial_blocks(points, 25, random_state=generator) for _ in range(2))
+    first, second = (spatial_tiles(points, 25, random_state=generator) for _ in range(2))
     assert (first != second).any(), "a generator moves on"
 
 
 def test_blocks_are_compact() -> None:
     points = np.random.default_rng(0).random((900, 2))
-    block = spatial_blocks(points, 100, random_state=0)
+    block = spatial_tiles(points, 100, random_state=0)
     spread = np.mean([points[block == b].var(axis=0).sum() for b in range(block.max() + 1)])
     # Nine squares of a unit square have 1/9 of its variance; strips have half of it and random blocks all.
     assert spread < 2 * points.var(axis=0).sum() / 9
@@ -59,7 +59,7 @@ def test_blocks_are_compact() -> None:
 
 def test_blocks_on_a_line_are_intervals() -> None:
     points = np.random.default_rng(0).permutation(20).astype(float)
-    block = spatial_blocks(points, 5)
+    block = spatial_tiles(points, 5)
     for b in range(4):
         mine = np.sort(points[block == b])
         np.testing.assert_array_equal(mine, np.arange(mine[0], mine[0] + 5))
@@ -68,7 +68,7 @@ def test_blocks_on_a_line_are_intervals() -> None:
 def test_the_input_is_not_changed() -> None:
     points = np.random.default_rng(0).random((30, 2))
     before = points.copy()
-    spatial_blocks(points, 7, random_state=0)
+    spatial_tiles(points, 7, random_state=0)
     np.testing.assert_array_equal(points, before)
 
 
@@ -81,7 +81,7 @@ def test_the_input_is_not_changed() -> None:
 )
 def test_errors(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        spatial_blocks(np.zeros((9, 2)), **arguments)
+        spatial_tiles(np.zeros((9, 2)), **arguments)
 
 
 @given(

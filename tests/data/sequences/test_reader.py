@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sequence_toys import ALL, VISIBLE, F, N, P, make_source, numbers, some_nodes, statistics
 
-from fimp_sc.data import SequenceShape, SequenceSource
+from fimp_sc.data import SequenceReader, SequenceShape
 from fimp_sc.data.sequences._reader import hide_tokens
 
 
@@ -89,8 +89,8 @@ def test_statistics_are_those_of_training_nodes_that_are_there(chunk: int) -> No
     values = numbers()
     values[absent] = np.nan
 
-    def source(known=None) -> SequenceSource:
-        return SequenceSource(
+    def source(known=None) -> SequenceReader:
+        return SequenceReader(
             lambda nodes: values[nodes], shape, N, absent=absent, coordinates=places, statistics=known
         )
 
@@ -109,7 +109,7 @@ def test_statistics_are_those_of_training_nodes_that_are_there(chunk: int) -> No
 def test_what_is_the_same_in_all_training_nodes_is_not_divided_by_nothing() -> None:
     places = np.column_stack([np.arange(N), np.full(N, 0.1)])
     places[N - 1, 1] = 7.1
-    source = SequenceSource(
+    source = SequenceReader(
         lambda nodes: np.full((len(nodes), F, P), 0.3, np.float32), SequenceShape(F, P, 2), N, coordinates=places
     )
     found = source.statistics(np.arange(N - 1))
@@ -195,7 +195,7 @@ def test_numbers_of_absent_nodes_are_not_read() -> None:
         assert not absent[nodes].any()
         return numbers()[nodes]
 
-    source = SequenceSource(read, SequenceShape(F, P), N, absent=absent, by_node=True)
+    source = SequenceReader(read, SequenceShape(F, P), N, absent=absent, by_node=True)
     made = source.tokens(ALL)
     np.testing.assert_array_equal(made, np.where(absent[:, None, None], 0, numbers()))
     assert made.dtype == np.float32

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sequence_toys import ALL, VISIBLE, N, P, make_source, some_nodes, statistics
 
-from fimp_sc.data import SequenceShape, SequenceSource
+from fimp_sc.data import SequenceReader, SequenceShape
 from fimp_sc.data.sequences._kinds import segments
 
 N_TIMES = 103
@@ -30,8 +30,8 @@ class Recorder:
         self.start = start
         return segments(self.signals[nodes, start:], P)
 
-    def source(self, **kwargs) -> SequenceSource:
-        return SequenceSource(self, SequenceShape(self.signals.shape[1] // P, P), N, by_node=True, **kwargs)
+    def source(self, **kwargs) -> SequenceReader:
+        return SequenceReader(self, SequenceShape(self.signals.shape[1] // P, P), N, by_node=True, **kwargs)
 
 
 def test_varied_signals_are_segments_cut_anywhere_of_either_sign() -> None:

@@ -17,7 +17,7 @@ from fimp_sc.data import SequenceShape, SequenceStatistics
 from fimp_sc.data._modality import describe_modality, quiet_mudata
 from fimp_sc.data._study import resolve
 from fimp_sc.data.sequences._kinds import sequence_kind
-from fimp_sc.data.sequences._tokenizers import sequence_source, token_shape
+from fimp_sc.data.sequences._tokenizers import sequence_reader, token_shape
 
 N_REGIONS, N_TIMES = 8, 23
 RING = np.roll(np.eye(8), 1, axis=1)
@@ -34,7 +34,7 @@ def toy_images(n=8, shape=(7, 9, 3), seed=0) -> np.ndarray:
 def source_of(part, n_obs: int, token_size: int, **kwargs):
     kind = part.kind
     size = sequence_kind(kind).size(part.adata)
-    return sequence_source(part, n_obs, token_shape(kind, size, token_size), token_size, **kwargs)
+    return sequence_reader(part, n_obs, token_shape(kind, size, token_size), token_size, **kwargs)
 
 
 # Sizes ----------------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_what_is_known_reaches_the_source() -> None:
     places = np.random.default_rng(1).random((N_REGIONS, 3))
     known = SequenceStatistics(0.0, 1.0, np.full(3, 2, np.float32), np.full(3, 4, np.float32))
     shape = token_shape("signal", [N_TIMES], 5, 3)
-    source = sequence_source(part, N_REGIONS, shape, 5, coordinates=places, statistics=known, hidden=hidden)
+    source = sequence_reader(part, N_REGIONS, shape, 5, coordinates=places, statistics=known, hidden=hidden)
     made = source.fields(np.arange(N_REGIONS), 3)
     np.testing.assert_array_equal(made["masked"], hidden)
     np.testing.assert_allclose(made["coordinates"], (places - 2) / 4, rtol=1e-5)

@@ -25,7 +25,7 @@ def test_decoder_predicts_known_genes_without_training(tissue, make) -> None:
     assert (expression[:, ~unknown] >= 0).all()
     # On the scale of the cell: up to its largest visible value.
     data = data_of(model, tissue)
-    assert (expression[:, ~unknown].max(1) <= data.source.rows(np.arange(120))[:, ~unknown].max(1) + 1e-4).all()
+    assert (expression[:, ~unknown].max(1) <= data.expression.rows(np.arange(120))[:, ~unknown].max(1) + 1e-4).all()
     genes = [tissue.var_names[i] for i in (9, 7, 2)]
     few = model.get_expression(decoder=True, genes=genes, batch_size=11)
     assert np.isnan(few[:, 1]).all()
@@ -35,7 +35,7 @@ def test_decoder_predicts_known_genes_without_training(tissue, make) -> None:
     rows = [30, 2, 30]
     np.testing.assert_allclose(model.get_expression(indices=rows, decoder=True, genes=genes), few[rows], **TOLERANCE)
     counts = model.get_expression(indices=rows, decoder=True, genes=genes, scale="counts")
-    factor = data.source.factor[rows, None]
+    factor = data.expression.factor[rows, None]
     np.testing.assert_allclose(counts, np.expm1(few[rows]) / factor, rtol=1e-3, atol=1e-4)
 
 

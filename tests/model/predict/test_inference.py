@@ -19,9 +19,9 @@ from fimp_sc.data import (
     Batch,
     BlockDataset,
     BlockSampler,
-    CenteredTokens,
+    CenteredTokenizer,
     Destinations,
-    ExpressionSource,
+    ExpressionReader,
     GraphData,
     NodeGraph,
 )
@@ -74,16 +74,16 @@ def make_data(graph: sparse.csr_matrix, *, self_loops=True, points=None, hidden=
     n, rng = graph.shape[0], np.random.default_rng(2)
     expression = np.log1p(rng.poisson(0.5, (n, GENES))).astype(np.float32)
     expression[:3] = 0.0
-    statistics = ExpressionSource(expression, np.arange(GENES), "log", None).gene_statistics(np.arange(n))
+    statistics = ExpressionReader(expression, np.arange(GENES), "log", None).gene_statistics(np.arange(n))
     return GraphData(
-        source=ExpressionSource(
+        expression=ExpressionReader(
             sparse.csr_matrix(expression), np.arange(GENES), "log", statistics, rng.integers(0, 2, n), hidden
         ),
         graph=NodeGraph(graph, self_loops=self_loops, weighted=weighted),
         coordinates=positions(n) if points is None else points,
         library=np.sort(rng.integers(0, 2, n)) if points is None else np.zeros(n, dtype=np.int64),
         label=np.full(n, -1),
-        tokens=CenteredTokens(torch.from_numpy(rng.permutation(GENES))),
+        tokens=CenteredTokenizer(torch.from_numpy(rng.permutation(GENES))),
     )
 
 
@@ -269,7 +269,7 @@ def test_arrays_that_cannot_be_written_to_are_enough(strategy: str, with_hidden:
     hidden = np.random.default_rng(3).random((N, GENES)) < 0.4 if with_hidden else None
     data, module = make_data(spatial(), hidden=hidden), make_module()
     expected = run(module, data, strategy=strategy)
-    csr, source = data.graph.csr, data.source
+    csr, source = data.graph.csr, data.expression
     arrays = [csr.data, csr.indices, csr.indptr, data.coordinates, data.library, data.label, data.rank]
     arrays += [source.measured, source.batch, source.center, source.factor]
     for array in arrays:

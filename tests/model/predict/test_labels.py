@@ -158,10 +158,10 @@ def test_the_mixture_for_other_sections_stands_shifts(tissue, make_model, train)
     draw_heads(model.module)
     data = data_of(model, tissue)
     everything = np.arange(120)
-    rows = data.source.rows(everything).astype(float)
+    rows = data.expression.rows(everything).astype(float)
     mean = model.module.gene_mean.numpy()
     with changed(shifts=4000):
-        drawn = np.stack(list(_shifts(data.source, everything, mean, 0)))
+        drawn = np.stack(list(_shifts(data.expression, everything, mean, 0)))
     covariance = np.cov(rows.T, ddof=0)
     strong = np.argsort(np.diag(covariance))[-10:]
     expected = 0.25 * covariance[np.ix_(strong, strong)]
@@ -170,13 +170,13 @@ def test_the_mixture_for_other_sections_stands_shifts(tissue, make_model, train)
     code = np.array([model.classes.index(name) for name in tissue.obs["label"].iloc[known]])
     with changed(shifts=3):
         fit_mixtures(model, data_of(model), everything, known, code)
-        shifts = list(_shifts(data.source, everything, mean, model.random_state))
+        shifts = list(_shifts(data.expression, everything, mean, model.random_state))
     graph = tissue.obsp["spatial_connectivities"].toarray() != 0
     loss = 0.0
     for shift in shifts:
         sources = [data_of(model, tissue), without_messages(data_of(model, tissue))]
         for part in sources:
-            part.source.center = part.source.center + shift
+            part.expression.center = part.expression.center + shift
         first = collect(model, sources[0], None, _probability, {})
         loss = loss + grid(graph, first, collect(model, sources[1], None, _probability_alone, {}), known, code)
     best = np.array(np.unravel_index(loss.argmin(), loss.shape)) / 20

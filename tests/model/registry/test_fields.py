@@ -73,15 +73,15 @@ def test_label_codes_follow_the_classes_and_unlabeled_cells_have_none(tissue, ma
 def test_batches_are_the_libraries_unless_given(tissue, make_model) -> None:
     setup = {"library_key": "section", "center": "batch"}
     both = data_of(make_model(tissue, setup))
-    np.testing.assert_array_equal(both.source.batch, both.library)
+    np.testing.assert_array_equal(both.expression.batch, both.library)
     assert set(both.library) == {0, 1}
     other = data_of(make_model(tissue, {**setup, "batch_key": "region"}))
-    assert set(other.source.batch) == {0, 1, 2, 3}
+    assert set(other.expression.batch) == {0, 1, 2, 3}
     training = data_of(make_model(tissue, {"library_key": "section", "batch_key": "region"}))
-    assert set(training.source.batch) == {0}, "the training mean is that of all batches"
+    assert set(training.expression.batch) == {0}, "the training mean is that of all batches"
     assert set(training.library) == {0, 1}
     none = data_of(make_model(tissue, {"center": "batch"}))
-    assert set(none.library) == set(none.source.batch) == {0}
+    assert set(none.library) == set(none.expression.batch) == {0}
 
 
 @pytest.mark.parametrize(

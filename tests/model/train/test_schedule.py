@@ -14,7 +14,7 @@ def of(n_train: int, batch_size: int | None = None, *, library=None, expression=
     library = np.zeros(n_train, dtype=np.int64) if library is None else library
     label = np.full(n_train, -1)
     label[list(labeled)] = 0
-    data = SimpleNamespace(source=object() if expression else None, library=library, label=label)
+    data = SimpleNamespace(expression=object() if expression else None, library=library, label=label)
     return Schedule.of(data, np.arange(n_train), batch_size)
 
 
@@ -28,7 +28,7 @@ def recordings(*sizes: int) -> np.ndarray:
 )
 def test_expression(n_train: int, size: int, parts: int) -> None:
     found = of(n_train)
-    assert (found.batch_size, found.parts) == (size, parts)
+    assert (found.batch_size, found.tiles_per_batch) == (size, parts)
     assert (found.mask_ratio, found.validations, found.patience) == ((0.0, 0.4), 0, 3)
 
 
@@ -47,7 +47,7 @@ def test_more_cells_make_more_and_larger_steps(n_train: int, more: float, faster
 
 
 def test_a_foundation_model_keeps_the_usual_steps() -> None:
-    data = SimpleNamespace(source=object(), library=np.zeros(10_000, int), label=np.full(10_000, -1))
+    data = SimpleNamespace(expression=object(), library=np.zeros(10_000, int), label=np.full(10_000, -1))
     found = Schedule.of(data, np.arange(10_000), None, pretrained=True)
     assert (found.steps, found.plan) == (600, {})
 
@@ -59,7 +59,7 @@ def test_a_size_that_is_given_is_kept(batch_size: int, expression: bool, library
     found = of(200, batch_size, expression=expression, library=library)
     assert found.batch_size == batch_size
     whole = not expression and library is not None
-    assert found.parts == (1 if whole else max(batch_size // 64, 1))
+    assert found.tiles_per_batch == (1 if whole else max(batch_size // 64, 1))
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_a_size_that_is_given_is_kept(batch_size: int, expression: bool, library
 )
 def test_recordings_are_seen_as_a_whole_where_they_fit(sizes, size: int, parts: int) -> None:
     found = of(sum(sizes), library=recordings(*sizes), expression=False)
-    assert (found.batch_size, found.parts) == (size, parts)
+    assert (found.batch_size, found.tiles_per_batch) == (size, parts)
 
 
 def test_only_training_nodes_count() -> None:
     label = np.full(650, -1)
     label[100] = 0
-    data = SimpleNamespace(source=None, library=recordings(200, 50, 400), label=label)
+    data = SimpleNamespace(expression=None, library=recordings(200, 50, 400), label=label)
     found = Schedule.of(data, np.r_[0:90, 200:250], None)
     assert found.batch_size == 90
     assert found.plan == {"lr": 2e-3}

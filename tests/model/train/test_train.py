@@ -318,12 +318,12 @@ def test_default_batch_size_makes_some_24_steps_of_an_epoch(tissue, make_model, 
     with pytest.raises(InterruptedError):
         model.train(accelerator="cpu")
     assert seen["batch_size"] == batch_size
-    assert seen["parts"] == batch_size // 64, "compact blocks of 64 cells"
+    assert seen["tiles_per_batch"] == batch_size // 64, "compact blocks of 64 cells"
     if batch_size > 64:
         assert n_train / batch_size >= 24 / 2**0.5
     with pytest.raises(InterruptedError):
         model.train(accelerator="cpu", batch_size=17)
-    assert (seen["batch_size"], seen["parts"]) == (17, 1)
+    assert (seen["batch_size"], seen["tiles_per_batch"]) == (17, 1)
 
 
 def test_cells_are_masked_always_without_labels_and_half_the_time_with_them(tissue, make_model, monkeypatch) -> None:

@@ -30,7 +30,7 @@ _ROUNDS = 100
 
 @dataclass
 class GeneStatistics:
-    """What the training cells tell about each gene of the model.
+    """Statistics of each gene of the model over the training cells.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ def used_as_is(input_scale: InputScale, trained_scale: InputScale | None) -> boo
     return input_scale == "real" or (input_scale == "log" and trained_scale in (None, "log", "real"))
 
 
-class ExpressionSource:
+class ExpressionReader:
     """Rows of expression in the genes of the model.
 
     Counts and normalized values are divided by the cell's total over the genes that the model knows and that are
@@ -81,7 +81,7 @@ class ExpressionSource:
     Parameters
     ----------
     matrix
-        ``(n_obs, n_vars)`` in any form that :func:`~fimp_sc.data.storage._rows.open_rows` reads.
+        ``(n_obs, n_vars)`` in any form that :func:`~fimp_sc.data.open_rows` reads.
     columns
         ``(n_genes,)`` int64, column of each gene of the model in ``matrix``, -1 where it is not measured.
     input_scale
@@ -453,7 +453,7 @@ def _gene_sums(block: Any) -> NDArray[np.float64]:
 
 
 class JoinedExpression:
-    """Rows of several tables side by side, with the interface of :class:`~fimp_sc.data.ExpressionSource`.
+    """Rows of several tables side by side, with the interface of :class:`~fimp_sc.data.ExpressionReader`.
 
     Each table keeps its own scale: values are scaled to totals of the same table.
 
@@ -471,10 +471,10 @@ class JoinedExpression:
     target_sum
         ``(n_tables,)`` float64.
     gene_key
-        ``(n_genes,)``, see :class:`ExpressionSource`; ``None`` where a table has none.
+        ``(n_genes,)``, see :class:`ExpressionReader`; ``None`` where a table has none.
     """
 
-    def __init__(self, sources: Sequence[ExpressionSource]) -> None:
+    def __init__(self, sources: Sequence[ExpressionReader]) -> None:
         self.sources = list(sources)
         self.batch = self.sources[0].batch
         absent = np.all([_absent(source) for source in self.sources], axis=0)
@@ -497,15 +497,15 @@ class JoinedExpression:
         return np.concatenate([source.measured.any(0) for source in self.sources])[None]
 
     def rows(self, nodes: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :meth:`ExpressionSource.rows`."""
+        """See :meth:`ExpressionReader.rows`."""
         return np.concatenate([source.rows(nodes) for source in self.sources], axis=1)
 
     def sparse_rows(self, nodes: NDArray[np.int64]) -> sparse.csr_matrix:
-        """See :meth:`ExpressionSource.sparse_rows`."""
+        """See :meth:`ExpressionReader.sparse_rows`."""
         return _side_by_side([source.sparse_rows(nodes) for source in self.sources])
 
     def complete_rows(self, nodes: NDArray[np.int64], mean: NDArray[np.float32]) -> sparse.csr_matrix:
-        """See :meth:`ExpressionSource.complete_rows`; nodes that lack a table have its mean."""
+        """See :meth:`ExpressionReader.complete_rows`; nodes that lack a table have its mean."""
         tables = []
         for source, own in zip(self.sources, self._split(mean), strict=True):
             rows, lacking = source.complete_rows(nodes, own), _absent(source)[nodes]
@@ -515,19 +515,19 @@ class JoinedExpression:
         return _side_by_side(tables)
 
     def as_seen(self, rows: sparse.csr_matrix, visible: Tensor, pattern: Tensor) -> sparse.csr_matrix:
-        """See :meth:`ExpressionSource.as_seen`."""
+        """See :meth:`ExpressionReader.as_seen`."""
         bounds = zip(self.sources, self._bounds[:-1], self._bounds[1:], strict=True)
         return _side_by_side([s.as_seen(rows[:, a:b], visible[:, a:b], pattern) for s, a, b in bounds])
 
     def observed(self, nodes: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """See :meth:`ExpressionSource.observed`."""
+        """See :meth:`ExpressionReader.observed`."""
         found = [source.observed(nodes) for source in self.sources]
         codes, pattern = np.unique(np.stack([code for _, code in found], axis=1), axis=0, return_inverse=True)
         patterns = [own[codes[:, i]] for i, (own, _) in enumerate(found)]
         return np.concatenate(patterns, axis=1), pattern.ravel().astype(np.int64)
 
     def gene_statistics(self, nodes: NDArray[np.int64]) -> GeneStatistics:
-        """See :meth:`ExpressionSource.gene_statistics`; of each table over the nodes that have it.
+        """See :meth:`ExpressionReader.gene_statistics`; of each table over the nodes that have it.
 
         Raises
         ------
@@ -551,7 +551,7 @@ class JoinedExpression:
         return nodes if self.absent is None else nodes[~self.absent[nodes]]
 
     def factors(self, nodes: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :meth:`ExpressionSource.factors`."""
+        """See :meth:`ExpressionReader.factors`."""
         factor = np.stack([source.factor[nodes] for source in self.sources], axis=1)
         return factor[:, np.searchsorted(self._bounds, columns, side="right") - 1]
 
@@ -569,7 +569,7 @@ def split_statistics(statistics: GeneStatistics | None, sizes: Sequence[int]) ->
     return [GeneStatistics(*own[:2], float(own[2])) for own in zip(means, fractions, totals, strict=True)]
 
 
-def _absent(source: ExpressionSource) -> NDArray[np.bool_]:
+def _absent(source: ExpressionReader) -> NDArray[np.bool_]:
     return np.zeros(len(source.batch), dtype=bool) if source.absent is None else source.absent
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from fimp_sc.data.expression._reader import ExpressionSource, JoinedExpression
+    from fimp_sc.data.expression._reader import ExpressionReader, JoinedExpression
 
 
 # Masks of a batch. Enough for cells to differ, few enough to cost nothing beside the values themselves.
@@ -157,7 +157,7 @@ def hide_genes(
     return visible, pattern
 
 
-class TokenSource(Protocol):
+class Tokenizer(Protocol):
     """Makes the tokens of cells from their expression."""
 
     def __call__(
@@ -188,7 +188,7 @@ class TokenSource(Protocol):
 
 
 @dataclass
-class CenteredTokens:
+class CenteredTokenizer:
     """The genes of highest expression, with centered log-normalized values: what FIMP-base reads.
 
     Of numbers that may be negative, those furthest from zero.
@@ -209,14 +209,14 @@ class CenteredTokens:
         pattern: Tensor,
         n_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :class:`TokenSource`."""
+        """See :class:`Tokenizer`."""
         size = abs(rows) if (rows.data < 0).any() else rows
         feature_id, padding = choose_tokens(size, visible, pattern, n_tokens, self.gene_rank)
         return feature_id, profile.gather(1, feature_id).masked_fill_(padding, 0.0), padding
 
 
 @dataclass
-class BinnedTokens:
+class BinnedTokenizer:
     """The expressed genes that a vocabulary knows, their values as quantile bins of the cell: what scGPT reads.
 
     Bins are made from all visible expressed genes of the vocabulary, before the highest become tokens. They depend on
@@ -236,7 +236,7 @@ class BinnedTokens:
     n_queries
         Hidden genes per cell that a decoder learns to predict.
     gene_key
-        See :class:`TokenSource`.
+        See :class:`Tokenizer`.
     """
 
     gene_rank: Tensor
@@ -254,7 +254,7 @@ class BinnedTokens:
         pattern: Tensor,
         n_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :class:`TokenSource`."""
+        """See :class:`Tokenizer`."""
         shown = visible & self.known
         expressed = self._expressed(rows, shown, pattern)
         feature_id, padding = choose_tokens(expressed, shown, pattern, n_tokens, self.gene_rank, zeros=False)
@@ -323,8 +323,8 @@ class BinnedTokens:
 
 
 def expression_fields(
-    source: ExpressionSource | JoinedExpression,
-    tokens: TokenSource,
+    source: ExpressionReader | JoinedExpression,
+    tokens: Tokenizer,
     nodes: NDArray[np.int64],
     n_dst: int,
     n_tokens: int,
@@ -367,13 +367,13 @@ def expression_fields(
         "target": target,
         "target_mask": hidden,
     }
-    if mask_ratio is not None and isinstance(tokens, BinnedTokens) and tokens.n_queries:
+    if mask_ratio is not None and isinstance(tokens, BinnedTokenizer) and tokens.n_queries:
         queries = tokens.queries(rows[:n_dst], visible, pattern[:n_dst], hidden, seed)
         made["query_id"], made["query_bin"], made["query_padding"] = queries
     return made
 
 
-def _centered(rows: sparse.csr_matrix, source: ExpressionSource | JoinedExpression, nodes: NDArray[np.int64]) -> Tensor:
+def _centered(rows: sparse.csr_matrix, source: ExpressionReader | JoinedExpression, nodes: NDArray[np.int64]) -> Tensor:
     values, code = rows.toarray(), source.batch[nodes]
     for batch in np.unique(code):
         mine = code == batch
@@ -382,7 +382,7 @@ def _centered(rows: sparse.csr_matrix, source: ExpressionSource | JoinedExpressi
 
 
 def _masks(
-    source: ExpressionSource | JoinedExpression,
+    source: ExpressionReader | JoinedExpression,
     nodes: NDArray[np.int64],
     n_dst: int,
     ratio: tuple[float, float] | None,

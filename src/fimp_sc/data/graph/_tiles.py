@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _CURVE_BITS = 21
 
 
-def spatial_blocks(
+def spatial_tiles(
     coordinates: ArrayLike,
     block_size: int,
     *,

@@ -59,7 +59,7 @@ _kinds: dict[str, SequenceKind] = {}
 
 
 class SequenceKind(ABC):
-    """How the values of nodes become sequences of tokens of numbers, and back.
+    """Kind of nodes whose values become sequences of tokens of numbers, and back.
 
     Registered with :func:`register_kind`, a modality whose ``uns["fimp_modality"]["kind"]`` is :attr:`name` can be
     embedded, annotated and imputed as any other.

@@ -24,7 +24,7 @@ _VARIED = 20
 
 @dataclass(frozen=True)
 class SequenceShape:
-    """What the tokens of a node are.
+    """Shape of the tokens of a node.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class SequenceShape:
 
 @dataclass(frozen=True)
 class SequenceStatistics:
-    """What the training nodes tell about the numbers in tokens.
+    """Statistics of the numbers in tokens over the training nodes.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class SequenceStatistics:
     spread: NDArray[np.float32]
 
 
-class SequenceSource:
+class SequenceReader:
     """Tokens of nodes as standardized numbers.
 
     Numbers are standardized with mean and standard deviation of the training nodes or, ``by_node``, of what is seen of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fimp_sc.data.sequences._kinds import sequence_kind
-from fimp_sc.data.sequences._reader import SequenceShape, SequenceSource
+from fimp_sc.data.sequences._reader import SequenceReader, SequenceShape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ def token_shape(kind: str, size: Sequence[int], token_size: int, n_coordinates: 
     return SequenceShape(*found.tokens(size, token_size), n_coordinates, aligned=not found.by_node)
 
 
-def sequence_source(
+def sequence_reader(
     part: Modality,
     n_obs: int,
     shape: SequenceShape,
@@ -47,7 +47,7 @@ def sequence_source(
     coordinates: NDArray[np.floating] | None = None,
     statistics: SequenceStatistics | None = None,
     hidden: NDArray[np.bool_] | None = None,
-) -> SequenceSource:
+) -> SequenceReader:
     """Return the tokens of a modality; values are read when a block asks for them.
 
     Parameters
@@ -59,9 +59,9 @@ def sequence_source(
     shape, token_size
         Of tokens, see :func:`token_shape`; of the object at hand.
     coordinates, statistics, hidden
-        See :class:`~fimp_sc.data.SequenceSource`.
+        See :class:`~fimp_sc.data.SequenceReader`.
     """
-    return SequenceSource(
+    return SequenceReader(
         Reader(part.kind, part.adata, part.rows, token_size), shape, n_obs, by_node=sequence_kind(part.kind).by_node,
         coordinates=coordinates, statistics=statistics, absent=part.absent, hidden=hidden,
     )  # fmt: skip

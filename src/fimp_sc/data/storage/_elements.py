@@ -1,4 +1,4 @@
-"""What an object holds, wherever it holds it: columns, coordinates and graphs come to memory, expression does not."""
+"""Read obs, obsm, obsp and layers; small elements are loaded, the expression matrix stays where it is."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _EXPECTED, _SHARE_OF_PANEL = 14.0, 0.01
 
 
 class Values(NamedTuple):
-    """What is known of a matrix once it has been looked at.
+    """Properties of a matrix that has been looked at.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class Values(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Which cells are of one sample.
+    """Sample of each cell.
 
     Attributes
     ----------
@@ -203,7 +203,7 @@ def inspect_values(
 
 @dataclass
 class _Findings:
-    """What one pass over a matrix found: numbers of values, and the first of each kind as (cell, gene)."""
+    """Findings of one pass over a matrix: numbers of values, and the first of each kind as (cell, gene)."""
 
     expressed_in: np.ndarray  # per cell, whether any gene is above zero
     expressed: np.ndarray  # per gene, whether above zero in any cell

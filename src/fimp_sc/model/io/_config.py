@@ -1,4 +1,4 @@
-"""What a shared model says of itself: a model to plain values, and back to what scvi-tools keeps of its data."""
+"""Configuration of saved models: plain values from a model, and back to the registry of scvi-tools."""
 
 from __future__ import annotations
 

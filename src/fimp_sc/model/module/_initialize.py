@@ -1,4 +1,4 @@
-"""What a module takes over from its training nodes before training."""
+"""Initialization of the module from its training nodes: statistics, components and heads."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class StartingModule(BaseModuleClass):
                 linear.bias.copy_(weight[-1])
 
     def start_from_vectors(self, vectors: np.ndarray, known: np.ndarray) -> None:
-        """Use pretrained vectors of genes, see :meth:`~fimp_sc.nn._embedding.FeatureEmbedding.start_from_vectors`."""
+        """Use pretrained vectors of genes, ``(n_genes, width)``, where ``known``: they stay as they are."""
         if self.network.gene_table is None:
             raise TypeError("Only FIMP-base of genes starts from their vectors.")
         self.network.gene_table.start_from_vectors(vectors, known)

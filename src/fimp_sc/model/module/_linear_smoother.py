@@ -81,7 +81,7 @@ def shared_components(
 
 
 class Smoother(NamedTuple):
-    """What components tell about hidden entries.
+    """Prediction of hidden entries by components.
 
     Attributes
     ----------

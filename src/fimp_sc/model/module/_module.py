@@ -237,7 +237,7 @@ class FIMPModule(LabelingModule, StartingModule):
 
 
 class _Statistics(nn.Module):
-    """What training nodes tell about a modality, kept with the weights."""
+    """Statistics of the training nodes of a modality, kept with the weights."""
 
     mean: Tensor
     std: Tensor

@@ -1,4 +1,4 @@
-"""What a model's attention tells of edges, as arrays: influence of neighbors, and attention between genes."""
+"""Attention of a model as arrays: influence of neighbors, and attention between genes."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def attention_data(model: FIMP, adata: AnnData | MuData | None, *, untrained: bo
     if not model.messages:
         raise ValueError("This model passes no messages (messages=False), and has no attention between cells.")
     data = graph_data(model, study_of(model, adata))
-    if data.source is None:
+    if data.expression is None:
         raise ValueError("This model reads no expression: attention between cells is read for genes only.")
     model.module.eval()
     return data
@@ -232,7 +232,7 @@ def cell_groups(column: pd.Series, where: str, unlabeled_category: str | None = 
 def measured_codes(data: GraphData, groups: pd.Categorical) -> NDArray[np.int64]:
     """Return ``(n,)`` int64 group of each node, -1 for those without, and for nodes that have no expression."""
     codes = np.asarray(groups.codes, dtype=np.int64)
-    absent = None if data.source is None else data.source.absent
+    absent = None if data.expression is None else data.expression.absent
     return codes if absent is None else np.where(absent, -1, codes)
 
 

@@ -54,7 +54,7 @@ def token_genes(data: GraphData, n_tokens: int, genes: NDArray[np.int64]) -> NDA
     data, n_tokens, genes
         As in :func:`gene_tokens`.
     """
-    source: Any = data.source
+    source: Any = data.expression
     dataset = BlockDataset(data, n_layers=0, n_tokens=n_tokens)
     n_obs = data.graph.csr.shape[0]
     out = np.zeros((n_obs, len(genes)), dtype=bool)
@@ -83,9 +83,9 @@ def gene_tokens(module: FIMPModule, data: GraphData, n_tokens: int, genes: NDArr
     genes
         ``(g,)`` positions of the chosen genes among those of the model.
     """
-    if data.source is None:
+    if data.expression is None:
         raise ValueError("This model reads no expression: attention between genes needs genes.")
-    lookup = torch.full((data.source.n_genes,), len(genes), dtype=torch.int64)
+    lookup = torch.full((data.expression.n_genes,), len(genes), dtype=torch.int64)
     lookup[torch.from_numpy(genes)] = torch.arange(len(genes))
     lookup = lookup.to(module.device)
     dataset = BlockDataset(data, n_layers=0, n_tokens=n_tokens)
@@ -105,7 +105,7 @@ def gene_tokens(module: FIMPModule, data: GraphData, n_tokens: int, genes: NDArr
         place = torch.cat([order + first, others], 1)
         rows = place[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
         parts.append((query.gather(2, rows[:, :, :m]), key.gather(2, rows), padding.gather(1, place), gene[:, :m]))
-        values.append(data.source.rows(nodes)[:, genes])
+        values.append(data.expression.rows(nodes)[:, genes])
     m, f = (max(part[i].shape[2] for part in parts) for i in (0, 1))
     query, key, padding, gene = (
         torch.cat([pad(q, (0, 0, 0, m - q.shape[2])) for q, *_ in parts]),

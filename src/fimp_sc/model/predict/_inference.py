@@ -135,7 +135,7 @@ def infer(
         raise ValueError("strategy='layers' cannot be distributed: every layer reads what all blocks have written.")
     on_cpu = module.device.type == "cpu"
     if batch_size is None:
-        n_values = 0 if data.source is None else data.source.n_genes
+        n_values = 0 if data.expression is None else data.expression.n_genes
         n_values += sum(source.shape.n_tokens * source.shape.token_size for source in data.sequences.values())
         budget = _NUMBERS_CPU if on_cpu else _NUMBERS_ACCELERATOR
         per_node = 4 * n_values + 16 * _most_tokens(data, n_tokens) * module.network.width
@@ -238,7 +238,7 @@ def _by_layer(
 def _most_tokens(data: GraphData, n_tokens: int) -> int:
     """Return the largest number of tokens of a node, its summary included."""
     sequences = sum(source.shape.n_tokens for source in data.sequences.values())
-    return 1 + sequences + (n_tokens if data.source is not None else 0)
+    return 1 + sequences + (n_tokens if data.expression is not None else 0)
 
 
 def _storage(shape: tuple[int, ...], path: Path) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from scipy import sparse
 
-    from fimp_sc.data import Batch, ExpressionSource, GraphData
+    from fimp_sc.data import Batch, ExpressionReader, GraphData
     from fimp_sc.data._study import Study
     from fimp_sc.data.expression._reader import JoinedExpression
     from fimp_sc.model._fimp import FIMP
@@ -93,7 +93,7 @@ def fit_mixtures(
         return around.log_loss(views, label)
 
     mixtures = [_best(log_loss())] * 2
-    source = data.source
+    source = data.expression
     # What foundation models read are ranks, which shifts of this kind hardly change.
     if source is not None and module.n_bins == 0 and recipe().shifts:
         center, total = source.center, cast("Any", 0.0)
@@ -159,7 +159,7 @@ class _Surroundings:
 
 
 def _shifts(
-    source: ExpressionSource | JoinedExpression,
+    source: ExpressionReader | JoinedExpression,
     train_idx: NDArray[np.int64],
     gene_mean: NDArray[np.float32],
     random_state: int,

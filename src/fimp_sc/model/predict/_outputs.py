@@ -1,4 +1,4 @@
-"""What a model tells of cells, as arrays: embedding, labels, expression."""
+"""Prediction methods: embeddings, labels and expression as arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from fimp_sc._draws import name_key
 from fimp_sc._options import checked
-from fimp_sc.data import BinnedTokens
+from fimp_sc.data import BinnedTokenizer
 from fimp_sc.data.expression._binning import unbin
 from fimp_sc.model.predict._inference import collect
 from fimp_sc.model.predict._labels import label_probability
@@ -71,7 +71,7 @@ def decoded_expression(
     ``(n, g)`` float32 log-normalized expression, NaN for genes that the vocabulary does not know.
     """
     source = data.tokens
-    if not isinstance(source, BinnedTokens) or data.source is None:
+    if not isinstance(source, BinnedTokenizer) or data.expression is None:
         raise ValueError("decoder=True needs a foundation model with a decoder: FIMP-base has none.")
     out = np.full((len(nodes), len(genes)), np.nan, dtype=np.float32)
     known = np.flatnonzero(source.known.numpy()[genes])
@@ -80,8 +80,8 @@ def decoded_expression(
         out[:, part] = predict(torch.from_numpy(genes[part]))
     for i in range(0, len(nodes), _CELLS):
         cells = slice(i, i + _CELLS)
-        observed, pattern = (torch.from_numpy(part.copy()) for part in data.source.observed(nodes[cells]))
-        edges = torch.from_numpy(source.edges(data.source.sparse_rows(nodes[cells]), observed, pattern))
+        observed, pattern = (torch.from_numpy(part.copy()) for part in data.expression.observed(nodes[cells]))
+        edges = torch.from_numpy(source.edges(data.expression.sparse_rows(nodes[cells]), observed, pattern))
         out[cells, known] = unbin(torch.from_numpy(out[cells][:, known]), edges).numpy()
     return out
 
@@ -247,7 +247,7 @@ def get_expression(
     if real.any() and scale == "counts":
         raise ValueError("scale='counts' needs expression: these features are predicted as they are, scale='log'.")
     data = graph_data(model, study, hidden)
-    source = cast("Any", data.source)
+    source = cast("Any", data.expression)
     features = torch.from_numpy(known[known >= 0]).to(model.device)
     how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
     nodes = node_indices(study.nodes.obs_names, indices)

@@ -1,1 +1,1 @@
-"""What a model registers of an object, and graph data made of it."""
+"""Registration of an object with scvi-tools, and graph data made of it."""

@@ -1,4 +1,4 @@
-"""What FIMP registers with scvi-tools. Data stay where the user keeps them; nothing is written to ``obs``."""
+"""Fields that FIMP registers with scvi-tools. Data stay where the user keeps them; nothing is written to ``obs``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model reads: from a study to graph data, and results block by block."""
+"""Graph data of a registered object: from a study to tokens, graph and labels."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pandas as pd
 from scipy import sparse
 
 from fimp_sc._logging import warn
-from fimp_sc.data import ExpressionSource, GeneStatistics, GraphData, NodeGraph
+from fimp_sc.data import ExpressionReader, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._study import Modality, Study, expand_rows, resolve
 from fimp_sc.data.expression._reader import JoinedExpression, Panels, split_statistics
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.sequences._reader import SequenceStatistics
-from fimp_sc.data.sequences._tokenizers import sequence_source, token_shape
+from fimp_sc.data.sequences._tokenizers import sequence_reader, token_shape
 from fimp_sc.data.validate._checks import check_coordinates, check_obs_key, get_graph, get_matrix, get_obs, label_text
 from fimp_sc.model.registry._fields import (
     BATCH_KEY,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from fimp_sc.data import SequenceKind, SequenceSource, TokenSource
+    from fimp_sc.data import SequenceKind, SequenceReader, Tokenizer
     from fimp_sc.model._fimp import FIMP
 
 
@@ -174,12 +174,12 @@ def graph_data(
                 matrix = expand_rows(matrix, table.rows, f"mdata[{table.name!r}]")
             scale = state[ExpressionField.SCALE]
             columns = match_columns(state[ExpressionField.NAMES], table.adata)
-            source = ExpressionSource(
+            source = ExpressionReader(
                 matrix, columns, scale, statistics, batch, masks.get(table.name), table.absent,
                 state.get(ExpressionField.TRAINED_SCALE, scale), _panels(state, sample), gene_key,
             )  # fmt: skip
             sources.append(source)
-        data.source = sources[0] if len(sources) == 1 else JoinedExpression(sources)
+        data.expression = sources[0] if len(sources) == 1 else JoinedExpression(sources)
         data.tokens = _tokenizer(model)
     data.sequences = _sequence_readers(model, study, located, hidden_tokens or {})
     return data
@@ -196,13 +196,13 @@ def _sequence_readers(
     study: Study,
     located: NDArray[np.floating] | None,
     hidden_tokens: Mapping[str, NDArray[np.bool_]],
-) -> dict[str, SequenceSource]:
+) -> dict[str, SequenceReader]:
     located = None if located is None else model.module.network.places(located)
     sources = {}
     for i, (name, shape) in enumerate(model.module.sequences.items()):
         (kind, size), token_size = sequence_size(model, study, name), model.token_sizes[name]
         known: Any = model.module.statistics[str(i)]
-        sources[name] = sequence_source(
+        sources[name] = sequence_reader(
             sequence_modality(study, name),
             study.nodes.n_obs,
             # Another object may have fewer tokens.
@@ -217,9 +217,9 @@ def _sequence_readers(
     return sources
 
 
-def _tokenizer(model: FIMP) -> TokenSource:
+def _tokenizer(model: FIMP) -> Tokenizer:
     gene_rank: Tensor = model.module.gene_rank.cpu()  # type: ignore[operator, union-attr]
-    return model.module.network.token_source(gene_rank, model.module.gene_key, model.random_state)
+    return model.module.network.tokenizer(gene_rank, model.module.gene_key, model.random_state)
 
 
 def _statistics(model: FIMP) -> GeneStatistics | None:

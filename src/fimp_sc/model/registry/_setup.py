@@ -1,4 +1,4 @@
-"""How an object is registered with FIMP."""
+"""Registration of an object: ``setup_anndata`` and ``setup_mudata``."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def training_marks(
     """
     setup = model.adata_manager.registry["setup_args"]
     values: list[Any] = []
-    for source in data.source.sources if isinstance(data.source, JoinedExpression) else [data.source]:
+    for source in data.expression.sources if isinstance(data.expression, JoinedExpression) else [data.expression]:
         values += [] if source is None else [source.batch, source.panel, source.measured]
     for part in resolve(model.adata, setup.get("modality")).modalities:
         values += [] if part.rows is None else [part.rows]

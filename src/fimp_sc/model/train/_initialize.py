@@ -1,4 +1,4 @@
-"""Where training starts: at what simple linear models of the training nodes already tell."""
+"""Initialization of a training by simple linear models of the training nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fimp_sc.model.predict._inference import infer, read_embedding
 from fimp_sc.model.registry._graph_data import graph_data
 
 if TYPE_CHECKING:
-    from fimp_sc.data import ExpressionSource, GraphData
+    from fimp_sc.data import ExpressionReader, GraphData
     from fimp_sc.data._study import Study
     from fimp_sc.model._fimp import FIMP
 
@@ -33,8 +33,8 @@ def start_from_data(
     if not module.network.pretrained:
         for name, sequence in data.sequences.items():
             module.set_sequence_statistics(name, sequence.statistics(train_idx))
-    if data.source is not None:
-        measured = data.source.present(train_idx)
+    if data.expression is not None:
+        measured = data.expression.present(train_idx)
         if not len(measured):
             raise ValueError("No training node has values of the table: check train_indices.")
         _start_from_expression(model, study, data, measured, val_idx, hidden)
@@ -53,7 +53,7 @@ def start_from_data(
 def _start_from_expression(
     model: FIMP, study: Study, data: GraphData, train_idx: np.ndarray, val_idx: np.ndarray, hidden: dict[str, Any]
 ) -> None:
-    module, source = model.module, cast("ExpressionSource", data.source)
+    module, source = model.module, cast("ExpressionReader", data.expression)
     some = _some(model, data, train_idx, recipe().cells_components)
     statistics = source.gene_statistics(train_idx)
     rows = source.complete_rows(some, statistics.mean)
@@ -61,7 +61,7 @@ def _start_from_expression(
     if module.network.pretrained:
         return
     data = graph_data(model, study, **hidden)
-    source = cast("ExpressionSource", data.source)
+    source = cast("ExpressionReader", data.expression)
     seen = source.present(val_idx[data.graph.degree[val_idx] > 0])
     # Values are hidden in turn.
     seen = data.ordered(_some(model, data, seen, recipe().cells_smoother))

@@ -1,4 +1,4 @@
-"""How FIMP is optimized."""
+"""The training plan: losses, optimizer and learning rates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much training is enough, from what there is to learn from."""
+"""The schedule: size and number of steps, from the number of training nodes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Schedule:
 
     Attributes
     ----------
-    batch_size, parts
+    batch_size, tiles_per_batch
         See :class:`~fimp_sc.data.BlockSampler`.
     mask_ratio
         Smallest and largest hidden share of a node.
@@ -36,7 +36,7 @@ class Schedule:
     """
 
     batch_size: int
-    parts: int
+    tiles_per_batch: int
     mask_ratio: tuple[float, float]
     steps: int
     least_epochs: int
@@ -63,7 +63,7 @@ class Schedule:
         usual = int(np.clip(2 ** round(np.log2(max(len(train_idx) / 24, 1))), *numbers.batch))
         labeled = bool((data.label[train_idx] >= 0).any())
         least, most = numbers.epochs
-        if data.source is not None:
+        if data.expression is not None:
             size = batch_size or usual
             more = 1.0
             if not pretrained:

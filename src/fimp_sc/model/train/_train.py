@@ -207,7 +207,7 @@ def train(
             batch_size=schedule.batch_size,
             n_layers=model.n_layers,
             n_tokens=model.n_tokens,
-            parts=schedule.parts,
+            tiles_per_batch=schedule.tiles_per_batch,
             mask_ratio=mask_ratio,
             gene_mask_ratio=gene_mask_ratio,
             mask_cells=schedule.mask_cells if mask_cells is None else mask_cells,

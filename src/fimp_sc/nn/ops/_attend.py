@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """What attends over a graph that it knows, one head at a time.
+    """Attention over a graph that the engine knows, one head at a time.
 
     ``q``, of destinations and times ``head_dim ** -0.5``, ``k`` and ``v``, of sources, are ``(nodes, tokens,
     head_dim)`` and contiguous.

@@ -77,6 +77,7 @@ class Chunks:
         some = degree.new_zeros(1) if padding is None else padding.any().view(1).to(degree.dtype)
         *self._degree, padded = torch.cat((degree, some)).tolist()
         self._start = indptr[:-1].index_select(0, self._order)
+        self._parts: list[tuple[int, int, Tensor, Tensor]] | None = None
         self._bias: Tensor | None = None
         if padding is not None and padded:
             # Finite, so that a source with padding only gives a uniform softmax instead of NaN.
@@ -154,14 +155,20 @@ class Chunks:
         """Return the rows of destinations by descending degree."""
         return torch.index_select(x, 0, self._order, out=self._buffers(name, *x.shape))
 
-    def _chunks(self, q: Tensor, k: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Yield ``(begin, end, edges, sources)``: equally many edges for each of the destinations ``begin:end``."""
-        size = self._chunk_size
-        if size is None:
-            on_cpu = q.device.type == "cpu"
-            scores = _SCORES_PER_THREAD * torch.get_num_threads() if on_cpu else _SCORES_ACCELERATOR
-            size = scores // max(k.shape[1] * max(q.shape[1], q.shape[2]), 1)
-        size, degree = max(min(size, _MAX_BATCH), 1), self._degree
+    def _chunks(self, q: Tensor, k: Tensor) -> list[tuple[int, int, Tensor, Tensor]]:
+        """Return ``(begin, end, edges, sources)`` of each chunk, the same for all heads."""
+        if self._parts is None:
+            size = self._chunk_size
+            if size is None:
+                on_cpu = q.device.type == "cpu"
+                scores = _SCORES_PER_THREAD * torch.get_num_threads() if on_cpu else _SCORES_ACCELERATOR
+                size = scores // max(k.shape[1] * max(q.shape[1], q.shape[2]), 1)
+            self._parts = list(self._cut(max(min(size, _MAX_BATCH), 1)))
+        return self._parts
+
+    def _cut(self, size: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Yield chunks of at most so many edges: equally many for each of the destinations ``begin:end``."""
+        degree = self._degree
         begin = 0
         while begin < len(degree) and degree[begin] > 0:
             stop = end = min(begin + max(size // degree[begin], 1), len(degree))
@@ -170,7 +177,7 @@ class Chunks:
                 while degree[end - 1] <= slot:
                     end -= 1
                 width = max(min(degree[end - 1] - slot, size // (end - begin)), 1)
-                slots = torch.arange(slot, slot + width, device=q.device)
+                slots = torch.arange(slot, slot + width, device=self._start.device)
                 edges = (self._start[begin:end, None] + slots).flatten()
                 yield begin, end, edges, self._indices.index_select(0, edges)
                 slot += width

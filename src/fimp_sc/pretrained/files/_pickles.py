@@ -28,7 +28,7 @@ APPEND APPENDS"""
 
 
 class _Refusal(pickle.UnpicklingError):
-    """What a pickle wanted and does not get."""
+    """Stand-in for a class that a pickle names and does not get."""
 
 
 def _dtype(spec: Any, *_: Any) -> np.dtype[Any]:

@@ -76,7 +76,22 @@ class Config:
 
 
 def open_checkpoint(checkpoint: str | Path) -> tuple[Weights, Config]:
-    """Open the weights and the configuration beside them; without such a file the configuration is empty.
+    """Open the weights and the configuration beside them, as data only: nothing in them is run.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder with ``model.safetensors`` or ``pytorch_model.bin``, one file of weights, or a name on the Hugging Face
+        hub.
+
+    Returns
+    -------
+    weights
+        Tensors by name. ``take(name, shape)`` returns one as float32, where ``None`` stands for any length,
+        ``shape(name)`` its shape, and ``unused()`` the names that were never taken.
+    config
+        What ``config.json`` says, nothing without it: ``count(key)`` returns a whole number above zero, ``must(key,
+        allowed)`` and ``agree(key, found)`` check a value that is given, and ``values`` has all.
 
     Raises
     ------

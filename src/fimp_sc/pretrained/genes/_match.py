@@ -36,7 +36,7 @@ _EXACT, _CASE, _ALIAS, _ALIASES, _ONE_TO_ONE, _NAMESAKE, _ORTHOLOG, _ORTHOLOGS, 
 
 @dataclass(frozen=True)
 class _Hit:
-    """Where a name leads: a name of the vocabulary, by which step, how sure, and what else it could have been."""
+    """Match of a name: a name of the vocabulary, by which step, how sure, and what else it could have been."""
 
     symbol: str
     method: str

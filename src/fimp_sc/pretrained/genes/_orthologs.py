@@ -29,7 +29,7 @@ _BIOMART = {
 
 @dataclass(frozen=True)
 class Orthologs:
-    """What a table of orthologs tells, as look-ups.
+    """Look-ups of a table of orthologs.
 
     Attributes
     ----------

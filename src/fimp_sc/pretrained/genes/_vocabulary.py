@@ -14,8 +14,8 @@ from fimp_sc.pretrained.files._files import CheckpointError, read_json
 from fimp_sc.pretrained.files._text_tables import open_text_table
 
 # Ids by symbol, symbols in the order of their ids, a `vocab.json`, or a folder with one.
-VocabularySource: TypeAlias = "Mapping[str, int] | Sequence[str] | str | Path"
-AliasSource: TypeAlias = "Mapping[str, str | Sequence[str]] | str | Path | None"
+VocabularySource: TypeAlias = Mapping[str, int] | Sequence[str] | str | Path
+AliasSource: TypeAlias = Mapping[str, str | Sequence[str]] | str | Path | None
 
 _ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{6,})(?:\.\d+)?")
 _SPECIAL = re.compile(r"<.*>")

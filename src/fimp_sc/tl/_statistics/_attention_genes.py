@@ -118,7 +118,7 @@ def choose_genes(
     ValueError
         There are no genes to look at.
     """
-    source: Any = data.source
+    source: Any = data.expression
     names = pd.Index(model.genes.astype(str))
     chosen = check_genes(names[source.measured.any(0)], "the genes of the model that are measured here", genes, pairs)
     if chosen is None:
@@ -170,7 +170,7 @@ def _most_variable(data: Any, n_genes: int) -> NDArray[np.int64]:
     """Return the positions of the genes whose log-normalized values vary most."""
     if n_genes < 1:
         raise ValueError(f"n_genes must be at least 1, found {n_genes}.")
-    source, n_obs = data.source, data.graph.csr.shape[0]
+    source, n_obs = data.expression, data.graph.csr.shape[0]
     total = np.zeros((2, source.n_genes))
     for start in range(0, n_obs, _CELLS):
         rows = source.sparse_rows(np.arange(start, min(start + _CELLS, n_obs)))

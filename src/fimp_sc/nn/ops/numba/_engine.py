@@ -166,7 +166,7 @@ class CompiledLoops:
 
 
 class _Part(NamedTuple):
-    """What one thread does."""
+    """Work of one thread."""
 
     rows: tuple[int, int]  # its first destination, and the one behind its last
     place: NDArray  # of each edge, the row of its source among sums

@@ -1,4 +1,4 @@
-"""What compiled loops do with the columns of matrices, many at once, written in the vectors that CPUs have.
+"""Vector instructions of CPUs for compiled loops: operations on many columns of matrices at once.
 
 Compilers do not find the registers for this by themselves.
 """
