@@ -25,7 +25,6 @@ _LABELS = {
     "influence": "Mean influence",
     "z": "z of influence",
     "n_edges": "Edges",
-    "n_significant": "Pairs of genes",
 }
 _MOST_NUMBERS = 12  # groups whose squares have room for numbers
 
@@ -36,7 +35,7 @@ def attention(
     key: str = "fimp_attention",
     *,
     modality: str | Sequence[str] | None = None,
-    value: Literal["influence", "z", "n_edges", "n_significant"] = "influence",
+    value: Literal["influence", "z", "n_edges"] = "influence",
     fdr: float = 0.05,
     numbers: bool | None = None,
     cmap: str = "viridis",
@@ -55,9 +54,8 @@ def attention(
     modality
         Of a MuData object, the one that the results are of, or the several; by default where they are found.
     value
-        `"influence"`, mean over edges; `"z"`, how many standard deviations it is above that of groups dealt out at
-        random; `"n_edges"`; `"n_significant"`, the number of pairs of genes with a false discovery rate of at most
-        `fdr`. Groups that share no edge, and those that were not tested, are gray.
+        `"influence"`, mean over edges; `"z"`, how many standard deviations it is above that of permuted groups;
+        `"n_edges"`. Groups that share no edge, and those that were not tested, are gray.
     fdr
         Where the false discovery rate of the drawn influence (or z) is at most this, its number has a star.
     numbers
@@ -87,13 +85,9 @@ def attention(
     from matplotlib.ticker import MaxNLocator
 
     adata, _ = results_of(adata, modality, lambda held, _: key in held.uns)
-    result = attention_result(adata, key)
-    table = result["groups"]
+    table = attention_result(adata, key)["groups"]
     names = _names(table)
-    if value == "n_significant":
-        drawn = _count(result["pairs"], names, fdr)
-    else:
-        drawn = _square(table, value, names)
+    drawn = _square(table, value, names)
     marked = _square(table, "fdr", names) <= fdr if value in {"influence", "z"} else np.zeros(drawn.shape, dtype=bool)
 
     show = ax is None if show is None else show
@@ -101,7 +95,7 @@ def attention(
         side = max(0.5 * min(len(names), _MOST_NUMBERS), 0.3 * len(names), 1.5)
         _, ax = plt.subplots(figsize=(side + 2.6, side + 1.4), layout="constrained")
     shades = colormaps[cmap].with_extremes(bad=_MISSING_COLOR)
-    counts = value.startswith("n_")
+    counts = value == "n_edges"
     lowest = 0 if counts and np.isfinite(drawn).any() else None
     image = ax.imshow(np.ma.masked_invalid(drawn), cmap=shades, vmin=lowest, interpolation="nearest")
     if numbers or (numbers is None and len(names) <= _MOST_NUMBERS):
@@ -113,8 +107,7 @@ def attention(
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     ticks = MaxNLocator("auto", integer=True) if counts else None
-    label = _LABELS[value] + (f", FDR ≤ {fdr:g}" if value == "n_significant" else "")
-    ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03, ticks=ticks).set_label(label)
+    ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03, ticks=ticks).set_label(_LABELS[value])
     if marked.any():
         ax.set_title(f"*  FDR ≤ {fdr:g}", fontsize="small", loc="right")
     return None if finish(ax, show, save) else ax
@@ -133,14 +126,12 @@ def attention_result(adata: AnnData, key: str) -> dict[str, Any]:
         raise missing_key(key, "adata.uns", adata.uns, advice)
     result = adata.uns[key]
     found = dict(result) if hasattr(result, "keys") else {}
-    for table in ("groups", "pairs"):
-        if table not in found:
-            raise missing_key(table, f"adata.uns[{key!r}]", found, f"These are no results of attention. {advice}")
+    if "groups" not in found:
+        raise missing_key("groups", f"adata.uns[{key!r}]", found, f"These are no results of attention. {advice}")
     unlabeled = dict(found.get("params", {})).get("unlabeled_category")
-    for table in ("groups", "pairs"):
-        rows = pd.DataFrame(found[table])
-        # Results of an earlier version may have them as a group.
-        found[table] = rows[(rows[["source_group", "destination_group"]].astype(str) != str(unlabeled)).all(axis=1)]
+    rows = pd.DataFrame(found["groups"])
+    # Results of an earlier version may have them as a group.
+    found["groups"] = rows[(rows[["source_group", "destination_group"]].astype(str) != str(unlabeled)).all(axis=1)]
     return found
 
 
@@ -158,12 +149,6 @@ def _square(table: pd.DataFrame, value: str, names: list[str]) -> NDArray[np.flo
     rows, columns = (place.get_indexer(table[f"{side}_group"].astype(str)) for side in ("source", "destination"))
     out[rows, columns] = table[value]
     return out
-
-
-def _count(pairs: pd.DataFrame, names: list[str], fdr: float) -> NDArray[np.float64]:
-    sides = ["source_group", "destination_group"]
-    text = pairs[sides].astype(str).assign(n=(pairs["fdr"] <= fdr).to_numpy())
-    return _square(text.groupby(sides, as_index=False)["n"].sum(), "n", names)
 
 
 def _write_numbers(ax: Axes, image: Any, drawn: NDArray[np.float64], marked: NDArray[np.bool_], *, whole: bool) -> None:
