@@ -255,7 +255,7 @@ def test_keywords_are_those_of_squidpy_and_matplotlib(toy) -> None:
     ax = pl.spatial(toy, "region", frameon=False, alpha=0.5, show=False)[0, 0]
     assert not ax.axison
     np.testing.assert_allclose(ax.collections[0].get_facecolors()[:, 3], 0.5, atol=1 / 255)
-    with pytest.raises(TypeError, match="img_alph=, .* Did you mean img_alpha="):
+    with pytest.raises(TypeError, match=r"img_alph=, .* Did you mean img_alpha="):
         pl.spatial(toy, "region", img_alph=1, show=False)
 
 
