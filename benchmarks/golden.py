@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def run(tool: Callable[..., Any], adata: Any, *args: Any, part: Any = None, **kw
     adata = adata.copy()
     target = adata if part is None else adata.mod[part]
     before = held(target)
-    model = tool(adata, *args, **QUICK, **kwargs)
+    quick = {name: value for name, value in QUICK.items() if name in signature(tool).parameters}
+    model = tool(adata, *args, **quick, **kwargs)
     out = dict(added(target, before))
     history = getattr(model, "history", None)
     for name, curve in (history or {}).items():
@@ -76,7 +78,10 @@ def tissue(adata: Any, seed: int, epochs: int, label: str, genes: list[str], **k
     yield "embed", run(fimp_sc.tl.embed, adata, **options, **keys)
     yield "annotate", run(fimp_sc.tl.annotate, adata, label, key_added="predicted", **options, **keys)
     yield "impute", run(fimp_sc.tl.impute, adata, genes=genes, **options, **keys)
-    yield "attention", run(fimp_sc.tl.attention, adata, label, n_genes=10, n_permutations=10, **options, **keys)
+    yield "attention", run(fimp_sc.tl.attention, adata, label, n_permutations=10, **options, **keys)
+    keys = {name: key for name, key in keys.items() if name != "batch_key"}
+    keys["random_state"] = seed
+    yield "gene pairs", run(fimp_sc.tl.gene_pairs, adata, label, n_genes=10, n_permutations=10, **keys)
 
 
 def models(adata: Any, seed: int, label: str) -> Iterator[tuple[str, dict]]:

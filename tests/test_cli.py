@@ -41,7 +41,7 @@ def calls(monkeypatch) -> list[tuple[str, dict]]:
         return record
 
     tools = ModuleType("fimp_sc.tl")
-    for name in ("embed", "annotate", "impute", "niches", "attention"):
+    for name in ("embed", "annotate", "impute", "niches", "attention", "gene_pairs"):
         setattr(tools, name, recorder(name))
     tools.get_model = lambda adata, modality: SimpleNamespace(
         save=lambda path: recorded.append(("save", {"path": path}))
@@ -117,12 +117,20 @@ def test_niches_train_nothing(section, tmp_path, calls, capsys) -> None:
         cli.main(["niches", str(section), "--output", str(tmp_path / "out.h5ad"), "--max-epochs", "3"])
 
 
-def test_attention_takes_groups_and_genes(section, tmp_path, calls) -> None:
+def test_gene_pairs_takes_groups_and_genes(section, tmp_path, calls) -> None:
     arguments = ["--output", str(tmp_path / "out.h5ad"), "--groupby", "cell_type", "--genes", "CD74", "LYZ", "--quiet"]
-    arguments += ["--null", "labels", "--n-permutations", "20", "--model", "folder"]
-    assert cli.main(["attention", str(section), *arguments]) == 0
+    arguments += ["--null", "labels", "--n-permutations", "20", "--layer", "counts"]
+    assert cli.main(["gene-pairs", str(section), *arguments]) == 0
     expected = {"groupby": "cell_type", "genes": ["CD74", "LYZ"], "null": "labels", "n_permutations": 20}
-    assert calls == [("attention", {**expected, "model": "folder", "verbose": False})]
+    assert calls == [("gene_pairs", {**expected, "layer": "counts", "verbose": False})]
+    with pytest.raises(SystemExit):
+        cli.main(["gene-pairs", str(section), *arguments, "--model", "folder"])
+
+
+def test_vectors_of_genes_are_an_argument_of_the_model(section, tmp_path, calls) -> None:
+    arguments = ["--output", str(tmp_path / "out.h5ad"), "--gene-embeddings", "vectors.npz", "--quiet"]
+    assert cli.main(["embed", str(section), *arguments]) == 0
+    assert calls == [("embed", {"model_kwargs": {"gene_embeddings": "vectors.npz"}, "verbose": False})]
 
 
 def test_model_is_saved_to_a_new_folder_only(section, tmp_path, calls, capsys) -> None:
@@ -362,7 +370,8 @@ def test_niches_and_attention_for_real(section, tmp_path, capsys) -> None:
     steps = (
         ("embed", ["--max-epochs", "1"]),
         ("niches", ["--n-niches", "3"]),
-        ("attention", ["--groupby", "region", "--n-genes", "5", "--n-permutations", "10", "--max-epochs", "1"]),
+        ("attention", ["--groupby", "region", "--n-permutations", "10", "--max-epochs", "1"]),
+        ("gene-pairs", ["--groupby", "region", "--n-genes", "5", "--n-permutations", "10"]),
     )
     source = section
     for command, options in steps:
@@ -372,7 +381,7 @@ def test_niches_and_attention_for_real(section, tmp_path, capsys) -> None:
     done = ad.read_h5ad(source)
     assert set(done.obs["fimp_niche"]) == {"0", "1", "2"}
     assert done.obsp["fimp_attention"].nnz > 0
-    assert len(done.uns["fimp_attention"]["genes"]) == 5
+    assert len(done.uns["fimp_gene_pairs"]["genes"]) == 5
     assert capsys.readouterr().err == ""
     assert cli.main(["niches", str(section), "--output", str(tmp_path / "out.h5ad"), *quick]) == 2
     assert "X_fimp" in capsys.readouterr().err

@@ -28,7 +28,7 @@ PAGES = {
     "guide/cost.md": 1,
     "guide/annotation.md": 2,
     "guide/evaluation.md": 9,
-    "guide/niches_attention.md": 5,
+    "guide/niches_attention.md": 4,
     "guide/reproducibility.md": 3,
     "extend.md": 5,
 }

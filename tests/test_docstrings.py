@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import re
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 import pytest
+from matplotlib import pyplot as plt
 
 import fimp_sc
 
@@ -102,3 +104,63 @@ def test_methods_are_documented(namespace: str, name: str) -> None:
         if "Parameters" in sections(method.__doc__):
             told = documented(method.__doc__) | set(re.findall(r"``(\w+)``", method.__doc__))
             assert given - told <= {"args", "kwargs"}, where
+
+
+# The same argument of these tools is described in the same words.
+WITH_MODEL = ("embed", "annotate", "impute", "attention")
+SHARED = {
+    "layer", "library_key", "batch_key", "spatial_key", "connectivities_key", "input_scale", "center", "n_tokens",
+    "n_layers", "max_epochs", "accelerator", "verbose", "overwrite", "copy", "model_kwargs", "train_kwargs",
+}  # fmt: skip
+
+
+WITH_EXAMPLES = [found for found in PUBLIC if found[0] in ("tl", "pp", "pl", "metrics", "datasets")]
+PLACES = {
+    "adata", "modality", "layer", "library_key", "batch_key", "spatial_key", "connectivities_key", "input_scale",
+    "center",
+}  # fmt: skip
+
+
+def entries(docstring: str) -> dict[str, str]:
+    """Return the text of each parameter by its name."""
+    text = "\n" + sections(docstring)["Parameters"]
+    parts = re.split(r"^(\S.*)$", text, flags=re.MULTILINE)
+    return {
+        name.strip(): " ".join(body.split())
+        for names, body in zip(parts[1::2], parts[2::2], strict=True)
+        for name in names.split(",")
+    }
+
+
+@pytest.mark.parametrize("name", fimp_sc.tl.__all__)
+def test_docstrings_of_tools_are_complete_where_they_stand(name: str) -> None:
+    text = getattr(fimp_sc.tl, name).__doc__
+    assert {"Parameters", "Returns", "Raises", "Examples"} <= set(sections(text))
+    for parameter, told in entries(text).items():
+        assert len(told) > 15, parameter
+        assert not re.match(r"(As in|See) ", told), parameter
+
+
+@pytest.mark.parametrize("parameter", sorted(SHARED))
+def test_tools_describe_what_they_share_in_the_same_words(parameter: str) -> None:
+    told = {entries(getattr(fimp_sc.tl, tool).__doc__)[parameter] for tool in WITH_MODEL}
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("tool", ["niches", "gene_pairs"])
+def test_tools_have_few_parameters_beside_the_places_of_data(tool: str) -> None:
+    assert len(parameters(getattr(fimp_sc.tl, tool)) - PLACES) <= 14
+
+
+@pytest.mark.parametrize(("namespace", "name"), WITH_EXAMPLES)
+def test_examples_run(namespace: str, name: str, tmp_path, monkeypatch) -> None:
+    thing = getattr(import_module(f"fimp_sc.{namespace}"), name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plt, "show", lambda *args, **kwargs: None)
+    report: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for test in doctest.DocTestFinder(recurse=False).find(thing, name, globs={}):
+        runner.run(test, out=report.append)
+    plt.close("all")
+    assert not runner.failures, "".join(report)
+    assert runner.tries or namespace != "tl"

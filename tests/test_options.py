@@ -52,7 +52,7 @@ def test_every_option_of_a_public_function_has_a_rule() -> None:
             assert _options.rule_of(owner, name) is not None, f"{owner}.{name}"
 
 
-@pytest.mark.parametrize("name", ["embed", "annotate", "impute", "niches", "attention"])
+@pytest.mark.parametrize("name", ["embed", "annotate", "impute", "niches", "attention", "gene_pairs"])
 def test_defaults_are_allowed(name) -> None:
     for parameter in inspect.signature(getattr(fimp_sc.tl, name)).parameters.values():
         rule = _options.rule_of(name, parameter.name)
@@ -245,6 +245,7 @@ def test_column_of_lists(small_toy) -> None:
     for call in (
         lambda: fimp_sc.tl.annotate(small_toy, "lists"),
         lambda: fimp_sc.tl.attention(small_toy, "lists"),
+        lambda: fimp_sc.tl.gene_pairs(small_toy, "lists"),
         lambda: fimp_sc.pp.spatial_graph(small_toy, library_key="lists"),
     ):
         with pytest.raises(TypeError, match=r"adata\.obs\['lists'\] holds values of the type list"):

@@ -26,6 +26,7 @@ _WRITTEN = {
     "tl.impute": (("layers", "{}"), ("obsm", "{}")),
     "tl.niches": (("obs", "{}"), ("uns", "{}_colors")),
     "tl.attention": (("obsp", "{}"),),
+    "tl.gene_pairs": (),
     "pp.match_genes": (("var", "{}"),),
 }
 # Of records that do not name their function: those of version 0.1.

@@ -461,7 +461,8 @@ class FoundationModel(Rule):
         from fimp_sc.pretrained import Foundation
 
         if isinstance(value, Mapping):
-            return Foundation(**value)
+            fields = set(Foundation.__dataclass_fields__)
+            return Foundation(**value) if {"name"} <= set(value) <= fields else NotImplemented
         return value if isinstance(value, Foundation) else NotImplemented
 
     def refused(self, kind: type[Exception], value: Any, name: str, *, none: bool = False) -> Exception:

@@ -55,8 +55,8 @@ FOUNDATION = {
 }  # fmt: skip
 _SCALES = ("auto", "counts", "normalized", "log", "real")
 _SEVERAL_MODALITIES = (
-    "embed", "annotate", "impute", "attention", "niches", "get_model", "setup_mudata",
-    "spatial", "niche_composition", "gene_pairs", "attention_arrows",
+    "embed", "annotate", "impute", "attention", "gene_pairs", "niches", "get_model", "setup_mudata",
+    "spatial", "niche_composition", "attention_arrows",
 )  # fmt: skip
 _KEY = Text("the name of a key")
 _COLUMN = Text("the name of a column")
@@ -186,14 +186,12 @@ OPTIONS: dict[str, Rule | None] = {
     "covariance_type": Choice(("tied", "full", "diag", "spherical")),
     "n_range": Pair(Integer(2)),
     "n_seeds": Integer(2),
-    "attention.genes": Names(one=False),
+    "gene_pairs.genes": Names(one=False),
     "n_genes": Integer(1),
     "null": Choice(("neighbors", "labels")),
-    "statistic": Choice(("covariance", "content", "attention")),
     "n_permutations": Integer(10),
     "min_edges": Integer(1),
     "min_support": Real(0),
-    "influence_layer": Integer(0),
     # preprocessing
     "spatial_graph.method": Choice(("knn", "radius", "delaunay", "grid")),
     "images.method": Choice(("knn", "radius")),
@@ -213,8 +211,8 @@ OPTIONS: dict[str, Rule | None] = {
     "fdr": Real(0, 1),
     "numbers": Flag(),
     "n_top": Integer(1),
-    "attention.value": Choice(("influence", "z", "n_edges", "n_significant")),
-    "gene_pairs.x": Choice(("z", "score", "attention")),
+    "attention.value": Choice(("influence", "z", "n_edges")),
+    "gene_pairs.x": Choice(("z", "score")),
     "niche_composition.kind": Choice(("auto", "bars", "heatmap")),
     "history.model": None,  # which is anything with a history
     "source_group": Label(),

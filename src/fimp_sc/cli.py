@@ -100,6 +100,8 @@ def _run_tool(
         raise ValueError(message)
     data = _read(source)
     before = _keys(data)
+    if "gene_embeddings" in arguments:
+        arguments["model_kwargs"] = {"gene_embeddings": arguments.pop("gene_embeddings")}
     if "train_checkpoint" in arguments:
         arguments["train_kwargs"] = {"checkpoint": arguments.pop("train_checkpoint")}
     if "foundation" in arguments:
@@ -108,7 +110,7 @@ def _run_tool(
         message = "--checkpoint holds the files of a foundation model: name it with --foundation."
         raise ValueError(message)
     arguments["verbose"] = not quiet
-    getattr(fimp_sc.tl, command)(data, **arguments)
+    getattr(fimp_sc.tl, command.replace("-", "_"))(data, **arguments)
     if save_model is not None:
         fimp_sc.tl.get_model(data, arguments.get("modality")).save(str(save_model))
     _write(data, output)
@@ -247,13 +249,19 @@ def _parser() -> argparse.ArgumentParser:
     _add(niches, "labels_key", metavar="KEY", help="column of .obs that is counted in every niche")
     _add_keys(niches)
 
-    attention = _add_tool(commands, "attention", "write what neighbors contribute, and pairs of genes between groups")
+    attention = _add_tool(commands, "attention", "write the influence of neighbors, per edge and per pair of groups")
     _add(attention, "groupby", required=True, metavar="KEY", help="column of .obs with groups of cells")
-    _add(attention, "genes", nargs="+", metavar="GENE", help="genes to test (default: those that vary most)")
-    _add(attention, "n_genes", metavar="N", help="how many, where genes are not named")
-    _add(attention, "null", help="what is permuted")
-    _add(attention, "n_permutations", metavar="N", help="how often")
+    _add(attention, "n_permutations", metavar="N", help="number of permutations")
     _add_common(attention)
+
+    pairs = _add_tool(commands, "gene-pairs", "test pairs of genes between neighboring groups of cells")
+    _add(pairs, "groupby", required=True, metavar="KEY", help="column of .obs with groups of cells")
+    _add(pairs, "genes", nargs="+", metavar="GENE", help="genes to test (default: those that vary most)")
+    _add(pairs, "n_genes", metavar="N", help="number of genes, if none are named")
+    _add(pairs, "null", help="permute places of cells within groups, or group labels")
+    _add(pairs, "n_permutations", metavar="N", help="number of permutations")
+    _add_values(pairs)
+    _add_keys(pairs)
 
     demo = commands.add_parser(
         "demo",
@@ -276,12 +284,16 @@ def _add_tool(commands: Any, name: str, summary: str) -> argparse.ArgumentParser
     return tool
 
 
-def _add_common(tool: argparse.ArgumentParser) -> None:
+def _add_values(tool: argparse.ArgumentParser) -> None:
     _add(tool, "modality", nargs="+", metavar="NAME", help="modality of a .h5mu file to read, or several")
     _add(tool, "layer", metavar="KEY", help="layer with the expression (default: .X)")
-    _add(tool, "batch_key", metavar="KEY", help="column of .obs with batches")
     _add(tool, "spatial_key", metavar="KEY", help="key of .obsm with the coordinates")
     _add(tool, "input_scale", help="what the values are")
+
+
+def _add_common(tool: argparse.ArgumentParser) -> None:
+    _add_values(tool)
+    _add(tool, "batch_key", metavar="KEY", help="column of .obs with batches")
     _add(tool, "center", help="mean that is subtracted: of all training cells, or of each batch")
     _add(tool, "gene_embeddings", metavar="FILE", help="pretrained vectors of genes to start from")
     tool.add_argument("--foundation", choices=foundation_names(), help="foundation model that makes the messages")

@@ -11,7 +11,7 @@ GROUPS = ["B", "A", "C"]
 
 
 def heard() -> ad.AnnData:
-    """Return six cells on a grid in two samples, with edges, tables of groups, and tables of pairs of genes.
+    """Return six cells on a grid in two samples, with edges, a table of groups, and a table of pairs of genes.
 
     Cell "c0" hears "c1" and "c3"; "c2" hears nobody. Groups come in the order of their categories; none is joined to C.
     """
@@ -30,11 +30,13 @@ def heard() -> ad.AnnData:
     values = np.array(list(edges.values()), dtype=np.float32)
     adata.obsp["fimp_attention"] = sparse.csr_matrix((values, (rows, columns)), shape=(6, 6))
     adata.uns["kind_colors"] = ["#ff0000", "#00ff00", "#0000ff"]
-    adata.uns["fimp_attention"] = {"params": {"groupby": "kind", "library_key": "slide"}} | tables()
+    groups, pairs = tables()
+    adata.uns["fimp_attention"] = {"params": {"groupby": "kind", "library_key": "slide"}, "groups": groups}
+    adata.uns["fimp_gene_pairs"] = {"params": {"groupby": "kind", "library_key": "slide"}, "pairs": pairs}
     return adata
 
 
-def tables() -> dict[str, pd.DataFrame]:
+def tables() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the tables of groups and of pairs of genes, three of which have an FDR of at most 0.05."""
     groups = pd.DataFrame(
         {
@@ -46,11 +48,11 @@ def tables() -> dict[str, pd.DataFrame]:
         {
             "source_group": _groups("BBAB"), "destination_group": _groups("ABBA"),
             "source_gene": pd.Categorical(list("LLMN")), "destination_gene": pd.Categorical(list("RRLM")),
-            "attention": [0.1, 0.4, 0.2, 0.3], "score": [9.0, 8.0, 7.0, 1.0], "z": [5.0, 4.0, 3.0, 0.5],
+            "score": [9.0, 8.0, 7.0, 1.0], "z": [5.0, 4.0, 3.0, 0.5],
             "fdr": [1e-3, 1e-2, 0.05, 0.8], "n_edges": [40, 1200, 7, 40],
         }
     )  # fmt: skip
-    return {"groups": groups, "pairs": pairs}
+    return groups, pairs
 
 
 def _groups(names: str) -> pd.Categorical:

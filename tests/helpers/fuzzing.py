@@ -71,9 +71,8 @@ def _done() -> AnnData:
         fimp_sc.tl.annotate(adata, "known", library_key="section", **QUICK)
         fimp_sc.tl.impute(adata, library_key="section", **QUICK)
         fimp_sc.tl.niches(adata, 3, library_key="section")
-        fimp_sc.tl.attention(
-            adata, "type", library_key="section", n_genes=4, n_permutations=10, min_edges=1, min_support=1, **QUICK
-        )
+        fimp_sc.tl.attention(adata, "type", library_key="section", n_permutations=10, min_edges=1, **QUICK)
+        fimp_sc.tl.gene_pairs(adata, "type", n_genes=4, n_permutations=10, min_edges=1, min_support=1, verbose=False)
     return adata
 
 
@@ -557,7 +556,8 @@ def no_places(rng: Any, adata: AnnData) -> AnnData:
 
 JUNK: dict[str, Any] = {
     "spatial": {}, "fimp_modality": "image", "X_fimp": 3, "spatial_neighbors": "old", "fimp_niche": {"n_niches": None},
-    "fimp_attention": {"groups": 1}, "fimp": {"genes": None}, "fimp_known": [], "fimp_niche_colors": "red",
+    "fimp_attention": {"groups": 1}, "fimp_gene_pairs": {"pairs": 1},
+    "fimp": {"genes": None}, "fimp_known": [], "fimp_niche_colors": "red",
 }  # fmt: skip
 
 
@@ -665,7 +665,15 @@ TOOLS: dict[str, dict[str, Any]] = {
     "annotate": {"labels_key": "known", **QUICK},
     "impute": {**QUICK},
     "niches": {"n_niches": 3},
-    "attention": {"groupby": "type", "n_genes": 4, "n_permutations": 10, "min_edges": 1, "min_support": 1, **QUICK},
+    "attention": {"groupby": "type", "n_permutations": 10, "min_edges": 1, **QUICK},
+    "gene_pairs": {
+        "groupby": "type",
+        "n_genes": 4,
+        "n_permutations": 10,
+        "min_edges": 1,
+        "min_support": 1,
+        "verbose": False,
+    },
 }
 FIGURES: dict[str, dict[str, Any]] = {
     "spatial": {"color": "type", "show": False},
@@ -705,7 +713,7 @@ def draw(seed: int) -> tuple[Case, Callable[[], Any], Any]:
     else:
         name = str(rng.choice(list(TOOLS)))
         function, usual = getattr(fimp_sc.tl, name), TOOLS[name]
-        if family == "tl model" and name != "niches":
+        if family == "tl model" and name not in ("niches", "gene_pairs"):
             usual = {key: value for key, value in usual.items() if key != "max_epochs"} | {"model": _model()}
         if family == "mudata":
             usual = {key: value for key, value in usual.items() if key != "library_key"}
@@ -786,12 +794,13 @@ def _maker(seed: int, rng: np.random.Generator) -> tuple[Case, Any, Any]:
 WRITTEN = {
     "embed": r"(obsm|uns)\|{key}$", "annotate": r"(obs|obsm|uns)\|{key}(_confidence|_probabilities)?$",
     "impute": r"(layers|obsm|uns)\|{key}$", "niches": r"(obs|uns)\|{key}(_colors)?$",
-    "attention": r"(obsp|uns)\|{key}$",
+    "attention": r"(obsp|uns)\|{key}$", "gene_pairs": r"uns\|{key}$",
     "spatial_graph": r"(obsp\|{key}_(connectivities|distances)|uns\|{key}_neighbors)$",
     "match_genes": r"(var|uns)\|{key}", "graph": r"(obsp\|\w+_(connectivities|distances)|uns\|\w+_neighbors)$",
 }  # fmt: skip
 KEYS = {
     "embed": "X_fimp", "impute": "fimp", "niches": "fimp_niche", "attention": "fimp_attention",
+    "gene_pairs": "fimp_gene_pairs",
     "spatial_graph": "spatial",
     "match_genes": "fimp_vocabulary_id",
 }  # fmt: skip
@@ -861,6 +870,8 @@ def _unusable(data: Any, tool: str, key: str, written: bool) -> str:
         return "" if right else "probabilities do not add up to one"
     if tool == "niches":
         return "" if data.obs[key].notna().all() else "cells without niche"
+    if tool == "gene_pairs":
+        return "" if data.uns[key]["pairs"]["pvalue"].between(0, 1).all() else "p-values are no probabilities"
     if tool == "attention":
         return "" if np.isfinite(data.obsp[key].data).all() else "influence is not finite"
     return ""

@@ -14,7 +14,6 @@ TRUTH = {
     "influence": [[1.5, 2.0], [30.0, np.nan]],
     "z": [[-1.0, 3.5], [np.nan, np.nan]],
     "n_edges": [[1200, 40], [7, np.nan]],
-    "n_significant": [[1, 1], [1, np.nan]],
 }
 
 
@@ -47,21 +46,13 @@ def test_numbers_and_stars() -> None:
     assert not numbers(pl.attention(heard(), numbers=False, show=False))
 
 
-def test_stricter_rates_leave_fewer_pairs_of_genes() -> None:
-    ax = pl.attention(heard(), value="n_significant", fdr=5e-3, show=False)
-    assert ax.images[0].get_array().tolist() == [[0, 1], [0, None]]
-    assert ax.images[0].get_clim()[0] == 0
-
-
 def test_the_unlabeled_category_is_not_shown() -> None:
     adata = heard()
     adata.uns["fimp_attention"]["params"]["unlabeled_category"] = "A"
     ax = pl.attention(adata, show=False)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["B"]
     assert numbers(ax) == {(0, 0): "1.5"}
-    pairs = pl.gene_pairs(adata, show=False)
-    assert [label.get_text() for label in pairs.get_yticklabels()] == ["L (B) → R (B)"]
-    assert len(adata.uns["fimp_attention"]["pairs"]) == 4, "the object stays as it is"
+    assert len(adata.uns["fimp_attention"]["groups"]) == 3, "the object stays as it is"
     arrows = pl.attention_arrows(adata, "c0", show=False)
     assert [text.get_text() for text in arrows.get_legend().get_texts()] == ["B", "missing"]
 

@@ -12,10 +12,10 @@ from fimp_sc import pl
 TITLES = ["L (B) → R (A)", "L (B) → R (B)", "M (A) → L (B)", "N (B) → M (A)"]
 
 
-@pytest.mark.parametrize("x", ["z", "score", "attention"])
+@pytest.mark.parametrize("x", ["z", "score"])
 def test_dots_are_the_table(x) -> None:
     adata = heard()
-    table = adata.uns["fimp_attention"]["pairs"]
+    table = adata.uns["fimp_gene_pairs"]["pairs"]
     ax = pl.gene_pairs(adata, x=x, show=False)
     dots = ax.collections[0]
     np.testing.assert_array_equal(dots.get_offsets(), np.c_[table[x], np.arange(4)])
@@ -49,14 +49,14 @@ def test_choice_of_pairs() -> None:
 
     assert titles(n_top=2) == TITLES[:2]
     assert titles(source_group="B", destination_group="A") == [TITLES[0], TITLES[3]]
-    adata.uns["fimp_attention"]["pairs"].loc[0, ["fdr", "z"]] = np.nan
+    adata.uns["fimp_gene_pairs"]["pairs"].loc[0, ["fdr", "z"]] = np.nan
     assert titles() == TITLES[1:]
 
 
 def test_axes_show_and_save(monkeypatch, tmp_path) -> None:
     _, own = plt.subplots()
     adata = heard()
-    adata.uns["other"] = adata.uns.pop("fimp_attention")
+    adata.uns["other"] = adata.uns.pop("fimp_gene_pairs")
     assert pl.gene_pairs(adata, "other", ax=own, save=tmp_path / "a.png") is own
     assert (tmp_path / "a.png").stat().st_size > 1000
     shown = []
@@ -75,8 +75,10 @@ def test_unusable_input() -> None:
         pl.gene_pairs(adata, source_group="C", show=False)
     with pytest.raises(ValueError, match="no tested pair of these groups"):
         pl.gene_pairs(adata, source_group="A", destination_group="A", show=False)
-    del adata.uns["fimp_attention"]
-    with pytest.raises(KeyError, match=r"Run fimp_sc\.tl\.attention"):
+    with pytest.raises(KeyError, match=r"no results of gene_pairs\. Run fimp_sc\.tl\.gene_pairs"):
+        pl.gene_pairs(adata, "fimp_attention", show=False)
+    del adata.uns["fimp_gene_pairs"]
+    with pytest.raises(KeyError, match=r"Run fimp_sc\.tl\.gene_pairs\(adata, groupby\) first"):
         pl.gene_pairs(adata, show=False)
 
 

@@ -58,7 +58,8 @@ def test_results_of_several_modalities_are_found(embedded) -> None:
 
 def test_attention_and_imputed_values_of_several_modalities_are_drawn(embedded) -> None:
     mdata = embedded
-    tl.attention(mdata, "kind", min_edges=1, min_support=0, n_permutations=10, **QUICK)
+    tl.attention(mdata, "kind", min_edges=1, n_permutations=10, **QUICK)
+    tl.gene_pairs(mdata, "kind", min_edges=1, min_support=0, n_permutations=10, verbose=False)
     assert pl.attention(mdata, show=False) is not None
     assert pl.gene_pairs(mdata, show=False) is not None
     ax = pl.attention_arrows(mdata, mdata.obs_names[5], show=False)

@@ -126,13 +126,17 @@ def test_ids_of_the_genes_may_be_a_column_of_the_object(tissue, zero_shot, uncha
 def test_vectors_of_genes_from_a_file(tissue, quick, unchanged, tmp_path) -> None:
     vectors = np.random.default_rng(0).standard_normal((tissue.n_vars, 5)).astype(np.float32)
     path = tmp_path / "vectors.npz"
+
+    def with_vectors(file) -> dict:
+        return quick | {"model_kwargs": quick["model_kwargs"] | {"gene_embeddings": file}}
+
     np.savez(path, names=np.asarray(tissue.var_names, dtype=str), vectors=vectors)
     with unchanged(tissue, **GRAPH):
-        fimp_sc.tl.embed(tissue, gene_embeddings=path, **quick)
+        fimp_sc.tl.embed(tissue, **with_vectors(path))
     assert tissue.uns["X_fimp"]["model"]["gene_embeddings"] == str(path)
     assert fimp_sc.tl.get_model(tissue).module.network.embedding.vectors.shape == (30, 5)
     tissue.write_h5ad(tmp_path / "tissue.h5ad")
     fimp_sc.tl.embed(tissue, key_added="plain", **quick)
     assert np.abs(tissue.obsm["plain"] - tissue.obsm["X_fimp"]).max() > 1e-3
     with pytest.raises(ValueError, match="vectors"):
-        fimp_sc.tl.embed(tissue, gene_embeddings=tmp_path / "no_vectors.npz", **quick)
+        fimp_sc.tl.embed(tissue, **with_vectors(tmp_path / "no_vectors.npz"))

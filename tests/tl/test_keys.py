@@ -53,6 +53,7 @@ def keys_of(adata) -> dict:
         (lambda a, **k: tl.annotate(a, "label", batch_key="t_confidence", key_added="t", **k), "batch_key"),
         (lambda a, **k: tl.attention(a, "label", key_added="spatial_connectivities", **k), "connectivities_key"),
         (lambda a, **k: tl.attention(a, "label", key_added="spatial_distances", **k), "the graph"),
+        (lambda a, **k: tl.gene_pairs(a, "label", key_added="spatial_neighbors", **k), "the graph"),
         (lambda a, **k: tl.niches(a, 3, labels_key="label", key_added="label", **k), "labels_key"),
         (lambda a, **k: tl.niches(a, 3, library_key="section", key_added="section", **k), "library_key"),
     ],
@@ -68,7 +69,7 @@ CALLS = {
     "embed": tl.embed,
     "annotate": lambda a, **k: tl.annotate(a, "label", **k),
     "impute": tl.impute,
-    "attention": lambda a, **k: tl.attention(a, "label", n_permutations=10, min_support=1, **k),
+    "attention": lambda a, **k: tl.attention(a, "label", n_permutations=10, **k),
     "niches": lambda a, **k: tl.niches(
         a, 3, **{name: v for name, v in k.items() if name in ("key_added", "overwrite")}
     ),
@@ -132,7 +133,8 @@ def test_results_of_version_0_1_are_recognized(prepared, quick) -> None:
 
 
 def test_names_that_tools_choose_do_not_meet_on_the_toy(tissue) -> None:
-    parameters = [inspect.signature(tool).parameters for tool in (tl.embed, tl.impute, tl.niches, tl.attention)]
+    tools = (tl.embed, tl.impute, tl.niches, tl.attention, tl.gene_pairs)
+    parameters = [inspect.signature(tool).parameters for tool in tools]
     names = {p["key_added"].default for p in parameters}
     toys = (fimp_sc.datasets.toy_tissue(60), fimp_sc.datasets.toy_communication(100))
     assert not names & {f"fimp_{column}" for toy in toys for column in toy.obs}

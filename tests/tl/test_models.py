@@ -202,6 +202,7 @@ def test_epochs_may_be_among_the_arguments_of_training(tissue, quick) -> None:
         lambda a, k: fimp_sc.tl.impute(a, key_added=k),
         lambda a, k: fimp_sc.tl.annotate(a, "label", key_added=k),
         lambda a, k: fimp_sc.tl.attention(a, "label", key_added=k),
+        lambda a, k: fimp_sc.tl.gene_pairs(a, "label", key_added=k),
         lambda a, k: fimp_sc.tl.niches(a, 3, key_added=k),
         lambda a, k: fimp_sc.pp.spatial_graph(a, key_added=k),
     ],

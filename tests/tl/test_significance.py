@@ -4,13 +4,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch
 from scipy import sparse
 from scipy.stats import false_discovery_control, kstest, norm
 from sklearn.neighbors import kneighbors_graph
 
 from fimp_sc.data import NodeGraph
-from fimp_sc.model.predict._gene_pairs import GeneTokens
 from fimp_sc.tl._statistics._significance import (
     centered,
     gene_tests,
@@ -171,29 +169,22 @@ class Simulated:
         self.graph = NodeGraph(graph + graph.T, self_loops=False)
         rate = np.exp(rng.uniform(-2, 1.5, n_genes) + 0.5 * markers * rng.normal(size=(n_groups, n_genes)))
         value = np.log1p(rng.negative_binomial(1, 1 / (1 + rate[self.codes]))).astype(np.float32)
-        self.token = value > 0
-        # Every gene is a token of every cell, with random attention.
-        gene = torch.arange(n_genes).expand(n, -1)
-        query, key = (torch.from_numpy(rng.normal(size=(n, 1, n_genes, 4))) for _ in range(2))
-        self.tokens = GeneTokens(query, key, torch.zeros(n, n_genes, dtype=torch.bool), gene, value)
+        self.value, self.expressed = value, value > 0
 
     def plan(self, wanted=True, **least):
-        shape = (self.token.shape[1],) * 2
+        shape = (self.expressed.shape[1],) * 2
         return plan_tests(
-            self.graph, self.codes, self.n_groups, self.token, np.broadcast_to(wanted, shape), **{**LEAST, **least}
+            self.graph, self.codes, self.n_groups, self.expressed, np.broadcast_to(wanted, shape), **{**LEAST, **least}
         )
 
     def test(self, plan=None, **how):
         return gene_tests(
-            self.tokens, self.graph, self.codes, self.library, self.n_groups, plan or self.plan(), **{**HOW, **how}
+            self.value, self.graph, self.codes, self.library, self.n_groups, plan or self.plan(), **{**HOW, **how}
         )
 
 
 LEAST = {"min_edges": 30, "min_support": 10}
-HOW = {
-    "null": "neighbors", "statistic": "covariance", "n_permutations": 40, "random_state": 0, "batch_size": None,
-    "verbose": False,
-}  # fmt: skip
+HOW = {"null": "neighbors", "n_permutations": 40, "random_state": 0, "verbose": False}
 
 
 @pytest.mark.parametrize(("null", "markers"), [("neighbors", True), ("labels", False)])
@@ -207,22 +198,22 @@ def test_pvalues_are_uniform_in_tissues_where_nobody_speaks(null, markers) -> No
         assert (pvalue <= level).mean() == pytest.approx(level, rel=0.25, abs=0.005)
 
 
-def test_groups_dealt_out_anew_find_markers() -> None:
+def test_permuted_groups_find_markers() -> None:
     pvalue = Simulated(0).test(null="labels").result.pvalue
     assert (pvalue <= 0.05).mean() > 0.1
 
 
-def test_what_is_planned_is_what_has_edges_and_tokens_enough() -> None:
+def test_what_is_planned_has_edges_and_cells_enough() -> None:
     tissue = Simulated(0)
     wanted = np.random.default_rng(1).random((10, 10)) < 0.5
     plan, n_edges = tissue.plan(wanted), np.zeros((4, 4))
     coo = tissue.graph.csr.tocoo()
     np.add.at(n_edges, (tissue.codes[coo.col], tissue.codes[coo.row]), 1)
-    share = [tissue.token[tissue.codes == group].mean(0) for group in range(4)]
+    fraction = [tissue.expressed[tissue.codes == group].mean(0) for group in range(4)]
     expected = {
         (s, d, of, to): n_edges[s, d]
         for s in range(4) for d in range(4) for of in range(10) for to in range(10)
-        if wanted[to, of] and n_edges[s, d] >= 30 and n_edges[s, d] * share[s][of] * share[d][to] >= 10
+        if wanted[to, of] and n_edges[s, d] >= 30 and n_edges[s, d] * fraction[s][of] * fraction[d][to] >= 10
     }  # fmt: skip
     pair, to, of = plan.tests
     keys = zip(*np.divmod(plan.pairs[pair], 4), of, to, strict=True)
@@ -230,10 +221,9 @@ def test_what_is_planned_is_what_has_edges_and_tokens_enough() -> None:
     assert 0 < len(expected) < 16 * wanted.sum()
 
 
-@pytest.mark.parametrize("statistic", ["covariance", "content", "attention"])
-def test_fewer_tests_are_those_among_all(statistic) -> None:
+def test_fewer_tests_are_those_among_all() -> None:
     """Scores and what is drawn do not depend on what else is tested."""
-    tissue, how = Simulated(1, n=200), {"statistic": statistic, "n_permutations": 5}
+    tissue, how = Simulated(1, n=200), {"n_permutations": 5}
     every = tissue.plan(min_edges=1, min_support=0)
     few = tissue.plan(np.eye(10, dtype=bool), min_edges=50, min_support=0)
     assert len(few.pairs) < len(every.pairs)
@@ -244,20 +234,15 @@ def test_fewer_tests_are_those_among_all(statistic) -> None:
     chosen = [all_keys.index(key) for key in keys]
     whole, part = (tissue.test(plan, **how) for plan in (every, few))
     np.testing.assert_allclose(part.score, whole.score[chosen], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(part.attention, whole.attention[chosen], rtol=1e-6)
     np.testing.assert_allclose(part.result.expected, whole.result.expected[chosen], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(part.result.z, whole.result.z[chosen], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("statistic", ["covariance", "content"])
-def test_pairs_of_groups_are_summed_some_at_a_time(statistic, monkeypatch) -> None:
+def test_edges_are_summed_some_at_a_time(monkeypatch) -> None:
     tissue = Simulated(2, n=200)
-    one = tissue.test(statistic=statistic)
-    monkeypatch.setattr("fimp_sc.model.predict._gene_pairs._SUMS", 1)
-    monkeypatch.setattr("fimp_sc.model.predict._gene_pairs._EDGES", 7)
-    other = tissue.test(statistic=statistic, batch_size=13)
-    np.testing.assert_allclose(one.score, other.score, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(one.attention, other.attention, rtol=1e-6)
+    one = tissue.test()
+    monkeypatch.setattr("fimp_sc.tl._statistics._significance._EDGES", 7)
+    np.testing.assert_allclose(one.score, tissue.test().score, rtol=1e-4, atol=1e-5)
 
 
 def test_memory_is_that_of_what_is_tested() -> None:
@@ -274,8 +259,8 @@ def test_memory_is_that_of_what_is_tested() -> None:
 
 def test_a_gene_that_is_constant_within_groups_has_pvalue_one() -> None:
     tissue = Simulated(4)
-    tissue.tokens.value[:, 0] = np.array([1.3, 0.7, 2.9, 4.1], dtype=np.float32)[tissue.codes]
-    tissue.token[:, 0] = True
+    tissue.value[:, 0] = np.array([1.3, 0.7, 2.9, 4.1], dtype=np.float32)[tissue.codes]
+    tissue.expressed[:, 0] = True
     plan = tissue.plan()
     result = tissue.test(plan).result
     constant = (plan.tests.destination_gene == 0) | (plan.tests.source_gene == 0)

@@ -20,6 +20,7 @@ def test_results_are_written_to_the_table_and_survive_zarr(tissue, quick, tmp_pa
     fimp_sc.tl.impute(sdata["cells"], library_key="section", **quick)
     fimp_sc.tl.niches(sdata["cells"], 2)
     fimp_sc.tl.attention(sdata["cells"], "label", library_key="section", **quick)
+    fimp_sc.tl.gene_pairs(sdata["cells"], "label", min_edges=5, min_support=1, verbose=False)
     assert sdata["cells"] is tissue
     sdata.write(tmp_path / "section.zarr")
     again = spatialdata.read_zarr(tmp_path / "section.zarr")["cells"]
@@ -30,13 +31,14 @@ def test_results_are_written_to_the_table_and_survive_zarr(tissue, quick, tmp_pa
     np.testing.assert_array_equal(again.layers["fimp"], tissue.layers["fimp"])
     np.testing.assert_array_equal(again.obsp["fimp_attention"].toarray(), tissue.obsp["fimp_attention"].toarray())
     assert list(again.uns["fimp_label"]["classes"]) == list(tissue.uns["fimp_label"]["classes"])
-    for table in ("groups", "pairs"):
-        found, kept = again.uns["fimp_attention"][table], tissue.uns["fimp_attention"][table]
+    for key, table in (("fimp_attention", "groups"), ("fimp_gene_pairs", "pairs")):
+        found, kept = again.uns[key][table], tissue.uns[key][table]
         assert list(found.columns) == list(kept.columns)
         assert found.astype(str).to_numpy().tolist() == kept.astype(str).to_numpy().tolist()
     # What was stored is shown like what was computed.
     fimp_sc.pl.spatial(again, ["fimp_label", "fimp_niche", "fimp_label_confidence"], show=False)
     fimp_sc.pl.attention(again, show=False)
+    fimp_sc.pl.gene_pairs(again, show=False)
     fimp_sc.pl.attention_arrows(again, 0, show=False)
     fimp_sc.pl.niche_composition(again, groupby="fimp_label", show=False)
     plt.close("all")

@@ -27,7 +27,6 @@ _LABELS = {
     "influence": "Mean influence",
     "z": "z of influence",
     "n_edges": "Edges",
-    "n_significant": "Pairs of genes",
 }
 _MOST_NUMBERS = 12  # groups whose squares have room for numbers
 
@@ -38,7 +37,7 @@ def attention(
     key: str = "fimp_attention",
     *,
     modality: str | Sequence[str] | None = None,
-    value: Literal["influence", "z", "n_edges", "n_significant"] = "influence",
+    value: Literal["influence", "z", "n_edges"] = "influence",
     fdr: float = 0.05,
     numbers: bool | None = None,
     cmap: str = "viridis",
@@ -59,8 +58,7 @@ def attention(
         Of a MuData object, the one that the results are of, or the several; by default where they are found.
     value
         `"influence"`, mean over edges; `"z"`, its distance in standard deviations from the mean under permuted group
-        labels; `"n_edges"`, the number of edges; `"n_significant"`, the number of pairs of genes with a false discovery
-        rate of at most `fdr`. Pairs of groups without edge or test are gray.
+        labels; `"n_edges"`, the number of edges. Pairs of groups without edge or test are gray.
     fdr
         Numbers of influence (or z) with at most this false discovery rate have a star.
     numbers
@@ -91,18 +89,14 @@ def attention(
 
     canvas = Canvas(ax, show, save, return_fig)
     adata, _ = results_of(adata, modality, lambda held, _: key in held.uns)
-    result = attention_result(adata, key)
-    table = result["groups"]
+    table = attention_result(adata, key)["groups"]
     names = _names(table)
-    if value == "n_significant":
-        drawn = _count(result["pairs"], names, fdr)
-    else:
-        drawn = _square(table, value, names)
+    drawn = _square(table, value, names)
     marked = _square(table, "fdr", names) <= fdr if value in {"influence", "z"} else np.zeros(drawn.shape, dtype=bool)
 
     side = max(0.5 * min(len(names), _MOST_NUMBERS), 0.3 * len(names), 1.5)
     ax = canvas.axes((side + 2.6, side + 1.4))
-    counts = value.startswith("n_")
+    counts = value == "n_edges"
     lowest = 0 if counts and np.isfinite(drawn).any() else None
     image = ax.imshow(np.ma.masked_invalid(drawn), cmap=colormap(cmap), vmin=lowest, interpolation="nearest")
     if numbers or (numbers is None and len(names) <= _MOST_NUMBERS):
@@ -114,8 +108,7 @@ def attention(
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     ticks = MaxNLocator("auto", integer=True) if counts else None
-    label = _LABELS[value] + (f", FDR ≤ {fdr:g}" if value == "n_significant" else "")
-    ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03, ticks=ticks).set_label(label)
+    ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03, ticks=ticks).set_label(_LABELS[value])
     if marked.any():
         ax.set_title(f"*  FDR ≤ {fdr:g}", fontsize="small", loc="right")
     return canvas.finish()
@@ -134,14 +127,12 @@ def attention_result(adata: AnnData, key: str) -> dict[str, Any]:
         raise missing_key(key, "adata.uns", adata.uns, advice)
     result = adata.uns[key]
     found = dict(result) if hasattr(result, "keys") else {}
-    for table in ("groups", "pairs"):
-        if table not in found:
-            raise missing_key(table, f"adata.uns[{key!r}]", found, f"These are no results of attention. {advice}")
+    if "groups" not in found:
+        raise missing_key("groups", f"adata.uns[{key!r}]", found, f"These are no results of attention. {advice}")
     unlabeled = dict(found.get("params", {})).get("unlabeled_category")
-    for table in ("groups", "pairs"):
-        rows = pd.DataFrame(found[table])
-        # Results of an earlier version may have them as a group.
-        found[table] = rows[(rows[["source_group", "destination_group"]].astype(str) != str(unlabeled)).all(axis=1)]
+    rows = pd.DataFrame(found["groups"])
+    # Results of an earlier version may have them as a group.
+    found["groups"] = rows[(rows[["source_group", "destination_group"]].astype(str) != str(unlabeled)).all(axis=1)]
     return found
 
 
@@ -159,12 +150,6 @@ def _square(table: pd.DataFrame, value: str, names: list[str]) -> NDArray[np.flo
     rows, columns = (place.get_indexer(table[f"{side}_group"].astype(str)) for side in ("source", "destination"))
     out[rows, columns] = table[value]
     return out
-
-
-def _count(pairs: pd.DataFrame, names: list[str], fdr: float) -> NDArray[np.float64]:
-    sides = ["source_group", "destination_group"]
-    text = pairs[sides].astype(str).assign(n=(pairs["fdr"] <= fdr).to_numpy())
-    return _square(text.groupby(sides, as_index=False)["n"].sum(), "n", names)
 
 
 def _write_numbers(ax: Axes, image: Any, drawn: NDArray[np.float64], marked: NDArray[np.bool_], *, whole: bool) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import pandas as pd
 
 from fimp_sc._options import checked
 from fimp_sc.data.storage._elements import missing_key
-from fimp_sc.pl._attention import attention_result
 from fimp_sc.pl._figure._canvas import Canvas
 from fimp_sc.pl._figure._common import results_of
 
@@ -16,25 +16,24 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import pandas as pd
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from mudata import MuData
     from numpy.typing import NDArray
 
-_LABELS = {"z": "z", "score": "Score", "attention": "Mean attention"}
+_LABELS = {"z": "z", "score": "Score"}
 _SMALLEST, _LARGEST = 25.0, 190.0  # square points
 
 
 @checked
 def gene_pairs(
     adata: AnnData | MuData,
-    key: str = "fimp_attention",
+    key: str = "fimp_gene_pairs",
     *,
     modality: str | Sequence[str] | None = None,
     n_top: int = 20,
-    x: Literal["z", "score", "attention"] = "z",
+    x: Literal["z", "score"] = "z",
     source_group: str | None = None,
     destination_group: str | None = None,
     fdr: float = 0.05,
@@ -49,7 +48,7 @@ def gene_pairs(
     Parameters
     ----------
     adata
-        Object with the results of :func:`fimp_sc.tl.attention`; or a MuData object.
+        Object with the results of :func:`fimp_sc.tl.gene_pairs`; or a MuData object.
     key
         Their name in `.uns`.
     modality
@@ -86,7 +85,7 @@ def gene_pairs(
     """
     canvas = Canvas(ax, show, save, return_fig)
     adata, _ = results_of(adata, modality, lambda held, _: key in held.uns)
-    table = attention_result(adata, key)["pairs"]
+    table = _pairs(adata, key)
     chosen = table["fdr"].notna().to_numpy()
     for side, name in (("source_group", source_group), ("destination_group", destination_group)):
         groups = table[side].astype(str)
@@ -122,6 +121,24 @@ def gene_pairs(
     bar = ax.figure.colorbar(dots, cax=ax.inset_axes((1.04, 0.1, 0.035, 0.8)))
     bar.set_label("−log10 FDR")
     return canvas.finish()
+
+
+def _pairs(adata: AnnData | MuData, key: str) -> pd.DataFrame:
+    """Return the table that :func:`fimp_sc.tl.gene_pairs` wrote.
+
+    Raises
+    ------
+    MissingKeyError
+        There is none.
+    """
+    advice = "Run fimp_sc.tl.gene_pairs(adata, groupby) first, or set key=."
+    if key not in adata.uns:
+        raise missing_key(key, "adata.uns", adata.uns, advice)
+    found = dict(adata.uns[key]) if hasattr(adata.uns[key], "keys") else {}
+    if "pairs" not in found:
+        advice = f"These are no results of gene_pairs. {advice}"
+        raise missing_key("pairs", f"adata.uns[{key!r}]", found, advice)
+    return pd.DataFrame(found["pairs"])
 
 
 def _area(n_edges: float | NDArray[np.float64], most: float) -> NDArray[np.float64]:

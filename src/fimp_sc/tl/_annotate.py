@@ -37,10 +37,9 @@ def annotate(
     batch_key: str | None = None,
     spatial_key: str | None = None,
     connectivities_key: str | None = None,
-    input_scale: str | None = None,
+    input_scale: str | dict[str, str] | None = None,
     center: Literal["training", "batch"] | None = None,
     key_added: str | None = None,
-    gene_embeddings: Any = None,
     foundation: Foundation | None = None,
     model: FIMP | str | Path | None = None,
     n_tokens: int | None = None,
@@ -57,44 +56,135 @@ def annotate(
 ) -> AnnData | MuData | None:
     """Label every cell: learn from the labeled ones, or apply a trained model to a new section.
 
+    Predictions made with and without neighbors are combined, then smoothed over the graph, each with the weight that
+    suits validation cells best.
+
     Parameters
     ----------
     adata
-        Cells with expression and coordinates.
+        Cells with expression and coordinates; or a MuData object, of which a modality is read: expression, signals of
+        regions (:func:`fimp_sc.pp.fmri`), images (:func:`fimp_sc.pp.images`) or features (:func:`fimp_sc.pp.features`).
     labels_key
-        Column of ``obs`` with labels. Cells without label (missing, or ``unlabeled_category``) are predicted like
-        all others. With ``model`` the column need not exist.
+        Column of ``obs`` with labels. Cells without label (missing, or ``unlabeled_category``) are predicted like all
+        others. With ``model`` the column need not exist.
     unlabeled_category
         Label of cells whose class is not known.
-    modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale, center
-        As in :func:`embed`.
+    modality
+        Name of the modality of a MuData object to read and to write to. Several are read together: the tokens of a node
+        are those of all of them, and results are written to the MuData object. By default the modality, or the several,
+        of earlier results.
+    layer
+        Layer with expression; ``"X"`` for ``X``. By default that of the ``model`` or of the latest call (see Notes),
+        else ``X``.
+    library_key
+        Column of ``obs`` with samples; no edge joins two of them. By default that of the ``model`` or of the latest
+        call, else none.
+    batch_key
+        Column of ``obs`` with technical batches, whose means ``center="batch"`` subtracts. By default that of the
+        ``model`` or of the latest call, else ``library_key``.
+    spatial_key
+        Coordinates in ``obsm``, ``(n_obs, 2)`` or ``(n_obs, 3)``. By default that of the ``model`` or of the latest
+        call, else ``"spatial"``.
+    connectivities_key
+        Graph in ``obsp``, ``(n_obs, n_obs)``, row = destination. If it is absent, a graph of the 6 nearest neighbors is
+        built with :func:`fimp_sc.pp.spatial_graph`. By default that of the ``model`` or of the latest call, else
+        ``"spatial_connectivities"``.
+    input_scale
+        Scale of the values: ``"counts"`` (whole numbers), ``"normalized"`` (without logarithm), ``"log"``
+        (log-normalized), ``"real"`` (any numbers, used as they are), or ``"auto"``, which decides from the values; of
+        several tables also a dictionary by modality. By default that of the latest call for the same layer, else that
+        of the ``model``, else ``"auto"``.
+    center
+        Mean that is subtracted from the expression of a gene: ``"training"``, over all training cells, so that results
+        of a cell do not depend on the other cells of the object; ``"batch"``, over the cells of its batch, for batches
+        with about the same mixture of cells. By default that of the ``model`` or of the latest call, else
+        ``"training"``.
     key_added
         Name of the results; ``fimp_{labels_key}`` by default, with "_" for "/".
-    gene_embeddings, foundation, model
-        As in :func:`embed`.
-    n_tokens, n_layers, max_epochs, accelerator, random_state, verbose, overwrite, copy
-        As in :func:`embed`.
-    model_kwargs, train_kwargs, inference_kwargs
-        As in :func:`embed`. A given model must have been trained with labels.
+    foundation
+        A foundation model that makes the messages, from :func:`fimp_sc.pretrained.load`, such as
+        ``fimp_sc.pretrained.load("scgpt", "scGPT_human/")``.
+    model
+        A trained model to apply without training: the model, its folder, or its name on the Hugging Face hub. Genes are
+        matched by name. The object must hold the keys of the model, or others must be given; a column of samples is
+        only needed where the model subtracts means of batches by it (``center="batch"``). It must have been trained
+        with labels.
+    n_tokens
+        Number of tokens of a cell: its genes with the highest values. By default 16, or 200 with a foundation model.
+        For a model that is trained now.
+    n_layers
+        Number of message-passing layers; a cell sees as many hops. By default 2. For a model that is trained now.
+    max_epochs
+        Upper limit of epochs. By default about 600 steps, and up to four times as many from 4,000 cells on, with early
+        stopping. For a model that is trained now.
+    accelerator
+        Device: ``"auto"`` takes a GPU if there is one; else ``"cpu"``, ``"gpu"``, ``"cuda"`` or ``"mps"``.
+    random_state
+        Seed of training.
+    verbose
+        Show a progress bar and lines of the log.
+    overwrite
+        Replace anything that is under the names of the results. If False, only earlier results of this function are
+        replaced. Data that the call itself reads are never replaced.
+    copy
+        Return a copy with the results instead of writing to ``adata``.
+    model_kwargs
+        Further arguments of :class:`fimp_sc.model.FIMP` for a model that is trained now, such as ``{"n_latent": 128}``,
+        or ``{"gene_embeddings": "vectors.npz"}`` for pretrained vectors of genes.
+    train_kwargs
+        Further arguments of :meth:`fimp_sc.model.FIMP.train` for a model that is trained now, such as ``{"checkpoint":
+        "folder"}`` for a training that can be continued.
+    inference_kwargs
+        Computation of results, which it does not change: ``batch_size``, nodes of a block; ``strategy``, ``"blocks"``
+        (blocks of nodes with their neighborhood), ``"layers"`` (one layer for all nodes before the next) or ``"auto"``;
+        ``distribute``, True for blocks as Dask tasks.
 
     Returns
     -------
-    ``None``, or the copy. Writes ``obs[key]`` (categorical, all cells), ``obs[f"{key}_confidence"]`` (float32,
-    probability of the label), ``obsm[f"{key}_probabilities"]`` (``(n_obs, n_classes)`` float32), ``uns[key]``
-    (``classes`` in the order of the columns, ``neighbor_share``, ``smoothed_share``, parameters, seed, versions), and
-    the graph if it was built. Classes are numbers, or True and False, where the labels in ``obs[labels_key]`` are, else
-    text. ``uns[f"{key}_colors"]`` of an earlier call is removed if the classes differ. Nothing is written when the call
-    fails. ``neighbor_share``, 0 to 1, is how much the prediction with neighbors counts, beside that of the cell by
-    itself (:attr:`fimp_sc.model.FIMP.neighbor_share`); ``smoothed_share`` how much the mean prediction over the cell
-    and its neighbors does, beside its own (:attr:`fimp_sc.model.FIMP.smoothed_share`).
+    ``None``, or the copy. Nothing is written when the call fails. Writes, where ``key`` is ``key_added``:
+
+    - ``obs[key]``: categorical, the label of every cell; numbers, or True and False, where the labels in
+      ``obs[labels_key]`` are, else text;
+    - ``obs[f"{key}_confidence"]``: float32, probability of the label;
+    - ``obsm[f"{key}_probabilities"]``: ``(n_obs, n_classes)`` float32;
+    - ``uns[key]``: ``classes`` in the order of these columns; ``neighbor_share``, the weight (0 to 1) of the prediction
+      with neighbors beside that without, and ``smoothed_share``, the weight of the mean prediction over a cell and its
+      neighbors beside its own; parameters, seed, versions;
+    - the graph in ``obsp`` and ``uns``, if it was built.
+
+    The colors of an earlier call, ``uns[f"{key}_colors"]``, are removed if the classes differ.
 
     Raises
     ------
     KeyError
-        When a key is missing.
+        A key is missing.
+    TypeError
+        An argument is unknown or of another type.
     ValueError
-        When labels, values or graph cannot be used, the given model knows no labels, or the key is the name of
-        something that would be lost.
+        Labels, values or graph cannot be used; the given model knows no labels; or ``key_added`` has a slash or names
+        data that would be lost (see ``overwrite``).
+    FloatingPointError
+        Training diverged.
+
+    Warns
+    -----
+    UserWarning
+        Genes or cells without values, cells without neighbors, control probes among the genes, or a graph that joins
+        samples that lie over each other. Labels that read as if cells had none, or that a single cell has.
+
+    Notes
+    -----
+    Keys that are not given (``None``) are those that a given ``model`` was trained with, else those of the latest call
+    of :mod:`fimp_sc.tl` whose results are in the object, also if it was written to a file since; a line of the log
+    names them.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.tl.annotate(adata, "cell_type", library_key="section", max_epochs=1, verbose=False)
+    >>> bool((adata.obs["fimp_cell_type_confidence"] > 0).all())
+    True
     """
     key = key_added or f"fimp_{labels_key}".replace("/", "_")
     adata = copied(adata) if copy else adata
@@ -112,7 +202,7 @@ def annotate(
         fitted = fitted_model(
             study, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
-            gene_embeddings=gene_embeddings, foundation=foundation,
+            foundation=foundation,
             n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         soft = cast("pd.DataFrame", fitted.predict(soft=True, **(inference_kwargs or {})))

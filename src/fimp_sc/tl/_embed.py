@@ -29,10 +29,9 @@ def embed(
     batch_key: str | None = None,
     spatial_key: str | None = None,
     connectivities_key: str | None = None,
-    input_scale: str | None = None,
+    input_scale: str | dict[str, str] | None = None,
     center: Literal["training", "batch"] | None = None,
     key_added: str = "X_fimp",
-    gene_embeddings: Any = None,
     foundation: Foundation | None = None,
     zero_shot: bool = False,
     model: FIMP | str | Path | None = None,
@@ -50,94 +49,125 @@ def embed(
 ) -> AnnData | MuData | None:
     """Embed each cell (region, image) from its own tokens and those of its neighbors.
 
-    Builds a graph of 6 nearest neighbors when cells have none, trains a model on masked expression (or
-    signals, or images; FIMP-base, unless ``foundation`` names another), and writes the embedding.
+    A model is trained on masked expression (or signals, or images): FIMP-base, or a foundation model between cells. It
+    is remembered for later calls on this object, see :func:`get_model`.
 
     Parameters
     ----------
     adata
         Cells with expression and coordinates; or a MuData object, of which a modality is read: expression, signals of
-        regions (:func:`fimp_sc.pp.fmri`), images (:func:`fimp_sc.pp.images`) or features.
+        regions (:func:`fimp_sc.pp.fmri`), images (:func:`fimp_sc.pp.images`) or features (:func:`fimp_sc.pp.features`).
     modality
-        Name of the modality of a MuData object, to which results are written. Of several, the tokens of a node are
-        those of all, and results are written to the MuData object. By default the one, or the several, that earlier
-        results are of.
-    layer, library_key, batch_key, spatial_key, connectivities_key, input_scale, center
-        Where to find data and what they are. Those that are not given (``None``) are those that a given ``model`` was
-        trained with, and else as in the latest call of :mod:`fimp_sc.tl` whose results are in the object, also if it
-        was written to a file since; a line of the log says so. The scale is as in that call for the same layer, and
-        else that of the model.
-
-        ``layer``
-            layer with expression; ``"X"`` for ``X``, which is read without earlier results.
-        ``library_key``
-            column of ``obs`` with samples, which are never joined by an edge.
-        ``batch_key``
-            column of ``obs`` with technical batches, whose means ``center="batch"`` subtracts. Else ``library_key``.
-        ``spatial_key``
-            coordinates in ``obsm``, else ``"spatial"``.
-        ``connectivities_key``
-            graph in ``obsp``, else ``"spatial_connectivities"``. If absent it is built with
-            :func:`fimp_sc.pp.spatial_graph`.
-        ``input_scale``
-            ``"counts"``, ``"normalized"``, ``"log"`` or ``"auto"``, else ``"auto"``; see
-            :meth:`fimp_sc.model.FIMP.setup_anndata`.
-        ``center``
-            mean that is subtracted from the expression of a gene: ``"training"``, of all training cells, so that
-            results of a cell do not depend on which others there are; ``"batch"``, of the cells of its batch, for
-            batches with about the same mixture of cells. Else ``"training"``.
+        Name of the modality of a MuData object to read and to write to. Several are read together: the tokens of a node
+        are those of all of them, and results are written to the MuData object. By default the modality, or the several,
+        of earlier results.
+    layer
+        Layer with expression; ``"X"`` for ``X``. By default that of the ``model`` or of the latest call (see Notes),
+        else ``X``.
+    library_key
+        Column of ``obs`` with samples; no edge joins two of them. By default that of the ``model`` or of the latest
+        call, else none.
+    batch_key
+        Column of ``obs`` with technical batches, whose means ``center="batch"`` subtracts. By default that of the
+        ``model`` or of the latest call, else ``library_key``.
+    spatial_key
+        Coordinates in ``obsm``, ``(n_obs, 2)`` or ``(n_obs, 3)``. By default that of the ``model`` or of the latest
+        call, else ``"spatial"``.
+    connectivities_key
+        Graph in ``obsp``, ``(n_obs, n_obs)``, row = destination. If it is absent, a graph of the 6 nearest neighbors is
+        built with :func:`fimp_sc.pp.spatial_graph`. By default that of the ``model`` or of the latest call, else
+        ``"spatial_connectivities"``.
+    input_scale
+        Scale of the values: ``"counts"`` (whole numbers), ``"normalized"`` (without logarithm), ``"log"``
+        (log-normalized), ``"real"`` (any numbers, used as they are), or ``"auto"``, which decides from the values; of
+        several tables also a dictionary by modality. By default that of the latest call for the same layer, else that
+        of the ``model``, else ``"auto"``.
+    center
+        Mean that is subtracted from the expression of a gene: ``"training"``, over all training cells, so that results
+        of a cell do not depend on the other cells of the object; ``"batch"``, over the cells of its batch, for batches
+        with about the same mixture of cells. By default that of the ``model`` or of the latest call, else
+        ``"training"``.
     key_added
-        Where to write in ``obsm`` and ``uns``.
-    gene_embeddings
-        Pretrained vectors of genes that FIMP-base starts from, for instance the file of GenePT; see
-        :class:`fimp_sc.model.FIMP`.
+        Name of the results in ``obsm`` and ``uns``.
     foundation
         A foundation model that makes the messages, from :func:`fimp_sc.pretrained.load`, such as
         ``fimp_sc.pretrained.load("scgpt", "scGPT_human/")``.
     zero_shot
-        Use the foundation model as it is, without training. A foundation model that stays frozen embeds alike with and
-        without training, which then only concerns labels and expression.
+        Use the foundation model as it is, without training. The embedding of a frozen foundation model is the same with
+        and without training, which only concerns labels and expression.
     model
-        A trained model to apply without training: the model, its folder, or its name on the Hugging Face hub. Genes
-        are matched by name. The object must hold what the keys of the model name, or others be given; a column of
-        samples only where the model subtracts means of batches by it (``center="batch"``).
-    n_tokens, n_layers
-        Token budget of a cell, and message-passing layers, of a model that is trained now; see
-        :class:`fimp_sc.model.FIMP`.
+        A trained model to apply without training: the model, its folder, or its name on the Hugging Face hub. Genes are
+        matched by name. The object must hold the keys of the model, or others must be given; a column of samples is
+        only needed where the model subtracts means of batches by it (``center="batch"``).
+    n_tokens
+        Number of tokens of a cell: its genes with the highest values. By default 16, or 200 with a foundation model.
+        For a model that is trained now.
+    n_layers
+        Number of message-passing layers; a cell sees as many hops. By default 2. For a model that is trained now.
     max_epochs
-        Upper limit of epochs; by default about 600 steps, and up to four times as many from 4,000 cells on, with early
-        stopping.
+        Upper limit of epochs. By default about 600 steps, and up to four times as many from 4,000 cells on, with early
+        stopping. For a model that is trained now.
     accelerator
-        ``"auto"`` takes a GPU when there is one.
+        Device: ``"auto"`` takes a GPU if there is one; else ``"cpu"``, ``"gpu"``, ``"cuda"`` or ``"mps"``.
     random_state
-        Seed.
+        Seed of training.
     verbose
-        Show a progress bar and a line on what is being done.
+        Show a progress bar and lines of the log.
     overwrite
-        Replace what is under the names of the results already. Without, only earlier results of this function are
-        replaced. What the call itself reads never is.
+        Replace anything that is under the names of the results. If False, only earlier results of this function are
+        replaced. Data that the call itself reads are never replaced.
     copy
         Return a copy with the results instead of writing to ``adata``.
-    model_kwargs, train_kwargs
-        Passed to :class:`fimp_sc.model.FIMP` and its ``train``.
+    model_kwargs
+        Further arguments of :class:`fimp_sc.model.FIMP` for a model that is trained now, such as ``{"n_latent": 128}``,
+        or ``{"gene_embeddings": "vectors.npz"}`` for pretrained vectors of genes.
+    train_kwargs
+        Further arguments of :meth:`fimp_sc.model.FIMP.train` for a model that is trained now, such as ``{"checkpoint":
+        "folder"}`` for a training that can be continued.
     inference_kwargs
-        How results are computed (``batch_size``, ``strategy``, ``distribute``); see
-        :meth:`fimp_sc.model.FIMP.get_latent_representation`.
+        Computation of results, which it does not change: ``batch_size``, nodes of a block; ``strategy``, ``"blocks"``
+        (blocks of nodes with their neighborhood), ``"layers"`` (one layer for all nodes before the next) or ``"auto"``;
+        ``distribute``, True for blocks as Dask tasks.
 
     Returns
     -------
-    ``None``, or the copy. Writes ``obsm[key_added]`` (``(n_obs, n_latent)`` float32), ``uns[key_added]`` (parameters,
-    seed, versions), and the graph if it was built. Nothing is written when the call fails.
+    ``None``, or the copy. Nothing is written when the call fails. Writes:
+
+    - ``obsm[key_added]``: ``(n_obs, n_latent)`` float32;
+    - ``uns[key_added]``: parameters, seed, versions;
+    - the graph in ``obsp`` and ``uns``, if it was built.
 
     Raises
     ------
     KeyError
-        When a key is missing.
+        A key is missing.
     TypeError
-        When an argument is unknown or of another type.
+        An argument is unknown or of another type.
     ValueError
-        When an argument is out of range, values or graph cannot be used, or files of a foundation model or of gene
-        vectors; or ``key_added`` has a slash, or is the name of something that would be lost (see ``overwrite``).
+        An argument is out of range; values, graph, or the files of a foundation model or of gene vectors cannot be
+        used; or ``key_added`` has a slash or names data that would be lost (see ``overwrite``).
+    FloatingPointError
+        Training diverged.
+
+    Warns
+    -----
+    UserWarning
+        Genes or cells without values, cells without neighbors, control probes among the genes, or a graph that joins
+        samples that lie over each other.
+
+    Notes
+    -----
+    Keys that are not given (``None``) are those that a given ``model`` was trained with, else those of the latest call
+    of :mod:`fimp_sc.tl` whose results are in the object, also if it was written to a file since; a line of the log
+    names them.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.tl.embed(adata, library_key="section", max_epochs=1, verbose=False)
+    >>> adata.obsm["X_fimp"].shape
+    (200, 64)
     """
     adata = copied(adata) if copy else adata
     model = given_model(model, accelerator, verbose=verbose)
@@ -157,7 +187,7 @@ def embed(
         fitted = fitted_model(
             study, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
-            gene_embeddings=gene_embeddings, foundation=foundation, zero_shot=zero_shot,
+            foundation=foundation, zero_shot=zero_shot,
             n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         embedding = fitted.get_latent_representation(**(inference_kwargs or {}))

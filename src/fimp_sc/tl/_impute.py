@@ -47,10 +47,9 @@ def impute(
     batch_key: str | None = None,
     spatial_key: str | None = None,
     connectivities_key: str | None = None,
-    input_scale: str | None = None,
+    input_scale: str | dict[str, str] | None = None,
     center: Literal["training", "batch"] | None = None,
     key_added: str = "fimp",
-    gene_embeddings: Any = None,
     foundation: Foundation | None = None,
     model: FIMP | str | Path | None = None,
     n_tokens: int | None = None,
@@ -67,59 +66,146 @@ def impute(
 ) -> AnnData | MuData | None:
     """Predict expression (signals, images) of every node from its own tokens and those of its neighbors.
 
-    Uses the model that :func:`embed` or :func:`annotate` trained on this object before, if nothing has changed, and
-    trains one otherwise (a line of the log says why); so it does where that model has seen what is ``hidden``.
+    The model that :func:`embed` or :func:`annotate` trained on this object before is used, if nothing has changed.
+    Otherwise one is trained, and a line of the log says why; so it is if that model has seen values that are ``hidden``
+    now.
 
     Parameters
     ----------
     adata
-        Cells with expression and coordinates, or a MuData object; see :func:`embed`.
+        Cells with expression and coordinates; or a MuData object, of which a modality is read: expression, signals of
+        regions (:func:`fimp_sc.pp.fmri`), images (:func:`fimp_sc.pp.images`) or features (:func:`fimp_sc.pp.features`).
     genes
         Gene or genes to predict, of those that the model knows, measured here or not. All genes of ``adata`` by
-        default, which makes a dense cells x genes layer: name genes for a large object. Of several tables read together
-        genes of any; each is written to its own.
+        default, which makes a dense layer of cells x genes: name genes for a large object. Of several tables that are
+        read together genes of any; each is written to its own table.
     scale
-        ``"log"``: ``log1p`` of values scaled to the model's common total (the median total of the cells of the object
-        that it was trained on).
-        ``"counts"``: scaled back to the total of each cell.
+        ``"log"``: ``log1p`` of values scaled to the common total of the model, the median total of the cells that it
+        was trained on. ``"counts"``: scaled back to the total of each cell.
     hidden
-        What the model must not see, in training or later: a boolean array, or the name of a layer that holds it (of
-        images, of an entry of ``obsm``); of several modalities the name, under which each of them may hold its own. Of
-        expression ``(n_obs, n_vars)``, of signals ``(n_obs, n_times)``, of images ``(n_obs, height, width)``. Segments
-        and patches that are not hidden are predicted in turn, each while it is hidden; genes are predicted as they are
-        seen. Totals of cells are of what is visible; of log-normalized values, which are used as they are, those that
-        they were made with. Predictions are on the scale of whole cells. A given ``model`` is used as it is, whatever
-        it was trained on.
-    modality, layer, library_key, batch_key, spatial_key, connectivities_key, input_scale, center
-        As in :func:`embed`.
+        Values that the model must not see, in training or later: a boolean array, or the name of a layer that holds it
+        (of images, of an entry of ``obsm``); of several modalities the name, under which each of them may hold its own.
+        Of expression ``(n_obs, n_vars)``, of signals ``(n_obs, n_times)``, of images ``(n_obs, height, width)``.
+        Segments and patches that are not hidden are predicted in turn, each while it is hidden; genes are predicted as
+        they are seen. Totals of cells are those of visible values; of log-normalized values, which are used as they
+        are, those that they were normalized with. Predictions are on the scale of whole cells. A given ``model`` is
+        used as it is, whatever it was trained on.
+    modality
+        Name of the modality of a MuData object to read and to write to. Several are read together: the tokens of a node
+        are those of all of them, and results are written to the MuData object. By default the modality, or the several,
+        of earlier results.
+    layer
+        Layer with expression; ``"X"`` for ``X``. By default that of the ``model`` or of the latest call (see Notes),
+        else ``X``.
+    library_key
+        Column of ``obs`` with samples; no edge joins two of them. By default that of the ``model`` or of the latest
+        call, else none.
+    batch_key
+        Column of ``obs`` with technical batches, whose means ``center="batch"`` subtracts. By default that of the
+        ``model`` or of the latest call, else ``library_key``.
+    spatial_key
+        Coordinates in ``obsm``, ``(n_obs, 2)`` or ``(n_obs, 3)``. By default that of the ``model`` or of the latest
+        call, else ``"spatial"``.
+    connectivities_key
+        Graph in ``obsp``, ``(n_obs, n_obs)``, row = destination. If it is absent, a graph of the 6 nearest neighbors is
+        built with :func:`fimp_sc.pp.spatial_graph`. By default that of the ``model`` or of the latest call, else
+        ``"spatial_connectivities"``.
+    input_scale
+        Scale of the values: ``"counts"`` (whole numbers), ``"normalized"`` (without logarithm), ``"log"``
+        (log-normalized), ``"real"`` (any numbers, used as they are), or ``"auto"``, which decides from the values; of
+        several tables also a dictionary by modality. By default that of the latest call for the same layer, else that
+        of the ``model``, else ``"auto"``.
+    center
+        Mean that is subtracted from the expression of a gene: ``"training"``, over all training cells, so that results
+        of a cell do not depend on the other cells of the object; ``"batch"``, over the cells of its batch, for batches
+        with about the same mixture of cells. By default that of the ``model`` or of the latest call, else
+        ``"training"``.
     key_added
-        Where to write in ``layers`` (all genes) or ``obsm`` (with ``genes``), and in ``uns``.
-    gene_embeddings, foundation, model
-        As in :func:`embed`.
-    n_tokens, n_layers, max_epochs, random_state
-        As in :func:`embed`, of a model that is trained now. One that was trained with others before is not used.
-    accelerator, verbose, overwrite, copy, model_kwargs, train_kwargs, inference_kwargs
-        As in :func:`embed`.
+        Name of the results in ``layers`` (all genes) or ``obsm`` (with ``genes``), and in ``uns``.
+    foundation
+        A foundation model that makes the messages, from :func:`fimp_sc.pretrained.load`, such as
+        ``fimp_sc.pretrained.load("scgpt", "scGPT_human/")``.
+    model
+        A trained model to apply without training: the model, its folder, or its name on the Hugging Face hub. Genes are
+        matched by name. The object must hold the keys of the model, or others must be given; a column of samples is
+        only needed where the model subtracts means of batches by it (``center="batch"``).
+    n_tokens
+        Number of tokens of a cell: its genes with the highest values. By default 16, or 200 with a foundation model.
+        For a model that is trained now.
+    n_layers
+        Number of message-passing layers; a cell sees as many hops. By default 2. For a model that is trained now.
+    max_epochs
+        Upper limit of epochs. By default about 600 steps, and up to four times as many from 4,000 cells on, with early
+        stopping. For a model that is trained now.
+    accelerator
+        Device: ``"auto"`` takes a GPU if there is one; else ``"cpu"``, ``"gpu"``, ``"cuda"`` or ``"mps"``.
+    random_state
+        Seed of training; 0 by default. A model that was trained before with another seed is not used if one is given.
+    verbose
+        Show a progress bar and lines of the log.
+    overwrite
+        Replace anything that is under the names of the results. If False, only earlier results of this function are
+        replaced. Data that the call itself reads are never replaced.
+    copy
+        Return a copy with the results instead of writing to ``adata``.
+    model_kwargs
+        Further arguments of :class:`fimp_sc.model.FIMP` for a model that is trained now, such as ``{"n_latent": 128}``,
+        or ``{"gene_embeddings": "vectors.npz"}`` for pretrained vectors of genes.
+    train_kwargs
+        Further arguments of :meth:`fimp_sc.model.FIMP.train` for a model that is trained now, such as ``{"checkpoint":
+        "folder"}`` for a training that can be continued.
+    inference_kwargs
+        Computation of results, which it does not change: ``batch_size``, nodes of a block; ``strategy``, ``"blocks"``
+        (blocks of nodes with their neighborhood), ``"layers"`` (one layer for all nodes before the next) or ``"auto"``;
+        ``distribute``, True for blocks as Dask tasks.
 
     Returns
     -------
-    ``None``, or the copy. Writes ``layers[key_added]`` (``(n_obs, n_vars)`` float32, NaN for genes that a given
-    model does not know) or, with ``genes``, ``obsm[key_added]`` (``(n_obs, len(genes))`` float32), and removes what an
-    earlier call wrote to the other of these; ``uns[key_added]`` (``genes``, parameters, seed, versions, and how the
-    model scales what was measured: ``input_scale``, ``trained_scale``, ``target_sum``, the ``total`` of those genes
-    ``measured`` here that it knows, and the ``share`` of each), also in the modality's own ``uns`` where several are
-    read together; and the graph if it was built. Of signals ``layers[key_added]``
-    (``(n_obs, n_times)`` float32, NaN for time points that do not fill a segment), of images ``obsm[key_added]``
-    (``(n_obs, height * width * channels)`` float32, likewise), each in its modality. Nothing is written when the call
-    fails.
+    ``None``, or the copy. Nothing is written when the call fails. Writes:
+
+    - ``layers[key_added]``: ``(n_obs, n_vars)`` float32, NaN for genes that a given model does not know; or with
+      ``genes``, ``obsm[key_added]``: ``(n_obs, len(genes))`` float32. What an earlier call wrote to the other one is
+      removed;
+    - of signals ``layers[key_added]``: ``(n_obs, n_times)`` float32, NaN for time points that do not fill a segment; of
+      images ``obsm[key_added]``: ``(n_obs, height * width * channels)`` float32, NaN for pixels that do not fill a
+      patch; each in its modality;
+    - ``uns[key_added]``: ``genes``, parameters, seed, versions, and the scaling of measured values: ``input_scale``,
+      ``trained_scale``, ``target_sum``, the ``total`` of the genes ``measured`` here that the model knows, and the
+      ``share`` (fraction) of each; also in ``uns`` of each modality where several are read together;
+    - the graph in ``obsp`` and ``uns``, if it was built.
 
     Raises
     ------
     KeyError
-        When a key is missing or a gene of ``genes`` is not known to the model.
+        A key is missing, or the model does not know a gene of ``genes``.
+    TypeError
+        An argument is unknown or of another type.
     ValueError
-        When values or graph cannot be used, an argument is for other modalities, or ``key_added`` has a slash or is
-        the name of something that would be lost.
+        Values or graph cannot be used, an argument is for other modalities, a gene is named twice, or ``key_added`` has
+        a slash or names data that would be lost (see ``overwrite``).
+    FloatingPointError
+        Training diverged.
+
+    Warns
+    -----
+    UserWarning
+        Genes or cells without values, cells without neighbors, control probes among the genes, or a graph that joins
+        samples that lie over each other.
+
+    Notes
+    -----
+    Keys that are not given (``None``) are those that a given ``model`` was trained with, else those of the latest call
+    of :mod:`fimp_sc.tl` whose results are in the object, also if it was written to a file since; a line of the log
+    names them.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> genes = list(adata.var_names[:3])
+    >>> fimp.tl.impute(adata, genes=genes, library_key="section", max_epochs=1, verbose=False)
+    >>> adata.obsm["fimp"].shape
+    (200, 3)
     """
     genes = [genes] if isinstance(genes, str) else genes if genes is None else list(genes)
     twice = [gene for gene, number in Counter(genes or ()).items() if number > 1]
@@ -149,7 +235,7 @@ def impute(
         fitted = fitted_model(
             study, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
-            hidden=masks, gene_embeddings=gene_embeddings, foundation=foundation,
+            hidden=masks, foundation=foundation,
             genes=genes, n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         how = inference_kwargs or {}

@@ -61,14 +61,14 @@ def niches(
     adata
         Cells with an embedding and, unless ``smooth=0``, a spatial graph; or a MuData object.
     n_niches
-        Number of niches; ``None`` chooses it: every number of ``n_range`` is tried several times, and the largest one
-        is taken with which the clusterings agree about as well as with the best (mean adjusted Rand index of all
-        pairs at most 0.05 below the highest). Mixtures are compared between random halves of the cells, Leiden
-        clusterings between seeds.
+        Number of niches. By default (``None``) it is chosen: every number of ``n_range`` is tried several times, and
+        the largest one is taken with which the clusterings agree about as well as with the best (mean adjusted Rand
+        index of all pairs at most 0.05 below the highest). Mixtures are compared between random halves of the cells,
+        Leiden clusterings between seeds.
     modality
-        Name of the modality of a MuData object that is read and written to; of several that :func:`embed` read
-        together, results are read from and written to the MuData object, whose graph and columns are those of these
-        modalities, too. By default the MuData object where it holds ``use_rep``, or else the modality that does.
+        Name of the modality of a MuData object to read and to write to; of several that :func:`embed` read together,
+        results are read from and written to the MuData object, whose graph and columns include those of these
+        modalities. By default the MuData object if it holds ``use_rep``, else the modality that does.
     use_rep
         Representation in ``obsm``, ``(n_obs, n_features)``.
     method
@@ -78,50 +78,74 @@ def niches(
             Leiden clusters of scanpy's graph of nearest neighbors in the representation; the resolution that gives
             the number is searched by bisection. Needs igraph (``pip install igraph``).
     smooth
-        How many times the representation of a cell is replaced by the mean over the cell itself and its neighbors in
-        the spatial graph, whose edges all count alike. More makes larger, smoother niches; 0 needs no graph. By
-        default 1 for a mixture, and 0 for Leiden, whose clusters it would make stringy.
+        Number of times that the representation of a cell is replaced by the mean over the cell and its neighbors in the
+        spatial graph, whose edges all count alike. More makes larger, smoother niches; 0 needs no graph. By default 1
+        for a mixture, and 0 for Leiden, whose clusters it would make stringy.
     n_components
-        Leading principal components of the (averaged) representation that are clustered; ``None`` for all of it.
+        Number of leading principal components of the (averaged) representation that are clustered; ``None`` for all of
+        it.
     covariance_type
-        Of the mixture, as in :class:`sklearn.mixture.GaussianMixture`. ``"tied"``: niches differ in their means.
+        Covariances of the mixture: ``"tied"`` (one for all niches, which differ in their means), ``"full"`` (one for
+        each niche), ``"diag"`` (diagonal) or ``"spherical"`` (one variance).
     n_range
         Smallest and largest number to try without ``n_niches``.
     n_seeds
-        Starts of the mixture, and clusterings of each number that are compared.
+        Number of starts of the mixture, and of clusterings of each number that are compared; at least 2.
     labels_key
         Column of ``obs``, for instance of cell types, that is counted in every niche.
     library_key
-        Column of ``obs`` with samples. No edge of the graph may join two.
+        Column of ``obs`` with samples; no edge of the graph may join two of them. By default that of the latest call,
+        else none.
     connectivities_key
-        Graph in ``obsp``. Graph and samples are by default those of the call that embedded the cells.
+        Graph in ``obsp``, ``(n_obs, n_obs)``. By default that of the latest call, else ``"spatial_connectivities"``.
     key_added
-        Where to write in ``obs`` and ``uns``.
+        Name of the results in ``obs`` and ``uns``.
     random_state
-        Seed. The order of cells does not matter.
+        Seed of the clusterings. The order of cells does not matter.
     verbose
-        Say how many niches were found, and in what.
+        Show a progress bar and lines of the log.
     overwrite
-        As in :func:`embed`.
+        Replace anything that is under the names of the results. If False, only earlier results of this function are
+        replaced. Data that the call itself reads are never replaced.
     copy
         Return a copy with the results instead of writing to ``adata``.
 
     Returns
     -------
-    ``None``, or the copy. Writes ``obs[key_added]`` (categorical, ``"0"`` is the largest niche, ``"1"`` the next),
-    ``uns[f"{key_added}_colors"]`` (colors that stay apart for color-blind readers), and ``uns[key_added]``:
-    parameters, seed, versions, ``n_niches``; ``stability`` (table of the numbers that were tried, with their agreement)
-    without ``n_niches``; ``composition`` (numbers of cells, labels × niches; cells without label are left out) with
-    ``labels_key``. Nothing is written when the call fails.
+    ``None``, or the copy. Nothing is written when the call fails. Writes:
+
+    - ``obs[key_added]``: categorical, ``"0"`` is the largest niche, ``"1"`` the next;
+    - ``uns[f"{key_added}_colors"]``: colors that color-blind readers can tell apart;
+    - ``uns[key_added]``: ``n_niches``, parameters, seed, versions; without ``n_niches`` also ``stability``, a data
+      frame of the numbers that were tried and their agreement; with ``labels_key`` also ``composition``, a data frame
+      of the numbers of cells, labels x niches, without unlabeled cells.
 
     Raises
     ------
     KeyError
-        When the representation, the graph or a column is missing.
+        The representation, the graph or a column is missing.
+    TypeError
+        An argument is unknown or of another type.
     ValueError
-        When values, graph or arguments cannot be used, or ``key_added`` is the name of something that would be lost.
+        Values, graph or arguments cannot be used, or ``key_added`` has a slash or names data that would be lost (see
+        ``overwrite``).
     ImportError
-        When ``method="leiden"`` and igraph is missing.
+        ``method="leiden"``, and igraph is missing.
+
+    Notes
+    -----
+    Graph and samples that are not given (``None``) are those of the latest call of :mod:`fimp_sc.tl` whose results are
+    in the object, also if it was written to a file since. A warning in the log says if fewer niches were found than
+    asked for.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.tl.embed(adata, library_key="section", max_epochs=1, verbose=False)
+    >>> fimp.tl.niches(adata, 3, verbose=False)
+    >>> list(adata.obs["fimp_niche"].cat.categories)
+    ['0', '1', '2']
     """
     adata = copied(adata) if copy else adata
     found_in = find_results(adata, modality, lambda held, names: use_rep in held.obsm)

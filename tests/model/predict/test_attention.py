@@ -8,7 +8,7 @@ from scipy import sparse
 
 from fimp_sc.data import BlockDataset, Destinations
 from fimp_sc.model import FIMP
-from fimp_sc.model.predict._attention import attention_data, genes_with_tokens
+from fimp_sc.model.predict._attention import attention_data
 
 GENES = 12
 
@@ -77,20 +77,6 @@ def test_gene_attention_is_the_mean_over_edges(trained, chosen) -> None:
     assert expected.max() > 0.01
     np.testing.assert_array_equal(np.isnan(mean).all((2, 3)), n_edges == 0)
     np.testing.assert_allclose(np.nan_to_num(mean), expected, atol=1e-6)
-
-
-def test_a_gene_is_present_where_it_is_expressed_and_a_token(trained, chosen) -> None:
-    data = attention_data(trained, None)
-    present = genes_with_tokens(trained, data, chosen)
-    batch = batch_of_all(trained, 0)
-    X = trained.adata[:, chosen].X.toarray()
-    expected = np.zeros(X.shape, dtype=bool)
-    for cell, (ids, gone) in enumerate(zip(batch["feature_id"], batch["padding"], strict=True)):
-        names = {str(trained.genes[gene]) for gene in ids[~gone].tolist()}
-        expected[cell] = [gene in names and x > 0 for gene, x in zip(chosen, X[cell], strict=True)]
-    np.testing.assert_array_equal(present, expected)
-    assert ((X > 0) & ~present).any()
-    assert present.any()
 
 
 def test_groups_are_matched_by_the_names_of_nodes(trained, chosen) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from scipy import sparse
 from fimp_sc._options import checked
 from fimp_sc.data import BlockDataset, BlockSampler, NodeGraph
 from fimp_sc.data.storage._elements import label_text, shorten
-from fimp_sc.model.predict._gene_pairs import GeneTokens, gene_tokens, pair_sums, token_genes
+from fimp_sc.model.predict._gene_pairs import gene_tokens, pair_sums
 from fimp_sc.model.registry._graph_data import graph_data, study_of
 from fimp_sc.nn._read_attention import recorded_influence
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from mudata import MuData
     from numpy.typing import NDArray
 
-    from fimp_sc.data import GraphData
+    from fimp_sc.data import ExpressionReader, GraphData
+    from fimp_sc.data.expression._reader import JoinedExpression
     from fimp_sc.model._fimp import FIMP
 
 _BLOCK = 256
@@ -55,7 +56,7 @@ def get_edge_influence(
 
     Returns
     -------
-    ``(n_obs, n_obs)`` float32 CSR, row = destination: the edges of the graph, without model-loops.
+    ``(n_obs, n_obs)`` float32 CSR, row = destination: the edges of the graph, without self-loops.
 
     Raises
     ------
@@ -132,7 +133,7 @@ def get_gene_attention(
         groups, or a gene is there twice.
     """
     data = attention_data(model, adata)
-    names = pd.Index(data.names)
+    names, source = pd.Index(data.names), cast("ExpressionReader | JoinedExpression", data.expression)
     column = groups if isinstance(groups, pd.Series) else pd.Series(list(groups))
     if len(column) != len(names):
         raise ValueError(f"groups must have one entry per node, {len(names)}: found {len(column)}.")
@@ -141,15 +142,15 @@ def get_gene_attention(
     if len(set(map(str, genes))) < len(genes):
         raise ValueError(f"genes has a gene more than once: {shorten(sorted(map(str, genes)))}.")
     category = cell_groups(column, "groups")
-    tokens = tokens_of_genes(model, data, genes)
+    tokens = gene_tokens(model.module, data, model.n_tokens, gene_columns(model, genes))
     n_groups = len(category.categories)
-    to, of, pair = edge_pairs(data.graph, measured_codes(data, category), n_groups)
+    to, of, pair = edge_pairs(data.graph, measured_codes(category, source.absent), n_groups)
     n_edges = np.bincount(pair, minlength=n_groups**2)
     divisor = np.where(n_edges, n_edges, np.nan)[:, None, None]
     mean = np.empty((n_groups**2, len(genes), len(genes)), dtype=np.float32)
-    for pairs, sums in pair_sums(tokens, None, to, of, pair, n_groups**2, batch_size=batch_size):
+    for pairs, sums in pair_sums(tokens, to, of, pair, n_groups**2, batch_size=batch_size):
         here = slice(pairs.start, pairs.stop)
-        mean[here] = (sums.first / divisor[here]).transpose(0, 2, 1)
+        mean[here] = (sums / divisor[here]).transpose(0, 2, 1)
     shape = (n_groups, n_groups, len(genes), len(genes))
     return mean.reshape(shape), n_edges.reshape(n_groups, n_groups), [str(name) for name in category.categories]
 
@@ -160,8 +161,8 @@ def check_message_layer(model: FIMP, layer: int | None) -> None:
         raise ValueError(f"layer must be from 0 to {n_layers - 1}, found {layer}.")
 
 
-def attention_data(model: FIMP, adata: AnnData | MuData | None, *, untrained: bool = False) -> GraphData:
-    if model.foundation is None and not untrained:  # type: ignore[attr-defined]
+def attention_data(model: FIMP, adata: AnnData | MuData | None) -> GraphData:
+    if model.foundation is None:  # type: ignore[attr-defined]
         model._check_if_trained(warn=False)
     model.module.network.message_layers()
     if not model.messages:
@@ -171,14 +172,6 @@ def attention_data(model: FIMP, adata: AnnData | MuData | None, *, untrained: bo
         raise ValueError("This model reads no expression: attention between cells is read for genes only.")
     model.module.eval()
     return data
-
-
-def tokens_of_genes(model: FIMP, data: GraphData, genes: Sequence[str]) -> GeneTokens:
-    return gene_tokens(model.module, data, model.n_tokens, gene_columns(model, genes))
-
-
-def genes_with_tokens(model: FIMP, data: GraphData, genes: Sequence[str]) -> NDArray[np.bool_]:
-    return token_genes(data, model.n_tokens, gene_columns(model, genes))
 
 
 def gene_columns(model: FIMP, genes: Sequence[str]) -> NDArray[np.int64]:
@@ -229,10 +222,9 @@ def cell_groups(column: pd.Series, where: str, unlabeled_category: str | None = 
     return groups
 
 
-def measured_codes(data: GraphData, groups: pd.Categorical) -> NDArray[np.int64]:
-    """Return ``(n,)`` int64 group of each node, -1 for those without, and for nodes that have no expression."""
+def measured_codes(groups: pd.Categorical, absent: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+    """Return ``(n,)`` int64 group of each node, -1 for those without, and for ``absent`` ones, without expression."""
     codes = np.asarray(groups.codes, dtype=np.int64)
-    absent = None if data.expression is None else data.expression.absent
     return codes if absent is None else np.where(absent, -1, codes)
 
 

@@ -169,20 +169,50 @@ def graph_data(
         keys = np.split(model.module.gene_key, np.cumsum(sizes)[:-1])
         known = zip(tables, states.values(), split_statistics(_statistics(model), sizes), keys, strict=True)
         for table, state, statistics, gene_key in known:
-            matrix = get_matrix(table.adata, setup["layer"])
-            if table.rows is not None:
-                matrix = expand_rows(matrix, table.rows, f"mdata[{table.name!r}]")
-            scale = state[ExpressionField.SCALE]
-            columns = match_columns(state[ExpressionField.NAMES], table.adata)
-            source = ExpressionReader(
-                matrix, columns, scale, statistics, batch, masks.get(table.name), table.absent,
-                state.get(ExpressionField.TRAINED_SCALE, scale), _panels(state, sample), gene_key,
+            source = table_reader(
+                table, setup["layer"], state, sample, statistics=statistics, batch=batch, hidden=masks.get(table.name),
+                gene_key=gene_key,
             )  # fmt: skip
             sources.append(source)
         data.expression = sources[0] if len(sources) == 1 else JoinedExpression(sources)
         data.tokens = _tokenizer(model)
     data.sequences = _sequence_readers(model, study, located, hidden_tokens or {})
     return data
+
+
+def table_reader(
+    table: Modality,
+    layer: str | None,
+    state: Mapping[str, Any],
+    sample: NDArray[np.int64],
+    *,
+    statistics: GeneStatistics | None = None,
+    batch: NDArray[np.int64] | None = None,
+    hidden: Any = None,
+    gene_key: NDArray[np.uint64] | None = None,
+) -> ExpressionReader:
+    """Return the reader of one table.
+
+    Parameters
+    ----------
+    table, layer
+        The table, and the layer that holds its values.
+    state
+        What :class:`ExpressionField` registered of it.
+    sample
+        ``(n_obs,)`` int64 code of the sample of each node.
+    statistics, batch, hidden, gene_key
+        See :class:`ExpressionReader`.
+    """
+    matrix = get_matrix(table.adata, layer)
+    if table.rows is not None:
+        matrix = expand_rows(matrix, table.rows, f"mdata[{table.name!r}]")
+    scale = state[ExpressionField.SCALE]
+    columns = match_columns(state[ExpressionField.NAMES], table.adata)
+    return ExpressionReader(
+        matrix, columns, scale, statistics, batch, hidden, table.absent,
+        state.get(ExpressionField.TRAINED_SCALE, scale), _panels(state, sample), gene_key,
+    )  # fmt: skip
 
 
 def without_messages(data: GraphData) -> GraphData:

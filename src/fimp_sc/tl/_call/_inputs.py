@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mudata import MuData
+    from numpy.typing import NDArray
 
     from fimp_sc.model import FIMP
 
@@ -301,6 +303,13 @@ def check_results(
         held = sequence_kind(modality.kind).parts(modality.adata)
         reads |= {(slot, name): modality.kind for slot, names in held.items() for name in names}
     check_key(key, tool, study.data, reads, overwrite=overwrite, tables=tables)
+
+
+def sample_codes(nodes: AnnData, key: str | None) -> NDArray[np.int64]:
+    """Return the ``(n_obs,)`` code of the sample of each node, 0 for all where no column is named."""
+    if key is None:
+        return np.zeros(nodes.n_obs, dtype=np.int64)
+    return check_obs_key(nodes, key, "library").codes.astype(np.int64)
 
 
 def working_copy(study: Study, inputs: Inputs, *, labels_required: bool = False) -> Study:

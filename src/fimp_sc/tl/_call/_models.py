@@ -14,7 +14,7 @@ import numpy as np
 from anndata import AnnData, ImplicitModificationWarning
 from scipy import sparse
 
-from fimp_sc._keys import choose_target, last_record
+from fimp_sc._keys import choose_target, records
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc.data.sequences._kinds import sequence_kind
@@ -93,7 +93,6 @@ def fitted_model(
     model_kwargs: dict[str, Any] | None,
     train_kwargs: dict[str, Any] | None,
     hidden: dict[str, Any] | None = None,
-    gene_embeddings: Any = None,
     foundation: Foundation | None = None,
     zero_shot: bool = False,
     n_tokens: int | None = None,
@@ -107,7 +106,7 @@ def fitted_model(
     ``max_epochs`` and (``same_seed``) ``random_state`` where these are given, and blind to what is ``hidden``, by
     modality. A model is trained only if it will know ``genes``, and if ``check`` of it raises nothing.
     """
-    what = {"gene_embeddings": gene_embeddings, "foundation": foundation}
+    what: dict[str, Any] = {"foundation": foundation}
     what |= {"n_tokens": n_tokens, "n_layers": n_layers}
     both = sorted(name for name, value in what.items() if value is not None and name in (model_kwargs or {}))
     if both:
@@ -163,7 +162,7 @@ def fitted_model(
             max_epochs = former.max_epochs if max_epochs is None else max_epochs
             random_state = seed if random_state is None else random_state
         logger.info("Not using the model of the call before: %s. Training %s.", why, "one like it" if like else "one")
-    elif reuse and last_record(study.data, several=inputs.modality is not None) is not None:
+    elif reuse and any("model" in found for _, found in records(study.data)):
         logger.info(
             "The model of the earlier results is not in this session, or was of another object: training one. Pass "
             "model= for a saved one."
@@ -231,8 +230,8 @@ def _given_keys(inputs: Inputs) -> dict[str, Any]:
 
 
 @contextmanager
-def write_back(study: Study, work: Study, inputs: Inputs, model: FIMP) -> Iterator[None]:
-    """Write results, and the graph if it was built here; remember the model."""
+def write_back(study: Study, work: Study, inputs: Inputs, model: FIMP | None) -> Iterator[None]:
+    """Write results, and the graph if it was built here; remember the model, if there is one."""
     adata, light = study.data, work.data
     with warnings.catch_warnings():
         # Writing to a view turns it into an object of its own, as anndata documents.
@@ -243,6 +242,8 @@ def write_back(study: Study, work: Study, inputs: Inputs, model: FIMP) -> Iterat
             adata.obsp[inputs.connectivities_key] = light.obsp[inputs.connectivities_key]
             adata.uns[f"{prefix}_neighbors"] = light.uns[f"{prefix}_neighbors"]
         yield
+    if model is None:
+        return
     address = id(adata)
     reference = weakref.ref(adata, lambda _: _models.pop(address, None))
     _models[address] = _Remembered(reference, _marks(work, inputs), model)
@@ -255,14 +256,28 @@ def get_model(adata: AnnData | MuData, modality: str | Sequence[str] | None = No
     Parameters
     ----------
     adata
-        The object that was passed to :func:`embed`, :func:`annotate` or :func:`impute`. A copy of it does not count.
+        The object that was passed to :func:`embed`, :func:`annotate`, :func:`impute` or :func:`attention`. A copy of
+        it does not count.
     modality
-        Of a MuData object, as it was passed.
+        Name of the modality of a MuData object, or the several, that the call read. By default the modality, or the
+        several, of earlier results.
+
+    Returns
+    -------
+    The model itself, not a copy.
 
     Raises
     ------
     KeyError
-        When there is none.
+        There is none.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.tl.embed(adata, library_key="section", max_epochs=1, verbose=False)
+    >>> fimp.tl.get_model(adata).get_latent_representation().shape
+    (200, 64)
     """
     remembered = _remembered(choose_target(adata, modality)[0])
     if remembered is None:

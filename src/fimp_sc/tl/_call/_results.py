@@ -36,15 +36,41 @@ def record(model: FIMP, inputs: Inputs, data: AnnData | MuData, tool: str, **ext
     """Return what goes to ``uns`` of ``data``: parameters, seed and versions, in types that h5ad can hold."""
     history = model.history or {}
     state = model.adata_manager.registry["field_registries"][X_KEY]["state_registry"]
-    # Beside the parameters: later calls take these, and what was guessed once may not hold for other values.
-    scales = {name: str(table[ExpressionField.SCALE]) for name, table in table_states(state).items()}
     return {
-        "params": _storable(asdict(inputs) | extra),
-        **({"input_scale": scales.get("", scales)} if scales else {}),
+        **inputs_record(inputs, data, tool, table_states(state), "scvi-tools", "torch", "anndata", **extra),
         "model": _storable(model.init_params_["non_kwargs"]),
         "random_state": int(model.random_state),
         "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
-        **new_record(data, tool, "scvi-tools", "torch", "anndata"),
+    }
+
+
+def inputs_record(
+    inputs: Inputs, data: AnnData | MuData, tool: str, tables: Mapping[str, Mapping[str, Any]], *packages: str,
+    **extra: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the part of a record that needs no model.
+
+    Parameters
+    ----------
+    inputs
+        Where the call found its data.
+    data
+        Object that the results are written to.
+    tool
+        Name of the function, ``"tl.embed"``.
+    tables
+        What is registered of each table, see :func:`~fimp_sc.model.registry._fields.table_states`.
+    *packages
+        Those whose versions matter beside this one's.
+    **extra
+        Further parameters of the call.
+    """
+    # Beside the parameters: later calls take these, and what was guessed once may not hold for other values.
+    scales = {name: str(state[ExpressionField.SCALE]) for name, state in tables.items()}
+    return {
+        "params": _storable(asdict(inputs) | extra),
+        **({"input_scale": scales.get("", scales)} if scales else {}),
+        **new_record(data, tool, *packages),
     }
 
 

@@ -1,4 +1,4 @@
-"""Is attention between two types of cells more than chance would have it? Permutations, and what follows from them."""
+"""Permutation tests for pairs of groups of cells: of influence, and of genes in neighbors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from scipy import sparse
 from scipy.stats import false_discovery_control
 
 from fimp_sc.model.predict._attention import edge_pairs
-from fimp_sc.model.predict._gene_pairs import PairSums, Tests, pair_sums, tested_products, tested_sums
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,16 +17,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fimp_sc.data import NodeGraph
-    from fimp_sc.model.predict._gene_pairs import GeneTokens
 
 Null = Literal["neighbors", "labels"]
 Edges: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]"
-Statistic = Literal["covariance", "content", "attention"]
 
 # Below this a standard deviation is rounding.
 _LEAST = 1e-12
 # Statistics that are standardized at once.
 _TESTS = 4096
+# Edges whose products are summed at once.
+_EDGES = 1 << 15
 
 
 class Significance(NamedTuple):
@@ -43,9 +42,9 @@ class Significance(NamedTuple):
 def significance(true: NDArray[np.floating], permuted: NDArray[np.floating]) -> Significance:
     """Compare statistics with their permutations, one-sided: larger than expected.
 
-    Each statistic is standardized by mean and standard deviation of its own permutations. Its p-value is the share of
-    standardized permutations *of all tests* that are at least as large, where each permutation is standardized by the
-    others of its test, and the statistic itself counts as one more: (1 + b) / (1 + n), never 0. 100 permutations of
+    Each statistic is standardized by mean and standard deviation of its own permutations. Its p-value is the fraction
+    of standardized permutations *of all tests* that are at least as large, where each permutation is standardized by
+    the others of its test, and the statistic itself counts as one more: (1 + b) / (1 + n), never 0. 100 permutations of
     1,000 tests thus tell p-values down to 1e-5 apart, which a test by itself could not. That is right on average over
     tests, and for each of them as far as their standardized statistics are distributed alike.
 
@@ -91,8 +90,17 @@ def _starts(n: int) -> range:
     return range(0, n, _TESTS)
 
 
+class Tests(NamedTuple):
+    """Pairs of genes that are tested between pairs of groups, ``(n_tests,)`` int64 each, sorted in this order."""
+
+    pair: NDArray[np.int64]
+    """Position among the pairs of groups that are tested."""
+    destination_gene: NDArray[np.int64]
+    source_gene: NDArray[np.int64]
+
+
 class Plan(NamedTuple):
-    """What can be tested."""
+    """The pairs of groups, and the tests of each."""
 
     pairs: NDArray[np.int64]
     """``(n_pairs,)`` source group x number of groups + destination group of each pair of groups, in ascending order."""
@@ -105,33 +113,39 @@ def plan_tests(
     graph: NodeGraph,
     codes: NDArray[np.int64],
     n_groups: int,
-    token: NDArray[np.bool_],
+    expressed: NDArray[np.bool_],
     wanted: NDArray[np.bool_],
     *,
     min_edges: int,
     min_support: float,
 ) -> Plan:
-    """Find pairs of groups with edges enough, and pairs of genes with tokens enough in these.
+    """Find the pairs of groups with enough edges, and the pairs of genes that enough of their cells express.
 
     Parameters
     ----------
-    graph, codes, n_groups, min_edges, min_support
-        As in :func:`gene_tests` and :func:`fimp_sc.tl.attention`.
-    token
-        ``(n, g)`` where a gene is expressed and a token.
+    graph
+        Of all nodes.
+    codes
+        ``(n,)`` int64 group of each node, -1 for none.
+    n_groups
+        Number of groups.
+    expressed
+        ``(n, g)`` where a gene is expressed.
     wanted
-        ``(g, g)`` bool, destination gene x source gene: which pairs to test.
+        ``(g, g)`` bool, destination gene x source gene: the pairs to test.
+    min_edges, min_support
+        See :func:`fimp_sc.tl.gene_pairs`.
     """
     pairs, n_edges = np.unique(edge_pairs(graph, codes, n_groups)[2], return_counts=True)
     enough = n_edges >= min_edges
     pairs, n_edges = pairs[enough], n_edges[enough]
     grouped = np.flatnonzero(codes >= 0)
     member = sparse.csr_matrix((np.ones(len(grouped)), (codes[grouped], grouped)), shape=(n_groups, len(codes)))
-    # Shares of groups instead of edges counted: what is tested must not depend on who is next to whom.
-    share = (member @ token) / np.maximum(np.asarray(member.sum(1)), 1)
+    # Fractions of groups instead of edges counted: the choice of tests must not depend on who is next to whom.
+    fraction = (member @ expressed) / np.maximum(np.asarray(member.sum(1)), 1)
     found: list[tuple[NDArray[np.int64], ...]] = []
     for i, (source, destination) in enumerate(zip(*np.divmod(pairs, n_groups), strict=True)):
-        support = share[destination][:, None] * share[source] * n_edges[i]
+        support = fraction[destination][:, None] * fraction[source] * n_edges[i]
         to, of = np.nonzero(wanted & (support >= min_support))
         found.append((np.full(len(to), i), to, of))
     empty = (np.zeros(0, dtype=np.int64),) * 3
@@ -141,13 +155,12 @@ def plan_tests(
 class GeneTests(NamedTuple):
     """Tests of pairs of genes for pairs of groups, in the order of :attr:`Plan.tests`."""
 
-    attention: NDArray[np.float64]
     score: NDArray[np.float64]
     result: Significance
 
 
 def gene_tests(
-    tokens: GeneTokens,
+    value: NDArray[np.float32],
     graph: NodeGraph,
     codes: NDArray[np.int64],
     library: NDArray[np.int64],
@@ -155,59 +168,81 @@ def gene_tests(
     plan: Plan,
     *,
     null: Null,
-    statistic: Statistic,
     n_permutations: int,
     random_state: int,
-    batch_size: int | None,
     verbose: bool,
 ) -> GeneTests:
-    """Test pairs of genes of pairs of groups; parameters as in :func:`fimp_sc.tl.attention`.
+    """Test the covariance of genes over the edges of pairs of groups.
 
-    Memory grows with tests x permutations, and with what one pair of groups takes; not with all pairs of groups.
+    Memory grows with tests x permutations, and with the needs of one pair of groups; not with all pairs of groups.
 
     Parameters
     ----------
-    tokens, graph
+    value
+        ``(n, g)`` log-normalized expression.
+    graph
         Of all nodes.
     codes, library
         ``(n,)`` int64 group (-1: none) and sample of each node.
     n_groups
         Number of groups.
     plan
-        What to test.
-    null, statistic, n_permutations, random_state, batch_size, verbose
-        See :func:`fimp_sc.tl.attention`.
+        The tests.
+    null, n_permutations, random_state, verbose
+        See :func:`fimp_sc.tl.gene_pairs`.
     """
-    tests, n_pairs = plan.tests, len(plan.pairs)
     strata = library * n_groups + codes if null == "neighbors" else library
     strata = np.where(codes >= 0, strata, -1)
-    value = centered(tokens.value, strata) if statistic != "attention" else None
-
-    def mean(edges: Edges) -> NDArray[np.float64]:
-        sums = tested_sums(pair_sums(tokens, None, *edges, n_pairs, batch_size=batch_size), tests, n_pairs)
-        return sums.first / np.maximum(np.bincount(edges[2], minlength=n_pairs), 1)[tests.pair]
-
-    def scores(edges: Edges, weight: NDArray[np.float64]) -> NDArray[np.float64]:
-        if value is None:
-            return mean(edges)
-        if statistic == "covariance":
-            return _studentised(tested_products(value, *edges, weight, tests, n_pairs))
-        blocks = pair_sums(tokens, value, *edges, n_pairs, weight=weight, batch_size=batch_size)
-        return _studentised(tested_sums(blocks, tests, n_pairs))
-
+    value = centered(value, strata)
     edges = _of_pairs(edge_pairs(graph, codes, n_groups), plan.pairs)
-    weight = _share(edges[0], edges[2])
-    score, rng, rows = scores(edges, weight), np.random.default_rng(random_state), rows_of(strata)
+    weight = _edge_weights(edges[0], edges[2])
+    score, rng, rows = _scores(value, edges, weight, plan), np.random.default_rng(random_state), rows_of(strata)
     permuted = np.empty((len(score), n_permutations), dtype=np.float32)
     for i in drawn(n_permutations, "Permutations, pairs of genes", verbose=verbose):
         place = shuffled(rows, len(strata), rng)
         if null == "neighbors":
-            permuted[:, i] = scores((place[edges[0]], place[edges[1]], edges[2]), weight)
+            permuted[:, i] = _scores(value, (place[edges[0]], place[edges[1]], edges[2]), weight, plan)
         else:
             other = _of_pairs(edge_pairs(graph, codes[place], n_groups), plan.pairs)
-            permuted[:, i] = scores(other, _share(other[0], other[2]))
-    result = significance(score, permuted)
-    return GeneTests(score if statistic == "attention" else mean(edges), score, result)
+            permuted[:, i] = _scores(value, other, _edge_weights(other[0], other[2]), plan)
+    return GeneTests(score, significance(score, permuted))
+
+
+def _scores(value: NDArray[np.float32], edges: Edges, weight: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
+    """Return the sum over edges of the products of two genes, divided by the root of the sum of their squares.
+
+    Parameters
+    ----------
+    value
+        ``(n, g)`` centered values.
+    edges
+        Destination, source and pair of groups of each edge, in ascending order of pairs.
+    weight
+        ``(n_edges,)`` factor of each edge.
+    plan
+        The tests; no other genes are multiplied.
+
+    Returns
+    -------
+    ``(n_tests,)``
+    """
+    (destination, source, pair), tests, positions = edges, plan.tests, np.arange(len(plan.pairs) + 1)
+    total, squares = np.zeros((2, len(tests.pair)))
+    ends, bounds = np.searchsorted(pair, positions), np.searchsorted(tests.pair, positions)
+    for (start, stop), (low, high) in zip(pairwise(ends.tolist()), pairwise(bounds.tolist()), strict=True):
+        if low == high:
+            continue
+        rows, row = np.unique(tests.destination_gene[low:high], return_inverse=True)
+        columns, column = np.unique(tests.source_gene[low:high], return_inverse=True)
+        sums = np.zeros((2, len(rows), len(columns)))
+        for i in range(start, stop, _EDGES):
+            some = slice(i, min(i + _EDGES, stop))
+            to = (value[destination[some, None], rows] * weight[some, None]).astype(np.float32)
+            of = value[source[some, None], columns]
+            sums[0] += to.T @ of
+            sums[1] += np.square(to).T @ np.square(of)
+        total[low:high], squares[low:high] = sums[:, row, column]
+    return total / np.sqrt(np.maximum(squares, _LEAST**2))
 
 
 def drawn(n_permutations: int, what: str, *, verbose: bool) -> Iterable[int]:
@@ -226,16 +261,12 @@ def _of_pairs(edges: Edges, pairs: NDArray[np.int64]) -> Edges:
     return to[kept], of[kept], place[kept]
 
 
-def _share(destination: NDArray[np.int64], pair: NDArray[np.int64]) -> NDArray[np.float64]:
+def _edge_weights(destination: NDArray[np.int64], pair: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return for each edge 1 / number of edges into its destination from its group."""
     # The group of a destination is one, so that a pair of groups tells the group of the source.
     key = pair * (int(destination.max(initial=0)) + 1) + destination
     _, inverse, counts = np.unique(key, return_inverse=True, return_counts=True)
     return 1.0 / counts[inverse]
-
-
-def _studentised(sums: PairSums) -> NDArray[np.float64]:
-    return sums.first / np.sqrt(np.maximum(sums.second, _LEAST**2))
 
 
 class GroupTests(NamedTuple):
@@ -260,7 +291,7 @@ def group_tests(
     random_state: int,
     verbose: bool,
 ) -> GroupTests:
-    """Test whether the influence of one group on another is larger than with labels dealt out at random.
+    """Test whether the influence of one group on another is larger than with permuted group labels.
 
     Parameters
     ----------

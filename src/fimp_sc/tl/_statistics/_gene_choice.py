@@ -1,4 +1,4 @@
-"""Which genes, and which pairs of genes, attention is read of."""
+"""The genes, and the pairs of genes, that are tested."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fimp_sc.data import GraphData
-    from fimp_sc.model import FIMP
-    from fimp_sc.model.predict._gene_pairs import Tests
+    from fimp_sc.data import ExpressionReader
+    from fimp_sc.data.expression._reader import JoinedExpression
+    from fimp_sc.tl._statistics._significance import Tests
 
 logger = logging.getLogger(__name__)
 
@@ -57,76 +57,43 @@ def check_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def check_genes(
-    known: pd.Index, where: str, genes: Sequence[str] | None, pairs: pd.DataFrame | None
-) -> list[str] | None:
+def named_genes(known: pd.Index, genes: Sequence[str] | None, pairs: pd.DataFrame | None) -> list[str] | None:
     """Return the genes that are asked for, ``None`` if none are named.
 
     Parameters
     ----------
-    known, where
-        Names of genes, and what has them, for messages.
+    known
+        Names of the genes of the object.
     genes, pairs
-        See :func:`fimp_sc.tl.attention`; ``pairs`` as :func:`check_pairs` returns it.
+        As :func:`fimp_sc.tl.gene_pairs` takes them; ``pairs`` as :func:`check_pairs` returns it.
 
     Raises
     ------
     KeyError
         A gene of ``genes`` is not known.
     ValueError
-        ``genes`` is empty, or no pair has two genes that are known.
+        No pair has two genes that are known.
     """
-    if isinstance(genes, str):
-        genes = [genes]
     chosen = None if genes is None else list(dict.fromkeys(map(str, genes)))
     if chosen is not None:
-        if not chosen:
-            raise ValueError("There are no genes to look at: name some with genes=.")
         unknown = [gene for gene in chosen if gene not in known]
         if unknown:
-            raise missing_key(unknown[0], where, known, f"Not known, of {len(chosen)} genes: {shorten(unknown)}.")
+            advice = f"Not known, of {len(chosen)} genes: {shorten(unknown)}."
+            raise missing_key(unknown[0], "adata.var_names", known, advice)
     elif pairs is not None:
         chosen = [gene for gene in pd.unique(pairs.to_numpy().ravel()) if gene in known]
     if pairs is not None and not pairs.isin(chosen).all(axis=1).any():
         raise ValueError(
-            f"None of the {len(pairs)} pairs has both genes in {where} (and among those of genes=), where names are "
-            f"like {shorten(list(known), 3)}: are these names of another kind or species?"
+            f"None of the {len(pairs)} pairs has both genes in adata.var_names (and among those of genes=), where "
+            f"names are like {shorten(list(known), 3)}: are these names of another kind or species?"
         )
     return chosen
 
 
-def choose_genes(
-    model: FIMP, data: GraphData, genes: Sequence[str] | None, n_genes: int, pairs: pd.DataFrame | None
-) -> tuple[list[str], NDArray[np.bool_]]:
-    """Return the genes to look at, and which pairs of them to test.
-
-    Parameters
-    ----------
-    model, data
-        What is known of genes.
-    genes, n_genes, pairs
-        See :func:`check_genes` and :func:`fimp_sc.tl.attention`.
-
-    Returns
-    -------
-    Names, and ``(g, g)`` bool, destination gene x source gene.
-
-    Raises
-    ------
-    KeyError
-        A gene of ``genes`` is not known to the model.
-    ValueError
-        There are no genes to look at.
-    """
-    source: Any = data.expression
-    names = pd.Index(model.genes.astype(str))
-    chosen = check_genes(names[source.measured.any(0)], "the genes of the model that are measured here", genes, pairs)
-    if chosen is None:
-        chosen = list(names[np.sort(_most_variable(data, n_genes))])
-        if not chosen:
-            raise ValueError("Nothing to test: no gene varies between cells.")
+def wanted_pairs(chosen: list[str], pairs: pd.DataFrame | None) -> NDArray[np.bool_]:
+    """Return the pairs of the chosen genes to test, ``(g, g)`` bool, destination gene x source gene."""
     if pairs is None:
-        return chosen, np.ones((len(chosen), len(chosen)), dtype=bool)
+        return np.ones((len(chosen), len(chosen)), dtype=bool)
     index = pd.Index(chosen)
     place, origin = (index.get_indexer(pairs[column]) for column in ("target", "source"))
     kept = (place >= 0) & (origin >= 0)
@@ -138,7 +105,7 @@ def choose_genes(
         )  # fmt: skip
     wanted = np.zeros((len(chosen), len(chosen)), dtype=bool)
     wanted[place[kept], origin[kept]] = True
-    return chosen, wanted
+    return wanted
 
 
 def say_untested(chosen: list[str], wanted: NDArray[np.bool_], tests: Tests, *, asked: bool) -> None:
@@ -147,11 +114,11 @@ def say_untested(chosen: list[str], wanted: NDArray[np.bool_], tests: Tests, *, 
     Parameters
     ----------
     chosen, wanted
-        As :func:`choose_genes` returns them.
+        Genes, and the pairs of them that were to be tested.
     tests
         What is tested.
     asked
-        Whether genes or pairs were named, rather than chosen.
+        Whether the user named these genes, so that this is a warning.
     """
     left = wanted.copy()
     left[tests.destination_gene, tests.source_gene] = False
@@ -160,21 +127,19 @@ def say_untested(chosen: list[str], wanted: NDArray[np.bool_], tests: Tests, *, 
     names = [f"{chosen[source]} → {chosen[destination]}" for destination, source in np.argwhere(left)[:3]]
     logger.log(
         logging.WARNING if asked else logging.INFO,
-        "%s of %s pairs of genes are tested between no groups, as too few neighbors have both as tokens: %s. More "
-        "tokens (n_tokens) or a lower min_support test more.", f"{left.sum():,}", f"{wanted.sum():,}",
+        "%s of %s pairs of genes are tested between no groups, as too few neighbors express both: %s. A lower "
+        "min_support tests more.", f"{left.sum():,}", f"{wanted.sum():,}",
         ", ".join(names) + (", …" if left.sum() > len(names) else ""),
     )  # fmt: skip
 
 
-def _most_variable(data: Any, n_genes: int) -> NDArray[np.int64]:
-    """Return the positions of the genes whose log-normalized values vary most."""
-    if n_genes < 1:
-        raise ValueError(f"n_genes must be at least 1, found {n_genes}.")
-    source, n_obs = data.expression, data.graph.csr.shape[0]
-    total = np.zeros((2, source.n_genes))
+def most_variable(source: ExpressionReader | JoinedExpression, n_obs: int, n_genes: int) -> NDArray[np.int64]:
+    """Return the positions of the genes whose log-normalized values vary most, in ascending order."""
+    total: NDArray[Any] = np.zeros((2, source.n_genes))
     for start in range(0, n_obs, _CELLS):
         rows = source.sparse_rows(np.arange(start, min(start + _CELLS, n_obs)))
         total += np.stack([np.asarray(part.sum(0, dtype=np.float64)).ravel() for part in (rows, rows.power(2))])
     mean, square = total / n_obs
     variance = square - np.square(mean)
-    return np.argsort(-variance, kind="stable")[: min(n_genes, int((variance > 0).sum()))]
+    order = np.argsort(-variance, kind="stable")[: min(n_genes, int((variance > 0).sum()))]
+    return np.sort(order)

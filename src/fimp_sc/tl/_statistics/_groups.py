@@ -1,0 +1,83 @@
+"""Groups of cells, and tables of pairs of them."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from fimp_sc.data.storage._elements import get_obs, missing_key
+from fimp_sc.data.validate._labels import warn_words
+from fimp_sc.model.predict._attention import cell_groups
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from fimp_sc.tl._statistics._significance import Significance
+
+logger = logging.getLogger(__name__)
+
+
+def read_groups(nodes: AnnData, groupby: str, unlabeled_category: str) -> pd.Categorical:
+    """Return the group of each node, missing where it has none.
+
+    Raises
+    ------
+    KeyError
+        There is no such column.
+    TypeError
+        The column holds numbers that measure something.
+    ValueError
+        There is one group only, or far too many.
+    """
+    if groupby not in nodes.obs:
+        raise missing_key(groupby, "adata.obs", nodes.obs, "Name the groups of cells, for instance their types.")
+    column = get_obs(nodes, [groupby])[groupby]
+    groups = _at_least_two(cell_groups(column, f"adata.obs[{groupby!r}]", unlabeled_category), groupby)
+    warn_words(nodes, groupby, unlabeled_category, "each is a group")
+    return groups
+
+
+def groups_of(groups: pd.Categorical, nodes: pd.Index, read: pd.Index, groupby: str) -> pd.Categorical:
+    """Return the groups of the nodes that are read, which may be fewer than ``nodes`` and in another order."""
+    return groups if nodes.equals(read) else _at_least_two(groups[nodes.get_indexer(read)], groupby)
+
+
+def _at_least_two(category: pd.Categorical, groupby: str) -> pd.Categorical:
+    category = category.remove_unused_categories()
+    if len(category.categories) < 2:
+        found = f"one group only, {category.categories[0]!r}" if len(category.categories) else "no group"
+        n_missing = int((category.codes < 0).sum())
+        raise ValueError(
+            f"adata.obs[{groupby!r}] has {found}, and {n_missing:,} of {len(category):,} cells without one: pairs of "
+            "groups are compared, which takes two."
+        )
+    return category
+
+
+def say_left_out(codes: NDArray[np.int64], why: str) -> None:
+    """Say how many cells are left out."""
+    n_missing = int((codes < 0).sum())
+    if n_missing:
+        logger.info("%s of %s cells have %s, and are left out.", f"{n_missing:,}", f"{len(codes):,}", why)
+
+
+def group_columns(names: pd.Index, pair: NDArray[np.int64]) -> dict[str, Any]:
+    """Return the columns of a table that name both groups of each pair, source x number of groups + destination."""
+    source, destination = np.divmod(pair, len(names))
+    return {
+        "source_group": pd.Categorical.from_codes(source.tolist(), categories=list(names)),
+        "destination_group": pd.Categorical.from_codes(destination.tolist(), categories=list(names)),
+    }
+
+
+def warn_still(result: Significance) -> None:
+    """Warn where no permutation differs from what was found."""
+    if not np.nan_to_num(result.z).any():
+        logger.warning(
+            "No permutation differs from what was found, so that nothing can be told (all p-values are 1): cells of "
+            "one group and sample are all alike, or there is one of each."
+        )
