@@ -193,6 +193,9 @@ def test_genes_that_are_not_measured_can_be_predicted(reference, section) -> Non
 def test_unknown_gene_that_is_asked_for_is_an_error(embedded, unchanged) -> None:
     with unchanged(embedded), pytest.raises(KeyError, match="Not among the 30 genes of the model"):
         fimp_sc.tl.impute(embedded, genes=["NOTHING"], **AGAIN)
+    gene = embedded.var_names[3]
+    with unchanged(embedded), pytest.raises(KeyError, match=rf"Did you mean '{gene}'\?"):
+        fimp_sc.tl.impute(embedded, genes=[f"{gene}."], **AGAIN)
 
 
 def test_unknown_gene_is_refused_before_training(tissue, quick, unchanged, trainings) -> None:

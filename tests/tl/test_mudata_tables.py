@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from graph_toys import data_of
 from protein_toys import N_GENES, cells_with_proteins
+from scipy import sparse
 
 import fimp_sc
 from fimp_sc.data._modality import quiet_mudata
@@ -135,6 +136,21 @@ def test_names_that_both_tables_have_follow_that_of_their_table() -> None:
     mdata["rna"].var_names = ["CD3E", "protein:CD3E", *mdata["rna"].var_names[2:]]
     with pytest.raises(ValueError, match="'protein:CD3E' would be the name of two columns"):
         FIMP.setup_mudata(mdata, modality=BOTH)
+
+
+def test_a_cell_without_proteins_is_described_by_its_genes() -> None:
+    """Its own genes change its embedding, as the warning says."""
+    mdata = cells_with_proteins()
+    mdata["protein"].X[0] = 0
+    with pytest.warns(UserWarning, match="cells are empty.*described by their other modalities and their neighbors;"):
+        fimp_sc.tl.embed(mdata, modality=BOTH, **QUICK)
+    before, model = mdata.obsm["X_fimp"].copy(), fimp_sc.tl.get_model(mdata)
+    counts = mdata["rna"].X.toarray()
+    counts[0] = counts[0, ::-1]
+    mdata["rna"].X = sparse.csr_matrix(counts)
+    with pytest.warns(UserWarning, match="cells are empty"):
+        fimp_sc.tl.embed(mdata, model=model, **AGAIN)
+    assert np.abs(mdata.obsm["X_fimp"] - before)[0].max() > 1e-3
 
 
 def test_what_cannot_be_read(scgpt_checkpoint) -> None:

@@ -253,6 +253,12 @@ def test_unusable_representations(blobs) -> None:
     blobs.obsm["flat"] = np.ones((280, 3))
     with pytest.raises(ValueError, match="the same for all 280 cells"):
         tl.niches(blobs, 4, use_rep="flat", **FAST)
+    blobs.obsm["table"] = pd.DataFrame({"depth": np.arange(280.0), "batch": "a"}, index=blobs.obs_names)
+    with pytest.raises(TypeError, match=r"obsm\['table'\] must hold numbers, and these columns do not: 'batch'"):
+        tl.niches(blobs, 4, use_rep="table", **FAST)
+    blobs.obsm["words"] = np.array([["a", "b"]] * 280)
+    with pytest.raises(TypeError, match=r"obsm\['words'\] must hold numbers \(could not convert .*'a'"):
+        tl.niches(blobs, 4, use_rep="words", **FAST)
 
 
 def test_fewer_places_than_niches_is_told(blobs, caplog) -> None:

@@ -13,7 +13,7 @@ from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
 from fimp_sc.data._study import as_whole, resolve
-from fimp_sc.data.storage._elements import get_obs, in_memory, label_text, missing_key
+from fimp_sc.data.storage._elements import get_obs, in_memory, label_text, missing_key, shorten
 from fimp_sc.tl._call._inputs import copied, inherit
 from fimp_sc.tl._smooth import smoothed
 from fimp_sc.tl._statistics._clusterings import Leiden, fit_mixture
@@ -241,7 +241,11 @@ def _representation(adata: Any, key: str) -> NDArray[np.float64]:
         raise missing_key(key, "adata.obsm", adata.obsm, advice)
     where = f"adata.obsm[{key!r}]"
     held = in_memory(adata.obsm[key], where)
-    values = np.array(held.toarray() if hasattr(held, "toarray") else held, dtype=np.float64)
+    try:
+        values = np.array(held.toarray() if hasattr(held, "toarray") else held, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        columns = "" if not isinstance(held, pd.DataFrame) else _not_numbers(held)
+        raise TypeError(f"{where} must hold numbers{columns or f' ({error})'}: leave out what is none.") from None
     if values.ndim != 2 or not values.shape[1]:
         raise ValueError(f"{where} has the shape {values.shape}, and one row of numbers for each cell is needed.")
     bad = ~np.isfinite(values).all(axis=1)
@@ -254,6 +258,11 @@ def _representation(adata: Any, key: str) -> NDArray[np.float64]:
     if (values == values[0]).all():
         raise ValueError(f"{where} is the same for all {len(values):,} cells: there is nothing to divide.")
     return values
+
+
+def _not_numbers(table: pd.DataFrame) -> str:
+    columns = [repr(str(name)) for name, kind in table.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
+    return f", and these columns do not: {shorten(columns)}" if columns else ""
 
 
 def _components(values: NDArray[np.float64], n_components: int | None) -> NDArray[np.float64]:

@@ -27,10 +27,14 @@ def shorten(items: Sequence[str], limit: int = 5) -> str:
 def missing_key(key: Any, where: str, found: Iterable[Any], advice: str) -> MissingKeyError:
     """Return the exception for ``key`` absent from ``where``, naming the keys ``found`` there and the nearest one."""
     keys = [str(k) for k in found if k is not None]  # anndata 0.13 lists X among the layers, as None
-    close = get_close_matches(str(key), keys, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
     there = f"found there: {shorten([repr(k) for k in keys], 10)}" if keys else "it holds no keys"
-    return MissingKeyError(f"{key!r} is not in {where} ({there}).{hint} {advice}")
+    return MissingKeyError(f"{key!r} is not in {where} ({there}).{nearest(key, keys)} {advice}")
+
+
+def nearest(key: Any, names: Iterable[str]) -> str:
+    """Return a sentence for the middle of a message that names the most similar of ``names``, if one is."""
+    close = get_close_matches(str(key), names, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def get_matrix(adata: AnnData, layer: str | None) -> Any:

@@ -77,7 +77,13 @@ def check_values(matrix: Any, *, where: str, input_scale: str = "auto") -> Input
 
 
 def inspect_values(
-    matrix: Any, *, where: str, input_scale: str = "auto", samples: Samples | None = None, learned: bool = True
+    matrix: Any,
+    *,
+    where: str,
+    input_scale: str = "auto",
+    samples: Samples | None = None,
+    learned: bool = True,
+    joint: bool = False,
 ) -> Values:
     """Check that a cells × genes matrix can be used as expression; resolve its scale and which genes were measured.
 
@@ -113,6 +119,8 @@ def inspect_values(
 
     learned
         Whether a model is to learn from the values, rather than to be applied to them.
+    joint
+        Whether cells have other modalities that are read together with these values.
 
     Returns
     -------
@@ -192,7 +200,7 @@ def inspect_values(
         silent = _silent(found)
         if silent is not None:
             lacking = silent if lacking is None else lacking | silent
-        _warn_empty(found, where, lacking, learned=learned)
+        _warn_empty(found, where, lacking, learned=learned, joint=joint)
     if lacking is not None:
         _warn_lacking(lacking, samples, where)
     if input_scale != "auto":
@@ -359,13 +367,14 @@ def _warn_lacking(lacking: np.ndarray, samples: Samples | None, where: str) -> N
     )
 
 
-def _warn_empty(found: _Findings, where: str, lacking: np.ndarray | None, *, learned: bool) -> None:
+def _warn_empty(found: _Findings, where: str, lacking: np.ndarray | None, *, learned: bool, joint: bool) -> None:
     never = ~found.expressed if lacking is None else ~found.expressed & ~lacking.all(0)
     cells, genes = int((~found.expressed_in).sum()), int(never.sum())
     if cells:
+        others = "their other modalities and their neighbors" if joint else "their neighbors alone"
         warn(
             f"{cells:,} of {found.expressed_in.size:,} cells are empty (zero for every gene in {where}), first at "
-            f"position {int(found.expressed_in.argmin())}. They are described by their neighbors alone; "
+            f"position {int(found.expressed_in.argmin())}. They are described by {others}; "
             "scanpy.pp.filter_cells(adata, min_counts=1) removes them."
         )
     # A crop need not show every gene, and what it does not show is measured all the same.

@@ -14,6 +14,7 @@ from fimp_sc._errors import MissingKeyError
 from fimp_sc._logging import warn
 from fimp_sc.data._study import Modality, Study, feature_names, resolve
 from fimp_sc.data.sequences._kinds import sequence_kind
+from fimp_sc.data.storage._elements import nearest
 from fimp_sc.data.validate._checks import (
     check_anndata,
     check_coordinates,
@@ -172,7 +173,10 @@ class ExpressionField(_Field):
         check_scaled(part.adata, self.attr_key, scale)
         samples = self._samples(adata, part)
         matrix = get_matrix(part.adata, self.attr_key)
-        found = inspect_values(matrix, where=where, input_scale=scale, samples=samples, learned=self._learned)
+        found = inspect_values(
+            matrix, where=where, input_scale=scale, samples=samples, learned=self._learned,
+            joint=len(self.study(adata).modalities) > 1,
+        )  # fmt: skip
         if asked == "auto" and part.kind != "feature":
             logger.info(
                 "The values of %s are taken for %s (input_scale=%r).", where, _MEANING[found.scale], found.scale
@@ -383,8 +387,8 @@ def check_known(wanted: Sequence[str], genes: NDArray[Any]) -> None:
     unknown = [gene for gene in wanted if gene not in there]
     if unknown:
         raise MissingKeyError(
-            f"Not among the {len(genes)} genes of the model: {unknown[:5]}. Leave them out, or pass a model that was "
-            "trained on them."
+            f"Not among the {len(genes)} genes of the model: {unknown[:5]}.{nearest(unknown[0], there)} Leave them "
+            "out, or pass a model that was trained on them."
         )
 
 
