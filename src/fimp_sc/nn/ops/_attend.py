@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fimp_sc.nn.ops._chunked import Buffers, Chunks
+from fimp_sc.nn.ops._chunked import Buffers, Chunks, dense_like
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -269,12 +269,6 @@ def _messages_like(query: Any, key: Tensor, matrices: Any, n_destinations: int, 
         return dense_like(query)
     # Heads next to each other in memory, as the projection afterwards wants them.
     return key.new_empty(n_destinations, n_queries, *matrices.shape[1:3]).transpose(1, 2)
-
-
-def dense_like(x: Tensor) -> Tensor:
-    """Return memory of the layout of ``x`` if that is dense; numbers of the last dimension lie next to each other."""
-    like = torch.empty_like(x)
-    return like if like.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

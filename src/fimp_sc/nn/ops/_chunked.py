@@ -226,3 +226,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.baddbmm_(a, b)
     else:
         total.add_(torch.bmm(a, b))
+
+
+def dense_like(x: Tensor) -> Tensor:
+    """Return memory of the layout of ``x`` if that is dense; numbers of the last dimension lie next to each other."""
+    like = torch.empty_like(x)
+    return like if like.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fimp_sc.nn.ops._attend import dense_like
+from fimp_sc.nn.ops._chunked import dense_like
 from fimp_sc.nn.ops.triton._kernels import destination_kernel, forward_kernel, source_kernel, triton
 
 if TYPE_CHECKING:
