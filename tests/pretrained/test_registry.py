@@ -184,7 +184,7 @@ def test_names_of_models_stand_in_their_own_file_alone() -> None:
 
 
 def test_guide_lists_all_models() -> None:
-    page = (DOCS / "guide" / "choices.md").read_text(encoding="utf-8")
+    page = (DOCS / "guide" / "settings.md").read_text(encoding="utf-8")
     table = page[page.index("| `load` |") :].split("\n\n")[0]
     assert tuple(re.findall(r'^\| `"(\w+)"`', table, re.MULTILINE)) == foundation_names()
 

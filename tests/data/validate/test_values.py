@@ -378,3 +378,9 @@ def test_values_that_no_logarithm_has() -> None:
     assert check_values(values, where="adata.X", input_scale="normalized") == "normalized"
     with pytest.raises(ValueError, match=r'adata\.X has 100 as its largest value.* input_scale="log"'):
         check_values(values, where="adata.X", input_scale="log")
+
+
+def test_half_precision_is_read_as_any_other() -> None:
+    values = np.random.default_rng(0).gamma(1.0, 3.0, (40, 12))
+    half, single = (inspect_values(values.astype(dtype), where="adata.X") for dtype in (np.float16, np.float32))
+    assert half.scale == single.scale == "normalized"

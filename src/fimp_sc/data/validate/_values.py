@@ -390,7 +390,9 @@ def _resolve_fractional(matrix: Any, found: _Findings, where: str) -> InputScale
     cells = np.flatnonzero(found.expressed_in)
     cells = cells[np.linspace(0, len(cells) - 1, min(_SAMPLED_CELLS, len(cells))).astype(int)]
     # scipy finds a few rows of CSC without the conversion that reading many needs.
-    rows = sparse.csr_matrix(matrix.read(cells) if isinstance(matrix, MatrixRows) else matrix[cells])
+    rows = matrix.read(cells) if isinstance(matrix, MatrixRows) else matrix[cells]
+    # scipy makes no sparse matrix of half precision.
+    rows = sparse.csr_matrix(rows if sparse.issparse(rows) else np.asarray(rows, dtype=np.float64))
     rows = _summed(rows.astype(np.float64))
     rows.data = np.nan_to_num(rows.data)  # not measured
     rows.eliminate_zeros()
