@@ -75,7 +75,7 @@ def render(folder: Path) -> str:
         "",
         "The figures show differences from FIMP on the same seed: a dot is a seed, a line the mean over seeds, an",
         "arrow a method that is further to the left, dotted lines for oracles that know the rates behind the",
-        "counts. Right of the line at nought a method is ahead of FIMP.",
+        "counts. Points to the right of zero beat FIMP.",
         "",
     ]
     page += [line for name in plots.FIGURES for line in (f"![{name.replace('_', ' ')}](figures/{name}.svg)", "")]

@@ -11,7 +11,9 @@ from functools import cache
 
 import numpy as np
 import pytest
-from fuzzing import SAME, _dense, _model, _section, embedding_of, run, written_and_read
+from fuzz_objects import _model, _section
+from fuzz_oddities import SAME, _dense
+from fuzzing import embedding_of, run, written_and_read
 
 import fimp_sc
 

@@ -114,6 +114,7 @@ def test_model(section, options, error, message) -> None:
         ({"precisoin": 16}, TypeError, "keyword argument precisoin=.* Did you mean precision="),
         ({"lr": 1e-3}, TypeError, r"keyword argument lr=.* Pass it as plan_kwargs=\{'lr': ...\}"),
         ({"devices": -1, "accelerator": "cpu"}, ValueError, "devices=-1 names GPUs, and training is on the CPU"),
+        ({"devices": 2, "accelerator": "cpu"}, ValueError, "devices=2 runs the whole script .* strategy='ddp'"),
         ({"devices": [0], "accelerator": "cpu"}, ValueError, r"devices=\[0\] names GPUs"),
     ],
 )

@@ -64,6 +64,21 @@ class Recipe:
     # Size of the first layer's message; later layers average these messages again and bring them back to full size, so
     # that the widest neighborhood counts most. It is what carries domains, and the nearest cells are seen in any case.
     first_message: float = 0.3
+    # Scale of queries and keys at the start, and the fraction of the usual random start that remains.
+    layer_focus: float = 1.4
+    layer_noise: float = 0.1
+    # The same of sequences: logits of a token of the same position; of a source's summary relative to it, and where
+    # summaries hold what nodes show, so that tokens leave them alone; of masked tokens; and of queries, in the column
+    # of each head that summaries and masked tokens answer to.
+    sequence_focus: float = 10.0
+    sequence_summary: float = -0.5
+    sequence_whole_summary: float = -6.0
+    sequence_masked: float = -8.0
+    sequence_bias: float = 4.0
+    sequence_noise: float = 0.05
+    # Size of messages, and of those of later layers.
+    sequence_message: float = 4.0
+    sequence_later: float = 0.3
     # Foundation models, signals and images.
     cells_standardized: int = 256
     nodes_components: int = 1000
@@ -135,6 +150,15 @@ class Recipe:
     # Other objects
     # With center="batch" the mean of a batch is shrunk toward the training mean as if so many cells were added to it.
     prior_cells: float = 20.0
+    # An object is said to be unlike training where more than this fraction of cells is further from the nearest
+    # training cell than this fraction of validation cells. Crops of one class and sections with distorted counts reach
+    # 0.3 on DLPFC, another tissue or species and permuted names of genes 0.99. A model of a few hundred cells with few
+    # counts tells much less: most of its distances are noise.
+    far: float = 0.5
+    usual: float = 0.99
+    # Validation cells below which this distance is not known: that of m such cells is shorter than most others by
+    # chance with a probability of 0.5**m.
+    fewest_seen: int = 10
 
 
 RECIPE = Recipe()

@@ -35,7 +35,7 @@ def make_graph_data(
         coordinates=coordinates,
         library=library,
         label=rng.integers(-1, 3, n),
-        tokens=CenteredTokenizer(torch.from_numpy(rng.permutation(n_genes))),
+        tokenizer=CenteredTokenizer(torch.from_numpy(rng.permutation(n_genes))),
     )
 
 

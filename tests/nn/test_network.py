@@ -80,7 +80,7 @@ def make_data(
         coordinates=points()[order],
         library=np.zeros(N, dtype=np.int64),
         label=np.full(N, -1),
-        tokens=CenteredTokenizer(torch.from_numpy(rng.permutation(GENES))),
+        tokenizer=CenteredTokenizer(torch.from_numpy(rng.permutation(GENES))),
     )
 
 

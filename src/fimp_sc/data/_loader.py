@@ -41,8 +41,8 @@ class GraphData:
         ``(n_obs,)`` int64 sample of each node.
     label
         ``(n_obs,)`` int64 class of each node, -1 where unlabeled.
-    tokens
-        Which genes of a cell become tokens, with which values.
+    tokenizer
+        Chooses which genes of a cell become tokens, with which values.
     sequences
         By modality: nodes that are sequences of numbers.
     names
@@ -54,7 +54,7 @@ class GraphData:
     coordinates: NDArray[np.floating]
     library: NDArray[np.int64]
     label: NDArray[np.int64]
-    tokens: Tokenizer | None = None
+    tokenizer: Tokenizer | None = None
     sequences: dict[str, SequenceReader] = field(default_factory=dict)
     names: NDArray[Any] | None = None
 
@@ -197,9 +197,9 @@ class BlockDataset(Dataset["Batch"]):
         }
         if block.edge_weight is not None:
             made["edge_weight"] = [torch.from_numpy(part) for part in block.edge_weight]
-        if data.expression is not None and data.tokens is not None:
+        if data.expression is not None and data.tokenizer is not None:
             expression = expression_fields(
-                data.expression, data.tokens, nodes, n_dst, self.n_tokens, mask_ratio=self.mask_ratio,
+                data.expression, data.tokenizer, nodes, n_dst, self.n_tokens, mask_ratio=self.mask_ratio,
                 gene_mask_ratio=self.gene_mask_ratio, mask_cells=self.mask_cells, seed=seed,
             )  # fmt: skip
             made |= cast("Batch", expression)

@@ -245,7 +245,7 @@ class FIMP(BaseModelClass, metaclass=Listed):
     load_query_data = classmethod(_saved.load_query_data)
     from_pretrained = classmethod(_saved.from_pretrained)
     load_registry = classmethod(_saved.load_registry)
-    convert_legacy_save = classmethod(_saved.convert_legacy_save)
+    convert_legacy_save = Absent("no FIMP model was ever saved in the format of scvi-tools before 0.15.")
     get_normalized_expression = Absent("get_expression() predicts expression.")
     differential_abundance = Absent("compare groups of cells in get_latent_representation().")
 

@@ -7,21 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fimp_sc._recipe import recipe
 from fimp_sc.nn._sequence import MARK
 
 if TYPE_CHECKING:
     from fimp_sc.nn._layers import TransformerLayer
     from fimp_sc.nn._sequence import SequenceEmbedding
-
-# Logit of a token of the same position, and of a source's summary relative to it; where summaries hold what nodes show,
-# tokens leave them alone.
-_FOCUS, _SUMMARY, _NO_GATE = 10.0, -0.5, -6.0
-# By how much the logits of masked tokens are lowered.
-_MASKED = -8.0
-# Of queries, in the column of each head that summaries and masked tokens answer to.
-_BIAS = 4.0
-# Share of the usual random start that remains; size of messages, and of those of later layers.
-_NOISE, _MESSAGE, _LATER = 0.05, 4.0, 0.3
 
 
 @torch.no_grad()
@@ -47,43 +38,49 @@ def start_as_gated_mean(layer: TransformerLayer, embedding: SequenceEmbedding, *
     later
         Half of the heads carry what sources received in the layer before, also at their masked tokens.
     """
-    attention, spread = layer.attention, embedding.spread
+    attention, spread, numbers = layer.attention, embedding.spread, recipe()
     n_heads, d_model = attention.n_heads, len(attention.query.weight)
     width = d_model // n_heads
     if width < 2:
         return  # no room for both a match and a constant: the usual random start stays
     for linear in (attention.query, attention.key, attention.value, attention.output, layer.contract):
-        linear.weight.mul_(_NOISE)
+        linear.weight.mul_(numbers.sequence_noise)
         linear.bias.zero_()
     n_position, n_where = (part.stop - part.start for part in (embedding.at, embedding.where))
     # A third of a head is left to gates.
     n_match = max(min(n_position, width - width // 3 - 1), 1)
-    unit = math.sqrt(width) / _BIAS * spread  # weight of a key that makes one logit of a column of size one
+    unit = (
+        math.sqrt(width) / numbers.sequence_bias * spread
+    )  # weight of a key that makes one logit of a column of size one
     for head in range(n_heads):
         first = head * width
         match, constant = slice(first, first + n_match), first + n_match
         gate = slice(constant + 1, first + width)
         turn = torch.linalg.qr(torch.randn(n_position, n_position))[0][:n_match]
-        gain = spread * math.sqrt(_FOCUS * math.sqrt(width) / n_match)
+        gain = spread * math.sqrt(numbers.sequence_focus * math.sqrt(width) / n_match)
         filled = later and head >= n_heads // 2
         for linear in (attention.query, attention.key):
             linear.weight[match, embedding.at] = gain * turn
             linear.weight[constant] = 0.0
             if n_where > 0:
                 linear.weight[gate, embedding.where] = torch.randn(gate.stop - gate.start, n_where) / math.sqrt(n_where)
-        attention.query.bias[constant] = _BIAS
-        summary = _FOCUS + (_SUMMARY if embedding.whole is None else _NO_GATE)
+        attention.query.bias[constant] = numbers.sequence_bias
+        summary = numbers.sequence_focus + (
+            numbers.sequence_summary if embedding.whole is None else numbers.sequence_whole_summary
+        )
         attention.key.weight[constant, embedding.summary_flag] = unit * summary / math.sqrt(n_position)
         # A summary asks all tokens alike, or summaries most.
         turned = -1.0 if embedding.whole is None else 1.5
-        attention.query.weight[constant, embedding.summary_flag] = turned * _BIAS * spread / math.sqrt(n_position)
+        attention.query.weight[constant, embedding.summary_flag] = (
+            turned * numbers.sequence_bias * spread / math.sqrt(n_position)
+        )
         if not filled:
-            attention.key.weight[constant, embedding.masked_flag] = _MASKED * unit / MARK
+            attention.key.weight[constant, embedding.masked_flag] = numbers.sequence_masked * unit / MARK
         read = embedding.received if filled else embedding.own
         write = embedding.received_later if later else embedding.received
         columns = torch.arange(min(embedding.own.stop, width))  # narrow heads carry the leading components
         attention.value.weight[first + columns, read.start + columns] += 1.0
-        size = _MESSAGE * spread * 2 / n_heads * (_LATER if later else 1.0)
+        size = numbers.sequence_message * spread * 2 / n_heads * (numbers.sequence_later if later else 1.0)
         attention.output.weight[write.start + columns, first + columns] += size * (1.0 if head % 2 == 0 else -0.5)
         if embedding.whole is not None:
             _pass_summaries(layer, embedding, head, spread, later=later)

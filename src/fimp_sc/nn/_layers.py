@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fimp_sc._recipe import recipe
 from fimp_sc.nn.ops._api import token_attention
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ class TransformerLayer(nn.Module):
 
     @torch.no_grad()
     def start_as_neighbor_mean(
-        self, read: slice, write: slice, scale: float, *, focus: float = 1.4, noise: float = 0.1
+        self, read: slice, write: slice, scale: float, *, focus: float | None = None, noise: float | None = None
     ) -> None:
         """Initialize so that each token receives some columns of its counterparts in the sources.
 
@@ -255,10 +256,12 @@ class TransformerLayer(nn.Module):
         scale
             Factor of the message.
         focus
-            Scale of queries and keys; larger attends more strictly to the counterpart.
+            Scale of queries and keys, by default 1.4; larger attends more strictly to the counterpart.
         noise
-            Share of the usual random initialization that remains.
+            Fraction of the usual random initialization that remains, by default 0.1.
         """
+        focus = recipe().layer_focus if focus is None else focus
+        noise = recipe().layer_noise if noise is None else noise
         attention = self.attention
         projections = (attention.query, attention.key, attention.value, attention.output, self.contract)
         for linear in projections:

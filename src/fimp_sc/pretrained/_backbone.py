@@ -99,7 +99,7 @@ class SequenceTokens(nn.Module):
     unit_length = False
 
     def check(self, size: Sequence[int], n_coordinates: int) -> None:
-        """Check that nodes can be read.
+        """Check that nodes can be read; by default any can.
 
         Parameters
         ----------

@@ -36,7 +36,7 @@ def make_data(factory, *, hidden=None, **kwargs):
 
 
 def fields(data, nodes, n_dst, masks, seed=3, n_tokens=30):
-    return expression_fields(data.expression, data.tokens, nodes, n_dst, n_tokens, **masks, seed=seed)
+    return expression_fields(data.expression, data.tokenizer, nodes, n_dst, n_tokens, **masks, seed=seed)
 
 
 @pytest.mark.parametrize("masks", [MASKS, NO_MASKS], ids=["masked", "as it is"])
@@ -82,7 +82,7 @@ def test_masks_do_not_depend_on_which_nodes_are_absent(graph_data_factory) -> No
 def test_a_decoder_is_asked_nothing_of_absent_nodes(graph_data_factory) -> None:
     tokens = BinnedTokenizer(torch.arange(25), torch.ones(25, dtype=torch.bool), 7, 0, n_queries=4)
     nodes = np.arange(30)
-    made = fields(make_data(graph_data_factory, tokens=tokens), nodes, 20, MASKS)
+    made = fields(make_data(graph_data_factory, tokenizer=tokens), nodes, 20, MASKS)
     gone = ABSENT[nodes[:20]]
     assert made["query_padding"][gone].all()
     assert not made["query_padding"][~gone].all()
@@ -94,7 +94,7 @@ def test_masked_counts_change_nothing_that_is_seen(graph_data_factory, binned) -
     counts = np.random.default_rng(0).poisson(3.0, (90, 25)).astype(np.float32)
     genes, nodes = np.arange(25), np.arange(40)
     statistics = ExpressionReader(counts, genes, "counts", None).gene_statistics(np.arange(90))
-    tokens = {"tokens": BinnedTokenizer(torch.arange(25), torch.ones(25, dtype=torch.bool), 7, 0)} if binned else {}
+    tokens = {"tokenizer": BinnedTokenizer(torch.arange(25), torch.ones(25, dtype=torch.bool), 7, 0)} if binned else {}
 
     def made(matrix):
         source = ExpressionReader(sparse.csr_matrix(matrix), genes, "counts", statistics)

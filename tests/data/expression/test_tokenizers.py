@@ -174,7 +174,7 @@ def test_batches_ask_where_genes_are_hidden_for_training_only(graph_data) -> Non
     known = torch.arange(n_genes) % 5 > 0
     tokens = BinnedTokenizer(torch.arange(n_genes), known, BINS, 0, n_queries=6)
     item = Destinations(np.array([40, 3, 77]), 11)
-    data = dataclasses.replace(graph_data, tokens=tokens)
+    data = dataclasses.replace(graph_data, tokenizer=tokens)
     batch = BlockDataset(data, n_layers=1, n_tokens=8, mask_ratio=(0.3, 0.6))[item]
     asked = ~batch["query_padding"]
     assert asked.any()
@@ -192,7 +192,7 @@ def test_batches_ask_where_genes_are_hidden_for_training_only(graph_data) -> Non
         BlockDataset(data, n_layers=1, n_tokens=8),
         BlockDataset(graph_data, n_layers=1, n_tokens=8, mask_ratio=(0.3, 0.6)),
         BlockDataset(
-            dataclasses.replace(data, tokens=dataclasses.replace(tokens, n_queries=0)),
+            dataclasses.replace(data, tokenizer=dataclasses.replace(tokens, n_queries=0)),
             n_layers=1, n_tokens=8, mask_ratio=(0.3, 0.6),
         ),
     ):  # fmt: skip

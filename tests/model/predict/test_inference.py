@@ -83,7 +83,7 @@ def make_data(graph: sparse.csr_matrix, *, self_loops=True, points=None, hidden=
         coordinates=positions(n) if points is None else points,
         library=np.sort(rng.integers(0, 2, n)) if points is None else np.zeros(n, dtype=np.int64),
         label=np.full(n, -1),
-        tokens=CenteredTokenizer(torch.from_numpy(rng.permutation(GENES))),
+        tokenizer=CenteredTokenizer(torch.from_numpy(rng.permutation(GENES))),
     )
 
 

@@ -200,8 +200,3 @@ def load_registry(cls: type[FIMP], dir_path: str | Path) -> dict[str, Any]:
         See :meth:`load`.
     """
     return cls.load(dir_path, accelerator="cpu").registry
-
-
-def convert_legacy_save(cls: type[FIMP], *args: Any, **kwargs: Any) -> None:
-    """Files of scvi-tools before 0.15, which are pickles; no FIMP model was ever saved so."""
-    raise NotImplementedError("No FIMP model was ever saved in the format of scvi-tools before 0.15.")

@@ -70,7 +70,7 @@ def decoded_expression(
     -------
     ``(n, g)`` float32 log-normalized expression, NaN for genes that the vocabulary does not know.
     """
-    source = data.tokens
+    source = data.tokenizer
     if not isinstance(source, BinnedTokenizer) or data.expression is None:
         raise ValueError("decoder=True needs a foundation model with a decoder: FIMP-base has none.")
     out = np.full((len(nodes), len(genes)), np.nan, dtype=np.float32)

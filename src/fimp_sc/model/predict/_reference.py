@@ -10,6 +10,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from fimp_sc._logging import warn
+from fimp_sc._recipe import recipe
 from fimp_sc.model.module._module import N_REFERENCE
 from fimp_sc.model.predict._inference import infer, read_embedding
 
@@ -24,15 +25,6 @@ _LEAST_STD = 1e-3
 _N_QUERY, _N_SAME = 256, 64
 # Differences of the same cell, in standard deviations of embeddings.
 _ROUNDING = 1e-2
-# Of validation cells, the distance to the nearest training cell that this fraction stays within.
-_USUAL = 0.99
-# Validation cells below which this distance is not known: that of m such cells is shorter than most others by chance
-# with a probability of 0.5**m.
-_FEWEST_SEEN = 10
-# Fraction of cells beyond it above which an object is reported. Crops of one class and sections with distorted counts
-# reach 0.3 on DLPFC, another tissue or species and permuted names of genes 0.99. A model of a few hundred cells with
-# few counts tells much less: most of its distances are noise.
-_FAR = 0.5
 
 
 def remember(model: FIMP, data: GraphData, train_idx: NDArray[np.int64], val_idx: NDArray[np.int64]) -> None:
@@ -50,8 +42,8 @@ def remember(model: FIMP, data: GraphData, train_idx: NDArray[np.int64], val_idx
     module.reference_name[: len(kept)].copy_(torch.from_numpy(_hashes(data)[kept]))
     module.n_reference.fill_(len(kept))
     usual = np.finfo(np.float32).max
-    if len(seen) >= _FEWEST_SEEN:
-        usual = np.quantile(_distances(reference, _embed(model, data, seen)), _USUAL)
+    if len(seen) >= recipe().fewest_seen:
+        usual = np.quantile(_distances(reference, _embed(model, data, seen)), recipe().usual)
     module.reference_distance.fill_(float(usual))
 
 
@@ -89,7 +81,7 @@ def compare(model: FIMP, data: GraphData) -> bool | None:
         return True
     nodes = np.sort(rng.permutation(len(names))[:_N_QUERY])
     far = float((_distances(reference, _embed(model, data, nodes)) > float(module.reference_distance)).mean())
-    if far > _FAR:
+    if far > recipe().far:
         warn(
             f"{far:.0%} of the cells are unlike all cells that the model was trained on: expect wrong labels and "
             "expression. Check species, tissue, gene names and input_scale. Where the object differs as a whole, by "

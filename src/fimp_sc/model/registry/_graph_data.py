@@ -175,7 +175,7 @@ def graph_data(
             )  # fmt: skip
             sources.append(source)
         data.expression = sources[0] if len(sources) == 1 else JoinedExpression(sources)
-        data.tokens = _tokenizer(model)
+        data.tokenizer = _tokenizer(model)
     data.sequences = _sequence_readers(model, study, located, hidden_tokens or {})
     return data
 

@@ -157,8 +157,9 @@ def train(
     Raises
     ------
     ValueError
-        When indices overlap or leave nothing to train on, ``hidden`` has another shape or names no modality,
-        another loss is to stop training, or ``checkpoint`` is of a training of other data or arguments, or damaged.
+        When several devices are named without a strategy, indices overlap or leave nothing to train on, ``hidden`` has
+        another shape or names no modality, another loss is to stop training, or ``checkpoint`` is of a training of
+        other data or arguments, or damaged.
     IndexError
         When indices are out of range.
     KeyboardInterrupt
@@ -167,7 +168,7 @@ def train(
     unknown = {"early_stopping_monitor", "early_stopping_mode"} & set(trainer_kwargs)
     if unknown:
         raise ValueError(f"{min(unknown)} cannot be chosen: training stops by the validation loss.")
-    _check_devices(devices, accelerator)
+    _check_devices(devices, accelerator, trainer_kwargs.get("strategy"))
     module = model.module
     if module.value_head is None and module.label_head is None and not module.network.heads:
         raise ValueError(
@@ -329,14 +330,24 @@ def on_gpu(accelerator: str) -> bool:
     return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
 
 
-def _check_devices(devices: Any, accelerator: str) -> None:
-    """Refuse what Lightning would, on a CPU, once everything is ready: anything but a number of processes."""
+def _check_devices(devices: Any, accelerator: str, strategy: Any) -> None:
+    """Refuse devices that Lightning would refuse once everything is ready, and several without a strategy.
+
+    Left to itself, Lightning starts the script of the user once more for each further device, and kills all of them
+    when one fails.
+    """
     on_cpu = accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     number = int(devices) if isinstance(devices, str) and devices.isdigit() else devices
     if on_cpu and devices != "auto" and not (isinstance(number, int) and number > 0):
         raise ValueError(
             f"devices={devices!r} names GPUs, and training is on the CPU: leave devices out, or pass a number of "
             "processes."
+        )
+    several = len(devices) > 1 if isinstance(devices, list) else isinstance(number, int) and number not in (0, 1)
+    if several and strategy is None:
+        raise ValueError(
+            f"devices={devices!r} runs the whole script once for each device: confirm with strategy='ddp' (in a "
+            "notebook 'ddp_notebook'), or leave devices out."
         )
 
 

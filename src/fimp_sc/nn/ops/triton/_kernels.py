@@ -120,7 +120,7 @@ def destination_kernel(
         top = tl.full((BLOCK_M,), -3.0e38, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         delta = tl.zeros((BLOCK_M,), tl.float32)
-        # The normaliser is found again together with delta, which needs the same products: cheaper than to keep it
+        # The normalizer is found again together with delta, which needs the same products: cheaper than to keep it
         # from the forward pass.
         for start in range(0, bound, BLOCK_N):
             tokens = start + tl.arange(0, BLOCK_N)
