@@ -237,8 +237,8 @@ def load(
     Parameters
     ----------
     name
-        ``"scgpt"`` (expression), ``"vit"`` (images), ``"brainlm"`` (signals of brain regions), or one that
-        :func:`register` made known.
+        ``"scgpt"`` (expression), ``"vit"`` (images; also DINOv2 and models of pathology built on it), ``"brainlm"``
+        (signals of brain regions), or one that :func:`register` made known.
     checkpoint
         Folder with the files of the model, or the name of a repository on the Hugging Face hub, which is downloaded.
     train
@@ -258,8 +258,10 @@ def load(
     vocabulary_key
         Column of ``var`` with ids from :func:`fimp_sc.pp.match_genes`; by default genes are matched by name.
     **settings
-        Of this model: ``cls_value`` of scGPT (value of its first token, by default that of padding); ``n_heads`` of a
-        ViT without a configuration.
+        Of this model. scGPT: ``cls_value`` (value of its first token, by default that of padding). ViT: ``pooling``,
+        the embedding of an image, ``"cls"`` (class token) or ``"cls+mean"`` (followed by the mean of its patches);
+        ``mean`` and ``std``, three numbers each from 0 to 1, by which colors are normalized where no file says so (by
+        default one half, of models with layer scale, such as DINOv2, ImageNet's); ``n_heads`` without a configuration.
 
     Returns
     -------
