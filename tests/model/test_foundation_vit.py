@@ -179,3 +179,16 @@ def test_foundations_of_sequences_read_one_modality(color, joint) -> None:
     FIMP.setup_mudata(joint, modality=["image", "rna"])
     with pytest.raises(ValueError, match=r"reads one modality, of images; this model is set up with \['image'\]"):
         FIMP(joint, foundation=load("vit", color[0]))
+
+
+def test_embedding_without_messages_is_that_of_vit(vit) -> None:
+    folder, channels, expected = vit
+    mdata = make_images(channels)
+    FIMP.setup_mudata(mdata, modality="image")
+    for self_loops in (True, False):
+        model = FIMP(mdata, foundation=load("vit", folder), self_loops=self_loops)
+        alone = model.get_latent_representation(messages=False)
+        np.testing.assert_allclose(alone, expected, **CLOSE)
+        rows = [3, 0, 3]
+        np.testing.assert_allclose(model.get_latent_representation(indices=rows, messages=False), alone[rows], **CLOSE)
+        assert np.abs(model.get_latent_representation() - alone).max() > 1e-2

@@ -26,6 +26,7 @@ from fimp_sc.model.registry._graph_data import (
     sequence_size,
     study_of,
     tables_of,
+    without_messages,
 )
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def get_latent_representation(
     adata: AnnData | MuData | None = None,
     indices: Sequence[int] | None = None,
     *,
+    messages: bool = True,
     batch_size: int | None = None,
     strategy: Strategy = "auto",
     distribute: bool = False,
@@ -104,6 +106,10 @@ def get_latent_representation(
         Object to embed; the training object by default. It may have other genes, and needs a graph.
     indices
         Cells to embed; all by default. Their neighbors are read from the whole object.
+    messages
+        If False, no messages are passed: each cell is embedded from its own tokens by the same network, which of a
+        foundation model is what that model itself makes of the cell. Both embeddings side by side tell a probe more
+        than either: ``numpy.hstack([z, model.get_latent_representation(messages=False)])``.
     batch_size
         Destinations per block; by default what fits into some hundred MB. Like ``strategy`` and ``distribute`` it
         changes speed and memory, not the result.
@@ -122,6 +128,9 @@ def get_latent_representation(
     """
     how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
     data = graph_data(model, study_of(model, adata))
+    if not messages:
+        adds = model.self_loops and model.module.network.adds_self_loops
+        data = without_messages(data, self_loops=not adds)
     return collect(model, data, indices, _latent, how, untrained=model.foundation is not None)
 
 
