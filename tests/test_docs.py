@@ -71,6 +71,7 @@ def toy_objects(folder: Path) -> dict:
         Image.fromarray(rng.integers(0, 256, (30, 40, 3)).astype(np.uint8)).save(file)
     adata = small_tissue(n_obs=60)
     adata.obs["layer"] = adata.obs["region"]
+    adata.obsm["spatial"] -= adata.obsm["spatial"].min(0)
     herd = ad.AnnData(
         obs={"weight": rng.random(12)}, obsm={"track": rng.normal(size=(12, 50)).cumsum(1)},
         obsp={"spatial_connectivities": sparse.csr_matrix(RING)},
@@ -94,6 +95,7 @@ def toy_objects(folder: Path) -> dict:
         "pixels": rng.integers(0, 256, (60, 16, 16, 3)).astype(np.uint8),
         "places": [55, 13] + 0.01 * rng.normal(size=(12, 2)),
         "role": list("ab") * 6,
+        "slide": rng.integers(0, 256, (*(adata.obsm["spatial"].max(0)[::-1].astype(int) + 2), 3)).astype(np.uint8),
         "structural": np.roll(np.eye(10), 1, axis=1),
         "table": rng.normal(size=(12, 5)),
     }
@@ -108,7 +110,7 @@ def test_code_of_the_page_on_modalities_runs(tmp_path) -> None:
     names["data"] = torch_geometric_data.Data(x=torch.randn(6, 3), edge_index=edges, y=torch.tensor([0, 1] * 3))
     page = DOCS / "modalities.md"
     blocks = [block for block in code_of(page) if "pretrained.load" not in block]
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     run(blocks, page, names)
     assert names["herd"].obsm["X_fimp"].shape == (12, 128)
     made = names["herd"].obsm["fimp"]

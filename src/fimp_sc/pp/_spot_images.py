@@ -118,6 +118,7 @@ def spot_images(
     >>> import fimp_sc as fimp
     >>> adata = fimp.datasets.toy_tissue(n_obs=100)
     >>> adata = adata[adata.obs["section"] == adata.obs["section"].iloc[0]].copy()
+    >>> adata.obsm["spatial"] -= adata.obsm["spatial"].min(0)  # pixels of the image below
     >>> fimp.pp.spatial_graph(adata)
     >>> side = int(adata.obsm["spatial"].max()) + 1
     >>> slide = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
