@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from fimp_sc.data.storage._elements import shorten
 from fimp_sc.nn import TransformerStack
-from fimp_sc.pretrained._backbone import Backbone, GeneTokens, copy_layer, copy_weights
+from fimp_sc.pretrained._backbone import (
+    Backbone,
+    GeneTokens,
+    chosen_rows,
+    copy_layer,
+    copy_weights,
+    without_weights,
+)
 from fimp_sc.pretrained._registry import FoundationReader, register
 from fimp_sc.pretrained.files._files import CheckpointError, checkpoint_folder, find_weights, read_json, read_weights
 
@@ -116,7 +123,7 @@ class ScGPT(FoundationReader):
         folder = checkpoint_folder(folder)
         config = _read_config(folder / "args.json")
         vocabulary = _read_vocabulary(folder / "vocab.json")
-        chosen = _chosen_rows(vocabulary, rows, folder / "vocab.json")
+        chosen = chosen_rows(vocabulary, rows, folder / "vocab.json", "human gene symbols")
         weights = read_weights(find_weights(folder, _WEIGHTS)).renamed(_released_name)
         _check_parts(config, weights, folder / "args.json")
         width = config["embsize"]
@@ -136,12 +143,7 @@ class ScGPT(FoundationReader):
             "decoder": has_decoder,
         }
 
-        # No memory is filled with random numbers that the file replaces.
-        with torch.device("meta"):
-            backbone = self.build(config, **stack)
-        for module in (backbone.embedding, backbone.stack, backbone.decoder):
-            if module is not None:
-                module.to_empty(device="cpu")
+        backbone = without_weights(self.build, config, **stack)
         _load_tokens(backbone.embedding, weights, table, chosen, vocabulary)
         layers: Any = backbone.stack.layers
         for i, layer in enumerate(layers):
@@ -342,27 +344,6 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
         if token not in vocabulary:
             raise CheckpointError(f"{str(path)!r} has no {token!r}: it is not a vocabulary of scGPT.")
     return vocabulary
-
-
-def _chosen_rows(vocabulary: Mapping[str, int], rows: ArrayLike | None, path: Path) -> NDArray[np.int64]:
-    """Return the id of each gene of the model, -1 where it has none."""
-    if rows is None:
-        return np.arange(len(vocabulary))
-    chosen = np.asarray(rows)
-    if chosen.ndim != 1 or (chosen.dtype.kind not in "iu" and chosen.size):
-        raise ValueError(f"rows must be a list of whole numbers, found shape {chosen.shape} of {chosen.dtype}")
-    chosen = chosen.astype(np.int64)
-    if chosen.size and not -1 <= chosen.min() <= chosen.max() < len(vocabulary):
-        raise ValueError(
-            f"rows must be -1 or ids of the vocabulary, 0 to {len(vocabulary) - 1:,}, found {chosen.min()} to "
-            f"{chosen.max()}"
-        )
-    if not (chosen >= 0).any():
-        raise ValueError(
-            f"None of the {len(chosen):,} genes is in the vocabulary {str(path)!r}, which has human gene symbols such "
-            f"as {shorten([repr(name) for name in vocabulary])}."
-        )
-    return chosen
 
 
 def _released_name(key: str) -> str | None:
