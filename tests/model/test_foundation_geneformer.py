@@ -83,7 +83,7 @@ def test_order_of_cells_and_genes_does_not_matter(cells, model_files) -> None:
 def test_other_values_than_counts_are_refused(cells, model_files) -> None:
     cells.layers["counts"] = cells.X.copy()
     cells.X = cells.X.log1p() * np.float32(0.7)
-    with pytest.raises(ValueError, match=r"ranks genes by raw counts, and the values .* are log-normalized.*layer="):
+    with pytest.raises(ValueError, match=r"reads raw counts, and the values .* are log-normalized.*layer="):
         make(cells, model_files[0], {"input_scale": "log"})
     assert make(cells, model_files[0], {"layer": "counts"}).get_latent_representation().shape == (120, 24)
 

@@ -200,7 +200,7 @@ def foundation_network(
         scale = table[ExpressionField.TRAINED_SCALE]
         if found.embedding.reads_counts and scale != "counts":
             raise ValueError(
-                f"foundation={name!r} ranks genes by raw counts, and the values of the object are {MEANING[scale]}: "
+                f"foundation={name!r} reads raw counts, and the values of the object are {MEANING[scale]}: "
                 "name the layer with the counts with layer=."
             )
         network = FoundationNetwork(

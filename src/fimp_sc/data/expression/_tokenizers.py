@@ -238,6 +238,9 @@ class BinnedTokenizer:
         Hidden genes per cell that a decoder learns to predict.
     gene_key
         See :class:`Tokenizer`.
+    usual
+        ``(g,)`` by which counts are divided first, the usual value of each gene, where the model reads it so; ``rows``
+        then are counts.
     """
 
     gene_rank: Tensor
@@ -246,6 +249,7 @@ class BinnedTokenizer:
     random_state: int
     n_queries: int = 0
     gene_key: NDArray[np.uint64] | None = None
+    usual: NDArray[np.float64] | None = None
 
     def __call__(
         self,
@@ -257,7 +261,7 @@ class BinnedTokenizer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`Tokenizer`."""
         shown = visible & self.known
-        expressed = _expressed(rows, shown, pattern)
+        expressed = self._expressed(rows, shown, pattern)
         feature_id, padding = choose_tokens(expressed, shown, pattern, n_tokens, self.gene_rank, zeros=False)
         keys = self._keys
         expressed.data = bin_values(
@@ -269,7 +273,7 @@ class BinnedTokenizer:
 
     def edges(self, rows: sparse.csr_matrix, visible: Tensor, pattern: Tensor) -> NDArray[np.float64]:
         """Return the ``(n, n_bins - 1)`` edges of each cell's bins, on the scale of ``rows``."""
-        expressed = _expressed(rows, visible & self.known, pattern)
+        expressed = self._expressed(rows, visible & self.known, pattern)
         return bin_edges(expressed.data, expressed.indptr, self.n_bins)
 
     def queries(
@@ -304,12 +308,18 @@ class BinnedTokenizer:
         best, genes = score.topk(min(self.n_queries, score.shape[1]), dim=1)
         values = rows.toarray()[np.arange(rows.shape[0])[:, None], genes.numpy()]
         indptr = np.arange(rows.shape[0] + 1) * genes.shape[1]
-        expressed = _expressed(rows, visible & self.known, pattern)
+        expressed = self._expressed(rows, visible & self.known, pattern)
         bins = bin_values(
             values.ravel(), indptr, self.n_bins, cell=content_key(expressed, keys), gene=keys[genes.numpy().ravel()],
             random_state=self.random_state, edges=bin_edges(expressed.data, expressed.indptr, self.n_bins),
         )  # fmt: skip
         return genes, torch.from_numpy(bins).view(genes.shape), best < 0
+
+    def _expressed(self, rows: sparse.csr_matrix, shown: Tensor, pattern: Tensor) -> sparse.csr_matrix:
+        expressed = _expressed(rows, shown, pattern)
+        if self.usual is not None:
+            expressed.data = (expressed.data / self.usual[expressed.indices]).astype(np.float32)
+        return expressed
 
     @property
     def _keys(self) -> NDArray[np.uint64]:
@@ -378,6 +388,10 @@ def _expressed(rows: sparse.csr_matrix, shown: Tensor, pattern: Tensor) -> spars
     return sparse.csr_matrix((rows.data[keep], rows.indices[keep], indptr), shape=rows.shape)
 
 
+def _reads_counts(tokens: Tokenizer) -> bool:
+    return isinstance(tokens, RankTokenizer) or (isinstance(tokens, BinnedTokenizer) and tokens.usual is not None)
+
+
 def expression_fields(
     source: ExpressionReader | JoinedExpression,
     tokens: Tokenizer,
@@ -412,8 +426,8 @@ def expression_fields(
     target = profile[:n_dst].clone() if mask_ratio is None else _centered(rows[:n_dst], source, nodes[:n_dst])
     if mask_ratio is not None or not visible.all():
         profile.mul_(visible.float().index_select(0, pattern))
-    # Those who rank counts read one table.
-    read = cast("ExpressionReader", source).counts(rows, nodes) if isinstance(tokens, RankTokenizer) else rows
+    # What reads counts reads one table.
+    read = cast("ExpressionReader", source).counts(rows, nodes) if _reads_counts(tokens) else rows
     feature_id, value, padding = tokens(read, profile, visible, pattern, n_tokens)
     made: dict[str, Any] = {
         "feature_id": feature_id,
