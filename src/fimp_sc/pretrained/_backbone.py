@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fimp_sc.data import BinnedTokenizer, SequenceStatistics
+from fimp_sc.data import BinnedTokenizer, RankTokenizer, SequenceStatistics
 from fimp_sc.data.storage._elements import shorten
 
 if TYPE_CHECKING:
@@ -88,6 +88,56 @@ class GeneTokens(nn.Module):
         return BinnedTokenizer(gene_rank, self.known.cpu(), self.n_bins or 0, random_state, n_queries, gene_key)
 
 
+class RankTokens(GeneTokens):
+    """Tokens of cells by a foundation model that reads genes in the order of their counts over usual ones.
+
+    A subclass has ``forward``.
+
+    Parameters
+    ----------
+    n_genes
+        Genes of the model.
+    n_tokens
+        Tokens that they are; the same of several genes whose counts are added.
+    n_most
+        Largest number of tokens of a cell.
+
+    Attributes
+    ----------
+    place
+        ``(n_genes,)`` int64 buffer, which token each gene is, -1 where it is none.
+    usual
+        ``(n_tokens,)`` float64 buffer, by which counts are divided.
+    """
+
+    reads_counts = True
+    place: Tensor
+    usual: Tensor
+
+    def __init__(self, n_genes: int, n_tokens: int, n_most: int) -> None:
+        super().__init__()
+        self.n_tokens, self.n_most = n_tokens, n_most
+        self.register_buffer("place", torch.full((n_genes,), -1, dtype=torch.int64))
+        self.register_buffer("usual", torch.ones(n_tokens, dtype=torch.float64))
+
+    @property
+    def known(self) -> Tensor:  # type: ignore[override]
+        """``(n_genes,)`` bool, genes that are tokens."""
+        return self.place >= 0
+
+    def tokenizer(
+        self, gene_rank: Tensor, random_state: int, n_queries: int, gene_key: NDArray[np.uint64]
+    ) -> Tokenizer:
+        """Return what puts genes in the order of their counts over usual ones."""
+        return RankTokenizer(self.place.cpu().numpy(), self.usual.cpu().numpy(), self.n_most)
+
+    def ranked(self, feature_id: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return token and rank of each gene, from 0, and padding that includes unknown genes, ``(n, f)`` each."""
+        place = self.place[feature_id]
+        padding = padding | (place < 0)
+        return place.clamp(min=0), ((~padding).cumsum(1) - 1).clamp(min=0), padding
+
+
 class SequenceTokens(nn.Module):
     """Tokens of signals or images by a foundation model.
 
@@ -148,6 +198,12 @@ def without_weights(build: Callable[..., Backbone], config: Mapping[str, Any], *
         if module is not None:
             module.to_empty(device="cpu")
     return backbone
+
+
+def distinct_tokens(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the tokens that genes are, in their order, and the place among these of each gene; -1 stands for none."""
+    used = np.unique(ids[ids >= 0])
+    return used, np.where(ids >= 0, np.searchsorted(used, ids), -1)
 
 
 def chosen_rows(

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fimp_sc.data import RankTokenizer
 from fimp_sc.data.storage._elements import shorten
-from fimp_sc.pretrained._backbone import Backbone, GeneTokens, chosen_rows, without_weights
+from fimp_sc.pretrained._backbone import Backbone, RankTokens, chosen_rows, distinct_tokens, without_weights
 from fimp_sc.pretrained._bert import (
     BertEmbeddings,
     bert_names,
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import ArrayLike, NDArray
-
-    from fimp_sc.data import Tokenizer
 
 # What the names of the dictionaries hold, besides the release and the ending.
 _TOKENS, _MEDIANS = "token_dictionary", "gene_median_dictionary"
@@ -103,9 +100,7 @@ class Geneformer(FoundationReader):
         names = _vocabulary(folder, token_of)
         ids = np.array([token_of[gene] for gene in names.values()])
         chosen = chosen_rows(names, rows, path)
-        of_gene = np.where(chosen >= 0, ids[chosen], -1)
-        used = np.unique(of_gene[of_gene >= 0])
-        place = np.where(of_gene >= 0, np.searchsorted(used, of_gene), -1)
+        used, place = distinct_tokens(np.where(chosen >= 0, ids[chosen], -1))
 
         weights, settings = open_checkpoint(folder)
         weights = bert_names(weights)
@@ -138,7 +133,7 @@ class Geneformer(FoundationReader):
         return {name: row for row, name in enumerate(_vocabulary(folder, _tokens(folder)[0]))}
 
 
-class GeneformerTokens(GeneTokens):
+class GeneformerTokens(RankTokens):
     """Tokens of Geneformer: a gene's vector and that of its rank in the cell, added and normalized.
 
     In the second version ``<cls>`` and ``<eos>`` come first; the position of ``<eos>`` is that behind the last gene.
@@ -165,10 +160,6 @@ class GeneformerTokens(GeneTokens):
     Source: Nature 2023 (doi 10.1038/s41586-023-06139-9).
     """
 
-    reads_counts = True
-    place: Tensor
-    usual: Tensor
-
     def __init__(
         self,
         d_model: int,
@@ -180,25 +171,10 @@ class GeneformerTokens(GeneTokens):
         pooling: str = "cls",
         eps: float = 1e-12,
     ) -> None:
-        super().__init__()
-        self.n_class = len(_SPECIAL) if special else 0
-        self.pooling = pooling
-        self.n_tokens = n_tokens
-        self.embeddings = BertEmbeddings(d_model, n_tokens + self.n_class, n_positions, eps=eps)
-        self.register_buffer("place", torch.full((n_genes,), -1, dtype=torch.int64))
-        self.register_buffer("usual", torch.ones(n_tokens, dtype=torch.float64))
-
-    @property
-    def known(self) -> Tensor:  # type: ignore[override]
-        """``(n_genes,)`` bool, genes that are tokens."""
-        return self.place >= 0
-
-    def tokenizer(
-        self, gene_rank: Tensor, random_state: int, n_queries: int, gene_key: NDArray[np.uint64]
-    ) -> Tokenizer:
-        """Return what puts genes in the order of their counts over usual ones."""
-        n_most = self.embeddings.positions.num_embeddings - self.n_class
-        return RankTokenizer(self.place.cpu().numpy(), self.usual.cpu().numpy(), n_most)
+        n_class = len(_SPECIAL) if special else 0
+        super().__init__(n_genes, n_tokens, n_positions - n_class)
+        self.n_class, self.pooling = n_class, pooling
+        self.embeddings = BertEmbeddings(d_model, n_tokens + n_class, n_positions, eps=eps)
 
     def forward(self, feature_id: Tensor, value: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens of nodes.
@@ -219,15 +195,13 @@ class GeneformerTokens(GeneTokens):
         padding
             ``(n, n_class + f)`` bool.
         """
-        rows = self.place[feature_id]
-        padding = padding | (rows < 0)
-        rank = (~padding).cumsum(1)
-        rows = rows.clamp(min=0)
+        rows, rank, padding = self.ranked(feature_id, padding)
         if not self.n_class:
-            return self.embeddings(rows, (rank - 1).clamp(min=0)), padding
+            return self.embeddings(rows, rank), padding
         start = rows.new_zeros(len(rows), 1)
         rows = torch.cat([start + self.n_tokens, start + self.n_tokens + 1, rows], 1)
-        rank = torch.cat([start, rank.amax(1, keepdim=True) + 1, rank], 1)
+        last = (~padding).sum(1, keepdim=True) + 1
+        rank = torch.cat([start, last, rank + 1], 1)
         return self.embeddings(rows, rank), torch.cat([start.bool(), start.bool(), padding], 1)
 
 
