@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from graph_toys import data_of
-from safetensors.torch import save_file
+from nicheformer_toys import write_nicheformer
 from scipy import sparse
-from torch import nn
 
 import fimp_sc
 from fimp_sc.data import BlockDataset, Destinations
@@ -22,46 +18,6 @@ from fimp_sc.pretrained import CheckpointError, load
 
 GENES = [*(f"ENSG{i:011d}" for i in range(28)), "ENSMUSG00000000001", "ENSMUSG00000000002"]
 CONTEXT = {("human", "xenium"): [5, 9, 4], ("mouse", "10x 3' v3"): [6, 11, 3]}
-
-
-class Reference(nn.Module):
-    """Nicheformer of torch's own parts, by the names of its authors."""
-
-    def __init__(self, n_genes: int, width: int = 16, n_positions: int = 40) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(width, 4, 24, 0.0, batch_first=True, layer_norm_eps=1e-12)
-        self.encoder_layer = layer
-        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-        self.embeddings = nn.Embedding(30 + n_genes + 5, width, padding_idx=1)
-        self.positional_embedding = nn.Embedding(n_positions, width)
-        self.classifier_head = nn.Linear(width, 30 + n_genes)
-        self.pooler_head, self.cls_head = nn.Linear(width, width), nn.Linear(width, 3)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                noise = torch.randn_like(parameter)
-                parameter.copy_(1 + 0.2 * noise if "norm" in name and "weight" in name else 0.4 * noise)
-
-    def forward(self, tokens: torch.Tensor, n_layers: int) -> torch.Tensor:
-        states = self.embeddings(tokens) + self.positional_embedding(torch.arange(tokens.shape[1]))
-        for layer in self.encoder.layers[:n_layers]:
-            states = layer(states, src_key_padding_mask=tokens == 1)
-        return states
-
-
-def write(folder: Path, genes=GENES, *, prefix: str = "", means=None, **config) -> Reference:
-    torch.manual_seed(0)
-    reference = Reference(len(genes)).eval()
-    folder.mkdir(exist_ok=True)
-    state = {prefix + name: value.clone() for name, value in reference.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    sizes = {"dim_model": 16, "nheads": 4, "dim_feedforward": 24, "nlayers": 3}
-    (folder / "config.json").write_text(json.dumps(sizes | config))
-    (folder / "genes.txt").write_text("\n".join(genes))
-    rng = np.random.default_rng(0)
-    means = rng.choice([np.nan, 0.0, 0.4, 1.6, 2.5, 3.0, -2.0], len(genes)) if means is None else means
-    for technique in ("xenium", "dissociated"):
-        np.save(folder / f"{technique}_mean_script.npy", means)
-    return reference
 
 
 def ranked(counts, means) -> list[int]:
@@ -80,7 +36,7 @@ def draw(n_cells: int, n_genes: int) -> np.ndarray:
 @pytest.mark.parametrize(("species", "assay"), CONTEXT)
 @pytest.mark.parametrize("layer", [-1, 1])
 def test_cells_by_themselves_equal_torch(tmp_path, species: str, assay: str, layer: int) -> None:
-    reference = write(tmp_path, prefix="nicheformer." if layer == 1 else "")
+    reference = write_nicheformer(tmp_path, GENES, prefix="nicheformer." if layer == 1 else "")
     orthologs = pd.DataFrame({"mouse_symbol": ["A"], "human_symbol": ["B"]}) if species == "mouse" else None
     foundation = load("nicheformer", tmp_path, assay=assay, species=species, orthologs=orthologs, layer=layer)
     model, counts = foundation.read(), draw(6, len(GENES))
@@ -101,7 +57,7 @@ def test_cells_by_themselves_equal_torch(tmp_path, species: str, assay: str, lay
 
 
 def test_embedding_is_the_mean_over_genes_and_is_saved(tmp_path) -> None:
-    reference = write(tmp_path / "files")
+    reference = write_nicheformer(tmp_path / "files", GENES)
     adata = anndata.AnnData(sparse.csr_matrix(draw(40, 30).astype(np.float32)))
     adata.var_names = GENES
     adata.obsm["spatial"] = np.random.default_rng(0).random((40, 2))
@@ -122,7 +78,7 @@ def test_embedding_is_the_mean_over_genes_and_is_saved(tmp_path) -> None:
 
 
 def test_genes_of_the_file_of_the_authors(tmp_path) -> None:
-    write(tmp_path)
+    write_nicheformer(tmp_path, GENES)
     expected = load("nicheformer", tmp_path, assay="xenium")
     names = expected.vocabulary()
     assert names == {gene: row for row, gene in enumerate(GENES)}
@@ -150,7 +106,7 @@ def test_genes_of_the_file_of_the_authors(tmp_path) -> None:
     ],
 )
 def test_files_that_do_not_fit(tmp_path, change: dict, message: str) -> None:
-    write(tmp_path)
+    write_nicheformer(tmp_path, GENES)
     for name, content in change.items():
         (tmp_path / name).unlink()
         if content is not None:
@@ -160,7 +116,7 @@ def test_files_that_do_not_fit(tmp_path, change: dict, message: str) -> None:
 
 
 def test_assays_must_be_known(tmp_path) -> None:
-    write(tmp_path)
+    write_nicheformer(tmp_path, GENES)
     for settings in ({}, {"assay": "visium"}):
         with pytest.raises(ValueError, match=r"pass assay= to load, one of 'merfish', .*as Visium, take the nearest"):
             load("nicheformer", tmp_path, **settings).read()
@@ -170,7 +126,7 @@ def test_tokens_of_a_section_with_the_real_genes_and_means(shared_data, tmp_path
     source = shared_data / "nicheformer_tokens"
     genes = (source / "genes.txt").read_text().split()
     means = np.load(source / "dissociated_mean_script.npy")
-    write(tmp_path, genes, means=means)
+    write_nicheformer(tmp_path, genes, means=means)
     adata = anndata.read_h5ad(shared_data / "dlpfc_visium_151673.h5ad")
     adata.var_names = adata.var["ensembl_id"].astype(str)
     adata = adata[:, ~adata.var_names.duplicated()].copy()
