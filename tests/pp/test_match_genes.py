@@ -152,6 +152,29 @@ def test_mouse_names_of_a_human_call_are_told():
         match_genes(adata, VOCABULARY)
 
 
+def test_a_place_without_vocabulary_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"no file or folder '.*nowhere' \(looked from .*name a vocab\.json, or the folder"):
+        match_genes(make_adata(), tmp_path / "nowhere")
+    (tmp_path / "args.json").touch()
+    with pytest.raises(ValueError, match=r"has no 'vocab\.json'; found there: 'args\.json'"):
+        match_genes(make_adata(), str(tmp_path))
+
+
+def test_advice_takes_account_of_the_table_that_was_given():
+    mouse, vocabulary = make_adata(["Aqp4", "Gfap", "Mbp", "Plp1"]), ["AQP4", "GFAP", "MBP", "PLP1"]
+    table = pd.DataFrame({"mouse_symbol": ["Xkr4"], "human_symbol": ["XKR4"]})
+    with pytest.raises(ValueError, match=r'pass species="mouse", without which orthologs= translates nothing'):
+        match_genes(mouse, vocabulary, orthologs=table)
+    with pytest.raises(ValueError, match=r"orthologs= has no ortholog of 4 genes: .*larger table") as raised:
+        match_genes(mouse, vocabulary, species="mouse", orthologs=table)
+    assert "translate genes of another species" not in str(raised.value)
+    with pytest.raises(ValueError, match="vocabulary lacks the human genes that orthologs= leads to"):
+        match_genes(mouse, ["XKR4"], species="mouse", orthologs="uppercase")
+    ensembl = make_adata([f"ENSG0000000000{i}" for i in range(4)])
+    with pytest.raises(ValueError, match=r"pass gene_key= with a column of symbols\.$"):
+        match_genes(ensembl, vocabulary, orthologs=table)
+
+
 def test_a_warning_made_an_error_leaves_nothing_behind():
     adata = make_adata()
     with warnings.catch_warnings():

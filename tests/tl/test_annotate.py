@@ -126,6 +126,17 @@ def test_saved_model_gives_the_same(reference, section, tmp_path) -> None:
     np.testing.assert_array_equal(section.obsm["fimp_label_probabilities"], other.obsm["fimp_label_probabilities"])
 
 
+def test_a_column_that_nobody_knows_is_told_of(reference, section, unchanged) -> None:
+    """Neither the model nor the object has it: a misspelled name, whose results would lie unseen under that name."""
+    section.obs["labels"] = "B"
+    expected = section.copy()
+    fimp_sc.tl.annotate(expected, "label", model=reference, accelerator="cpu", verbose=False)
+    with pytest.warns(UserWarning, match=r"'labl' is no column of adata\.obs, .* with 'label'\. Did you mean 'label'\?.*'mine'"):
+        fimp_sc.tl.annotate(section, "labl", key_added="mine", model=reference, accelerator="cpu", verbose=False)
+    pd.testing.assert_series_equal(section.obs["mine"], expected.obs["fimp_label"], check_names=False)
+    fimp_sc.tl.annotate(section, "labels", model=reference, accelerator="cpu", verbose=False)  # its own, to compare with
+
+
 def test_model_without_labels_is_an_error(tissue, section, quick, unchanged) -> None:
     fimp_sc.tl.embed(tissue, **quick)
     model = fimp_sc.tl.get_model(tissue)

@@ -147,11 +147,11 @@ def match_genes(
     share = float(counts[known].sum() / counts.sum()) if counts.sum() > 0 else float("nan")
     match = GeneMatch(table, share, len(ids))
     if not known.any():
-        raise ValueError(f"None of the {adata.n_vars:,} genes are in the vocabulary. {advice(table, ids, species)}")
+        raise ValueError(f"None of the {adata.n_vars:,} genes are in the vocabulary. {advice(table, ids, species, orthologs)}")
     if (share if np.isfinite(share) else known.mean()) < _LOW_SHARE:
         warn(
             f"Only {percent(share)} of the counts, and {match.n_used:,} of {adata.n_vars:,} genes, are in the "
-            f"vocabulary: the model will not see the rest. {advice(table, ids, species)}"
+            f"vocabulary: the model will not see the rest. {advice(table, ids, species, orthologs)}"
         )
     parameters = {
         "species": species,

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import infer_dtype
 
-from fimp_sc._logging import user_messages
+from fimp_sc._logging import user_messages, warn
 from fimp_sc._options import checked
-from fimp_sc.data.storage._elements import get_obs
+from fimp_sc.data.storage._elements import get_obs, nearest
 from fimp_sc.data.validate._labels import labeled
 from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
 from fimp_sc.tl._call._models import fitted_model, given_model, write_back
@@ -66,7 +66,8 @@ def annotate(
         regions (:func:`fimp_sc.pp.fmri`), images (:func:`fimp_sc.pp.images`) or features (:func:`fimp_sc.pp.features`).
     labels_key
         Column of ``obs`` with labels. Cells without label (missing, or ``unlabeled_category``) are predicted like all
-        others. With ``model`` the column need not exist.
+        others. With ``model`` the column need not exist: it then is the column that the model was trained with, and names
+        the results.
     unlabeled_category
         Label of cells whose class is not known.
     modality
@@ -170,7 +171,8 @@ def annotate(
     -----
     UserWarning
         Genes or cells without values, cells without neighbors, control probes among the genes, or a graph that joins
-        samples that lie over each other. Labels that read as if cells had none, or that a single cell has.
+        samples that lie over each other. Labels that read as if cells had none, or that a single cell has. With
+        ``model``, a ``labels_key`` that neither the object has nor the model was trained with.
 
     Notes
     -----
@@ -197,6 +199,8 @@ def annotate(
     )  # fmt: skip
     target = study.data
     check_results(key, "tl.annotate", study, inputs, overwrite=overwrite)
+    if model is not None:
+        _warn_unknown_column(labels_key, model, study.nodes, key)
     with user_messages(verbose=verbose):
         work = working_copy(study, inputs, labels_required=model is None)
         fitted = fitted_model(
@@ -225,6 +229,18 @@ def annotate(
                 "smoothed_share": fitted.smoothed_share,
             }
     return adata if copy else None
+
+
+def _warn_unknown_column(labels_key: str, model: FIMP, nodes: AnnData, key: str) -> None:
+    """Warn where a column of labels is neither that of the model nor in the object: it may be misspelled."""
+    trained = model.registry["setup_args"].get("labels_key")
+    if labels_key in nodes.obs or trained in (labels_key, None):
+        return
+    warn(
+        f"labels_key={labels_key!r} is no column of adata.obs, and the model was trained with {trained!r}."
+        f"{nearest(labels_key, [str(trained), *map(str, nodes.obs.columns)])} Results go to adata.obs[{key!r}]: "
+        f"pass labels_key={trained!r}, and key_added= for another name of the results."
+    )
 
 
 def _in_type_of_labels(classes: pd.Index, nodes: AnnData, labels_key: str, unlabeled_category: str) -> pd.Index:

@@ -9,6 +9,8 @@ from anndata import AnnData
 from scvi.model._utils import parse_device_args
 from scvi.model.base import BaseModelClass
 
+from fimp_sc.data._study import resolve
+from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.model.io._folder import WEIGHTS, read_pretrained, write_pretrained
 from fimp_sc.model.predict._labels import use_mixture
 from fimp_sc.model.predict._reference import compare
@@ -55,6 +57,11 @@ def load_query_data(
         check_genes(reference, adata if user_study is None else user_study.data)
     # What a model learned from a modality is also applied to an object that is this modality, and the reverse.
     setup = {name: value for name, value in registry["setup_args"].items() if name != "modality"} | setup_kwargs
+    labels_key = setup_kwargs.get("labels_key")
+    if labels_key is not None and is_object(adata):
+        obs = resolve(adata, registry["setup_args"].get("modality")).nodes.obs
+        if labels_key not in obs:
+            raise missing_key(labels_key, "adata.obs", obs, "Leave labels_key out for an object without labels.")
     how = {"source_registry": registry, "sequences": list(reference.module.sequences)}
     if isinstance(adata, AnnData):
         cls.setup_anndata(adata, **setup, **how)

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fimp_sc._logging import ONE_AT_A_TIME
+from fimp_sc._logging import ONE_AT_A_TIME, no_chatter
 from fimp_sc._options import checked
 from fimp_sc._recipe import recipe
 from fimp_sc.data import BlockSplitter, split_by_blocks
@@ -310,8 +310,8 @@ def _split(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out warnings of Lightning and scvi-tools about what is so by design."""
-    with warnings.catch_warnings():
+    """Leave out what Lightning and scvi-tools say routinely, and warnings about what is so by design."""
+    with no_chatter(), warnings.catch_warnings():
         # Blocks are made on the fly in the main process, and few of them are logged per epoch.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
