@@ -162,7 +162,7 @@ def test_genes_of_a_foundation_model_have_a_species(section, tmp_path, calls, sc
     vectors = calls[-1][1]["model_kwargs"]["gene_embeddings"]
     assert (list(vectors.names), vectors.species, vectors.orthologs) == (["AQP4", "GFAP"], "mouse", table[1])
     assert cli.main(arguments) == 2
-    assert "--species is for genes of a foundation model" in capsys.readouterr().err
+    assert "--species is for --foundation or --gene-embeddings" in capsys.readouterr().err
     assert cli.main([*arguments, "--foundation", "scgpt"]) == 2
     assert "--foundation scgpt needs --checkpoint, the folder with args.json" in capsys.readouterr().err
 
@@ -308,7 +308,7 @@ def test_size_is_about_that_of_the_file(small_toy, recordings, tmp_path, kind) -
     path = tmp_path / "file"
     with quiet_mudata():
         (data.write_h5ad if kind == "AnnData" else data.write_h5mu)(path)
-    assert cli._size(data) <= path.stat().st_size <= cli._size(data) * (1 + cli._OVERHEAD_SHARE) + cli._OVERHEAD
+    assert cli._size(data) <= path.stat().st_size <= cli._size(data) * (1 + cli._OVERHEAD_FRACTION) + cli._OVERHEAD
 
 
 def test_failed_write_keeps_the_old_output(section, tmp_path, calls, monkeypatch, capsys) -> None:

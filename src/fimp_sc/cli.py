@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # What says by itself what is wrong; anything else is a defect, whose traceback is worth reporting.
 _TOLD = (ValueError, TypeError, LookupError, ArithmeticError, OSError, RuntimeError, MemoryError, ImportError)
 # Of files in HDF5 beside the values in them.
-_OVERHEAD, _OVERHEAD_SHARE = 1 << 20, 0.05
+_OVERHEAD, _OVERHEAD_FRACTION = 1 << 20, 0.05
 _SLOTS = ("obs", "obsm", "obsp", "layers", "uns")
 # A call in Python, whose arguments stay as they are, and an argument by itself with a plain value.
 _CALL = r"[\w.]+\((?:[^()]|\([^()]*\))*\)"
@@ -90,7 +90,8 @@ def in_options(message: str, command: str) -> str:
     """
     tool = _commands(_parser())[command]
     flags = {action.dest: action.option_strings[-1] for action in tool._actions if action.option_strings}
-    flags["checkpoint"] = flags.get("train_checkpoint", "")  # of a training; that of a foundation model is asked for here
+    # Of a training: that of a foundation model is checked here.
+    flags["checkpoint"] = flags.get("train_checkpoint", "")
     names = "|".join(map(re.escape, flags))
     argument = rf"(?<![\w.\"'])({names})=(?:({_VALUE})|(?=[\s.,;:)]|$))"
 
@@ -151,7 +152,7 @@ def _run_tool(
     before = _keys(data)
     genes = {name: arguments.pop(name) for name in ("species", "orthologs") if name in arguments}
     if genes and not {"foundation", "gene_embeddings"} & arguments.keys():
-        message = f"--{min(genes)} is for genes of a foundation model or of vectors: name --foundation or --gene-embeddings."
+        message = f"--{max(genes)} is for --foundation or --gene-embeddings, and there is neither."
         raise ValueError(message)
     if "gene_embeddings" in arguments:
         vectors = arguments.pop("gene_embeddings")
@@ -220,7 +221,7 @@ def _write(data: Any, output: Path) -> None:
 
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".fimp-sc-") as folder, quiet_mudata():
         part = Path(folder) / output.name
-        _reserve(part, int(_size(data) * (1 + _OVERHEAD_SHARE)) + _OVERHEAD, output)
+        _reserve(part, int(_size(data) * (1 + _OVERHEAD_FRACTION)) + _OVERHEAD, output)
         try:
             (data.write_h5mu if hasattr(data, "write_h5mu") else data.write_h5ad)(part)
         except Exception as error:

@@ -237,8 +237,8 @@ def test_labels_are_smoothed_as_suits_the_validation_cells(tissue, make) -> None
     model = make(tissue, {"labels_key": "label"}, train="frozen")
     held = np.arange(0, 120, 2)
     model.train(**{**QUICK, "validation_indices": held})
-    smoothed = model.smoothed_share
-    model.module.smoothed_share.zero_()
+    smoothed = model.smoothing_weight
+    model.module.smoothing_weight.zero_()
     own = np.log(np.maximum(model.predict(soft=True).to_numpy().astype(float), 1e-6))
     joined = (tissue.obsp["spatial_connectivities"].toarray() != 0) | np.eye(120, dtype=bool)
     mean = joined / joined.sum(1, keepdims=True)
@@ -252,8 +252,8 @@ def test_labels_are_smoothed_as_suits_the_validation_cells(tissue, make) -> None
 
     losses = [-np.log(twice(share)[known, code]).sum() for share in np.linspace(0, 1, 21)]
     assert smoothed == pytest.approx(np.argmin(losses) / 20)
-    assert model.neighbor_share == 1.0
-    model.module.smoothed_share.fill_(0.6)
+    assert model.neighbor_weight == 1.0
+    model.module.smoothing_weight.fill_(0.6)
     np.testing.assert_allclose(model.predict(soft=True), twice(0.6), atol=1e-5)
 
 

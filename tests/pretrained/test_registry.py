@@ -176,7 +176,11 @@ def test_arguments_of_the_handle_are_checked_at_once(tmp_path, name: str, argume
     [
         ("scgpt", [], r"has no 'args\.json'; found there: nothing"),
         ("scgpt", ["args.json"], r"has no 'vocab\.json'; found there: 'args\.json'"),
-        ("scgpt", ["args.json", "vocab.json", "a.pt"], r"has no 'best_model\.pt' or .*; found there: 'a\.pt', 'args\.json'"),
+        (
+            "scgpt",
+            ["args.json", "vocab.json", "a.pt"],
+            r"has no 'best_model\.pt' or .*; found there: 'a\.pt'",
+        ),
         ("vit", ["config.json"], r"has no 'model\.safetensors' or 'pytorch_model\.bin'; found there: 'config\.json'"),
         ("brainlm", ["model.safetensors"], r"has no 'config\.json'; found there: 'model\.safetensors'"),
     ],

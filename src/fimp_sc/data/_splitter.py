@@ -38,7 +38,7 @@ def split_by_blocks(
     library
         ``(n_obs,)`` sample of each node.
     validation_size
-        Share of nodes, from 0 to below 1.
+        Fraction of nodes, from 0 to below 1.
     random_state
         Seed.
     rank

@@ -264,24 +264,24 @@ class FIMP(BaseModelClass, metaclass=Listed):
         return [str(label) for label in field_state(self, LABELS_KEY).get(LabelField.CLASSES, ())]
 
     @property
-    def neighbor_share(self) -> float:
+    def neighbor_weight(self) -> float:
         """Weight of the prediction with neighbors in predicted labels, 0 to 1; the one without has the rest.
 
         Fitted to the log loss of the labeled validation cells; 0.5 where there are none, 0 without messages, and 1 of
         a foundation model, which predicts with neighbors alone, or without labels. A model that is bound to other cells
-        than those of training has the share that suits shifted validation cells.
+        than those of training has the weight that suits shifted validation cells.
         """
-        return float(self.module.neighbor_share) if self.messages else 0.0
+        return float(self.module.neighbor_weight) if self.messages else 0.0
 
     @property
-    def smoothed_share(self) -> float:
+    def smoothing_weight(self) -> float:
         """Weight of the neighbors' mean when predicted labels are smoothed, 0 to 1.
 
         Log-probabilities are replaced twice by their mean over the cell and its neighbors, which has this weight, and
-        those of the cell itself, which have the rest. Fitted together with :attr:`neighbor_share`; 0 where there are
+        those of the cell itself, which have the rest. Fitted together with :attr:`neighbor_weight`; 0 where there are
         no labeled validation cells, without messages or without labels.
         """
-        return float(self.module.smoothed_share) if self.messages else 0.0
+        return float(self.module.smoothing_weight) if self.messages else 0.0
 
     def __dir__(self) -> list[str]:
         return [name for name in super().__dir__() if not isinstance(getattr_static(self, name, None), Absent)]

@@ -84,9 +84,9 @@ class SequenceEmbedding(nn.Module):
         whole = tokens.new_zeros(len(tokens), tokens.shape[2])
         if self.whole is not None:
             # As large as if all tokens were seen.
-            share = seen.shape[1] / seen.sum(1, keepdim=True).clamp(min=1)
+            scale = seen.shape[1] / seen.sum(1, keepdim=True).clamp(min=1)
             parts = value[..., self.own][..., :_SUMMARIZED] / _VALUE * seen[..., None]
-            whole = self.whole((parts * share[..., None]).flatten(1))
+            whole = self.whole((parts * scale[..., None]).flatten(1))
         if self.place is not None and self.place_of_summary is not None:
             angle = nodes["coordinates"] @ self.frequency.T
             waves = torch.cat([angle.cos(), angle.sin()], dim=1) / math.sqrt(angle.shape[1])

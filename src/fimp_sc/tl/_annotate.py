@@ -66,7 +66,7 @@ def annotate(
         regions (:func:`fimp_sc.pp.fmri`), images (:func:`fimp_sc.pp.images`) or features (:func:`fimp_sc.pp.features`).
     labels_key
         Column of ``obs`` with labels. Cells without label (missing, or ``unlabeled_category``) are predicted like all
-        others. With ``model`` the column need not exist: it then is the column that the model was trained with, and names
+        others. With ``model`` the column need not exist: it then is the one that the model was trained with, and names
         the results.
     unlabeled_category
         Label of cells whose class is not known.
@@ -148,9 +148,9 @@ def annotate(
       ``obs[labels_key]`` are, else text;
     - ``obs[f"{key}_confidence"]``: float32, probability of the label;
     - ``obsm[f"{key}_probabilities"]``: ``(n_obs, n_classes)`` float32;
-    - ``uns[key]``: ``classes`` in the order of these columns; ``neighbor_share``, the weight (0 to 1) of the prediction
-      with neighbors beside that without, and ``smoothed_share``, the weight of the mean prediction over a cell and its
-      neighbors beside its own; parameters, seed, versions;
+    - ``uns[key]``: ``classes`` in the order of these columns; ``neighbor_weight``, the weight (0 to 1) of the
+      prediction with neighbors beside that without, and ``smoothing_weight``, the weight of the mean prediction over a
+      cell and its neighbors beside its own; parameters, seed, versions;
     - the graph in ``obsp`` and ``uns``, if it was built.
 
     The colors of an earlier call, ``uns[f"{key}_colors"]``, are removed if the classes differ.
@@ -225,8 +225,8 @@ def annotate(
             target.obsm[f"{key}_probabilities"] = probabilities
             target.uns[key] = record(fitted, inputs, target, "tl.annotate") | {
                 "classes": np.asarray(classes),
-                "neighbor_share": fitted.neighbor_share,
-                "smoothed_share": fitted.smoothed_share,
+                "neighbor_weight": fitted.neighbor_weight,
+                "smoothing_weight": fitted.smoothing_weight,
             }
     return adata if copy else None
 

@@ -171,7 +171,7 @@ def impute(
       patch; each in its modality;
     - ``uns[key_added]``: ``genes``, parameters, seed, versions, and the scaling of measured values: ``input_scale``,
       ``trained_scale``, ``target_sum``, the ``total`` of the genes ``measured`` here that the model knows, and the
-      ``share`` (fraction) of each; also in ``uns`` of each modality where several are read together;
+      ``fraction`` of it that each has; also in ``uns`` of each modality where several are read together;
     - the graph in ``obsp`` and ``uns``, if it was built.
 
     Raises

@@ -246,7 +246,7 @@ def test_labels_of_validation_cells_do_not_reach_the_training_loss(
 
     But for how much neighbors count, which these cells are there to tell, and which is kept as it is here.
     """
-    monkeypatch.setattr(FIMPTrainingPlan, "_fit_share", lambda plan, log_loss: None)
+    monkeypatch.setattr(FIMPTrainingPlan, "_fit_weight", lambda plan, log_loss: None)
     held = np.arange(40)
     curves = []
     for wrong in (False, True):
@@ -348,7 +348,9 @@ def test_training_hides_what_lightning_says_routinely(tissue, make_model, train)
     model, seen = make_model(tissue), []
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "scvi")]
+    loggers = [
+        logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "scvi")
+    ]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)

@@ -59,12 +59,12 @@ class FIMPModule(LabelingModule, StartingModule):
 
     Attributes
     ----------
-    neighbor_share
-        ``()``, share of the prediction with neighbors in predicted labels; the rest is the prediction without.
-    smoothed_share
+    neighbor_weight
+        ``()``, weight of the prediction with neighbors in predicted labels; the rest is the prediction without.
+    smoothing_weight
         ``()``, how much of what is so predicted is smoothed over neighbors.
     mixtures
-        ``(2, 2)``, both shares for the cells of training, and for those of other sections.
+        ``(2, 2)``, both weights for the cells of training, and for those of other sections.
     reference, reference_name, n_reference, reference_distance
         Embeddings of some training cells ``(512, n_latent)``, hashes of their names ``(512,)`` int64, their number,
         and the distance that is usual.
@@ -102,10 +102,10 @@ class FIMPModule(LabelingModule, StartingModule):
         self.value_head = ValueHead(n_features, width, gene_key) if n_features else None
         self.label_head = LabelHead(width, n_labels, dropout) if n_labels else None
         self.label_head_alone = LabelHead(width, n_labels, dropout) if n_labels and alone else None
-        self.register_buffer("neighbor_share", torch.tensor(1.0 if self.label_head_alone is None else 0.5))
-        self.register_buffer("smoothed_share", torch.zeros(()))
+        self.register_buffer("neighbor_weight", torch.tensor(1.0 if self.label_head_alone is None else 0.5))
+        self.register_buffer("smoothing_weight", torch.zeros(()))
         # Of cells of training, and of other sections.
-        self.register_buffer("mixtures", torch.stack([self.neighbor_share, self.smoothed_share]).repeat(2, 1))
+        self.register_buffer("mixtures", torch.stack([self.neighbor_weight, self.smoothing_weight]).repeat(2, 1))
         self.register_buffer("embedding_mean", torch.zeros(width))
         self.register_buffer("embedding_std", torch.ones(width))
         # Embeddings of training cells, and how far from them is usual.

@@ -146,9 +146,9 @@ def predict(
 ) -> NDArray[Any] | pd.DataFrame:
     """Predict labels.
 
-    FIMP-base predicts them twice, with and without neighbors, and mixes both predictions with the share that suits
-    the validation cells of its training best (:attr:`neighbor_share`). What comes of it is averaged over cells and
-    their neighbors, again as much as suits these cells (:attr:`smoothed_share`).
+    FIMP-base predicts them twice, with and without neighbors, and mixes both predictions with the weight that suits
+    the validation cells of its training best (:attr:`neighbor_weight`). What comes of it is averaged over cells and
+    their neighbors, again as much as suits these cells (:attr:`smoothing_weight`).
 
     Parameters
     ----------
@@ -206,7 +206,7 @@ def get_expression(
     hidden
         ``(n_obs, n_vars)`` boolean, True for entries that the model must not see; of several modalities a row for
         each node of the whole object, of several tables a dictionary of these by modality. Cells are scaled by
-        totals of what is visible, over the share that these genes have in training; predictions are on the scale
+        totals of what is visible, over the fraction that these genes have in training; predictions are on the scale
         of whole cells. Values on the log scale are used as they are, and carry the totals that they were
         normalized with: pass counts.
     decoder

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from fimp_sc._recipe import recipe
-from fimp_sc.nn._heads import SHARES
+from fimp_sc.nn._heads import MIXTURE_WEIGHTS
 
 if TYPE_CHECKING:
     from scvi.module.base import LossOutput
@@ -100,16 +100,16 @@ class FIMPTrainingPlan(pl.LightningModule):
         loss = loss / n_obs
         if self.module.label_head is not None:
             log_loss, n_labeled = self._total("label_validation")
-            self._fit_share(log_loss)
+            self._fit_weight(log_loss)
             if n_labeled:
                 label_loss = log_loss.min() / n_labeled
                 self.log("label_loss_validation", label_loss, sync_dist=True)
                 loss = loss + self.module.label_weight * label_loss
         self.log("validation_loss", loss, prog_bar=True, sync_dist=True)
 
-    def _fit_share(self, log_loss: torch.Tensor) -> None:
+    def _fit_weight(self, log_loss: torch.Tensor) -> None:
         if self.module.label_head_alone is not None and log_loss.any():
-            self.module.neighbor_share.copy_(SHARES[int(log_loss.argmin())])
+            self.module.neighbor_weight.copy_(MIXTURE_WEIGHTS[int(log_loss.argmin())])
 
     def _log_parts(self, losses: LossOutput, mode: str) -> dict[str, Any]:
         """Log what is a mean over all cells of the epoch, and return how to."""

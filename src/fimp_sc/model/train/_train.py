@@ -109,12 +109,12 @@ def train(
         4,000 training cells on more, up to 2,400; where there are no genes 800 steps, in up to 400 epochs.
     accelerator, devices
         As in Lightning; ``"auto"`` takes a GPU when there is one. With several devices give ``strategy="ddp"``
-        too: every device then takes its share of the blocks of an epoch, so that a step covers ``devices`` times
+        too: every device then takes some of the blocks of an epoch, so that a step covers ``devices`` times
         ``batch_size`` cells.
     num_workers
         Processes that make batches ahead of their use; by default up to 4 with a GPU, none without.
     validation_size
-        Share of cells held out for validation in whole spatial blocks.
+        Fraction of cells held out for validation in whole spatial blocks.
     train_indices, validation_indices
         Cells of each part, instead of ``validation_size``. Cells in neither are seen as neighbors only.
     hidden
@@ -125,10 +125,10 @@ def train(
         Destinations per step; by default 64 to 256, so that an epoch has at least some 24 steps; of signals whole
         recordings.
     mask_ratio
-        Smallest and largest share of a cell's genes, or of a node's segments or patches, hidden in training; each
+        Smallest and largest fraction of a cell's genes, or of a node's segments or patches, hidden in training; each
         draws its own. By default from 0 to 0.4, and from 0.1 to 0.6 where there are no genes.
     gene_mask_ratio
-        Largest share of genes hidden in a whole block, by default 0.3, so that the model copes with other
+        Largest fraction of genes hidden in a whole block, by default 0.3, so that the model copes with other
         gene panels.
     mask_cells
         Probability that a cell is masked at all. By default 1 without labels or without genes, and 0.5 otherwise,

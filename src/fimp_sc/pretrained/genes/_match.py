@@ -75,7 +75,7 @@ def match_names(
         See :func:`~fimp_sc.pretrained.genes._vocabulary.read_aliases`.
     counts
         ``(n_genes,)`` non-negative total of each gene; by default all genes weigh the same in a contest for one id, and
-        shares are missing.
+        fractions are missing.
 
     Returns
     -------
@@ -90,7 +90,7 @@ def match_names(
     ``status``
         ``"matched"``; ``"ambiguous"``: one of several equal candidates was chosen (that of the same name, else the
         first in the alphabet), or without an id because a gene with better evidence has it; ``"lost"``.
-    ``share_of_counts``
+    ``fraction_of_counts``
         float64.
     ``note``
         why a gene is ambiguous or lost, as far as known.
@@ -123,7 +123,7 @@ def match_names(
             "id": np.int64(-1),
             "method": [hit.method if isinstance(hit, _Hit) else "" for hit in hits],
             "status": "lost",
-            "share_of_counts": total / total.sum() if counts is not None and total.sum() > 0 else np.nan,
+            "fraction_of_counts": total / total.sum() if counts is not None and total.sum() > 0 else np.nan,
             "note": [hit if isinstance(hit, str) else "" for hit in hits],
         },
         index=given.index,
@@ -146,7 +146,7 @@ def advice(
     """
     names = table["name"].dropna().astype(str).tolist()
     genes = list(vocabulary)
-    lost = table.loc[table["id"] < 0].sort_values("share_of_counts", ascending=False, kind="stable")["name"].dropna()
+    lost = table.loc[table["id"] < 0].sort_values("fraction_of_counts", ascending=False, kind="stable")["name"].dropna()
     folded = {name.casefold() for name in names}
     examples = [gene for gene in genes if gene.casefold() in folded][:3] or genes[:3]
     hints = [f"Names not found: {shorten([repr(n) for n in lost])}; vocabulary: {', '.join(map(repr, examples))}."]
@@ -161,8 +161,8 @@ def advice(
     elif species == "mouse" and orthologs is not None and not mostly_mouse(genes):
         unknown = int((table["note"] == NO_ORTHOLOG).sum())
         hints.append(
-            f"orthologs= has no ortholog of {unknown:,} genes: check that these are names of mouse genes, or pass a larger "
-            "table; aliases= translates outdated symbols."
+            f"orthologs= has no ortholog of {unknown:,} genes: check that these are names of mouse genes, or pass a "
+            "larger table; aliases= translates outdated symbols."
             if unknown
             else "The vocabulary lacks the human genes that orthologs= leads to."
         )

@@ -69,8 +69,8 @@ def read_vocabulary(vocabulary: VocabularySource) -> dict[str, int]:
         path = Path(vocabulary)
         if not path.exists():
             raise CheckpointError(
-                f"There is no file or folder {str(path)!r} (looked from {str(Path.cwd())!r}): name a vocab.json, or the "
-                "folder of a checkpoint that holds one."
+                f"There is no file or folder {str(path)!r} (looked from {str(Path.cwd())!r}): name a vocab.json, or "
+                "the folder of a checkpoint that holds one."
             )
         path = find_weights(path, ["vocab.json"]) if path.is_dir() else path
         where = repr(str(path))

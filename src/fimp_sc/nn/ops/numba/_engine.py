@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fimp_sc.nn.ops.numba import _kernels as kernels
-from fimp_sc.nn.ops.numba._threads import shares, threads
+from fimp_sc.nn.ops.numba._threads import thread_ranges, threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -175,7 +175,7 @@ class _Part(NamedTuple):
 
 
 def _ranges(nodes: NDArray) -> list[tuple[int, int]]:
-    return [(part.start, part.stop) for part in shares(len(nodes), _LEAST_NODES)]
+    return [(part.start, part.stop) for part in thread_ranges(len(nodes), _LEAST_NODES)]
 
 
 def _three(tensors: Sequence[Tensor]) -> tuple[NDArray, ...]:
@@ -185,4 +185,4 @@ def _three(tensors: Sequence[Tensor]) -> tuple[NDArray, ...]:
 
 
 def _add_rows(run: Run, total: NDArray, nodes: NDArray, rows: NDArray) -> None:
-    run(lambda part: kernels.add_rows(total, nodes[part], rows[part]), shares(len(nodes), _LEAST_NODES))
+    run(lambda part: kernels.add_rows(total, nodes[part], rows[part]), thread_ranges(len(nodes), _LEAST_NODES))

@@ -32,7 +32,7 @@ def threads() -> Iterator[Run]:
         yield run
 
 
-def shares(n: int, least: int) -> list[slice]:
+def thread_ranges(n: int, least: int) -> list[slice]:
     """Cut ``n`` things into as many parts as there are threads, of at least so many things."""
     count = max(min(torch.get_num_threads(), n // least), 1)
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
