@@ -201,6 +201,18 @@ def test_checkpoint_without_a_decoder_trains(tissue, make, scgpt_checkpoint) -> 
     assert np.isfinite(model.get_expression()).all()
 
 
+def test_genes_are_spelled_as_in_the_object(tissue, make, scgpt_checkpoint) -> None:
+    """Whatever the vocabulary calls them: mouse genes of the object are known to it as human ones."""
+    folder = scgpt_checkpoint([name.upper() for name in tissue.var_names])
+    tissue.var_names = [name.capitalize() for name in tissue.var_names]
+    model = make(tissue, folder=folder, species="mouse", orthologs="uppercase")
+    mouse = [str(name) for name in tissue.var_names[:2]]
+    assert model.genes.tolist() == tissue.var_names.tolist()
+    assert np.isfinite(model.get_expression(genes=mouse, decoder=True)).all()
+    with pytest.raises(KeyError, match=f"Not among the .*{mouse[0].upper()}.*Did you mean"):
+        model.get_expression(genes=[mouse[0].upper()], decoder=True)
+
+
 def test_cells_that_hide_nothing_are_trained_on_as_they_are_embedded(tissue, make) -> None:
     """Without hidden genes there is nothing to ask for: tokens that ask would change the cell."""
     model = make(tissue, train="full")

@@ -113,10 +113,13 @@ class FIMP(BaseModelClass, metaclass=Listed):
 
     Examples
     --------
-    >>> fimp.pp.spatial_graph(adata)
-    >>> fimp.model.FIMP.setup_anndata(adata, labels_key="cell_type")
-    >>> model = fimp.model.FIMP(adata)
-    >>> model.train()
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, labels_key="cell_type", library_key="section")
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
     >>> adata.obsm["X_fimp"] = model.get_latent_representation()
     """
 
@@ -251,7 +254,7 @@ class FIMP(BaseModelClass, metaclass=Listed):
 
     @property
     def genes(self) -> NDArray[Any]:
-        """Names of the genes that the model knows, in its own order.
+        """Names of the genes that the model knows, in its own order, spelled as in the object of training.
 
         Of several tables one after the other; a name that several of them have follows that of its table there
         (``"protein:CD3"``).

@@ -76,9 +76,9 @@ def impute(
         Cells with expression and coordinates; or a MuData object, of which a modality is read: expression, signals of
         regions (:func:`fimp_sc.pp.fmri`), images (:func:`fimp_sc.pp.images`) or features (:func:`fimp_sc.pp.features`).
     genes
-        Gene or genes to predict, of those that the model knows, measured here or not. All genes of ``adata`` by
-        default, which makes a dense layer of cells x genes: name genes for a large object. Of several tables that are
-        read together genes of any; each is written to its own table.
+        Gene or genes to predict, of those that the model knows, measured here or not, spelled as in the object that the
+        model was trained on. All genes of ``adata`` by default, which makes a dense layer of cells x genes: name genes
+        for a large object. Of several tables that are read together genes of any; each is written to its own table.
     scale
         ``"log"``: ``log1p`` of values scaled to the common total of the model, the median total of the cells that it
         was trained on. ``"counts"``: scaled back to the total of each cell.

@@ -73,10 +73,10 @@ class ExpressionReader:
 
     Counts and normalized values are divided by the cell's total over the genes that the model knows and that are
     visible in this cell, multiplied by ``target_sum`` times the fraction that these genes have in the training data,
-    and ``log1p`` transformed; values on the log scale, and real numbers, are used as they are. Where training saw counts
-    or normalized values, logarithms are undone first, as they may be those of another total. The user's matrix is never
-    changed and stays where it is, in memory or on disk: one pass over it finds totals and means, after which only the
-    rows of a block are read, and only they become dense.
+    and ``log1p`` transformed; values on the log scale, and real numbers, are used as they are. Where training saw
+    counts or normalized values, logarithms are undone first, as they may be those of another total. The user's matrix
+    is never changed and stays where it is, in memory or on disk: one pass over it finds totals and means, after which
+    only the rows of a block are read, and only they become dense.
 
     Parameters
     ----------
