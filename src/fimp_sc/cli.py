@@ -206,11 +206,11 @@ def _read(source: Path) -> AnnData | MuData:
 
 def _keys(data: AnnData | MuData) -> list[str]:
     """Return the entries of an object and its modalities, as one writes them."""
-    parts = {"": data} | {f'["{name}"]': part for name, part in getattr(data, "mod", {}).items()}
+    holders = {"": data} | {f'["{name}"]': modality for name, modality in getattr(data, "mod", {}).items()}
     found = []
-    for where, part in parts.items():
+    for where, holder in holders.items():
         for slot in _SLOTS:
-            entries = getattr(part, slot, None)  # MuData has no layers
+            entries = getattr(holder, slot, None)  # MuData has no layers
             found += [f'{where}.{slot}["{key}"]' for key in ([] if entries is None else entries.keys())]
     return found
 
@@ -220,23 +220,23 @@ def _write(data: Any, output: Path) -> None:
     from fimp_sc.data._modality import quiet_mudata
 
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".fimp-sc-") as folder, quiet_mudata():
-        part = Path(folder) / output.name
-        _reserve(part, int(_size(data) * (1 + _OVERHEAD_FRACTION)) + _OVERHEAD, output)
+        beside = Path(folder) / output.name
+        _reserve(beside, int(_size(data) * (1 + _OVERHEAD_FRACTION)) + _OVERHEAD, output)
         try:
-            (data.write_h5mu if hasattr(data, "write_h5mu") else data.write_h5ad)(part)
+            (data.write_h5mu if hasattr(data, "write_h5mu") else data.write_h5ad)(beside)
         except Exception as error:
             message = f"--output: {str(output)!r} cannot be written ({type(error).__name__}: {_one_line(error)})."
             raise OSError(message) from error
-        part.replace(output)
+        beside.replace(output)
 
 
-def _reserve(part: Path, n_bytes: int, output: Path) -> None:
+def _reserve(beside: Path, n_bytes: int, output: Path) -> None:
     """Raise an OSError unless a file of ``n_bytes`` fits: HDF5 does not survive a disk or a quota that is full."""
     try:
         if hasattr(os, "posix_fallocate"):
-            with part.open("wb") as file:
+            with beside.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, n_bytes)
-        elif n_bytes > shutil.disk_usage(part.parent).free:
+        elif n_bytes > shutil.disk_usage(beside.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -259,7 +259,7 @@ def _size(data: Any) -> int:
     if isinstance(data, pd.DataFrame):
         return int(data.memory_usage(deep=True).sum())
     if sparse.issparse(data):
-        return sum(int(part.nbytes) for part in vars(data).values() if isinstance(part, np.ndarray))
+        return sum(int(array.nbytes) for array in vars(data).values() if isinstance(array, np.ndarray))
     if isinstance(data, Mapping):
         return sum(map(_size, data.values()))
     return len(data) if isinstance(data, str) else int(getattr(data, "nbytes", 8))

@@ -191,12 +191,12 @@ class BlockDataset(Dataset["Batch"]):
         made: Batch = {
             "nodes": torch.from_numpy(nodes),
             "n_nodes": block.n_nodes,
-            "indptr": [torch.from_numpy(part) for part in block.indptr],
-            "indices": [torch.from_numpy(part) for part in block.indices],
+            "indptr": [torch.from_numpy(hop) for hop in block.indptr],
+            "indices": [torch.from_numpy(hop) for hop in block.indices],
             "label": torch.from_numpy(data.label[destinations]),
         }
         if block.edge_weight is not None:
-            made["edge_weight"] = [torch.from_numpy(part) for part in block.edge_weight]
+            made["edge_weight"] = [torch.from_numpy(hop) for hop in block.edge_weight]
         if data.expression is not None and data.tokenizer is not None:
             expression = expression_fields(
                 data.expression, data.tokenizer, nodes, n_dst, self.n_tokens, mask_ratio=self.mask_ratio,

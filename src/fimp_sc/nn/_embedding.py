@@ -147,8 +147,8 @@ class FeatureEmbedding(nn.Module):
         Its length stays about that of a normalized token, its mean over the others is zero.
         """
         marked = torch.ones(len(self.summary), dtype=torch.bool)
-        for part in columns:
-            marked[part] = False
+        for some in columns:
+            marked[some] = False
         if int(marked.sum()) < 2:
             self.summary.zero_()
             return

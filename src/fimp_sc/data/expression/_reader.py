@@ -197,12 +197,12 @@ class ExpressionReader:
 
     def sparse_rows(self, nodes: NDArray[np.int64]) -> sparse.csr_matrix:
         """Return the same values as :meth:`rows` as CSR; for statistics that must not become dense."""
-        parts = [
-            sparse.csr_matrix(self._normalized(self._in_genes(self._rows.read(part)), part))
-            for part in (nodes[i : i + _ROWS] for i in range(0, len(nodes), _ROWS))
+        pieces = [
+            sparse.csr_matrix(self._normalized(self._in_genes(self._rows.read(some)), some))
+            for some in (nodes[i : i + _ROWS] for i in range(0, len(nodes), _ROWS))
         ]
         empty = sparse.csr_matrix((0, self.n_genes), dtype=np.float32)
-        return sparse.csr_matrix(sparse.vstack([empty, *parts], format="csr"))
+        return sparse.csr_matrix(sparse.vstack([empty, *pieces], format="csr"))
 
     def complete_rows(self, nodes: NDArray[np.int64], mean: NDArray[np.float32]) -> sparse.csr_matrix:
         """Return the same with the ``(n_genes,)`` mean in place of what is hidden, or measured in other panels only."""
@@ -261,12 +261,12 @@ class ExpressionReader:
         """Compute mean and fraction of counts of each gene over those of ``nodes`` where it is measured and seen."""
         total = np.zeros(self.n_genes, dtype=np.float64)
         counts, seen = np.zeros((2, *self.measured.shape))
-        for part in (nodes[i : i + _ROWS] for i in range(0, len(nodes), _ROWS)):
-            raw = self._in_genes(self._rows.read(part))
+        for some in (nodes[i : i + _ROWS] for i in range(0, len(nodes), _ROWS)):
+            raw = self._in_genes(self._rows.read(some))
             if self._scale != "real":
-                self._add_by_panel(counts, self._visible(self._linear(raw), part), part)
-            total += _gene_sums(self._visible(self._normalized(raw, part), part))
-            seen += self._seen(part)
+                self._add_by_panel(counts, self._visible(self._linear(raw), some), some)
+            total += _gene_sums(self._visible(self._normalized(raw, some), some))
+            seen += self._seen(some)
         return GeneStatistics(
             mean=(total / np.maximum(seen.sum(0), 1)).astype(np.float32),
             fraction=_fractions(counts, seen).astype(np.float32),
@@ -543,8 +543,8 @@ class JoinedExpression:
                 raise ValueError("No training node has values of one of the tables: check train_indices.")
             found.append(source.gene_statistics(there))
         return GeneStatistics(
-            np.concatenate([part.mean for part in found]),
-            np.concatenate([part.fraction for part in found]),
+            np.concatenate([one.mean for one in found]),
+            np.concatenate([one.fraction for one in found]),
             self.target_sum,
         )
 

@@ -393,7 +393,7 @@ def _masks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return visible genes of each pattern, the pattern of each node, and what is hidden of the destinations."""
     # Copies: with Dask's workers the arrays of a source cannot be written to, which tensors must be.
-    observed, pattern = (torch.from_numpy(part.copy()) for part in source.observed(nodes))
+    observed, pattern = (torch.from_numpy(array.copy()) for array in source.observed(nodes))
     visible = observed
     if ratio is not None:
         visible, drawn = hide_genes(

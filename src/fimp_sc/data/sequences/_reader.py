@@ -229,10 +229,11 @@ class SequenceReader:
             raise ValueError("No training node has values of this modality.")
         count, total, square = 0, 0.0, 0.0
         for i in range(0, len(nodes), chunk):
-            part = self.read(nodes[i : i + chunk]).astype(np.float64)
+            values = self.read(nodes[i : i + chunk]).astype(np.float64)
             if self.hidden is not None:
-                part = part[~self.hidden[nodes[i : i + chunk]]]
-            count, total, square = count + part.size, total + float(part.sum()), square + float(np.square(part).sum())
+                values = values[~self.hidden[nodes[i : i + chunk]]]
+            count, total = count + values.size, total + float(values.sum())
+            square += float(np.square(values).sum())
         mean = total / max(count, 1)
         std = max(square / max(count, 1) - mean**2, 0.0) ** 0.5
         center, spread = self.coordinates[nodes].mean(0), self.coordinates[nodes].std(0)

@@ -65,7 +65,7 @@ class LabelingModule(BaseModuleClass):
             return self.log_loss(generative_outputs, labels).min() / n_labeled
         how: Any = {"weight": self.class_weight, "ignore_index": -1, "reduction": "sum"}
         logits = [generative_outputs[name] for name in ("logits", "logits_alone") if name in generative_outputs]
-        return torch.stack([nn.functional.cross_entropy(part, labels, **how) for part in logits]).mean() / n_labeled
+        return torch.stack([nn.functional.cross_entropy(view, labels, **how) for view in logits]).mean() / n_labeled
 
     def log_loss(self, generative_outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Return the log loss of predicted labels, summed over labeled nodes.
@@ -85,7 +85,7 @@ class LabelingModule(BaseModuleClass):
         if len(logits) == 1:
             return nn.functional.cross_entropy(logits[0], labels[known], reduction="sum")[None]
         true = labels[known, None]
-        return mixture_loss(*(part.softmax(1).gather(1, true).squeeze(1) for part in logits))
+        return mixture_loss(*(view.softmax(1).gather(1, true).squeeze(1) for view in logits))
 
     def standardized(self, embedding: Tensor) -> Tensor:
         """Return embeddings on the scale that heads read."""

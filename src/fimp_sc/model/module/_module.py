@@ -181,7 +181,7 @@ class FIMPModule(LabelingModule, StartingModule):
         out: dict[str, Any] = {"embedding": self.network.read(states, batch)}
         if reconstruct and self.sequences:
             heads = self.network.heads
-            out["sequences"] = {name: heads[name](part) for name, part in self.network.split(states, batch).items()}
+            out["sequences"] = {name: heads[name](own) for name, own in self.network.split(states, batch).items()}
         return out
 
     @auto_move_data
@@ -209,7 +209,7 @@ class FIMPModule(LabelingModule, StartingModule):
         as their numbers are standardized, 1 is what predicting the mean achieves here, too.
         """
         n_obs = tensors["label"].shape[0]
-        parts: dict[str, Tensor] = {}
+        named: dict[str, Tensor] = {}
         losses = [
             masked_loss(predicted, tensors["sequences"][name])
             for name, predicted in inference_outputs.get("sequences", {}).items()
@@ -220,16 +220,16 @@ class FIMPModule(LabelingModule, StartingModule):
             losses.append((error * hidden).sum() / hidden.sum().clamp(min=1) / self.value_variance)
         loss = inference_outputs["embedding"].new_zeros(())
         if losses:
-            loss = parts["masked_loss"] = torch.stack(losses).sum()
+            loss = named["masked_loss"] = torch.stack(losses).sum()
         if "query_id" in tensors:
-            parts["decoder_loss"] = _bin_loss(
+            named["decoder_loss"] = _bin_loss(
                 inference_outputs["bin"], tensors["query_bin"], tensors["query_padding"], self.n_bins - 1
             )
-            loss = loss + parts["decoder_loss"]
+            loss = loss + named["decoder_loss"]
         if self.label_head is not None:
-            parts["label_loss"] = self.label_loss(generative_outputs, tensors["label"])
-            loss = loss + self.label_weight * parts["label_loss"]
-        return LossOutput(loss=loss, n_obs_minibatch=n_obs, extra_metrics=parts)
+            named["label_loss"] = self.label_loss(generative_outputs, tensors["label"])
+            loss = loss + self.label_weight * named["label_loss"]
+        return LossOutput(loss=loss, n_obs_minibatch=n_obs, extra_metrics=named)
 
     def sample(self, *args: Any, **kwargs: Any) -> None:
         """FIMP predicts means and has no generative distribution to sample from."""

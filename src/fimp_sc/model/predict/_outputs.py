@@ -76,11 +76,11 @@ def decoded_expression(
     out = np.full((len(nodes), len(genes)), np.nan, dtype=np.float32)
     known = np.flatnonzero(source.known.numpy()[genes])
     for i in range(0, len(known), _GENES):
-        part = known[i : i + _GENES]
-        out[:, part] = predict(torch.from_numpy(genes[part]))
+        some = known[i : i + _GENES]
+        out[:, some] = predict(torch.from_numpy(genes[some]))
     for i in range(0, len(nodes), _CELLS):
         cells = slice(i, i + _CELLS)
-        observed, pattern = (torch.from_numpy(part.copy()) for part in data.expression.observed(nodes[cells]))
+        observed, pattern = (torch.from_numpy(array.copy()) for array in data.expression.observed(nodes[cells]))
         edges = torch.from_numpy(source.edges(data.expression.sparse_rows(nodes[cells]), observed, pattern))
         out[cells, known] = unbin(torch.from_numpy(out[cells][:, known]), edges).numpy()
     return out
@@ -321,9 +321,8 @@ def get_expression(
     if not tables:
         raise ValueError("This model reads no expression: call get_reconstruction for signals and images.")
     if len(tables) > 1 and hidden is not None and not isinstance(hidden, Mapping):
-        raise ValueError(
-            f"hidden is one array for several tables: pass a dictionary, with keys of {[part.name for part in tables]}."
-        )
+        names = [table.name for table in tables]
+        raise ValueError(f"hidden is one array for several tables: pass a dictionary, with keys of {names}.")
     if genes is None:
         known = np.concatenate(known_columns(model, tables))
     else:

@@ -289,7 +289,7 @@ def _unseen(model: FIMP, study: Study, hidden: Any) -> dict[str, Any]:
     """Return what is hidden, by modality or of the only one, as arguments of :func:`graph_data`."""
     if hidden is None:
         return {}
-    tables = [part.name for part in tables_of(model, study)]
+    tables = [table.name for table in tables_of(model, study)]
     known = [*tables, *model.module.sequences]
     if not isinstance(hidden, Mapping):
         if len(known) > 1:
