@@ -235,7 +235,7 @@ def cell_groups(column: pd.Series, where: str, unlabeled_category: str | None = 
     text, names = label_text(column), label_text(pd.Series(pd.Categorical(column).categories)).unique()
     if unlabeled_category is not None:
         names = names[names != str(unlabeled_category)]
-    groups = pd.Categorical(text.to_numpy(), categories=names).remove_unused_categories()
+    groups = pd.Categorical(text.where(text.isin(names)).to_numpy(), categories=names).remove_unused_categories()
     n_groups, n_cells = len(groups.categories), int((groups.codes >= 0).sum())
     many = n_groups > max(_GROUPS, n_cells // _CELLS_PER_GROUP)
     if pd.api.types.is_numeric_dtype(column.dtype):
