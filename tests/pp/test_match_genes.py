@@ -178,7 +178,7 @@ def test_advice_takes_account_of_the_table_that_was_given():
 def test_a_warning_made_an_error_leaves_nothing_behind():
     adata = make_adata()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         with pytest.raises(UserWarning, match=r"Only 10\.0 % of the counts"):
             match_genes(adata, ["AQP4"])
     assert KEY not in adata.var
