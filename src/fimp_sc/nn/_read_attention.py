@@ -151,23 +151,23 @@ class _Recorder:
         real = (indices != destination) & (indices < self.n_nodes)
         destination, source = destination[real], indices[real]
         query = _heads(attention, attention.query(queries[:n] if self.pooled_from is not None else queries[:n, :1]))
-        key, value = (_heads(attention, part(tokens)) for part in (attention.key, attention.value))
+        key, value = (_heads(attention, layer(tokens)) for layer in (attention.key, attention.value))
         weight = self.output.weight if isinstance(self.output, nn.Linear) else None
-        share = self._share(padding[:n])
+        fraction = self._fraction(padding[:n])
         size = edges_at_once(attention.n_heads, query.shape[2], key.shape[2] * key.shape[3])
-        parts = [query.new_zeros(0)]
+        lengths = [query.new_zeros(0)]
         for i in range(0, len(source), size):
             edges = destination[i : i + size], source[i : i + size]
             message = edge_messages(query, key, value, padding, *edges)
-            message = message[:, 0] if share is None else (share[edges[0], None] @ message)[:, 0]
+            message = message[:, 0] if fraction is None else (fraction[edges[0], None] @ message)[:, 0]
             if weight is not None:
                 message = message @ weight.T
-            parts.append(message.norm(dim=1))
-        influence = torch.cat(parts)
+            lengths.append(message.norm(dim=1))
+        influence = torch.cat(lengths)
         self.found.append(influence if factor is None else influence * factor[: len(real)][real])
 
-    def _share(self, padding: Tensor) -> Tensor | None:
-        """Return the share of each token in the embedding of its node, where that is a mean."""
+    def _fraction(self, padding: Tensor) -> Tensor | None:
+        """Return how much each token counts in the embedding of its node, where that is a mean."""
         if self.pooled_from is None:
             return None
         there = (~padding).to(torch.get_default_dtype())
