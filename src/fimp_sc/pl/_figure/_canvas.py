@@ -19,7 +19,7 @@ _MARGIN = 0.4
 # Dots per inch of files, unless matplotlib's settings name another number.
 _DPI = 200
 # Letters of a title that an inch has room for.
-_LETTERS = 13
+_LETTERS = 11
 
 
 class Canvas:
@@ -159,7 +159,7 @@ def _wrapped(figsize: tuple[float, float], n_rows: int, n_columns: int, wrap: in
     """Return new axes, ``n_rows × n_columns``, of which at most ``wrap`` are side by side."""
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=figsize, layout="constrained")
+    figure = plt.figure(figsize=figsize, layout="compressed")
     # Each row that is broken is a figure of its own, so that one legend has room beside all its lines.
     broken = n_columns > wrap
     parts = figure.subfigures(n_rows, 1, squeeze=False).ravel() if broken else [figure]

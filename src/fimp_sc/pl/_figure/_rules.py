@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fimp_sc._option_rules import ColorMap, Real, Rule
+from fimp_sc._option_rules import ColorMap, Place, Real, Rule
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,18 @@ class Palette(Rule):
         if isinstance(value, dict | list):
             return bool(value) and all(map(is_color_like, value.values() if isinstance(value, dict) else value))
         return value != ""
+
+
+@dataclass(frozen=True)
+class ReportFile(Place):
+    """A file of HTML in a folder that exists."""
+
+    def accept(self, value: Any, name: str, *, none: bool = False) -> Any:
+        path = Path(super().accept(value, name, none=none))
+        if path.suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"{name} must end in .html, found {path.name!r}.")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{name}: the folder {str(path.parent)!r} does not exist; create it first.")
+        if path.is_dir():
+            raise IsADirectoryError(f"{name}: {str(path)!r} is a folder; name a file.")
+        return path
