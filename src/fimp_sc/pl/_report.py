@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from matplotlib.figure import Figure
     from mudata import MuData
 
 _DPI = 160
@@ -384,7 +383,7 @@ def _principal_components(values: np.ndarray, n: int) -> tuple[np.ndarray, np.nd
     return centered @ directions[:, chosen], variances[chosen] / max(float(variances.sum()), 1e-300)
 
 
-def _picture(figure: Figure, caption: str) -> str:
+def _picture(figure: Any, caption: str) -> str:
     from matplotlib import pyplot as plt
 
     file = BytesIO()
