@@ -55,8 +55,6 @@ class FeatureEmbedding(nn.Module):
         gene_key: NDArray[np.uint64] | None = None,
     ) -> None:
         super().__init__()
-        # Constants for the compiler of torch.
-        self.least_visible, self.shrinkage = recipe().least_visible, recipe().shrinkage
         self.loading = nn.Parameter(random_rows(n_features, d_model, gene_key) * n_features**-0.5)
         self.identity = nn.Parameter(random_rows(n_features, d_model, gene_key) * recipe().identity)
         # Of one size, so that every head of the first layer tells summaries by it.
@@ -90,10 +88,6 @@ class FeatureEmbedding(nn.Module):
         total = energy.sum(0)
         seen = visible.to(energy.dtype) @ energy
         missing = total / seen.clamp(min=1e-12)
-        # Where hardly anything is seen it is scaled up less than for all that is missing: that would be noise.
-        least, shrinkage = self.least_visible, self.shrinkage
-        shrunk = (1.0 + shrinkage / least) * total / (seen + shrinkage * total).clamp(min=1e-12)
-        missing = torch.where(seen < least * total, shrunk, missing)
         summary = (profile @ self.loading) * missing.index_select(0, pattern)
         value = value.unsqueeze(2)
         tokens = (

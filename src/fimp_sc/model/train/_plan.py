@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class FIMPTrainingPlan(pl.LightningModule):
-    """AdamW with warm-up and cosine decay; logs train and validation losses per epoch.
+    """AdamW with cosine decay; logs train and validation losses per epoch.
 
     Losses are means over cells, and those of labels over labeled cells; an epoch without any has none. The validation
     loss is that of all validation cells at once: its labels are predicted by the mixture that suits these best. The
@@ -40,7 +40,7 @@ class FIMPTrainingPlan(pl.LightningModule):
     lr_foundation
         Peak learning rate of what is trained of a foundation model, by default 1e-4.
     weight_decay
-        Of all weights but the tables of genes, by default 0.01.
+        Of all weights but the tables of genes, by default none.
     gradient_clip
         Largest gradient norm, by default 1.
     """
@@ -53,7 +53,7 @@ class FIMPTrainingPlan(pl.LightningModule):
         lr_loadings: float | None = None,
         lr_head: float | None = None,
         lr_foundation: float | None = None,
-        weight_decay: float | None = None,
+        weight_decay: float = 0.0,
         gradient_clip: float | None = None,
     ) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class FIMPTrainingPlan(pl.LightningModule):
         self.lr_loadings = numbers.lr_loadings if lr_loadings is None else lr_loadings
         self.lr_head = numbers.lr_head if lr_head is None else lr_head
         self.lr_foundation = numbers.lr_foundation if lr_foundation is None else lr_foundation
-        self.weight_decay = numbers.weight_decay if weight_decay is None else weight_decay
+        self.weight_decay = weight_decay
         self.gradient_clip = numbers.gradient_clip if gradient_clip is None else gradient_clip
         self.n_obs_training: int | None = None
         self.n_obs_validation: int | None = None
@@ -158,12 +158,10 @@ class FIMPTrainingPlan(pl.LightningModule):
         )
         total = max(int(self.trainer.estimated_stepping_batches), 1)
 
-        numbers = recipe()
-        last = numbers.last_rate
+        last = recipe().last_rate
 
         def rate(step: int) -> float:
-            warmup = min((step + 1) / max(numbers.warmup, 1), 1.0)
-            return warmup * (last + (1.0 - last) * 0.5 * (1.0 + math.cos(math.pi * min(step / total, 1.0))))
+            return last + (1.0 - last) * 0.5 * (1.0 + math.cos(math.pi * min(step / total, 1.0)))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
