@@ -223,7 +223,7 @@ def train(adata: AnnData | MuData, run: Run, variant: Variant, **setup: Any) -> 
     parameters = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
     history = model.history
     validation = float(history["validation_loss"].min().iloc[0])
-    shares = f"neighbors {model.neighbor_share:.2f}, smoothed {model.smoothed_share:.2f}" if model.classes else ""
+    shares = f"neighbors {model.neighbor_weight:.2f}, smoothed {model.smoothing_weight:.2f}" if model.classes else ""
     return model, Fit(np.empty(0), parameters, len(history["train_loss"]), seconds, validation, shares)
 
 

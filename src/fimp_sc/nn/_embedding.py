@@ -29,7 +29,7 @@ class FeatureEmbedding(nn.Module):
 
     A token is ``value * loading[gene] + identity[gene] + f(value)``. The summary token is the sum of
     ``value * loading`` over *all* visible genes, so it carries what the token budget leaves out; where genes are
-    hidden or not measured each component is scaled up by its share of squared loadings that is missing. With
+    hidden or not measured each component is scaled up by the fraction of its squared loadings that is missing. With
     loadings from the data's own principal components the summary starts as the cell's PCA scores.
 
     Parameters
@@ -141,8 +141,8 @@ class FeatureEmbedding(nn.Module):
         Its length stays about that of a normalized token, its mean over the others is zero.
         """
         marked = torch.ones(len(self.summary), dtype=torch.bool)
-        for part in columns:
-            marked[part] = False
+        for some in columns:
+            marked[some] = False
         if int(marked.sum()) < 2:
             self.summary.zero_()
             return

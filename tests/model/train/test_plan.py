@@ -191,7 +191,7 @@ def test_training_without_labeled_validation_cells(partly, train) -> None:
     loss, masked = (model.history[name].to_numpy(float) for name in ("validation_loss", "masked_loss_validation"))
     assert np.isfinite(loss).all()
     np.testing.assert_allclose(loss, masked, rtol=1e-6)
-    assert (model.neighbor_share, model.smoothed_share) == (0.5, 0.0)
+    assert (model.neighbor_weight, model.smoothing_weight) == (0.5, 0.0)
 
 
 def test_label_loss_of_training_is_a_mean_over_labeled_cells(partly, train, monkeypatch) -> None:
