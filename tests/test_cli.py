@@ -546,3 +546,14 @@ def test_modalities_of_a_file(tmp_path, recordings) -> None:
         assert mudata.read_h5mu(output)["fmri"].obsm["X_fimp"].shape == (recordings["fmri"].n_obs, 128)
     assert cli.main(["embed", str(source), "--output", str(tmp_path / "out.h5ad"), "--modality", "fmri"]) == 2
     assert cli.main(["embed", str(source), "--output", str(output), "--modality", "no"]) == 2
+
+
+def test_a_report_is_written_beside_the_output(section, tmp_path, calls, capsys) -> None:
+    page = tmp_path / "report.html"
+    assert cli.main(["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--report", str(page)]) == 0
+    assert "<h2>Data</h2>" in page.read_text(encoding="utf-8")
+    assert f"Wrote the report {page}" in capsys.readouterr().out
+    assert calls == [("embed", {"verbose": True})]
+    assert cli.main(["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--report", "report.txt"]) == 2
+    assert "--report must end in .html" in capsys.readouterr().err
+    assert len(calls) == 1, "refused before anything is computed"

@@ -122,7 +122,14 @@ def _warnings_in_a_line(command: str) -> Iterator[None]:
 
 
 def _run_tool(
-    command: str, *, source: Path, output: Path, quiet: bool = False, save_model: Path | None = None, **arguments: Any
+    command: str,
+    *,
+    source: Path,
+    output: Path,
+    quiet: bool = False,
+    save_model: Path | None = None,
+    report: Path | None = None,
+    **arguments: Any,
 ) -> None:
     """Read, call ``tl.<command>``, write."""
     if source.is_dir():
@@ -143,6 +150,11 @@ def _run_tool(
     if save_model is not None and save_model.exists():
         message = f"--save-model: {str(save_model)!r} exists already; name a new folder."
         raise ValueError(message)
+
+    if report is not None:
+        from fimp_sc.pl._figure._rules import ReportFile
+
+        report = ReportFile().accept(report, "--report")
 
     suffix = ".h5mu" if source.suffix == ".h5mu" else ".h5ad"
     if output.suffix != suffix:
@@ -175,11 +187,15 @@ def _run_tool(
     if save_model is not None:
         fimp_sc.tl.get_model(data, arguments.get("modality")).save(str(save_model))
     _write(data, output)
+    if report is not None:
+        fimp_sc.pl.report(data, report, modality=arguments.get("modality"))
     if not quiet:
         added = [key for key in _keys(data) if key not in before]
         print(f"Wrote {output}; new in it: {', '.join(added) or 'nothing, existing keys were replaced'}")
         if save_model is not None:
             print(f"Saved the model to {save_model}")
+        if report is not None:
+            print(f"Wrote the report {report}")
 
 
 def _read(source: Path) -> AnnData | MuData:
@@ -386,6 +402,7 @@ def _add_keys(tool: argparse.ArgumentParser) -> None:
     _add(tool, "key_added", metavar="KEY", help="name of what is written")
     _add(tool, "overwrite", help="replace what is under this name in the input")
     _add(tool, "random_state", metavar="SEED", help="seed of everything random")
+    tool.add_argument("--report", type=Path, metavar="FILE.html", help="page with figures of all results to write")
     tool.add_argument("--quiet", action="store_true", help="no progress and no report")
     _add_debug(tool)
 
