@@ -101,7 +101,13 @@ class FoundationNetwork(Network):
 
     def read(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Return the embedding of each node from its tokens after the last layer."""
-        return tokens[:, 0] if self._has_summary else tokens.mean(1)
+        if self._has_summary:
+            return tokens[:, 0]
+        padding = self.embedding.padding(batch["sequences"][str(self.sequence)])
+        if padding is None:
+            return tokens.mean(1)
+        absent = padding[: len(tokens), :, None]
+        return tokens.masked_fill(absent, 0.0).sum(1) / (~absent).sum(1).clamp(min=1)
 
     def split(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the tokens of a sequence, ``(n_dst, f, width)`` by modality, from the last layer's tokens."""
@@ -153,8 +159,11 @@ class FoundationNetwork(Network):
         """Return the tokens of all nodes of a block, ``(n, 1 + f, width)``, and their padding, ``(n, 1 + f)``."""
         if self.sequence is None:
             return self.embedding(batch["feature_id"], batch["value"], batch["padding"])
-        tokens = self.embedding(batch["sequences"][self.sequence])
-        return tokens, torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        nodes = batch["sequences"][self.sequence]
+        tokens, padding = self.embedding(nodes), self.embedding.padding(nodes)
+        if padding is None:
+            padding = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return tokens, padding
 
     def message_layers(self) -> list[Any]:
         """Return the layers of the stack.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fimp_sc.pretrained._backbone import Backbone
 
 # Models that come with the package; each module registers its own when it is first asked for.
-_OWN = {"scgpt": "_scgpt", "vit": "_vit", "brainlm": "_brainlm"}
+_OWN = {"scgpt": "_scgpt", "vit": "_vit", "brainlm": "_brainlm", "bert": "_bert"}
 
 _readers: dict[str, FoundationReader] = {}
 
@@ -237,8 +237,8 @@ def load(
     Parameters
     ----------
     name
-        ``"scgpt"`` (expression), ``"vit"`` (images), ``"brainlm"`` (signals of brain regions), or one that
-        :func:`register` made known.
+        ``"scgpt"`` (expression), ``"vit"`` (images), ``"brainlm"`` (signals of brain regions), ``"bert"`` (texts), or
+        one that :func:`register` made known.
     checkpoint
         Folder with the files of the model, or the name of a repository on the Hugging Face hub, which is downloaded.
     train
@@ -259,7 +259,8 @@ def load(
         Column of ``var`` with ids from :func:`fimp_sc.pp.match_genes`; by default genes are matched by name.
     **settings
         Of this model: ``cls_value`` of scGPT (value of its first token, by default that of padding); ``n_heads`` of a
-        ViT without a configuration.
+        ViT without a configuration; of BERT ``pooling`` (``"mean"`` or ``"cls"``, by default what the files say) and
+        ``layer`` (the last that is read, by default -1, all).
 
     Returns
     -------

@@ -202,8 +202,7 @@ def annotate(
         fitted = fitted_model(
             study, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
-            foundation=foundation,
-            n_tokens=n_tokens, n_layers=n_layers,
+            foundation=foundation, n_tokens=n_tokens, n_layers=n_layers, wanted="labels",
         )  # fmt: skip
         soft = cast("pd.DataFrame", fitted.predict(soft=True, **(inference_kwargs or {})))
         probabilities = soft.to_numpy(dtype=np.float32)

@@ -61,8 +61,9 @@ def sequence_reader(
     coordinates, statistics, hidden
         See :class:`~fimp_sc.data.SequenceReader`.
     """
+    kind = sequence_kind(part.kind)
     return SequenceReader(
-        Reader(part.kind, part.adata, part.rows, token_size), shape, n_obs, by_node=sequence_kind(part.kind).by_node,
+        Reader(part.kind, part.adata, part.rows, token_size), shape, n_obs, by_node=kind.by_node, words=kind.words,
         coordinates=coordinates, statistics=statistics, absent=part.absent, hidden=hidden,
     )  # fmt: skip
 
