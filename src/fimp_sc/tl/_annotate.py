@@ -178,6 +178,9 @@ def annotate(
     of :mod:`fimp_sc.tl` whose results are in the object, also if it was written to a file since; a line of the log
     names them.
 
+    A frozen foundation model learns labels alone here: its embeddings are computed once, whatever the number of epochs.
+    :func:`impute` then trains a model of its own; ``train_kwargs={"mask_cells": 0.5}`` learns both at once.
+
     Examples
     --------
     >>> import fimp_sc as fimp
