@@ -13,7 +13,7 @@ from fimp_sc.pretrained._backbone import Backbone, SequenceTokens, copy_layer, c
 from fimp_sc.pretrained._registry import FoundationReader, register
 from fimp_sc.pretrained._vit import check_all_read
 from fimp_sc.pretrained.files._files import CheckpointError, read_json
-from fimp_sc.pretrained.files._settings import open_checkpoint
+from fimp_sc.pretrained.files._settings import WEIGHT_FILES, open_checkpoint
 from fimp_sc.pretrained.files._tokenizer import read_words, words_checksum
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Bert(FoundationReader):
     reads = "text"
     nodes = "texts"
     files = "config.json, model.safetensors and tokenizer.json, or the name of a repository on the Hugging Face hub"
+    needed = (("config.json",), WEIGHT_FILES)
 
     def build(self, config: Mapping[str, Any], **stack: Any) -> Backbone:
         """Build the modules with random weights."""
