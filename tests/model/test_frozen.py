@@ -89,7 +89,7 @@ def test_numbers_are_those_without_it(build, monkeypatch) -> None:
     )
     assert np.abs(kept.module.label_head.score.weight.detach().numpy()).max() > 0.01
     np.testing.assert_allclose(kept.predict(soft=True), anew.predict(soft=True), **close)
-    assert kept.smoothed_share == anew.smoothed_share
+    assert kept.smoothing_weight == anew.smoothing_weight
     np.testing.assert_allclose(kept.module.reference, anew.module.reference, **close)
 
 
