@@ -9,6 +9,8 @@ import anndata as ad
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from geneformer_toys import write_geneformer
+from nicheformer_toys import write_nicheformer
 from PIL import Image
 from scipy import sparse
 from text_toys import make_texts, write_encoder
@@ -26,6 +28,7 @@ PAGES = {
     "index.md": 1,
     "quick_start.md": 5,
     "guide/settings.md": 6,
+    "guide/models.md": 4,
     "guide/cost.md": 1,
     "guide/annotation.md": 2,
     "guide/evaluation.md": 9,
@@ -136,6 +139,10 @@ def test_code_of_the_other_pages_runs(name: str, tmp_path, scgpt_checkpoint) -> 
     assert len(blocks) == PAGES[name]
     if any("scGPT_human/" in block for block in blocks):
         (tmp_path / "scGPT_human").symlink_to(scgpt_checkpoint(toy_tissue(n_obs=60).var_names[:700]))
+    if name == "guide/models.md":
+        genes = list(toy_tissue(n_obs=60).var_names)
+        write_geneformer(tmp_path / "Geneformer-V2-104M", genes, n_positions=80)
+        write_nicheformer(tmp_path / "Nicheformer", genes)
     run(blocks, DOCS / name, {})
 
 

@@ -238,21 +238,32 @@ def bert_sizes(weights: Weights, config: Config, layer: int = -1) -> dict[str, A
     heads = config.count("num_attention_heads")
     if d_model % heads:
         raise config.error("num_attention_heads", f"which does not divide the width {d_model}")
+    return {
+        "d_model": d_model,
+        "n_heads": heads,
+        "n_layers": kept_layers(layer, n_layers, weights),
+        "d_feedforward": hidden,
+        "activation": config.values.get("hidden_act", "gelu"),
+        "eps": config.eps(1e-12),
+        "n_positions": weights.shape("embeddings.position_embeddings.weight")[0],
+    }
+
+
+def kept_layers(layer: int, n_layers: int, weights: Weights) -> int:
+    """Return how many of ``n_layers`` layers are run for the hidden states of ``layer``, see :func:`bert_sizes`.
+
+    Raises
+    ------
+    ValueError
+        There is no such layer.
+    """
     kept = layer if layer >= 0 else n_layers + 1 + layer
     if not 1 <= kept <= n_layers:
         raise ValueError(
             f"layer must be from 1 to {n_layers}, or from -{n_layers} to -1 counted from the last, found {layer}: "
             f"{str(weights.path)!r} has {n_layers} layers."
         )
-    return {
-        "d_model": d_model,
-        "n_heads": heads,
-        "n_layers": kept,
-        "d_feedforward": hidden,
-        "activation": config.values.get("hidden_act", "gelu"),
-        "eps": config.eps(1e-12),
-        "n_positions": weights.shape("embeddings.position_embeddings.weight")[0],
-    }
+    return kept
 
 
 def build_stack(config: Mapping[str, Any], **options: Any) -> TransformerStack:
