@@ -198,6 +198,7 @@ OPTIONS: dict[str, Rule | None] = {
     "fmri.method": Choice(("structural", "coordinates", "functional")),
     "orientation": Choice(("region_time", "time_region")),
     "n_neighbors": Integer(1),
+    "spatial_graph.n_neighbors": Integer(0),
     "n_rings": Integer(1),
     "radius_km": Real(0, open_left=True),
     "lazy": Flag(),

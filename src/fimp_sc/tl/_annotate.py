@@ -87,7 +87,8 @@ def annotate(
         call, else ``"spatial"``.
     connectivities_key
         Graph in ``obsp``, ``(n_obs, n_obs)``, row = destination. If it is absent, a graph of the 6 nearest neighbors is
-        built with :func:`fimp_sc.pp.spatial_graph`. By default that of the ``model`` or of the latest call, else
+        built with :func:`fimp_sc.pp.spatial_graph`; cells without places (scRNA-seq) get an empty one from it with
+        ``n_neighbors=0`` first. By default that of the ``model`` or of the latest call, else
         ``"spatial_connectivities"``.
     input_scale
         Scale of the values: ``"counts"`` (whole numbers), ``"normalized"`` (without logarithm), ``"log"``

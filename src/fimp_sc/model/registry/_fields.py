@@ -23,6 +23,7 @@ from fimp_sc.data.validate._checks import (
     check_object,
     check_obs_key,
     check_scaled,
+    get_graph,
     get_matrix,
     get_obs,
     label_text,
@@ -393,9 +394,10 @@ def check_known(wanted: Sequence[str], genes: NDArray[Any]) -> None:
 
 
 class GraphField(_Field):
-    """Neighbor graph in ``obsp``; validated, never built here."""
+    """Neighbor graph in ``obsp``; validated, never built here. What is registered is whether there were edges."""
 
     _attr = "obsp"
+    EDGES = "has_edges"
 
     def __init__(self, connectivities_key: str, library_key: str | None, modality: Any = None) -> None:
         super().__init__(GRAPH_KEY, connectivities_key, modality)
@@ -406,6 +408,14 @@ class GraphField(_Field):
         study.check_graph(str(self.attr_key))
         nodes = study.nodes
         check_graph(nodes, str(self.attr_key), self._library_key)
+
+    def register_field(self, adata: AnnData | MuData) -> dict:
+        self.validate_field(adata)
+        return {self.EDGES: bool(get_graph(self.nodes(adata), str(self.attr_key)).nnz)}
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
+        self.validate_field(adata_target)
+        return state_registry
 
 
 class GroupField(_Field):

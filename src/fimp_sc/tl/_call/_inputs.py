@@ -24,9 +24,11 @@ from fimp_sc.data.validate._checks import (
     check_labels,
     check_obs_key,
     check_scaled,
+    dissociated_hint,
     get_matrix,
     get_obs,
     in_memory,
+    neighbors_key,
 )
 from fimp_sc.model.registry._fields import check_scales, scale_of
 from fimp_sc.model.registry._setup import check_layer
@@ -331,9 +333,13 @@ def working_copy(study: Study, inputs: Inputs, *, labels_required: bool = False)
     if inputs.connectivities_key in nodes.obsp:
         where = f"adata.obsp[{inputs.connectivities_key!r}]"
         work.obsp[inputs.connectivities_key] = in_memory(nodes.obsp[inputs.connectivities_key], where)
+        described = neighbors_key(inputs.connectivities_key)
+        if described in nodes.uns:
+            work.uns[described] = nodes.uns[described]
     elif inputs.connectivities_key.endswith(CONNECTIVITIES) and MODALITY_KEY not in nodes.uns:
         if inputs.spatial_key not in nodes.obsm:
-            check_coordinates(nodes, inputs.spatial_key)  # absent: names the keys of the user's object
+            # Absent: names the keys of the user's object.
+            check_coordinates(nodes, inputs.spatial_key, advice=dissociated_hint(nodes))
         check_free(nodes, inputs.connectivities_key.removesuffix(CONNECTIVITIES))
         add_graph(
             work,
