@@ -24,7 +24,7 @@ _WRITTEN = {
     "tl.embed": (("obsm", "{}"),),
     "tl.annotate": (("obs", "{}"), ("obs", "{}_confidence"), ("obsm", "{}_probabilities")),
     "tl.impute": (("layers", "{}"), ("obsm", "{}")),
-    "tl.niches": (("obs", "{}"), ("uns", "{}_colors")),
+    "tl.niches": (("obs", "{}"), ("obs", "{}_fit"), ("obsm", "{}_probabilities"), ("uns", "{}_colors")),
     "tl.attention": (("obsp", "{}"),),
     "tl.gene_pairs": (),
     "pp.match_genes": (("var", "{}"),),

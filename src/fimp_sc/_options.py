@@ -180,6 +180,7 @@ OPTIONS: dict[str, Rule | None] = {
     "inference_kwargs": _INFERENCE,
     "impute.genes": Names(),
     "n_niches": Integer(2),
+    "reference": Object(),
     "niches.method": Choice(("mixture", "leiden")),
     "smooth": Integer(0),
     "n_components": Integer(1, none=True),

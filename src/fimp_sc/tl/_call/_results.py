@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._keys import new_record
+from fimp_sc.data.storage._checksums import checksum
 from fimp_sc.model.registry._fields import X_KEY, ExpressionField, table_states
 from fimp_sc.model.registry._graph_data import table_ends
 
@@ -40,6 +41,8 @@ def record(model: FIMP, inputs: Inputs, data: AnnData | MuData, tool: str, **ext
         **inputs_record(inputs, data, tool, table_states(state), "scvi-tools", "torch", "anndata", **extra),
         "model": _storable(model.init_params_["non_kwargs"]),
         "random_state": int(model.random_state),
+        # Embeddings of one model are in one space.
+        "weights": str(checksum(*model.module.network.parameters())),
         "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
     }
 
