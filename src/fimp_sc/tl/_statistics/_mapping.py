@@ -120,7 +120,7 @@ def among_niches(
     density = _log_densities(centered / mixture["unit"], mixture)
     total = np.logaddexp.reduce(density, axis=1)
     quantiles = np.asarray(mixture["density"])
-    fit: NDArray[np.float64] = np.interp(total, quantiles, np.linspace(0, 1, len(quantiles)))
+    fit = np.asarray(np.interp(total, quantiles, np.linspace(0, 1, len(quantiles))))
     return np.exp(density - total[:, None]), fit
 
 
