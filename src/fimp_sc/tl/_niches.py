@@ -15,7 +15,8 @@ from fimp_sc._options import checked
 from fimp_sc._palette import palette
 from fimp_sc.data._study import as_whole, resolve
 from fimp_sc.data.storage._elements import get_obs, in_memory, label_text, missing_key, shorten
-from fimp_sc.tl._call._inputs import copied, inherit
+from fimp_sc.tl._call._inputs import inherit
+from fimp_sc.tl._call._several import opened, several
 from fimp_sc.tl._smooth import smoothed
 from fimp_sc.tl._statistics._clusterings import Leiden, fit_mixture
 from fimp_sc.tl._statistics._mapping import LEAST_FIT, Axes, among_niches, stored_mixture
@@ -36,9 +37,10 @@ _MANY = 0.2
 Covariance = Literal["tied", "full", "diag", "spherical"]
 
 
+@several
 @checked
 def niches(
-    adata: AnnData | MuData,
+    adata: AnnData | MuData | Sequence[AnnData] | Mapping[str, AnnData],
     n_niches: int | None = None,
     *,
     reference: AnnData | MuData | None = None,
@@ -58,7 +60,7 @@ def niches(
     verbose: bool = True,
     overwrite: bool = False,
     copy: bool = False,
-) -> AnnData | MuData | None:
+) -> AnnData | MuData | list[AnnData] | dict[str, AnnData] | None:
     """Divide the tissue into niches: groups of cells whose embeddings, and whose surroundings, are alike.
 
     Either niches are found in these cells, or those of a ``reference`` are found again, with their names and colors.
@@ -66,7 +68,8 @@ def niches(
     Parameters
     ----------
     adata
-        Cells with an embedding and, unless ``smooth=0``, a spatial graph; or a MuData object.
+        Cells with an embedding and, unless ``smooth=0``, a spatial graph; or a MuData object. Several AnnData objects,
+        as a list or a dictionary by name, are read as samples of one (see Notes).
     n_niches
         Number of niches. By default (``None``) it is chosen: every number of ``n_range`` is tried several times, and
         the largest one is taken with which the clusterings agree about as well as with the best (mean adjusted Rand
@@ -119,7 +122,7 @@ def niches(
         Replace anything that is under the names of the results. If False, only earlier results of this function are
         replaced. Data that the call itself reads are never replaced.
     copy
-        Return a copy with the results instead of writing to ``adata``.
+        Return a copy with the results instead of writing to ``adata``; of several objects a list, or a dictionary.
 
     Returns
     -------
@@ -159,6 +162,9 @@ def niches(
     in the object, also if it was written to a file since. A warning in the log says if fewer niches were found than
     asked for.
 
+    Several objects are embedded by one model, together (``embed([a, b])``) or one by one. Niches are found in all cells
+    at once, and have the same names and colors in each object. ``library_key`` tells samples within an object.
+
     Examples
     --------
     >>> import fimp_sc as fimp
@@ -176,7 +182,7 @@ def niches(
     >>> other.obsm["fimp_niche_probabilities"].shape
     (200, 3)
     """
-    adata = copied(adata) if copy else adata
+    adata = opened(adata, copy)
     known = None if reference is None else _Reference(reference, key_added, n_niches, smooth)
     if use_rep is None:
         use_rep = "X_fimp" if known is None else known.use_rep

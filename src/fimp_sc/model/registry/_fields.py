@@ -46,6 +46,8 @@ SEQUENCE_KEY = "sequence:"
 LABELS_KEY = "labels"
 LIBRARY_KEY = "library"
 BATCH_KEY = "technical_batch"
+# Of `varm`: a data frame of genes and samples, which of them were measured where it is known.
+MEASURED_KEY = "fimp_measured"
 
 
 class _Field(BaseAnnDataField):
@@ -202,7 +204,10 @@ class ExpressionField(_Field):
         if part.rows is not None:
             of_nodes, code = code, np.full(part.adata.n_obs, -1, dtype=np.int64)
             code[part.rows[part.rows >= 0]] = of_nodes[part.rows >= 0]
-        return Samples(code, [str(name) for name in column.categories], self._sample[0])
+        names = [str(name) for name in column.categories]
+        measured = part.adata.varm.get(MEASURED_KEY)
+        lacking = None if measured is None else ~measured[names].to_numpy(dtype=bool).T
+        return Samples(code, names, self._sample[0], None if lacking is None or not lacking.any() else lacking)
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
         self._learned = False

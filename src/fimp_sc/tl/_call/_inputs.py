@@ -30,7 +30,7 @@ from fimp_sc.data.validate._checks import (
     in_memory,
     neighbors_key,
 )
-from fimp_sc.model.registry._fields import check_scales, scale_of
+from fimp_sc.model.registry._fields import MEASURED_KEY, check_scales, scale_of
 from fimp_sc.model.registry._setup import check_layer
 from fimp_sc.pp._spatial_graph import add_graph, check_free
 
@@ -376,6 +376,8 @@ def _light(modality: Modality, inputs: Inputs, name: str) -> AnnData:
         obs=pd.DataFrame(get_obs(adata, columns), index=adata.obs_names),
         obsm={key: in_memory(adata.obsm[key], f"adata.obsm[{key!r}]") for key in obsm},
     )
+    if MEASURED_KEY in adata.varm:
+        work.varm[MEASURED_KEY] = adata.varm[MEASURED_KEY]
     if MODALITY_KEY in adata.uns:
         work.uns[MODALITY_KEY] = adata.uns[MODALITY_KEY]
     return work
