@@ -90,17 +90,14 @@ RECIPE = {
         "components": {"components": False},
         "smoother": {"smoother": False},
         "shared components": {"mostly_signal": 0.0},
-        "dropping noise": {"drop_noise": False},
         "gene scale (covariance)": {"gene_scale": 0.0},
         "whitening": {"whitening": 0.0},
         "start of layers": {"layers": False},
         "small first message": {"first_message": 1.0},
         "more steps on many cells": {"few_cells": 10**9},
         "averaging": {"averaging": 0.0},
-        "warm-up": {"warmup": 0},
         "rate of loadings": {"lr_loadings": 5e-4},
         "rate of heads": {"lr_head": 5e-4},
-        "weight decay": {"weight_decay": 0.0},
         "hiding genes of blocks": {"gene_mask_ratio": 0.0},
         "unmasked cells": {"mask_cells_labels": 1.0},
         "balance of classes": {"class_balance": 0.0},
@@ -108,7 +105,6 @@ RECIPE = {
         "least weight of neighbors": {"least_neighbor_weight": 0.0},
         "smoothing": {"smoothing": False},
         "shifts": {"shifts": 0},
-        "shrinkage": {"least_visible": 1e-9},
         "patience for labels": {"patience_labels": 3},
     }.items()
 }
@@ -234,7 +230,7 @@ def train(adata: AnnData | MuData, run: Run, variant: Variant, **setup: Any) -> 
     parameters = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
     history = model.history
     validation = float(history["validation_loss"].min().iloc[0])
-    shares = f"neighbors {model.neighbor_share:.2f}, smoothed {model.smoothed_share:.2f}" if model.classes else ""
+    shares = f"neighbors {model.neighbor_weight:.2f}, smoothed {model.smoothing_weight:.2f}" if model.classes else ""
     return model, Fit(np.empty(0), parameters, len(history["train_loss"]), seconds, validation, shares)
 
 

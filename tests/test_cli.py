@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from types import ModuleType, SimpleNamespace
 
 import anndata as ad
@@ -148,6 +149,54 @@ def test_a_training_is_kept_in_a_folder(section, tmp_path, calls) -> None:
     assert calls == [("embed", {"train_kwargs": {"checkpoint": "kept"}, "verbose": False})]
 
 
+def test_genes_of_a_foundation_model_have_a_species(section, tmp_path, calls, scgpt_checkpoint, capsys) -> None:
+    pd.DataFrame({"mouse_symbol": ["Aqp4"], "human_symbol": ["AQP4"]}).to_csv(tmp_path / "table.csv", index=False)
+    np.savez(tmp_path / "vectors.npz", genes=np.array(["AQP4", "GFAP"]), values=np.eye(2))
+    arguments = ["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--quiet", "--species", "mouse"]
+    table = ["--orthologs", str(tmp_path / "table.csv")]
+    folder = scgpt_checkpoint(["AQP4", "GFAP"])
+    assert cli.main([*arguments, *table, "--foundation", "scgpt", "--checkpoint", str(folder)]) == 0
+    foundation = calls[-1][1]["foundation"]
+    assert (foundation.name, foundation.species, foundation.orthologs) == ("scgpt", "mouse", table[1])
+    assert cli.main([*arguments, *table, "--gene-embeddings", str(tmp_path / "vectors.npz")]) == 0
+    vectors = calls[-1][1]["model_kwargs"]["gene_embeddings"]
+    assert (list(vectors.names), vectors.species, vectors.orthologs) == (["AQP4", "GFAP"], "mouse", table[1])
+    assert cli.main(arguments) == 2
+    assert "--species is for --foundation or --gene-embeddings" in capsys.readouterr().err
+    assert cli.main([*arguments, "--foundation", "scgpt"]) == 2
+    assert "--foundation scgpt needs --checkpoint, the folder with args.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Pass library_key= for another one.", "Pass --library-key for another one."),
+        ("layer='X' reads X (n_tokens=3).", "--layer X reads X (--n-tokens 3)."),
+        ('labels_key="cell type", labels_key=...', '--labels-key "cell type", --labels-key ...'),
+        ("overwrite=True replaces it.", "--overwrite replaces it."),
+        ("modality=['rna', 'image'] reads both.", "--modality rna image reads both."),
+        ("n_tokens must be a number: n_tokens must be.", "--n-tokens must be a number: n_tokens must be."),
+        ("Name another folder with checkpoint=.", "Name another folder with --train-checkpoint."),
+        # Python stays Python: calls, options of other commands, attributes, and values that have no option.
+        ("fimp_sc.pp.spatial_graph(adata, library_key='a')", "fimp_sc.pp.spatial_graph(adata, library_key='a')"),
+        ("Pass groupby=, fdr=, layer=None or model_kwargs={'n_tokens': 3}.",) * 2,
+        ("adata.layer=3, input_scale={'a': 'log'}",) * 2,
+    ],
+)
+def test_messages_name_options_of_the_command(section, tmp_path, calls, monkeypatch, capsys, message, expected) -> None:
+    def fail(adata, **arguments) -> None:
+        warnings.warn(message, UserWarning, stacklevel=2)
+        raise ValueError(message)
+
+    monkeypatch.setattr(fimp_sc.tl, "annotate", fail)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        arguments = ["annotate", str(section), "--output", str(tmp_path / "out.h5ad"), "--labels-key", "a"]
+        assert cli.main(arguments) == 2
+    lines = [f"fimp-sc annotate: {kind}: {expected}\n" for kind in ("warning", "error")]
+    assert capsys.readouterr().err == "".join(lines)
+
+
 def test_an_interrupt_ends_in_one_line(section, tmp_path, calls, monkeypatch, capsys) -> None:
     def interrupted(adata, **arguments) -> None:
         raise KeyboardInterrupt
@@ -259,7 +308,7 @@ def test_size_is_about_that_of_the_file(small_toy, recordings, tmp_path, kind) -
     path = tmp_path / "file"
     with quiet_mudata():
         (data.write_h5ad if kind == "AnnData" else data.write_h5mu)(path)
-    assert cli._size(data) <= path.stat().st_size <= cli._size(data) * (1 + cli._OVERHEAD_SHARE) + cli._OVERHEAD
+    assert cli._size(data) <= path.stat().st_size <= cli._size(data) * (1 + cli._OVERHEAD_FRACTION) + cli._OVERHEAD
 
 
 def test_failed_write_keeps_the_old_output(section, tmp_path, calls, monkeypatch, capsys) -> None:

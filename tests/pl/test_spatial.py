@@ -161,7 +161,7 @@ def test_legend_lies_inside_the_figure(toy, n, flat) -> None:
     if flat:
         toy.obsm["spatial"] = toy.obsm["spatial"] * [5, 1]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         axes = pl.spatial(toy, ["cluster", "HES4"], library_key="section", show=False)
         figure = axes[0, 0].figure
         for _ in range(2):

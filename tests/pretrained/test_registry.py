@@ -171,6 +171,27 @@ def test_arguments_of_the_handle_are_checked_at_once(tmp_path, name: str, argume
         load(name, **{"checkpoint": tmp_path, **arguments})
 
 
+@pytest.mark.parametrize(
+    ("name", "there", "message"),
+    [
+        ("scgpt", [], r"has no 'args\.json'; found there: nothing"),
+        ("scgpt", ["args.json"], r"has no 'vocab\.json'; found there: 'args\.json'"),
+        (
+            "scgpt",
+            ["args.json", "vocab.json", "a.pt"],
+            r"has no 'best_model\.pt' or .*; found there: 'a\.pt'",
+        ),
+        ("vit", ["config.json"], r"has no 'model\.safetensors' or 'pytorch_model\.bin'; found there: 'config\.json'"),
+        ("brainlm", ["model.safetensors"], r"has no 'config\.json'; found there: 'model\.safetensors'"),
+    ],
+)
+def test_files_of_a_folder_are_looked_for_at_once(tmp_path, name: str, there: list[str], message: str) -> None:
+    for file in there:
+        (tmp_path / file).touch()
+    with pytest.raises(CheckpointError, match=message):
+        load(name, tmp_path)
+
+
 def test_names_of_models_stand_in_their_own_file_alone() -> None:
     """But for the list of modules that are loaded when asked for, and examples in texts and messages."""
     package = Path(fimp_sc.__file__).parent

@@ -108,7 +108,7 @@ def test_imputation_of_all_genes_is_on_the_genes_of_each(panels, quick, caplog) 
         record = adata.uns["fimp"]
         assert adata.layers["fimp"].shape == adata.shape
         assert list(record["genes"]) == list(record["measured"]) == list(adata.var_names)
-        assert record["share"].sum() == pytest.approx(1, rel=1e-5)
+        assert record["fraction"].sum() == pytest.approx(1, rel=1e-5)
         assert record["total"] < record["target_sum"]
     assert tl.get_model(panels["b"]) is model
     fimp_sc.pl.imputation(panels["a"], list(panels["a"].var_names[:2]), show=False)

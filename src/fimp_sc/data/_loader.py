@@ -156,9 +156,9 @@ class BlockDataset(Dataset["Batch"]):
     n_tokens
         Token budget per cell.
     mask_ratio
-        Smallest and largest share of genes, or of other tokens, hidden for masked prediction; ``None`` hides nothing.
+        Smallest and largest fraction of genes, or of other tokens, hidden for masked prediction; ``None`` hides none.
     gene_mask_ratio
-        Largest share of genes hidden in all cells of a batch.
+        Largest fraction of genes hidden in all cells of a batch.
     mask_cells
         Probability that a cell is masked at all.
     vary
@@ -191,12 +191,12 @@ class BlockDataset(Dataset["Batch"]):
         made: Batch = {
             "nodes": torch.from_numpy(nodes),
             "n_nodes": block.n_nodes,
-            "indptr": [torch.from_numpy(part) for part in block.indptr],
-            "indices": [torch.from_numpy(part) for part in block.indices],
+            "indptr": [torch.from_numpy(hop) for hop in block.indptr],
+            "indices": [torch.from_numpy(hop) for hop in block.indices],
             "label": torch.from_numpy(data.label[destinations]),
         }
         if block.edge_weight is not None:
-            made["edge_weight"] = [torch.from_numpy(part) for part in block.edge_weight]
+            made["edge_weight"] = [torch.from_numpy(hop) for hop in block.edge_weight]
         if data.expression is not None and data.tokenizer is not None:
             expression = expression_fields(
                 data.expression, data.tokenizer, nodes, n_dst, self.n_tokens, mask_ratio=self.mask_ratio,
@@ -206,7 +206,7 @@ class BlockDataset(Dataset["Batch"]):
         if data.sequences:
             made["sequences"] = {
                 name: source.fields(
-                    nodes, n_dst, self.mask_ratio, node_share=self.mask_cells, vary=self.vary, seed=seed + i
+                    nodes, n_dst, self.mask_ratio, mask_nodes=self.mask_cells, vary=self.vary, seed=seed + i
                 )
                 for i, (name, source) in enumerate(data.sequences.items())
             }

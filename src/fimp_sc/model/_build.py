@@ -67,7 +67,7 @@ def vocabulary_rows(
     found = int((rows >= 0).sum())
     hint = ""
     if found <= _FEW * len(genes):
-        hint = f" {advice(table, vocabulary, species)} {_MATCH}"
+        hint = f" {advice(table, vocabulary, species, orthologs)} {_MATCH}"
     message = f"{what} knows {f'{found:,}' if found else 'none'} of the {len(genes):,} genes of the object."
     if found <= FEW_GENES * len(genes):
         raise ValueError(f"{message}{hint}")

@@ -245,9 +245,9 @@ class FIMPNetwork(Network):
         padding = [torch.zeros(summary.shape[:2], dtype=torch.bool, device=summary.device)]
         tokens = []
         if self.sequences is not None:
-            parts, whole, absent = self.sequences(batch["sequences"])
+            of_sequences, whole, absent = self.sequences(batch["sequences"])
             summary = summary + whole[:, None]
-            tokens, padding = parts, [*padding, *absent]
+            tokens, padding = of_sequences, [*padding, *absent]
         if features is not None:
             tokens, padding = [*tokens, features], [*padding, batch["padding"]]
         return torch.cat([summary, *tokens], dim=1), torch.cat(padding, dim=1)

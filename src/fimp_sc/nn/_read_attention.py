@@ -145,17 +145,17 @@ class _Recorder:
         real = (indices != destination) & (indices < self.n_nodes)
         destination, source = destination[real], indices[real]
         query = _heads(attention, attention.query(queries[:n, :1]))
-        key, value = (_heads(attention, part(tokens)) for part in (attention.key, attention.value))
+        key, value = (_heads(attention, layer(tokens)) for layer in (attention.key, attention.value))
         weight = self.output.weight if isinstance(self.output, nn.Linear) else None
         size = edges_at_once(attention.n_heads, 1, key.shape[2] * key.shape[3])
-        parts = [query.new_zeros(0)]
+        lengths = [query.new_zeros(0)]
         for i in range(0, len(source), size):
             edges = destination[i : i + size], source[i : i + size]
             message = edge_messages(query, key, value, padding, *edges)[:, 0]
             if weight is not None:
                 message = message @ weight.T
-            parts.append(message.norm(dim=1))
-        influence = torch.cat(parts)
+            lengths.append(message.norm(dim=1))
+        influence = torch.cat(lengths)
         self.found.append(influence if factor is None else influence * factor[: len(real)][real])
 
 

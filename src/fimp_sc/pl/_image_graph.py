@@ -89,7 +89,7 @@ def image_graph(
     max_images
         Largest number of images drawn.
     image_size
-        Longer side of an image as a share of the longer side of the map; by default it follows from the number of
+        Longer side of an image as a fraction of the longer side of the map; by default it follows from the number of
         images.
     size
         Marker area of points in square points.
@@ -197,11 +197,11 @@ def _room(
     adata: AnnData, xy: NDArray[np.float64], aspect: float, image_size: float | None, n: int
 ) -> NDArray[np.float64]:
     """Return width and height of an image, in units of the axes."""
-    share = float(np.clip(0.7 / np.sqrt(n), 0.05, 0.2)) if image_size is None else float(image_size)
+    fraction = float(np.clip(0.7 / np.sqrt(n), 0.05, 0.2)) if image_size is None else float(image_size)
     unit = np.array([1.0, 1 / aspect])  # drawn alike
     longest = float((np.ptp(xy, axis=0) / unit).max()) or 1.0
     height, width, _ = image_shape(adata)
-    return np.array([width, height]) / max(width, height) * share * longest * unit
+    return np.array([width, height]) / max(width, height) * fraction * longest * unit
 
 
 def _draw_points(

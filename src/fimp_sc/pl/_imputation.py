@@ -246,7 +246,7 @@ def _observed(
 
 def _factor(adata: AnnData, matrix: Any, scale: Any, record: dict[str, Any]) -> NDArray[np.float32]:
     """Return the size factor of each cell in the model; without a record, the one that scales to the median total."""
-    if not {"total", "measured", "share", "trained_scale"} <= record.keys():
+    if not {"total", "measured", "fraction", "trained_scale"} <= record.keys():
         return ExpressionReader(matrix, np.arange(adata.n_vars), scale, None).factor
     columns = adata.var_names.get_indexer(as_index(record["measured"])).astype(np.int64)
     gone = int((columns < 0).sum())
@@ -255,6 +255,6 @@ def _factor(adata: AnnData, matrix: Any, scale: Any, record: dict[str, Any]) -> 
             f"{gone:,} of the {len(columns):,} genes that the model saw have left the object since: measured values "
             "are scaled by those left. Draw before genes are selected for values as the model saw them.",
         )
-    share = np.asarray(in_memory(record["share"], "adata.uns"), dtype=np.float32)
-    statistics = GeneStatistics(np.zeros(len(share), dtype=np.float32), share, float(record["total"]))
+    fraction = np.asarray(in_memory(record["fraction"], "adata.uns"), dtype=np.float32)
+    statistics = GeneStatistics(np.zeros(len(fraction), dtype=np.float32), fraction, float(record["total"]))
     return ExpressionReader(matrix, columns, scale, statistics, trained_scale=record["trained_scale"]).factor

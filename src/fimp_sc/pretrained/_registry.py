@@ -39,12 +39,15 @@ class FoundationReader(ABC):
         A word for them in messages, such as ``"images"``.
     files
         What a folder with a checkpoint holds, for messages.
+    needed
+        Names of files without which :func:`load` refuses a folder; of each tuple one must be there.
     """
 
     name: ClassVar[str]
     reads: ClassVar[str]
     nodes: ClassVar[str]
     files: ClassVar[str]
+    needed: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     @abstractmethod
     def read(self, folder: Path, rows: Any = None, **stack: Any) -> Backbone:
@@ -268,7 +271,8 @@ def load(
     Raises
     ------
     CheckpointError
-        There is no such folder, and nothing can be downloaded under that name; a :class:`ValueError`.
+        There is no such folder, and nothing can be downloaded under that name; or it lacks a file. A
+        :class:`ValueError`.
     TypeError
         An argument is unknown or of another type.
     ValueError
@@ -289,10 +293,12 @@ def load(
         raise ValueError(f"species, orthologs and vocabulary_key are for genes, and {name!r} reads {reader.nodes}.")
     if checkpoint is None:
         raise ValueError(f"load({name!r}) needs checkpoint, the folder with {reader.files}.")
-    from fimp_sc.pretrained.files._files import checkpoint_folder
+    from fimp_sc.pretrained.files._files import check_files, checkpoint_folder
 
     path = Path(checkpoint).expanduser()
     folder = path if path.is_file() else checkpoint_folder(checkpoint)
+    if folder.is_dir():
+        check_files(folder, reader.needed)
     return Foundation(
         name, str(checkpoint), train, neighbor_states, aggregate, species, orthologs, vocabulary_key, settings, folder
     )

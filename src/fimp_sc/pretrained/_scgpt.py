@@ -70,6 +70,7 @@ class ScGPT(FoundationReader):
     reads = "expression"
     nodes = "expression"
     files = "args.json, vocab.json and best_model.pt; the authors of scGPT link it from their repository"
+    needed = (("args.json",), ("vocab.json",), _WEIGHTS)
 
     def build(self, config: Mapping[str, Any], **stack: Any) -> Backbone:
         """Build the modules with random weights; ``dropout`` replaces that of ``config``, also in the tokens."""

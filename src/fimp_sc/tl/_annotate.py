@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import infer_dtype
 
-from fimp_sc._logging import user_messages
+from fimp_sc._logging import user_messages, warn
 from fimp_sc._options import checked
+from fimp_sc.data.storage._elements import nearest
 from fimp_sc.data.validate._labels import labeled
 from fimp_sc.tl._call._inputs import check_results, choose, working_copy
 from fimp_sc.tl._call._models import fitted_model, given_model, write_back
@@ -68,7 +69,8 @@ def annotate(
         Several AnnData objects, as a list or a dictionary by name, are read as samples of one (see Notes).
     labels_key
         Column of ``obs`` with labels. Cells without label (missing, or ``unlabeled_category``) are predicted like all
-        others. With ``model`` the column need not exist.
+        others. With ``model`` the column need not exist: it then is the one that the model was trained with, and names
+        the results.
     unlabeled_category
         Label of cells whose class is not known.
     modality
@@ -150,9 +152,9 @@ def annotate(
       ``obs[labels_key]`` are, else text;
     - ``obs[f"{key}_confidence"]``: float32, probability of the label;
     - ``obsm[f"{key}_probabilities"]``: ``(n_obs, n_classes)`` float32;
-    - ``uns[key]``: ``classes`` in the order of these columns; ``neighbor_share``, the weight (0 to 1) of the prediction
-      with neighbors beside that without, and ``smoothed_share``, the weight of the mean prediction over a cell and its
-      neighbors beside its own; parameters, seed, versions;
+    - ``uns[key]``: ``classes`` in the order of these columns; ``neighbor_weight``, the weight (0 to 1) of the
+      prediction with neighbors beside that without, and ``smoothing_weight``, the weight of the mean prediction over a
+      cell and its neighbors beside its own; parameters, seed, versions;
     - the graph in ``obsp`` and ``uns``, if it was built.
 
     The colors of an earlier call, ``uns[f"{key}_colors"]``, are removed if the classes differ.
@@ -173,7 +175,8 @@ def annotate(
     -----
     UserWarning
         Genes or cells without values, cells without neighbors, control probes among the genes, or a graph that joins
-        samples that lie over each other. Labels that read as if cells had none, or that a single cell has.
+        samples that lie over each other. Labels that read as if cells had none, or that a single cell has. With
+        ``model``, a ``labels_key`` that neither the object has nor the model was trained with.
 
     Notes
     -----
@@ -204,6 +207,8 @@ def annotate(
     )  # fmt: skip
     target = study.data
     check_results(key, "tl.annotate", study, inputs, overwrite=overwrite)
+    if model is not None:
+        _warn_unknown_column(labels_key, model, study.nodes, key)
     with user_messages(verbose=verbose):
         work = working_copy(study, inputs, labels_required=model is None)
         fitted = fitted_model(
@@ -228,10 +233,22 @@ def annotate(
             target.obsm[f"{key}_probabilities"] = probabilities
             target.uns[key] = record(fitted, inputs, target, "tl.annotate") | {
                 "classes": np.asarray(classes),
-                "neighbor_share": fitted.neighbor_share,
-                "smoothed_share": fitted.smoothed_share,
+                "neighbor_weight": fitted.neighbor_weight,
+                "smoothing_weight": fitted.smoothing_weight,
             }
     return adata if copy else None
+
+
+def _warn_unknown_column(labels_key: str, model: FIMP, nodes: AnnData, key: str) -> None:
+    """Warn where a column of labels is neither that of the model nor in the object: it may be misspelled."""
+    trained = model.registry["setup_args"].get("labels_key")
+    if labels_key in nodes.obs or trained in (labels_key, None):
+        return
+    warn(
+        f"labels_key={labels_key!r} is no column of adata.obs, and the model was trained with {trained!r}."
+        f"{nearest(labels_key, [str(trained), *map(str, nodes.obs.columns)])} Results go to adata.obs[{key!r}]: "
+        f"pass labels_key={trained!r}, and key_added= for another name of the results."
+    )
 
 
 def _in_type_of_labels(classes: pd.Index, nodes: AnnData, labels_key: str, unlabeled_category: str) -> pd.Index:

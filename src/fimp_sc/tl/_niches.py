@@ -359,7 +359,7 @@ class _Reference:
                 f"adata.obsm[{key!r}] has {n_features} columns, and that of the reference "
                 f"{len(self.mixture['center'])}. {advice}"
             )
-        own, its = _made_by(adata, key).get("weights_of_model"), self.mixture.get("weights_of_model")
+        own, its = _made_by(adata, key).get("weights_checksum"), self.mixture.get("weights_checksum")
         if None not in (own, its) and own != its:
             raise ValueError(f"adata.obsm[{key!r}] was not made by the model of the reference. {advice}")
 
@@ -385,8 +385,8 @@ class _Reference:
 def _made_by(adata: Any, key: str) -> dict[str, Any]:
     """Return the checksum of the weights of the model that made a representation, if it is known."""
     record = adata.uns.get(key)
-    made = record.get("weights") if isinstance(record, Mapping) else None
-    return {} if made is None else {"weights_of_model": str(made)}
+    made = record.get("weights_checksum") if isinstance(record, Mapping) else None
+    return {} if made is None else {"weights_checksum": str(made)}
 
 
 def _representation(adata: Any, key: str) -> NDArray[np.float64]:

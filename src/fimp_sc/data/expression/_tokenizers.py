@@ -109,7 +109,7 @@ def hide_genes(
     ratio: tuple[float, float],
     *,
     gene_ratio: float = 0.0,
-    cell_share: float = 1.0,
+    mask_cells: float = 1.0,
     seed: int,
     gene_key: NDArray[np.uint64] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -125,10 +125,10 @@ def hide_genes(
     n_nodes
         Cells to serve.
     ratio
-        Smallest and largest share of hidden genes; each mask draws its own.
+        Smallest and largest fraction of hidden genes; each mask draws its own.
     gene_ratio
-        Largest share of genes hidden in *all* cells at once, as in a section with another panel.
-    cell_share
+        Largest fraction of genes hidden in *all* cells at once, as in a section with another panel.
+    mask_cells
         Probability that a cell has a mask at all, and that genes are hidden in all cells.
     seed
         Whole number from 0.
@@ -146,14 +146,14 @@ def hide_genes(
     keys = np.arange(len(measured)) if gene_key is None else gene_key
     # The last row is for all cells.
     drawn = torch.from_numpy(uniform(seed, np.arange(_N_PATTERNS + 1), keys))
-    share = low + (high - low) * torch.rand(_N_PATTERNS, 1, generator=generator)
+    fraction = low + (high - low) * torch.rand(_N_PATTERNS, 1, generator=generator)
     visible = measured.repeat(_N_PATTERNS + 1, 1)
-    visible[1:] &= drawn[:-1] >= share
+    visible[1:] &= drawn[:-1] >= fraction
     pattern = torch.randint(1, _N_PATTERNS + 1, (n_nodes,), generator=generator)
-    pattern *= torch.rand(n_nodes, generator=generator) < cell_share
-    if float(torch.rand(1, generator=generator)) < cell_share:
-        share = gene_ratio * torch.rand(1, generator=generator)
-        visible &= drawn[-1] >= share
+    pattern *= torch.rand(n_nodes, generator=generator) < mask_cells
+    if float(torch.rand(1, generator=generator)) < mask_cells:
+        fraction = gene_ratio * torch.rand(1, generator=generator)
+        visible &= drawn[-1] >= fraction
     return visible, pattern
 
 
@@ -387,13 +387,13 @@ def _masks(
     n_dst: int,
     ratio: tuple[float, float] | None,
     gene_ratio: float,
-    cell_share: float,
+    mask_cells: float,
     seed: int,
     gene_key: NDArray[np.uint64] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return visible genes of each pattern, the pattern of each node, and what is hidden of the destinations."""
     # Copies: with Dask's workers the arrays of a source cannot be written to, which tensors must be.
-    observed, pattern = (torch.from_numpy(part.copy()) for part in source.observed(nodes))
+    observed, pattern = (torch.from_numpy(array.copy()) for array in source.observed(nodes))
     visible = observed
     if ratio is not None:
         visible, drawn = hide_genes(
@@ -401,7 +401,7 @@ def _masks(
             len(nodes),
             ratio,
             gene_ratio=gene_ratio,
-            cell_share=cell_share,
+            mask_cells=mask_cells,
             seed=seed,
             gene_key=gene_key,
         )

@@ -30,8 +30,8 @@ _ROUNDING = 1e-6
 # Of cells whose values are whole multiples of the smallest; of multiples up to this one, to this precision.
 _MOST, _MULTIPLES, _PRECISION = 0.5, 8.5, 1e-3
 # A gene that others express is not measured in a sample if that sample would show it this often, and shows none: chance
-# alone does so once in a million. Single genes may have reasons; a panel lacks this share of the genes at least.
-_EXPECTED, _SHARE_OF_PANEL = 14.0, 0.01
+# alone does so once in a million. Single genes may have reasons; a panel lacks this fraction of the genes at least.
+_EXPECTED, _FRACTION_OF_PANEL = 14.0, 0.01
 
 
 class Values(NamedTuple):
@@ -355,7 +355,7 @@ def _silent(found: _Findings) -> np.ndarray | None:
             continue
         expected = others * (own.sum() / others[here].sum()) >= _EXPECTED
         silent[:] = expected & ~here
-        if silent.sum() < _SHARE_OF_PANEL * expected.sum():
+        if silent.sum() < _FRACTION_OF_PANEL * expected.sum():
             silent[:] = False
     return lacking if lacking.any() else None
 

@@ -107,8 +107,8 @@ class StartingModule(BaseModuleClass):
         """
         numbers = tokens.double()
         basis = torch.linalg.eigh(numbers.T @ numbers).eigenvectors.flip(1)
-        parts: Any = self.network.sequences
-        parts.embeddings[parts.names.index(name)].start_from(basis.float().to(self.device))
+        sequences: Any = self.network.sequences
+        sequences.embeddings[sequences.names.index(name)].start_from(basis.float().to(self.device))
 
     @torch.no_grad()
     def fit_heads(self, batches: Iterable[Batch], ridge: float) -> None:
@@ -125,10 +125,10 @@ class StartingModule(BaseModuleClass):
         product: dict[str, Tensor] = {}
         for batch in batches:
             states = self.network.states(batch, self.network.n_queries(batch, reconstruct=True))
-            for name, part in self.network.split(states, batch).items():
+            for name, own in self.network.split(states, batch).items():
                 nodes = batch["sequences"][name]
                 hidden = nodes["target_mask"]
-                x = torch.nn.functional.pad(part[hidden], (0, 1), value=1.0).double()
+                x = torch.nn.functional.pad(own[hidden], (0, 1), value=1.0).double()
                 square[name] = square.get(name, 0) + x.T @ x
                 product[name] = product.get(name, 0) + x.T @ nodes["target"][hidden].double()
         for name, head in self.network.heads.items():
@@ -173,7 +173,6 @@ class StartingModule(BaseModuleClass):
         mean: np.ndarray,
         *,
         neighbor_weight: float = 1.0,
-        drop_noise: bool = False,
         random_state: int = 0,
     ) -> None:
         """Let training start as the best linear smoother of leading components.
@@ -196,9 +195,6 @@ class StartingModule(BaseModuleClass):
             ``(n_features,)`` mean expression of the training cells.
         neighbor_weight
             Of neighbors beside the cell itself, where components are taken that both share.
-        drop_noise
-            Whether the summary leaves out the last components, which tell nothing: their columns are free for what is
-            learned.
         random_state
             Seed.
         """
@@ -224,9 +220,6 @@ class StartingModule(BaseModuleClass):
         columns = np.zeros((len(mean), n_own + shared))
         columns[:, :n_components] = decode * fit.own
         columns[:, n_own:] = decode[:, :shared] * fit.neighbors
-        if drop_noise:
-            kept = max(fit.n_telling, shared)
-            encode[:, kept:] = columns[:, kept:n_components] = 0.0
         self.network.gene_table.start_from(encode)
         self.value_head.start_from(columns)
         deviations = np.ones(n_own + shared)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.decomposition import PCA
-from sklearn.isotonic import isotonic_regression
 
 from fimp_sc._draws import uniform
 from fimp_sc._recipe import recipe
@@ -88,15 +87,12 @@ class Smoother(NamedTuple):
     own, neighbors
         ``(k,)`` and ``(n_neighborhood,)``: factors of the cell's and of its neighbors' scores, from 0 to 1 and 2.
     signal
-        Share of the variance of the first ``n_neighborhood`` scores of the cell that is signal, not noise.
-    n_telling
-        Number of leading components whose scores of the cell alone tell anything.
+        Fraction of the variance of the first ``n_neighborhood`` scores of the cell that is signal, not noise.
     """
 
     own: np.ndarray
     neighbors: np.ndarray
     signal: float
-    n_telling: int
 
 
 class Loadings(NamedTuple):
@@ -175,15 +171,15 @@ def linear_smoother(
     Factors fitted with least squares within bounds, component by component. Without cells, scores tell what they say.
     """
     if not cells.shape[0] or not recipe().smoother:
-        return Smoother(np.ones(encode.shape[1]), np.zeros(n_neighborhood), 1.0, encode.shape[1])
+        return Smoother(np.ones(encode.shape[1]), np.zeros(n_neighborhood), 1.0)
     columns = np.arange(cells.shape[1]) if gene_key is None else gene_key
-    share = recipe().smoother_hidden
+    fraction = recipe().smoother_hidden
     square = np.zeros((encode.shape[1], 2, 2))
     product = np.zeros((encode.shape[1], 2))
     for i in range(0, cells.shape[0], 512):
         centered = cells[i : i + 512].toarray() - mean
-        hidden = uniform(random_state, np.arange(i, i + len(centered)), columns) < share
-        own = np.where(hidden, 0.0, centered) @ encode / (1.0 - share)
+        hidden = uniform(random_state, np.arange(i, i + len(centered)), columns) < fraction
+        own = np.where(hidden, 0.0, centered) @ encode / (1.0 - fraction)
         scores = np.stack([own, (around[i : i + 512].toarray() - mean) @ encode], axis=2)
         weight = hidden.astype(np.float32) @ decode**2
         square += np.einsum("nk,nka,nkb->kab", weight, scores, scores)
@@ -195,7 +191,7 @@ def linear_smoother(
     ]
     alone, told = square[:, 0, 0], product[:, 0]
     signal = float(told[:n_neighborhood].sum() / max(alone[:n_neighborhood].sum(), 1e-12))
-    return Smoother(fitted[:, 0], fitted[:n_neighborhood, 1], signal, _n_telling(alone, told))
+    return Smoother(fitted[:, 0], fitted[:n_neighborhood, 1], signal)
 
 
 def _slope(square: np.ndarray, product: np.ndarray) -> np.ndarray:
@@ -229,14 +225,3 @@ def _bounded(square: np.ndarray, product: np.ndarray) -> np.ndarray:
     best = candidates[error.argmin(0), np.arange(len(product))]
     inside = ((free >= 0.0) & (free <= recipe().largest_factors)).all(1, keepdims=True)
     return np.where(inside, free, best)
-
-
-def _n_telling(square: np.ndarray, product: np.ndarray) -> int:
-    """Count leading components with a slope; no component is taken to tell more than one before it.
-
-    The slope of what is hidden on a score is the share of the score that is signal. Few cells leave it noisy, which
-    the order makes up for.
-    """
-    slope = _slope(square, product)
-    weight = square + 1e-6 * square.mean() + 1e-12
-    return int((isotonic_regression(slope, sample_weight=weight, increasing=False) > recipe().telling).sum())

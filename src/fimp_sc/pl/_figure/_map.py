@@ -68,6 +68,8 @@ def draw_map(
         # Of matplotlib, for squidpy's developers.
         warnings.simplefilter("ignore", PendingDeprecationWarning)
         warnings.filterwarnings("ignore", "No data for colormapping", UserWarning)
+        # Of anndata 0.13, for squidpy's developers as well.
+        warnings.filterwarnings("ignore", "The method obs_vector is deprecated", FutureWarning)
         draw(
             cells, color="value", ax=ax, title=title, library_id=["sample"], legend_loc=None, colorbar=False,
             **given | kwargs,

@@ -43,7 +43,7 @@ def record(model: FIMP, inputs: Inputs, data: AnnData | MuData, tool: str, **ext
         "model": storable(model.init_params_["non_kwargs"]),
         "random_state": int(model.random_state),
         # Embeddings of one model are in one space.
-        "weights": str(checksum(*model.module.network.parameters())),
+        "weights_checksum": str(checksum(*model.module.network.parameters())),
         "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
     }
 
@@ -91,8 +91,8 @@ def measured_scale(model: FIMP, part: Modality) -> dict[str, Any]:
     Returns
     -------
     ``input_scale`` of the values and ``trained_scale`` of those of training; and, of expression, the ``target_sum`` of
-    the model, the ``total`` to which it scales the genes ``measured`` here that it knows, and the ``share`` that each
-    of these has in it. Nothing of a model that was never trained, which takes the median total of what it reads.
+    the model, the ``total`` to which it scales the genes ``measured`` here that it knows, and the ``fraction`` that
+    each of these has in it. Nothing of a model that was never trained, which takes the median total of what it reads.
     """
     states = table_states(model.adata_manager.registry["field_registries"][X_KEY]["state_registry"])
     number = list(states).index(part.name) if len(states) > 1 else 0
@@ -112,7 +112,7 @@ def measured_scale(model: FIMP, part: Modality) -> dict[str, Any]:
         "target_sum": target_sum,
         "total": target_sum * known,
         "measured": np.array(names[place >= 0], dtype=object),
-        "share": fraction / max(known, 1e-12),
+        "fraction": fraction / max(known, 1e-12),
     }
 
 

@@ -367,7 +367,11 @@ def _add_embeddings(joint: AnnData, parts: Mapping[str, _Part], arguments: Mappi
                 raise missing_key(key, "adata.obsm", work.obsm, advice)
     for key in joint.obsm:
         records = [work.uns.get(key) for work in works.values()]
-        weights = {str(record["weights"]) for record in records if isinstance(record, Mapping) and "weights" in record}
+        weights = {
+            str(record["weights_checksum"])
+            for record in records
+            if isinstance(record, Mapping) and "weights_checksum" in record
+        }
         if len(weights) > 1 and key == (arguments["use_rep"] or "X_fimp"):
             raise ValueError(
                 f"obsm[{key!r}] of these objects was made by {len(weights)} models, whose embeddings are not in one "
