@@ -84,7 +84,10 @@ def impute(
         for a large object. Of several tables that are read together genes of any; each is written to its own table.
     scale
         ``"log"``: ``log1p`` of values scaled to the common total of the model, the median total of the cells that it
-        was trained on. ``"counts"``: scaled back to the total of each cell.
+        was trained on. ``"counts"``: scaled back to the total of each cell. Measured values are on the scale of
+        ``"log"`` once the genes ``uns[key_added]["measured"]`` of each cell are scaled to ``uns[key_added]["total"]``
+        together, and ``log1p`` is taken. Predictions are on that of cells whose median total of these genes is ``own``
+        after ``np.log1p(np.expm1(predictions) * own / total)``.
     hidden
         Values that the model must not see, in training or later: a boolean array, or the name of a layer that holds it
         (of images, of an entry of ``obsm``); of several modalities the name, under which each of them may hold its own.
