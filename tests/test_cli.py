@@ -568,3 +568,14 @@ def test_several_files_are_read_together_and_written_each(small_toy, tmp_path, c
     ):
         assert cli.main(["embed", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_report_is_written_beside_the_output(section, tmp_path, calls, capsys) -> None:
+    page = tmp_path / "report.html"
+    assert cli.main(["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--report", str(page)]) == 0
+    assert "<h2>Data</h2>" in page.read_text(encoding="utf-8")
+    assert f"Wrote the report {page}" in capsys.readouterr().out
+    assert calls == [("embed", {"verbose": True})]
+    assert cli.main(["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--report", "report.txt"]) == 2
+    assert "--report must end in .html" in capsys.readouterr().err
+    assert len(calls) == 1, "refused before anything is computed"

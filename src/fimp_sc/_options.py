@@ -315,6 +315,8 @@ OPTIONS: dict[str, Rule | None] = {
     "top_fraction": Real(0, 1, open_left=True),
     "threshold": Real(0, open_left=True),
     # figures
+    "title": Text(),
+    **{f"{figure}.title": Names() for figure in ("spatial", "imputation", "signals")},
     "color": Color(several=True),
     "image_graph.color": Color(),
     "fdr": Real(0, 1),

@@ -128,6 +128,7 @@ def _run_tool(
     output: Path,
     quiet: bool = False,
     save_model: Path | None = None,
+    report: Path | None = None,
     **arguments: Any,
 ) -> None:
     """Read, call ``tl.<command>``, write."""
@@ -136,6 +137,13 @@ def _run_tool(
     if save_model is not None and save_model.exists():
         message = f"--save-model: {str(save_model)!r} exists already; name a new folder."
         raise ValueError(message)
+    if report is not None:
+        from fimp_sc.pl._figure._rules import ReportFile
+
+        if len(sources) > 1:
+            message = "--report is of one input: read the results with fimp_sc.pl.report in Python."
+            raise ValueError(message)
+        report = ReportFile().accept(report, "--report")
     objects = {path.stem: _read(path) for path in sources}
     before = {name: _keys(data) for name, data in objects.items()}
     first = next(iter(objects.values()))
@@ -168,8 +176,12 @@ def _run_tool(
         if not quiet:
             added = [key for key in _keys(data) if key not in before[name]]
             print(f"Wrote {path}; new in it: {', '.join(added) or 'nothing, existing keys were replaced'}")
+    if report is not None:
+        fimp_sc.pl.report(first, report, modality=arguments.get("modality"))
     if save_model is not None and not quiet:
         print(f"Saved the model to {save_model}")
+    if report is not None and not quiet:
+        print(f"Wrote the report {report}")
 
 
 def _outputs(sources: list[Path], output: Path) -> list[Path]:
@@ -420,6 +432,7 @@ def _add_keys(tool: argparse.ArgumentParser) -> None:
     _add(tool, "key_added", metavar="KEY", help="name of what is written")
     _add(tool, "overwrite", help="replace what is under this name in the input")
     _add(tool, "random_state", metavar="SEED", help="seed of everything random")
+    tool.add_argument("--report", type=Path, metavar="FILE.html", help="page with figures of all results to write")
     tool.add_argument("--quiet", action="store_true", help="no progress and no report")
     _add_debug(tool)
 

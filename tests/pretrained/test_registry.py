@@ -30,6 +30,7 @@ from fimp_sc.pretrained import (
     register,
 )
 
+NAMES = "'scgpt', 'geneformer', 'nicheformer', 'vit', 'brainlm'"
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 WIDTH = 12
 QUICK = {"max_epochs": 1, "accelerator": "cpu", "verbose": False}
@@ -142,7 +143,9 @@ def test_command_line_and_errors_know_registered_models(wave) -> None:
     folder, *_ = wave
     options = ["embed", "a.h5mu", "--output", "b.h5mu", "--foundation", "wave", "--checkpoint", str(folder)]
     assert cli._parser().parse_args(options).foundation == "wave"
-    with pytest.raises(ValueError, match=r"'scgpt', 'vit', 'brainlm', 'wave': found 'wafe'"):
+    with pytest.raises(
+        ValueError, match=r"'scgpt', 'geneformer', 'nicheformer', 'vit', 'brainlm', 'wave': found 'wafe'"
+    ):
         load("wafe", folder)
 
 
@@ -155,7 +158,7 @@ def test_only_readers_are_registered() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("scGPT", {}, "name must be that of a foundation model, 'scgpt', 'vit', 'brainlm': found 'scGPT'"),
+        ("scGPT", {}, f"name must be that of a foundation model, {NAMES}: found 'scGPT'"),
         ("vit", {"checkpoint": None}, r"load\('vit'\) needs checkpoint, the folder with config\.json"),
         ("vit", {"checkpoint": "no folder"}, "There is no folder 'no folder'"),
         ("vit", {"species": "mouse"}, "are for genes, and 'vit' reads images"),

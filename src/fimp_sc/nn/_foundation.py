@@ -35,7 +35,8 @@ class FoundationNetwork(Network):
     ----------
     embedding
         Makes tokens: of genes ``(feature_id, value, padding) -> (tokens, padding)``, of a sequence from its part of the
-        batch. The first token of a node is its summary, unless ``embedding.n_class`` is 0: then that is their mean.
+        batch. The first token of a node is its summary; of a sequence with ``embedding.n_class`` 0, and of genes with
+        ``embedding.pooling`` ``"mean"``, that is the mean of their tokens.
     stack
         The layers.
     decoder
@@ -77,6 +78,7 @@ class FoundationNetwork(Network):
         self.frozen = trained == "frozen"
         self.sequence = None if sequence is None else sequence[0]
         self.unit_length = bool(embedding.unit_length)
+        self.pooled_from = None if self._has_summary else self.embedding.n_class
         self.head: nn.Linear | None = None
         if sequence is not None and not self.embedding.misaligned:
             self.head = nn.Linear(self.width, sequence[1])
@@ -89,7 +91,7 @@ class FoundationNetwork(Network):
 
     @property
     def _has_summary(self) -> bool:
-        return self.sequence is None or self.embedding.n_class > 0
+        return self.embedding.pooling == "cls" if self.sequence is None else self.embedding.n_class > 0
 
     def states(self, batch: Batch, n_queries: int | None = None, tokens: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return the first ``n_queries`` tokens of the destinations (all by default) after the last layer.
@@ -101,7 +103,14 @@ class FoundationNetwork(Network):
 
     def read(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Return the embedding of each node from its tokens after the last layer."""
-        return tokens[:, 0] if self._has_summary else tokens.mean(1)
+        if self._has_summary:
+            return tokens[:, 0]
+        if self.sequence is not None:
+            return tokens.mean(1)
+        # Of a cell without any token: zeros.
+        there = ~batch["padding"][: len(tokens), :, None]
+        genes = tokens[:, self.embedding.n_class :].masked_fill(~there, 0.0)
+        return genes.sum(1) / there.sum(1).clamp(min=1)
 
     def split(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the tokens of a sequence, ``(n_dst, f, width)`` by modality, from the last layer's tokens."""

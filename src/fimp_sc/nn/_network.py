@@ -51,6 +51,8 @@ class Network(nn.Module, ABC):
         Fewest destinations of a block in inference.
     n_bins
         Bins into which the values of tokens are put, where the network reads bins.
+    pooled_from
+        First of the tokens whose mean is the embedding of a node; ``None`` where that is its first token alone.
     n_own, n_neighborhood
         Columns of the embedding where training starts: the cell's own components, then those of its neighbors' mean;
         0 where it does not start from components.
@@ -63,6 +65,7 @@ class Network(nn.Module, ABC):
     unit_length: bool = False
     least_batch: int = 64
     n_bins: int | None = None
+    pooled_from: int | None = None
     n_own: int = 0
     n_neighborhood: int = 0
 

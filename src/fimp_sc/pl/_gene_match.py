@@ -36,6 +36,7 @@ _LABELED = 0.045
 def gene_match(
     match: GeneMatch,
     *,
+    title: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
@@ -47,6 +48,8 @@ def gene_match(
     ----------
     match
         Result of :func:`fimp_sc.pp.match_genes`.
+    title
+        Title of the axes; none by default.
     ax
         Axes to draw into; by default a new figure.
     show
@@ -69,7 +72,7 @@ def gene_match(
     """
     from fimp_sc.pp import GeneMatch as Result
 
-    canvas = Canvas(ax, show, save, return_fig)
+    canvas = Canvas(ax, show, save, return_fig, title)
     if not isinstance(match, Result):
         raise TypeError(f"match must be a result of fimp_sc.pp.match_genes, found {type(match).__name__}.")
     numbers, fractions = _parts(match)
@@ -97,6 +100,7 @@ def gene_match(
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small")
+    canvas.entitle()
     return canvas.finish()
 
 

@@ -34,6 +34,7 @@ def niche_composition(
     modality: str | Sequence[str] | None = None,
     kind: Literal["auto", "bars", "heatmap"] = "auto",
     cmap: str = "viridis",
+    title: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
@@ -56,6 +57,8 @@ def niche_composition(
         `"bars"`, stacked to 100 %; `"heatmap"`, easier to read with many kinds; `"auto"`, bars for up to 20 kinds.
     cmap
         Color map of the heat map.
+    title
+        Title of the axes; none by default.
     ax
         Axes to draw into; by default a new figure.
     show
@@ -78,7 +81,7 @@ def niche_composition(
     """
     from matplotlib.transforms import ScaledTranslation
 
-    canvas = Canvas(ax, show, save, return_fig)
+    canvas = Canvas(ax, show, save, return_fig, title)
     adata, _ = results_of(adata, modality, lambda held, _: key in held.obs)
     columns = {}
     for name, advice in ((key, "Run fimp_sc.tl.niches(adata) first, or set key=."), (groupby, "Set groupby=.")):
@@ -121,6 +124,7 @@ def niche_composition(
     ax.tick_params(axis="y", length=0, pad=16)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_ylabel(f"{key} (cells)")
+    canvas.entitle()
     return canvas.finish(legend_room=2.0)
 
 

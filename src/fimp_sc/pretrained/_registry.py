@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from fimp_sc.pretrained._backbone import Backbone
 
 # Models that come with the package; each module registers its own when it is first asked for.
-_OWN = {"scgpt": "_scgpt", "vit": "_vit", "brainlm": "_brainlm"}
+_OWN = {
+    "scgpt": "_scgpt",
+    "geneformer": "_geneformer",
+    "nicheformer": "_nicheformer",
+    "vit": "_vit",
+    "brainlm": "_brainlm",
+}
 
 _readers: dict[str, FoundationReader] = {}
 
@@ -185,7 +191,9 @@ class Foundation:
         ValueError
             When it is the foundation model of a saved model.
         """
-        how = {"rows": rows} if rows is not None else {}
+        how: dict[str, Any] = {"rows": rows} if rows is not None else {}
+        if "species" in self.reader.settings:
+            how["species"] = self.species
         return self.reader.read(self._located(), **how, **self.settings, **self._messages(), **stack)
 
     def build(self, config: Mapping[str, Any], **stack: Any) -> Backbone:
@@ -240,8 +248,8 @@ def load(
     Parameters
     ----------
     name
-        ``"scgpt"`` (expression), ``"vit"`` (images), ``"brainlm"`` (signals of brain regions), or one that
-        :func:`register` made known.
+        ``"scgpt"``, ``"geneformer"`` or ``"nicheformer"`` (expression), ``"vit"`` (images), ``"brainlm"`` (signals of
+        brain regions), or one that :func:`register` made known.
     checkpoint
         Folder with the files of the model, or the name of a repository on the Hugging Face hub, which is downloaded.
     train
@@ -261,8 +269,10 @@ def load(
     vocabulary_key
         Column of ``var`` with ids from :func:`fimp_sc.pp.match_genes`; by default genes are matched by name.
     **settings
-        Of this model: ``cls_value`` of scGPT (value of its first token, by default that of padding); ``n_heads`` of a
-        ViT without a configuration.
+        Of this model: ``cls_value`` of scGPT (value of its first token, by default that of padding); ``layer`` and
+        ``pooling`` of Geneformer (layer that is read, by default ``-2``, the last but one; ``"cls"`` or ``"mean"`` of
+        the genes, by default the first where there is such a token); ``assay`` of Nicheformer, such as ``"xenium"``,
+        which it needs, and ``layer`` (by default -1, the last); ``n_heads`` of a ViT without a configuration.
 
     Returns
     -------
@@ -288,7 +298,7 @@ def load(
     unknown = [setting for setting in settings if setting not in reader.settings]
     if unknown:
         takes = ["train", "neighbor_states", "aggregate", "species", "orthologs", "vocabulary_key", *reader.settings]
-        raise TypeError(f"load({name!r}) got {unknown[0]}=, and takes {', '.join(takes)}.")
+        raise TypeError(f"load({name!r}) got {unknown[0]}=, and takes {', '.join(dict.fromkeys(takes))}.")
     if reader.reads != "expression" and (species != "human" or orthologs is not None or vocabulary_key is not None):
         raise ValueError(f"species, orthologs and vocabulary_key are for genes, and {name!r} reads {reader.nodes}.")
     if checkpoint is None:

@@ -204,6 +204,13 @@ class ExpressionReader:
         empty = sparse.csr_matrix((0, self.n_genes), dtype=np.float32)
         return sparse.csr_matrix(sparse.vstack([empty, *pieces], format="csr"))
 
+    def counts(self, rows: sparse.csr_matrix, nodes: NDArray[np.int64]) -> sparse.csr_matrix:
+        """Return ``(len(nodes), n_genes)`` rows of :meth:`sparse_rows` as they are stored, logarithms undone."""
+        data = np.expm1(rows.data.astype(np.float64)) / np.repeat(self.factor[nodes], np.diff(rows.indptr))
+        if self._scale == "counts":
+            data = np.rint(data)
+        return sparse.csr_matrix((data, rows.indices, rows.indptr), shape=rows.shape)
+
     def complete_rows(self, nodes: NDArray[np.int64], mean: NDArray[np.float32]) -> sparse.csr_matrix:
         """Return the same with the ``(n_genes,)`` mean in place of what is hidden, or measured in other panels only."""
         rows = self.sparse_rows(nodes)

@@ -43,7 +43,8 @@ def get_edge_influence(
     node :math:`j` on node :math:`i` in one layer is the length of what its message adds to the summary token of
     :math:`i`, over all heads together and before the mean over neighbors,
     :math:`w_{ij} \lVert W_O \, \mathrm{softmax}(q_i K_j^\top / \sqrt d) V_j \rVert`. The weight of an edge is 1
-    unless the model uses those of the graph.
+    unless the model uses those of the graph. Of a foundation model whose embedding is a mean of tokens, messages are
+    averaged over these first.
 
     Parameters
     ----------
@@ -92,7 +93,7 @@ def get_edge_influence(
     for item in sampler:
         batch = move_data_to_device(dataset[item], model.module.device)
         with torch.inference_mode(), recorded_influence(network, len(batch["nodes"]), len(item.nodes)) as found:
-            network.states(batch, 1)
+            network.states(batch, network.n_queries(batch))
         value = torch.stack(found).mean(0) if layer is None else found[layer]
         start, degree = indptr[item.nodes], np.diff(indptr)[item.nodes]
         within = np.arange(degree.sum()) - np.repeat(np.cumsum(degree) - degree, degree)

@@ -95,7 +95,7 @@ def fit_mixtures(
     mixtures = [_best(log_loss())] * 2
     source = data.expression
     # What foundation models read are ranks, which shifts of this kind hardly change.
-    if source is not None and module.n_bins == 0 and recipe().shifts:
+    if source is not None and not module.network.pretrained and recipe().shifts:
         center, total = source.center, cast("Any", 0.0)
         mean = module.gene_mean.cpu().numpy()
         for shift in _shifts(source, train_idx, mean, model.random_state):

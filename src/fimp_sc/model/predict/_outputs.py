@@ -72,7 +72,9 @@ def decoded_expression(
     """
     source = data.tokenizer
     if not isinstance(source, BinnedTokenizer) or data.expression is None:
-        raise ValueError("decoder=True needs a foundation model with a decoder: FIMP-base has none.")
+        raise ValueError(
+            "decoder=True needs a foundation model with a decoder: FIMP-base has none, nor has one that reads ranks."
+        )
     out = np.full((len(nodes), len(genes)), np.nan, dtype=np.float32)
     known = np.flatnonzero(source.known.numpy()[genes])
     for i in range(0, len(known), _GENES):

@@ -181,9 +181,7 @@ class ExpressionField(_Field):
             joint=len(self.study(adata).modalities) > 1,
         )  # fmt: skip
         if asked == "auto" and part.kind != "feature":
-            logger.info(
-                "The values of %s are taken for %s (input_scale=%r).", where, _MEANING[found.scale], found.scale
-            )
+            logger.info("The values of %s are taken for %s (input_scale=%r).", where, MEANING[found.scale], found.scale)
         state = {
             "n_obs": self.nodes(adata).n_obs,
             "n_vars": part.adata.n_vars,
@@ -243,8 +241,8 @@ class ExpressionField(_Field):
         if asked == "auto" and trained is not None and _ALIKE.get(found) != _ALIKE.get(trained):
             where = f"adata.layers[{self.attr_key!r}]" if self.attr_key else "adata.X"
             warn(
-                f"The values of {where} are taken for {_MEANING[found]}, and the model was trained on "
-                f"{_MEANING[trained]}. Pass values as in training, or confirm with input_scale={found!r}."
+                f"The values of {where} are taken for {MEANING[found]}, and the model was trained on "
+                f"{MEANING[trained]}. Pass values as in training, or confirm with input_scale={found!r}."
             )
         names = known[self.NAMES]
         return state | {"n_vars": len(names), self.NAMES: names, self.TRAINED_SCALE: trained}
@@ -296,7 +294,7 @@ def check_scales(input_scale: Mapping[str, str], tables: Sequence[str]) -> None:
 
 # Of counts and of values in proportion to them the same becomes.
 _ALIKE = {"counts": "linear", "normalized": "linear", "log": "log", "real": "real"}
-_MEANING = {
+MEANING = {
     "counts": "counts",
     "normalized": "normalized values without a logarithm",
     "log": "log-normalized values",
