@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-    from _problems import Annotation, Embedding, Masked
+    from _problems import Annotation, Embedding, Masked, Missing
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,13 @@ def masked(problem: Masked, run: Run, variant: Variant) -> Fit:
     whole = _apply(model, _graphs(problem.adata, problem, run, variant))
     how = {"indices": np.flatnonzero(problem.test), "hidden": problem.hidden, "scale": "log"}
     return replace(fit, values=np.asarray(whole.get_expression(**how)))
+
+
+def missing(problem: Missing, run: Run, variant: Variant) -> Fit:
+    """Genes that the query lacks, (n_query, n_genes)."""
+    model, fit = train(_graphs(problem.reference, problem, run, variant), run, variant)
+    model = _apply(model, _graphs(problem.query, problem, run, variant))
+    return replace(fit, values=np.asarray(model.get_expression(genes=problem.genes, scale="log")))
 
 
 def embed(problem: Embedding, run: Run, variant: Variant) -> Fit:

@@ -21,9 +21,11 @@ TITLES = {
     "annotate_blocks_random": "Cell types of cells held out at random, which is too easy",
     "crops": "Parts of a section that hold only some of the classes",
     "masked_expression": "Hidden expression in held-out blocks",
+    "missing_genes": "Genes that a section did not measure",
     "noise_ceiling": "What could be predicted of hidden expression",
     "embedding": "Features without labels: cell types and domains",
     "niches": "Niches against annotated regions",
+    "mapped_niches": "Niches of one section in the next",
     "fmri": "Hidden segments of fMRI signals",
     "images": "Noisy digits at places of a simulated town",
     "features": "Documents of a simulated citation graph",
@@ -94,7 +96,8 @@ SUMMARY = {
 FILLED = (HERE.parent / "README.md", HERE.parent / "docs" / "benchmarks.md")
 
 SCORES = ["accuracy", "within_whole", "macro_f1", "accuracy_smoothed", "macro_f1_smoothed", "r2", "r2_gene", "mse"]
-SCORES += ["ari", "ari_smoothed", "nmi", "nmi_smoothed", "mrr", "hits10"]
+SCORES += ["pearson", "pearson_expressed", "r2_expressed"]
+SCORES += ["ari_reference", "ari", "ari_both", "ari_smoothed", "nmi", "nmi_smoothed", "mrr", "hits10"]
 COSTS = ["forward_s", "both_s", "step_ms", "first_s", "graph_s", "read_s", "embed_s", "us_per_cell", "ms_per_cell"]
 COSTS += ["epoch_s", "epochs", "total_s", "cpu_s", "peak_mb", "before_gb", "peak_gb", "result_gb"]
 COSTS += ["parameters", "trained", "heads"]

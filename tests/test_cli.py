@@ -548,6 +548,28 @@ def test_modalities_of_a_file(tmp_path, recordings) -> None:
     assert cli.main(["embed", str(source), "--output", str(output), "--modality", "no"]) == 2
 
 
+def test_several_files_are_read_together_and_written_each(small_toy, tmp_path, capsys) -> None:
+    for name in ("section_1", "section_2"):
+        small_toy[small_toy.obs["section"] == name].copy().write_h5ad(tmp_path / f"{name}.h5ad")
+    sources = [str(tmp_path / f"section_{i}.h5ad") for i in (1, 2)]
+    how = ["--max-epochs", "1", "--accelerator", "cpu"]
+    (tmp_path / "out").mkdir()
+    assert cli.main(["embed", *sources, "--output", str(tmp_path / "out"), *how, "--quiet"]) == 0
+    expected = [ad.read_h5ad(source) for source in sources]
+    fimp_sc.tl.embed(dict(zip(("section_1", "section_2"), expected, strict=True)), max_epochs=1, accelerator="cpu")
+    for i, adata in enumerate(expected, 1):
+        found = ad.read_h5ad(tmp_path / "out" / f"section_{i}.h5ad")
+        np.testing.assert_array_equal(found.obsm["X_fimp"], adata.obsm["X_fimp"])
+    capsys.readouterr()
+    for arguments, message in (
+        ([*sources, "--output", str(tmp_path / "out.h5ad")], "results go to a folder"),
+        ([sources[0], sources[0], "--output", str(tmp_path / "out")], "different file names"),
+        ([sources[0], str(tmp_path / "none.h5ad"), "--output", str(tmp_path / "out")], "does not exist"),
+    ):
+        assert cli.main(["embed", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_report_is_written_beside_the_output(section, tmp_path, calls, capsys) -> None:
     page = tmp_path / "report.html"
     assert cli.main(["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--report", str(page)]) == 0

@@ -126,7 +126,7 @@ WITH_EXAMPLES = [found for found in PUBLIC if found[0] in ("tl", "pp", "pl", "me
 WITH_EXAMPLES += [("model", "FIMP"), *(("model", f"FIMP.{name}") for name in METHODS)]
 PLACES = {
     "adata", "modality", "layer", "library_key", "batch_key", "spatial_key", "connectivities_key", "input_scale",
-    "center",
+    "center", "reference",
 }  # fmt: skip
 
 

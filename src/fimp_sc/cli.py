@@ -124,7 +124,7 @@ def _warnings_in_a_line(command: str) -> Iterator[None]:
 def _run_tool(
     command: str,
     *,
-    source: Path,
+    source: Path | list[Path],
     output: Path,
     quiet: bool = False,
     save_model: Path | None = None,
@@ -132,36 +132,21 @@ def _run_tool(
     **arguments: Any,
 ) -> None:
     """Read, call ``tl.<command>``, write."""
-    if source.is_dir():
-        message = (
-            f"input {str(source)!r} is a folder, and only .h5ad and .h5mu files are read: write one from it, for "
-            "instance with anndata.read_zarr(folder).write_h5ad(file)."
-        )
-        raise IsADirectoryError(message)
-    if not source.is_file():
-        message = f"input file {str(source)!r} does not exist."
-        raise FileNotFoundError(message)
-    if not output.parent.is_dir():
-        message = f"--output: folder {str(output.parent)!r} does not exist; create it first."
-        raise FileNotFoundError(message)
-    if output.is_dir():
-        message = f"--output: {str(output)!r} is a folder; name a file."
-        raise ValueError(message)
+    sources = source if isinstance(source, list) else [source]
+    outputs = _outputs(sources, output)
     if save_model is not None and save_model.exists():
         message = f"--save-model: {str(save_model)!r} exists already; name a new folder."
         raise ValueError(message)
-
     if report is not None:
         from fimp_sc.pl._figure._rules import ReportFile
 
+        if len(sources) > 1:
+            message = "--report is of one input: read the results with fimp_sc.pl.report in Python."
+            raise ValueError(message)
         report = ReportFile().accept(report, "--report")
-
-    suffix = ".h5mu" if source.suffix == ".h5mu" else ".h5ad"
-    if output.suffix != suffix:
-        message = f"--output: {output.name!r} must end in {suffix}, which is what is written for {source.name!r}."
-        raise ValueError(message)
-    data = _read(source)
-    before = _keys(data)
+    objects = {path.stem: _read(path) for path in sources}
+    before = {name: _keys(data) for name, data in objects.items()}
+    first = next(iter(objects.values()))
     genes = {name: arguments.pop(name) for name in ("species", "orthologs") if name in arguments}
     if genes and not {"foundation", "gene_embeddings"} & arguments.keys():
         message = f"--{max(genes)} is for --foundation or --gene-embeddings, and there is neither."
@@ -183,19 +168,56 @@ def _run_tool(
         message = "--checkpoint holds the files of a foundation model: name it with --foundation."
         raise ValueError(message)
     arguments["verbose"] = not quiet
-    getattr(fimp_sc.tl, command.replace("-", "_"))(data, **arguments)
+    getattr(fimp_sc.tl, command.replace("-", "_"))(first if len(objects) == 1 else objects, **arguments)
     if save_model is not None:
-        fimp_sc.tl.get_model(data, arguments.get("modality")).save(str(save_model))
-    _write(data, output)
+        fimp_sc.tl.get_model(first, arguments.get("modality")).save(str(save_model))
+    for (name, data), path in zip(objects.items(), outputs, strict=True):
+        _write(data, path)
+        if not quiet:
+            added = [key for key in _keys(data) if key not in before[name]]
+            print(f"Wrote {path}; new in it: {', '.join(added) or 'nothing, existing keys were replaced'}")
     if report is not None:
-        fimp_sc.pl.report(data, report, modality=arguments.get("modality"))
-    if not quiet:
-        added = [key for key in _keys(data) if key not in before]
-        print(f"Wrote {output}; new in it: {', '.join(added) or 'nothing, existing keys were replaced'}")
-        if save_model is not None:
-            print(f"Saved the model to {save_model}")
-        if report is not None:
-            print(f"Wrote the report {report}")
+        fimp_sc.pl.report(first, report, modality=arguments.get("modality"))
+    if save_model is not None and not quiet:
+        print(f"Saved the model to {save_model}")
+    if report is not None and not quiet:
+        print(f"Wrote the report {report}")
+
+
+def _outputs(sources: list[Path], output: Path) -> list[Path]:
+    """Return where each result goes, after checks of all places."""
+    for source in sources:
+        if source.is_dir():
+            message = (
+                f"input {str(source)!r} is a folder, and only .h5ad and .h5mu files are read: write one from it, for "
+                "instance with anndata.read_zarr(folder).write_h5ad(file)."
+            )
+            raise IsADirectoryError(message)
+        if not source.is_file():
+            message = f"input file {str(source)!r} does not exist."
+            raise FileNotFoundError(message)
+    if len(sources) > 1:
+        if not output.is_dir():
+            message = f"--output: of several inputs results go to a folder, and {str(output)!r} is none; create it."
+            raise FileNotFoundError(message)
+        if any(source.suffix == ".h5mu" for source in sources):
+            message = "several inputs must be .h5ad files: a .h5mu file is read by itself."
+            raise ValueError(message)
+        if len({source.stem for source in sources}) < len(sources):
+            message = "inputs must have different file names, by which results are told apart."
+            raise ValueError(message)
+        return [output / f"{source.stem}.h5ad" for source in sources]
+    if not output.parent.is_dir():
+        message = f"--output: folder {str(output.parent)!r} does not exist; create it first."
+        raise FileNotFoundError(message)
+    if output.is_dir():
+        message = f"--output: {str(output)!r} is a folder; name a file."
+        raise ValueError(message)
+    suffix = ".h5mu" if sources[0].suffix == ".h5mu" else ".h5ad"
+    if output.suffix != suffix:
+        message = f"--output: {output.name!r} must end in {suffix}, which is what is written for {sources[0].name!r}."
+        raise ValueError(message)
+    return [output]
 
 
 def _read(source: Path) -> AnnData | MuData:
@@ -331,7 +353,9 @@ def _parser() -> argparse.ArgumentParser:
     _add(niches, "labels_key", metavar="KEY", help="column of .obs that is counted in every niche")
     _add_keys(niches)
 
-    attention = _add_tool(commands, "attention", "write the influence of neighbors, per edge and per pair of groups")
+    attention = _add_tool(
+        commands, "attention", "write the influence of neighbors, per edge and per pair of groups", several=False
+    )
     _add(attention, "groupby", required=True, metavar="KEY", help="column of .obs with groups of cells")
     _add(attention, "n_permutations", metavar="N", help="number of permutations")
     _add_common(attention)
@@ -357,12 +381,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_tool(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+def _add_tool(commands: Any, name: str, summary: str, *, several: bool = True) -> argparse.ArgumentParser:
     tool: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", argument_default=argparse.SUPPRESS
     )
-    tool.add_argument("source", type=Path, metavar="INPUT.h5ad", help="cells with .obsm['spatial'], or a .h5mu file")
-    tool.add_argument("--output", type=Path, required=True, metavar="OUT.h5ad", help="where to write the result")
+    what = "cells with .obsm['spatial'], or a .h5mu file"
+    if several:
+        what += "; several .h5ad files are read together"
+        tool.add_argument("source", type=Path, nargs="+", metavar="INPUT.h5ad", help=what)
+    else:
+        tool.add_argument("source", type=Path, metavar="INPUT.h5ad", help=what)
+    where = "where to write the result" + ("; of several inputs a folder" if several else "")
+    tool.add_argument("--output", type=Path, required=True, metavar="OUT.h5ad", help=where)
     return tool
 
 

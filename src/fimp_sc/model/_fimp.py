@@ -24,7 +24,15 @@ from fimp_sc.model.predict._outputs import (
     get_reconstruction,
     predict,
 )
-from fimp_sc.model.registry._fields import LABELS_KEY, X_KEY, ExpressionField, LabelField, table_states
+from fimp_sc.model.registry._fields import (
+    GRAPH_KEY,
+    LABELS_KEY,
+    X_KEY,
+    ExpressionField,
+    GraphField,
+    LabelField,
+    table_states,
+)
 from fimp_sc.model.registry._graph_data import check_genes, field_state
 from fimp_sc.model.registry._setup import Absent, Listed, is_object, setup_anndata, setup_mudata
 from fimp_sc.model.train._plan import FIMPTrainingPlan
@@ -78,7 +86,8 @@ class FIMP(BaseModelClass, metaclass=Listed):
         Whether a cell also attends to its own genes.
     messages
         Whether cells hear their neighbors. Without, each is embedded by itself by the same network: what neighbors
-        are worth shows beside it.
+        are worth shows beside it. Always False for cells without neighbors, of an object with an empty graph
+        (``fimp_sc.pp.spatial_graph(adata, n_neighbors=0)``).
     use_weights
         Whether the weights of the graph count. They are divided by their mean over the neighbors of a cell, so that
         graphs whose weights are all alike give what graphs without weights do: near neighbors may count more than far
@@ -165,12 +174,16 @@ class FIMP(BaseModelClass, metaclass=Listed):
         if foundation is not None and token_size is not None:
             raise ValueError(f"token_size is that of foundation={foundation.name!r} itself: leave it out.")
         self.foundation, self.n_tokens = foundation, n_tokens
+        why = "messages=False"
+        if messages and not field_state(self, GRAPH_KEY).get(GraphField.EDGES, True):
+            # Messages that were never seen in training would be noise where the model meets neighbors.
+            messages, why = False, "a graph without edges"
         if not (messages or self_loops):
-            raise ValueError("messages=False leaves each cell its own tokens, and self_loops=False nothing: keep one.")
+            raise ValueError(f"{why} leaves each cell its own tokens, and self_loops=False nothing: keep one.")
         self.self_loops, self.messages, self.random_state = self_loops, messages, random_state
         self.use_weights = use_weights
         if use_weights and not messages:
-            raise ValueError("use_weights=True weighs messages, and messages=False leaves none: choose one.")
+            raise ValueError(f"use_weights=True weighs messages, and {why} leaves none: choose one.")
         stored = architecture or {}
         network, vectors, known = None, None, None
         with seeded(random_state):

@@ -14,12 +14,13 @@ from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._elements import missing_key, shorten
 from fimp_sc.model.predict._attention import gene_columns
 from fimp_sc.model.registry._graph_data import known_columns, table_ends, tables_of
-from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
+from fimp_sc.tl._call._inputs import check_results, choose, working_copy
 from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, measured_scale, placed, record
+from fimp_sc.tl._call._several import opened, several
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@several
 @checked
 def impute(
-    adata: AnnData | MuData,
+    adata: AnnData | MuData | Sequence[AnnData] | Mapping[str, AnnData],
     *,
     genes: str | Sequence[str] | None = None,
     scale: Literal["log", "counts"] = "log",
@@ -63,7 +65,7 @@ def impute(
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
     inference_kwargs: dict[str, Any] | None = None,
-) -> AnnData | MuData | None:
+) -> AnnData | MuData | list[AnnData] | dict[str, AnnData] | None:
     """Predict expression (signals, images) of every node from its own tokens and those of its neighbors.
 
     The model that :func:`embed` or :func:`annotate` trained on this object before is used, if nothing has changed.
@@ -75,13 +77,17 @@ def impute(
     adata
         Cells with expression and coordinates; or a MuData object, of which a modality is read: expression, signals of
         regions (:func:`fimp_sc.pp.fmri`), images (:func:`fimp_sc.pp.images`) or features (:func:`fimp_sc.pp.features`).
+        Several AnnData objects, as a list or a dictionary by name, are read as samples of one (see Notes).
     genes
         Gene or genes to predict, of those that the model knows, measured here or not, spelled as in the object that the
         model was trained on. All genes of ``adata`` by default, which makes a dense layer of cells x genes: name genes
         for a large object. Of several tables that are read together genes of any; each is written to its own table.
     scale
         ``"log"``: ``log1p`` of values scaled to the common total of the model, the median total of the cells that it
-        was trained on. ``"counts"``: scaled back to the total of each cell.
+        was trained on. ``"counts"``: scaled back to the total of each cell. Measured values are on the scale of
+        ``"log"`` once the genes ``uns[key_added]["measured"]`` of each cell are scaled to ``uns[key_added]["total"]``
+        together, and ``log1p`` is taken. Predictions are on that of cells whose median total of these genes is ``own``
+        after ``np.log1p(np.expm1(predictions) * own / total)``.
     hidden
         Values that the model must not see, in training or later: a boolean array, or the name of a layer that holds it
         (of images, of an entry of ``obsm``); of several modalities the name, under which each of them may hold its own.
@@ -108,7 +114,8 @@ def impute(
         call, else ``"spatial"``.
     connectivities_key
         Graph in ``obsp``, ``(n_obs, n_obs)``, row = destination. If it is absent, a graph of the 6 nearest neighbors is
-        built with :func:`fimp_sc.pp.spatial_graph`. By default that of the ``model`` or of the latest call, else
+        built with :func:`fimp_sc.pp.spatial_graph`; cells without places (scRNA-seq) get an empty one from it with
+        ``n_neighbors=0`` first. By default that of the ``model`` or of the latest call, else
         ``"spatial_connectivities"``.
     input_scale
         Scale of the values: ``"counts"`` (whole numbers), ``"normalized"`` (without logarithm), ``"log"``
@@ -147,7 +154,7 @@ def impute(
         Replace anything that is under the names of the results. If False, only earlier results of this function are
         replaced. Data that the call itself reads are never replaced.
     copy
-        Return a copy with the results instead of writing to ``adata``.
+        Return a copy with the results instead of writing to ``adata``; of several objects a list, or a dictionary.
     model_kwargs
         Further arguments of :class:`fimp_sc.model.FIMP` for a model that is trained now, such as ``{"n_latent": 128}``,
         or ``{"gene_embeddings": "vectors.npz"}`` for pretrained vectors of genes.
@@ -198,6 +205,10 @@ def impute(
     of :mod:`fimp_sc.tl` whose results are in the object, also if it was written to a file since; a line of the log
     names them.
 
+    Several objects are in memory; each is a sample, as is each value of ``library_key`` within it, and has its own
+    graph. The model knows the genes of all of them; those that an object does not have were not measured there.
+    Results, and the model, are those of one object that holds the cells of all, and are written to each.
+
     Examples
     --------
     >>> import fimp_sc as fimp
@@ -211,7 +222,7 @@ def impute(
     twice = [gene for gene, number in Counter(genes or ()).items() if number > 1]
     if twice:
         raise ValueError(f"genes names {shorten([repr(gene) for gene in twice])} more than once: name each gene once.")
-    adata = copied(adata) if copy else adata
+    adata = opened(adata, copy)
     model = given_model(model, accelerator, verbose=verbose)
     study, inputs = choose(
         adata, modality, verbose=verbose, model=model, layer=layer, library_key=library_key, batch_key=batch_key,

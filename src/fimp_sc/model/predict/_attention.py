@@ -193,12 +193,20 @@ def check_message_layer(model: FIMP, layer: int | None) -> None:
         raise ValueError(f"layer must be from 0 to {n_layers - 1}, found {layer}.")
 
 
+def check_messages(model: FIMP) -> None:
+    """Raise a ValueError where a model has no attention over edges to read."""
+    model.module.network.message_layers()
+    if not model.messages:
+        raise ValueError(
+            "This model passes no messages (messages=False), as every model of cells without neighbors, and has no "
+            "attention between cells."
+        )
+
+
 def attention_data(model: FIMP, adata: AnnData | MuData | None) -> GraphData:
     if model.foundation is None:  # type: ignore[attr-defined]
         model._check_if_trained(warn=False)
-    model.module.network.message_layers()
-    if not model.messages:
-        raise ValueError("This model passes no messages (messages=False), and has no attention between cells.")
+    check_messages(model)
     data = graph_data(model, study_of(model, adata))
     if data.expression is None:
         raise ValueError("This model reads no expression: attention between cells is read for genes only.")

@@ -253,11 +253,25 @@ def write_back(study: Study, work: Study, inputs: Inputs, model: FIMP | None) ->
             adata.obsp[inputs.connectivities_key] = light.obsp[inputs.connectivities_key]
             adata.uns[f"{prefix}_neighbors"] = light.uns[f"{prefix}_neighbors"]
         yield
-    if model is None:
-        return
+    if model is not None:
+        _remember(adata, _marks(work, inputs), model)
+
+
+def _remember(adata: AnnData | MuData, marks: dict[str, Any], model: FIMP) -> None:
     address = id(adata)
     reference = weakref.ref(adata, lambda _: _models.pop(address, None))
-    _models[address] = _Remembered(reference, _marks(work, inputs), model)
+    _models[address] = _Remembered(reference, marks, model)
+
+
+def hand_on(givers: Sequence[AnnData], takers: Sequence[AnnData]) -> FIMP | None:
+    """Remember the model of some objects for others, if they have one in common, and return it."""
+    found = [_remembered(giver) for giver in givers]
+    first = found[0]
+    if first is None or any(other is None or other.model is not first.model for other in found):
+        return None
+    for taker in takers:
+        _remember(taker, first.marks, first.model)
+    return first.model
 
 
 @checked
