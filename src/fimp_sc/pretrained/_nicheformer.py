@@ -81,7 +81,7 @@ class Nicheformer(FoundationReader):
     files = (
         "model.safetensors, model.h5ad (or genes.txt) and the means of the technique, such as xenium_mean_script.npy"
     )
-    needed = (WEIGHT_FILES, ("model.h5ad", "genes.txt"))
+    needed = (WEIGHT_FILES,)
 
     def build(self, config: Mapping[str, Any], **stack: Any) -> Backbone:
         """Build the modules with random weights."""
