@@ -15,6 +15,7 @@ from geneformer_toys import write_geneformer
 from nicheformer_toys import write_nicheformer
 from PIL import Image
 from scipy import sparse
+from text_toys import make_texts, write_encoder
 
 import fimp_sc
 from fimp_sc.data._modality import quiet_mudata
@@ -120,6 +121,18 @@ def test_code_of_the_page_on_modalities_runs(tmp_path) -> None:
     assert np.isfinite(made[:, :40]).all()
     assert np.isnan(made[:, 40:]).all(), "steps that fill no token"
     assert np.isfinite(names["mdata"].obsm["X_fimp"]).all()
+
+
+def test_code_of_texts_runs(tmp_path) -> None:
+    pytest.importorskip("tokenizers")
+    page, texts = DOCS / "modalities.md", dict(enumerate(make_texts(12)))
+    write_encoder(tmp_path / "all-MiniLM-L6-v2")
+    names = {"fimp": fimp_sc, "definitions": texts, "is_a": [(i, i // 2) for i in range(1, 12)]}
+    names["branch"] = [*"abcd" * 2, "a", "b", "Unknown", None]
+    (block,) = [block for block in code_of(page) if "pp.text" in block]
+    run([block], page, names)
+    assert set(names["terms"]["text"].obs["fimp_branch"]) <= set("abcd")
+    assert names["terms"]["text"].obsm["X_fimp"].shape == (12, 24)
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from matplotlib import pyplot as plt
+from text_toys import write_tokenizer
 
 import fimp_sc
 from fimp_sc.model import FIMP
@@ -183,6 +184,9 @@ def test_tools_have_few_parameters_beside_the_places_of_data(tool: str) -> None:
 def test_examples_run(namespace: str, name: str, tmp_path, monkeypatch) -> None:
     thing = attrgetter(name)(import_module(f"fimp_sc.{namespace}"))
     monkeypatch.chdir(tmp_path)
+    if name == "text":
+        pytest.importorskip("tokenizers")
+        write_tokenizer(tmp_path / "all-MiniLM-L6-v2")
     monkeypatch.setattr(plt, "show", lambda *args, **kwargs: None)
     report: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)

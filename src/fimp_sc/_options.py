@@ -310,6 +310,10 @@ OPTIONS: dict[str, Rule | None] = {
     "n_rings": Integer(1),
     "radius_km": Real(0, open_left=True),
     "lazy": Flag(),
+    "tokenizer": Place(),
+    "directed": Flag(),
+    "max_tokens": Integer(1),
+    "text.edges": None,  # which is anything with pairs of names
     "channels": Choice(("last", "first")),
     "sampling_interval": Real(0, open_left=True),
     "top_fraction": Real(0, 1, open_left=True),

@@ -30,7 +30,7 @@ from fimp_sc.pretrained import (
     register,
 )
 
-NAMES = "'scgpt', 'geneformer', 'nicheformer', 'vit', 'brainlm'"
+NAMES = "'scgpt', 'geneformer', 'nicheformer', 'vit', 'brainlm', 'bert'"
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 WIDTH = 12
 QUICK = {"max_epochs": 1, "accelerator": "cpu", "verbose": False}
@@ -144,7 +144,7 @@ def test_command_line_and_errors_know_registered_models(wave) -> None:
     options = ["embed", "a.h5mu", "--output", "b.h5mu", "--foundation", "wave", "--checkpoint", str(folder)]
     assert cli._parser().parse_args(options).foundation == "wave"
     with pytest.raises(
-        ValueError, match=r"'scgpt', 'geneformer', 'nicheformer', 'vit', 'brainlm', 'wave': found 'wafe'"
+        ValueError, match=r"'scgpt', 'geneformer', 'nicheformer', 'vit', 'brainlm', 'bert', 'wave': found 'wafe'"
     ):
         load("wafe", folder)
 

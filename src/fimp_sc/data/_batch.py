@@ -80,6 +80,8 @@ class Batch(TypedDict):
     """``(n_dst, q)`` bool, True where a node has no more of them."""
     sequences: NotRequired[dict[str, SequenceBatch]]
     """By modality."""
+    embedding: NotRequired[Tensor]
+    """``(n_dst, width)`` float32, from a network that does not change; there are no tokens then."""
 
 
 def without_neighbors(batch: Batch) -> Batch:

@@ -47,6 +47,9 @@ class GraphData:
         By modality: nodes that are sequences of numbers.
     names
         ``(n_obs,)`` names of the nodes, which order those at one place.
+    embedding
+        ``(n_obs, width)`` float32, embeddings of a network that does not change, which blocks then hold instead of
+        tokens; NaN where they are not known.
     """
 
     expression: ExpressionReader | JoinedExpression | None
@@ -57,6 +60,7 @@ class GraphData:
     tokenizer: Tokenizer | None = None
     sequences: dict[str, SequenceReader] = field(default_factory=dict)
     names: NDArray[Any] | None = None
+    embedding: NDArray[np.float32] | None = None
 
     @cached_property
     def rank(self) -> NDArray[np.int64]:
@@ -145,7 +149,7 @@ class BlockDataset(Dataset["Batch"]):
     """Make the batch of any destinations: their halo, values, masks and tokens.
 
     A batch holds its destinations and the halo that ``n_layers`` layers read, so its result equals that of the whole
-    graph.
+    graph; or, where they are known already, the embeddings of the destinations alone.
 
     Parameters
     ----------
@@ -186,6 +190,15 @@ class BlockDataset(Dataset["Batch"]):
 
     def __getitem__(self, item: Destinations) -> Batch:
         data, (destinations, seed) = self.data, item
+        if data.embedding is not None:
+            return {
+                "nodes": torch.from_numpy(destinations),
+                "n_nodes": [len(destinations)],
+                "indptr": [],
+                "indices": [],
+                "label": torch.from_numpy(data.label[destinations]),
+                "embedding": torch.from_numpy(data.embedding[destinations]),
+            }
         block = data.graph.block(destinations, self.n_layers, data.rank)
         nodes, n_dst = block.nodes, len(destinations)
         made: Batch = {

@@ -133,6 +133,12 @@ def sequence_shapes(
     shapes, sizes = {}, {}
     for name, state in states.items():
         kind, size = state[SequenceField.KIND], state[SequenceField.SIZE]
+        if sequence_kind(kind).words:
+            raise ValueError(
+                f"Nodes of the kind {kind!r} hold words, which a foundation model alone can read: pass foundation="
+                "fimp_sc.pretrained.load('bert', folder). Without one, count words and pass the table to "
+                "fimp_sc.pp.features."
+            )
         wanted = given.get(name)
         if wanted is not None and (not isinstance(wanted, Integral) or isinstance(wanted, bool)):
             raise TypeError(f"token_size must be a whole number, found {wanted!r}.")

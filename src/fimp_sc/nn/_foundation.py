@@ -106,11 +106,14 @@ class FoundationNetwork(Network):
         if self._has_summary:
             return tokens[:, 0]
         if self.sequence is not None:
-            return tokens.mean(1)
-        # Of a cell without any token: zeros.
-        there = ~batch["padding"][: len(tokens), :, None]
-        genes = tokens[:, self.embedding.n_class :].masked_fill(~there, 0.0)
-        return genes.sum(1) / there.sum(1).clamp(min=1)
+            padding = self.embedding.padding(batch["sequences"][self.sequence])
+            if padding is None:
+                return tokens.mean(1)
+        else:
+            tokens, padding = tokens[:, self.embedding.n_class :], batch["padding"]
+        # Of a node without any token: zeros.
+        there = ~padding[: len(tokens), :, None]
+        return tokens.masked_fill(~there, 0.0).sum(1) / there.sum(1).clamp(min=1)
 
     def split(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the tokens of a sequence, ``(n_dst, f, width)`` by modality, from the last layer's tokens."""
@@ -162,8 +165,11 @@ class FoundationNetwork(Network):
         """Return the tokens of all nodes of a block, ``(n, 1 + f, width)``, and their padding, ``(n, 1 + f)``."""
         if self.sequence is None:
             return self.embedding(batch["feature_id"], batch["value"], batch["padding"])
-        tokens = self.embedding(batch["sequences"][self.sequence])
-        return tokens, torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        nodes = batch["sequences"][self.sequence]
+        tokens, padding = self.embedding(nodes), self.embedding.padding(nodes)
+        if padding is None:
+            padding = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return tokens, padding
 
     def message_layers(self) -> list[Any]:
         """Return the layers of the stack.

@@ -43,6 +43,8 @@ class Network(nn.Module, ABC):
     pretrained
         Whether the weights come from a checkpoint: they are trained in steps of their own size, and heads start from
         standardized embeddings rather than from components of the data.
+    frozen
+        Whether training changes nothing in it.
     adds_self_loops
         Whether the network makes nodes their own neighbors, so that graphs need no self-loops.
     unit_length
@@ -61,6 +63,7 @@ class Network(nn.Module, ABC):
     width: int
     n_hops: int
     pretrained: bool = False
+    frozen: bool = False
     adds_self_loops: bool = False
     unit_length: bool = False
     least_batch: int = 64

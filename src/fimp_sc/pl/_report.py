@@ -264,15 +264,15 @@ class _Page:
             there = np.isfinite(values).all(axis=1)
             if self._spatial is None or there.sum() < 2:
                 continue
-            scores, shares = _principal_components(values[there], n_shown)
+            scores, fractions = _principal_components(values[there], n_shown)
             light = AnnData(obs=self._adata.obs[[]].copy(), obsm={self._spatial: self._adata.obsm[self._spatial]})
             if self._library is not None:
                 light.obs[self._library] = get_obs(self._adata, [self._library])[self._library]
-            columns = [f"component {i + 1} ({share:.0%})" for i, share in enumerate(shares)]
+            columns = [f"component {i + 1} ({fraction:.0%})" for i, fraction in enumerate(fractions)]
             for name, score in zip(columns, scores.T, strict=True):
                 light.obs[name] = np.nan
                 light.obs.loc[there, name] = score
-            caption = f"Principal components of {key}, with their share of its variance; colors end at 1 and 99 %."
+            caption = f"Principal components of {key}, with their fraction of its variance; colors end at 1 and 99 %."
             parts.append(self._map(columns, caption, light, vmin="p1", vmax="p99"))
         return "\n".join(parts)
 
@@ -341,7 +341,7 @@ class _Page:
             rows: dict[str, Any] = {
                 "Genes in the vocabulary": record["n_vocabulary"],
                 "Genes with an id": f"{int(record['n_used']):,} of {self._adata.n_vars:,}",
-                "Share of counts": f"{float(record['share_of_counts']):.1%}",
+                "Fraction of counts": f"{float(record['fraction_of_counts']):.1%}",
             }
             rows |= {f"Matched: {name}": n for name, n in dict(record["methods"]).items()}
             rows |= {"Ambiguous": record["n_ambiguous"], "Lost": record["n_lost"]}
@@ -376,7 +376,7 @@ class _Page:
 
 
 def _principal_components(values: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores ``(n_obs, n)`` on the first components, and their shares of the variance."""
+    """Return scores ``(n_obs, n)`` on the first components, and their fractions of the variance."""
     centered = values - values.mean(axis=0)
     variances, directions = np.linalg.eigh(centered.T @ centered)
     chosen = np.argsort(variances)[::-1][:n]

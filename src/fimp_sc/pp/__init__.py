@@ -7,5 +7,6 @@ from fimp_sc.pp._images import images
 from fimp_sc.pp._match_genes import match_genes
 from fimp_sc.pp._pyg import from_pyg, to_pyg
 from fimp_sc.pp._spatial_graph import spatial_graph
+from fimp_sc.pp._text import text
 
-__all__ = ["GeneMatch", "features", "fmri", "from_pyg", "images", "match_genes", "spatial_graph", "to_pyg"]
+__all__ = ["GeneMatch", "features", "fmri", "from_pyg", "images", "match_genes", "spatial_graph", "text", "to_pyg"]

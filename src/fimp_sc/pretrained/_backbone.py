@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    from fimp_sc.data import Tokenizer
+    from fimp_sc.data import SequenceBatch, Tokenizer
     from fimp_sc.nn import TransformerLayer, TransformerStack
     from fimp_sc.pretrained.files._files import Weights
 
@@ -158,6 +158,10 @@ class SequenceTokens(nn.Module):
     n_class = 1
     misaligned = ""
     unit_length = False
+
+    def padding(self, nodes: SequenceBatch) -> Tensor | None:
+        """Return where there is no token, ``(n, n_class + f)`` bool; by default all nodes have as many."""
+        return None
 
     def check(self, size: Sequence[int], n_coordinates: int) -> None:
         """Check that nodes can be read; by default any can.

@@ -1,22 +1,28 @@
-"""Encoders of the BERT kind: layers with norms last, tokens with learned positions, and both from a checkpoint."""
+"""Encoders of the BERT kind, of texts and others: layers with norms last, and tokens with learned positions."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from fimp_sc.nn import TransformerStack
-from fimp_sc.pretrained._backbone import copy_layer, copy_weights
+from fimp_sc.pretrained._backbone import Backbone, SequenceTokens, copy_layer, copy_weights
+from fimp_sc.pretrained._registry import FoundationReader, register
 from fimp_sc.pretrained._vit import check_all_read
+from fimp_sc.pretrained.files._files import CheckpointError, read_json
+from fimp_sc.pretrained.files._settings import WEIGHT_FILES, open_checkpoint
+from fimp_sc.pretrained.files._tokenizer import read_words, words_checksum
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from fimp_sc.data import SequenceBatch
     from fimp_sc.nn import TransformerLayer
     from fimp_sc.pretrained.files._files import Weights
     from fimp_sc.pretrained.files._settings import Config
@@ -34,6 +40,120 @@ _LAYER = {
 _UNREAD = ("pooler.", "cls.", "classifier.", "embeddings.position_ids", "embeddings.token_type_ids")
 # Of norms in files that were converted from TensorFlow.
 _OLD_NORM = {"gamma": "weight", "beta": "bias"}
+
+
+class Bert(FoundationReader):
+    """Reads encoders of texts: BERT, MiniLM, BioBERT, PubMedBERT, SapBERT, BGE, and others of the model type "bert".
+
+    A text is the mean of its tokens after the last layer, the special ones included, or its first token. What
+    sentence-transformers write beside a checkpoint says which (``1_Pooling/config.json``), and whether embeddings have
+    length 1 (``modules.json``). Pooler and heads are not read. RoBERTa, MPNet, DistilBERT and DeBERTa have other layers
+    or positions, and are not supported.
+
+    Notes
+    -----
+    Source: Devlin et al. (2019), "BERT", arXiv 1810.04805.
+    """
+
+    name = "bert"
+    reads = "text"
+    nodes = "texts"
+    files = "config.json, model.safetensors and tokenizer.json, or the name of a repository on the Hugging Face hub"
+    needed = (("config.json",), WEIGHT_FILES)
+
+    def build(self, config: Mapping[str, Any], **stack: Any) -> Backbone:
+        """Build the modules with random weights."""
+        return Backbone(dict(config), TextTokens(config), build_stack(config, **stack))
+
+    def read(
+        self,
+        folder: Path,
+        rows: Any = None,
+        *,
+        pooling: Literal["mean", "cls"] | None = None,
+        layer: int = -1,
+        **stack: Any,
+    ) -> Backbone:
+        """Read a checkpoint.
+
+        ``pooling`` is ``"mean"`` of tokens or the first token, ``"cls"``; by default what the files say, or else the
+        mean. ``layer`` is the last layer that is read, counted from 1, or from the end as -1.
+
+        Raises
+        ------
+        CheckpointError
+            Files are missing or damaged, weights are missing, misshapen or not supported, or the configuration
+            contradicts them.
+        ValueError
+            ``pooling`` is unknown, or there is no such layer.
+        """
+        if pooling not in (None, "mean", "cls"):
+            raise ValueError(f"pooling must be 'mean' or 'cls', found {pooling!r}.")
+        weights, settings = open_checkpoint(folder)
+        place = weights.path.parent
+        weights = bert_names(weights)
+        words = read_words(place)
+        config = {
+            **bert_sizes(weights, settings, layer),
+            "n_words": weights.shape("embeddings.word_embeddings.weight")[0],
+            "vocabulary": None if words is None else words_checksum(words),
+            "pooling": pooling or _pooling(place),
+            "unit_length": _has_unit_length(place),
+        }
+        backbone = self.build(config, **stack)
+        load_embeddings(backbone.embedding.tokens, weights)
+        load_stack(backbone.stack, weights)
+        check_bert_read(weights, backbone.stack)
+        return backbone
+
+
+class TextTokens(SequenceTokens):
+    """Tokens of texts: the vector of each word or piece of one, and of its place; hidden ones are left out.
+
+    Parameters
+    ----------
+    config
+        ``d_model``, ``n_words``, ``n_positions``, ``eps``, ``vocabulary``, ``pooling`` and ``unit_length``.
+    """
+
+    token_size = 1
+    misaligned = (
+        "Texts are read and not written: hidden words are not predicted. Embed and annotate texts; of other values of "
+        "the same nodes, impute the modality that holds them."
+    )
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.n_class = int(config["pooling"] == "cls")
+        self.unit_length = bool(config["unit_length"])
+        self.n_words, self.vocabulary, self.n_positions = config["n_words"], config["vocabulary"], config["n_positions"]
+        self.tokens = BertEmbeddings(config["d_model"], config["n_words"], config["n_positions"], eps=config["eps"])
+
+    def forward(self, nodes: SequenceBatch) -> Tensor:
+        """Return ``(n, f, d_model)``, as many tokens as the longest text has."""
+        absent = self.padding(nodes)
+        rows = nodes["value"][:, : absent.shape[1], 0].long().masked_fill(absent, 0)
+        return self.tokens(rows, torch.arange(absent.shape[1], device=rows.device))
+
+    def padding(self, nodes: SequenceBatch) -> Tensor:
+        """Return where texts have no token, or a hidden one, ``(n, f)``; what no text has is cut off."""
+        used = (~nodes["padding"]).any(0).nonzero()
+        longest = int(used.max()) + 1 if len(used) else 1
+        return (nodes["padding"] | nodes["masked"])[:, :longest]
+
+    def check(self, size: Sequence[int], n_coordinates: int) -> None:
+        """Check the length of texts, and that their tokens are those of this model."""
+        length, n_words, vocabulary = size
+        if length > self.n_positions:
+            raise ValueError(
+                f"This model reads texts of up to {self.n_positions} tokens, found {length}: pass "
+                f"max_tokens={self.n_positions} to fimp_sc.pp.text."
+            )
+        if n_words > self.n_words or self.vocabulary not in (None, vocabulary):
+            raise ValueError(
+                f"The texts were made tokens by another vocabulary, of {n_words:,} words, than that of this model, of "
+                f"{self.n_words:,}: pass the folder of this model to fimp_sc.pp.text as tokenizer=."
+            )
 
 
 class BertEmbeddings(nn.Module):
@@ -220,3 +340,28 @@ def check_bert_read(weights: Weights, stack: TransformerStack) -> None:
 def _is_above(key: str, n_layers: int) -> bool:
     number = re.match(r"encoder\.layer\.(\d+)\.", key)
     return number is not None and int(number[1]) >= n_layers
+
+
+def _pooling(folder: Path) -> str:
+    """Return what the files of sentence-transformers say of the pooling, by default the mean."""
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "mean"
+    content = read_json(path)
+    modes = [key for key, value in content.items() if key.startswith("pooling_mode_") and value is True]
+    named = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(modes) != 1 or modes[0] not in named:
+        raise CheckpointError(
+            f"{str(path)!r} asks for {' and '.join(modes) or 'no pooling'}, and only the mean of tokens or the first "
+            "token is supported: pass pooling='mean' or 'cls' to fimp_sc.pretrained.load."
+        )
+    return named[modes[0]]
+
+
+def _has_unit_length(folder: Path) -> bool:
+    """Tell whether sentence-transformers divide embeddings by their length, as the list of its modules says."""
+    path = folder / "modules.json"
+    return path.is_file() and "sentence_transformers.models.Normalize" in path.read_text(encoding="utf-8")
+
+
+register(Bert())

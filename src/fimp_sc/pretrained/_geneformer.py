@@ -24,7 +24,7 @@ from fimp_sc.pretrained._bert import (
 from fimp_sc.pretrained._registry import FoundationReader, register
 from fimp_sc.pretrained.files._files import CheckpointError, checkpoint_folder, read_json
 from fimp_sc.pretrained.files._pickles import read_pickle
-from fimp_sc.pretrained.files._settings import open_checkpoint
+from fimp_sc.pretrained.files._settings import WEIGHT_FILES, open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,6 +55,7 @@ class Geneformer(FoundationReader):
         "config.json, model.safetensors and the dictionaries of the release: token_dictionary*.pkl, "
         "gene_median_dictionary*.pkl, ensembl_mapping_dict*.pkl"
     )
+    needed = (("config.json",), WEIGHT_FILES)
 
     def build(self, config: Mapping[str, Any], **stack: Any) -> Backbone:
         """Build the modules with random weights."""

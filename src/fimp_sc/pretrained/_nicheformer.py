@@ -24,7 +24,7 @@ from fimp_sc.pretrained._bert import build_stack, kept_layers
 from fimp_sc.pretrained._registry import FoundationReader, register
 from fimp_sc.pretrained._vit import check_all_read
 from fimp_sc.pretrained.files._files import CheckpointError, check_file, checkpoint_folder
-from fimp_sc.pretrained.files._settings import open_checkpoint
+from fimp_sc.pretrained.files._settings import WEIGHT_FILES, open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,6 +81,7 @@ class Nicheformer(FoundationReader):
     files = (
         "model.safetensors, model.h5ad (or genes.txt) and the means of the technique, such as xenium_mean_script.npy"
     )
+    needed = (WEIGHT_FILES,)
 
     def build(self, config: Mapping[str, Any], **stack: Any) -> Backbone:
         """Build the modules with random weights."""

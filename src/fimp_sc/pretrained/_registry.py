@@ -24,6 +24,7 @@ _OWN = {
     "nicheformer": "_nicheformer",
     "vit": "_vit",
     "brainlm": "_brainlm",
+    "bert": "_bert",
 }
 
 _readers: dict[str, FoundationReader] = {}
@@ -249,7 +250,7 @@ def load(
     ----------
     name
         ``"scgpt"``, ``"geneformer"`` or ``"nicheformer"`` (expression), ``"vit"`` (images), ``"brainlm"`` (signals of
-        brain regions), or one that :func:`register` made known.
+        brain regions), ``"bert"`` (texts), or one that :func:`register` made known.
     checkpoint
         Folder with the files of the model, or the name of a repository on the Hugging Face hub, which is downloaded.
     train
@@ -272,7 +273,8 @@ def load(
         Of this model: ``cls_value`` of scGPT (value of its first token, by default that of padding); ``layer`` and
         ``pooling`` of Geneformer (layer that is read, by default ``-2``, the last but one; ``"cls"`` or ``"mean"`` of
         the genes, by default the first where there is such a token); ``assay`` of Nicheformer, such as ``"xenium"``,
-        which it needs, and ``layer`` (by default -1, the last); ``n_heads`` of a ViT without a configuration.
+        which it needs, and ``layer`` (by default -1, the last); ``n_heads`` of a ViT without a configuration;
+        ``pooling`` and ``layer`` of BERT (``"mean"`` or ``"cls"``, by default what the files say; -1, the last).
 
     Returns
     -------

@@ -184,6 +184,9 @@ def annotate(
     of :mod:`fimp_sc.tl` whose results are in the object, also if it was written to a file since; a line of the log
     names them.
 
+    A frozen foundation model learns labels alone here: its embeddings are computed once, whatever the number of epochs.
+    :func:`impute` then trains a model of its own; ``train_kwargs={"mask_cells": 0.5}`` learns both at once.
+
     Several objects are in memory; each is a sample, as is each value of ``library_key`` within it, and has its own
     graph. The model knows the genes of all of them; those that an object does not have were not measured there.
     Results, and the model, are those of one object that holds the cells of all, and are written to each.
@@ -214,8 +217,7 @@ def annotate(
         fitted = fitted_model(
             study, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
-            foundation=foundation,
-            n_tokens=n_tokens, n_layers=n_layers,
+            foundation=foundation, n_tokens=n_tokens, n_layers=n_layers, wanted="labels",
         )  # fmt: skip
         soft = cast("pd.DataFrame", fitted.predict(soft=True, **(inference_kwargs or {})))
         probabilities = soft.to_numpy(dtype=np.float32)

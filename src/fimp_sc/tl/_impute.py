@@ -247,7 +247,7 @@ def impute(
             study, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             hidden=masks, foundation=foundation,
-            genes=genes, n_tokens=n_tokens, n_layers=n_layers,
+            genes=genes, n_tokens=n_tokens, n_layers=n_layers, wanted="values",
         )  # fmt: skip
         how = inference_kwargs or {}
         predicted: list[tuple[Modality, np.ndarray, Any]] = [

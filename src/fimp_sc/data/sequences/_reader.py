@@ -89,6 +89,8 @@ class SequenceReader:
         ``(n_obs,)`` bool, nodes that lack this modality.
     hidden
         ``(n_obs, f)`` bool, tokens that are not to be seen.
+    words
+        Whether negative numbers stand for no token.
 
     Raises
     ------
@@ -107,8 +109,9 @@ class SequenceReader:
         statistics: SequenceStatistics | None = None,
         absent: NDArray[np.bool_] | None = None,
         hidden: NDArray[np.bool_] | None = None,
+        words: bool = False,
     ) -> None:
-        self.read, self.shape, self.by_node = read, shape, by_node
+        self.read, self.shape, self.by_node, self.words = read, shape, by_node, words
         self.absent = np.zeros(n_obs, dtype=bool) if absent is None else absent
         if hidden is not None and hidden.shape != (n_obs, shape.n_tokens):
             raise ValueError(
@@ -159,6 +162,8 @@ class SequenceReader:
         if vary and float(torch.rand(1, generator=generator)) < 0.5:
             values = -values
         padding = torch.from_numpy(self.absent[nodes])[:, None].expand(-1, values.shape[1]).contiguous()
+        if self.words:
+            padding |= values[..., 0] < 0
         kept = torch.zeros_like(padding)
         if self.hidden is not None:
             kept = torch.from_numpy(self.hidden[nodes]) & ~padding

@@ -61,10 +61,10 @@ def sequence_reader(
     coordinates, statistics, hidden
         See :class:`~fimp_sc.data.SequenceReader`.
     """
+    kind = sequence_kind(modality.kind)
     return SequenceReader(
-        Reader(modality.kind, modality.adata, modality.rows, token_size), shape, n_obs,
-        by_node=sequence_kind(modality.kind).by_node, coordinates=coordinates, statistics=statistics,
-        absent=modality.absent, hidden=hidden,
+        Reader(modality.kind, modality.adata, modality.rows, token_size), shape, n_obs, by_node=kind.by_node,
+        words=kind.words, coordinates=coordinates, statistics=statistics, absent=modality.absent, hidden=hidden,
     )  # fmt: skip
 
 

@@ -133,7 +133,11 @@ class FIMPModule(LabelingModule, StartingModule):
         return {"batch": tensors, "alone": self.label_head_alone is not None}
 
     def _get_generative_input(self, tensors: Batch, inference_outputs: dict[str, Tensor], **kwargs: Any) -> dict:
-        return {name: inference_outputs[name] for name in ("embedding", "alone") if name in inference_outputs}
+        given: dict[str, Any] = {
+            name: inference_outputs[name] for name in ("embedding", "alone") if name in inference_outputs
+        }
+        # Nothing is hidden from embeddings that are known already.
+        return given | {"values": "embedding" not in tensors}
 
     @auto_move_data
     def inference(
@@ -158,6 +162,8 @@ class FIMPModule(LabelingModule, StartingModule):
         their ``"bin"``; and, where there are signals or images, their standardized numbers as ``"sequences"``,
         ``(n_dst, f, p)`` by modality.
         """
+        if "embedding" in batch:
+            return {"embedding": batch["embedding"]}
         absent = None
         if genes is not None:
             queries = genes.expand(batch["n_nodes"][-1], -1)
@@ -186,15 +192,21 @@ class FIMPModule(LabelingModule, StartingModule):
 
     @auto_move_data
     def generative(
-        self, embedding: Tensor, features: Tensor | None = None, alone: Tensor | None = None
+        self,
+        embedding: Tensor,
+        features: Tensor | None = None,
+        alone: Tensor | None = None,
+        *,
+        values: bool = True,
     ) -> dict[str, Tensor]:
         """Return centered ``"value"`` ``(n, g)`` and ``"logits"`` ``(n, n_labels)``, where there are such heads.
 
-        ``"logits_alone"`` come from embeddings without neighbors, where these are given.
+        ``"logits_alone"`` come from embeddings without neighbors, where these are given. ``values`` says whether the
+        former are wanted.
         """
         embedding = self.standardized(embedding)
         out: dict[str, Tensor] = {}
-        if self.value_head is not None:
+        if self.value_head is not None and values:
             out["value"] = self.value_head(embedding, features)
         return out | self.labels(embedding, None if alone is None else self.standardized(alone))
 

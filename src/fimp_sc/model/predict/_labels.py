@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from fimp_sc._recipe import recipe
-from fimp_sc.model.predict._inference import collect
+from fimp_sc.model.predict._inference import collect, infer, read_embedding
 from fimp_sc.model.predict._reference import compare
 from fimp_sc.model.registry._graph_data import graph_data, node_indices, without_messages
 from fimp_sc.nn._heads import MIXTURE_WEIGHTS
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from fimp_sc.data.expression._reader import JoinedExpression
     from fimp_sc.model._fimp import FIMP
     from fimp_sc.model.module._module import FIMPModule
+
+logger = logging.getLogger(__name__)
 
 _LEAST_PROBABILITY = 1e-6
 
@@ -65,6 +69,22 @@ def _mixed(
         views.append(collect(model, without_messages(data), nodes, _probability_alone, how))
     mixed = views[0] if len(views) == 1 else _mix(weight, *views)
     return mixed if around is None else _softmax(around.smoothed(_log(mixed), np.float32(smoothing)))
+
+
+def with_embeddings(
+    model: FIMP, data: GraphData, train_idx: NDArray[np.int64], val_idx: NDArray[np.int64]
+) -> GraphData:
+    """Return the same data with the embeddings of a network that training does not change, computed once.
+
+    Those of training and validation nodes, and of all that the smoothing of their labels reads.
+    """
+    read = np.unique(np.concatenate([train_idx, _Surroundings(data, val_idx).nodes, val_idx]))
+    logger.info("The foundation model stays as it is: embedding %d nodes once.", len(read))
+    model.module.eval()
+    found = infer(model.module, data, read, read_embedding, n_layers=model.n_layers, n_tokens=model.n_tokens)
+    embedding = np.full((len(data.label), found.shape[1]), np.nan, dtype=np.float32)
+    embedding[read] = found
+    return replace(data, embedding=embedding)
 
 
 def fit_mixtures(

@@ -341,6 +341,10 @@ def get_expression(
     features = torch.from_numpy(known[known >= 0]).to(model.device)
     how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
     nodes = node_indices(study.nodes.obs_names, indices)
+    if not decoder and model.module.network.pretrained and model.is_trained and not _learned(model.module):
+        raise ValueError(
+            "This model learned labels alone (mask_cells=0), and no expression: train another one without mask_cells=0."
+        )
     if decoder:
         values = decoded_expression(
             data, nodes, known[known >= 0],
@@ -455,6 +459,11 @@ def get_reconstruction(
     key = name_key(study.nodes.obs_names)
     tokens = predict_all(n_obs, kind.tokens(size, token_size)[0], given, model.random_state, predict, key)
     return kind.restore(tokens, size, token_size)
+
+
+def _learned(module: FIMPModule) -> bool:
+    """Tell whether the head of values, which starts at zero with a foundation model, has learned anything."""
+    return module.value_head is not None and bool(module.value_head.loading.any())
 
 
 def _latent(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:

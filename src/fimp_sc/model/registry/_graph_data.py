@@ -218,7 +218,7 @@ def table_reader(
 def without_messages(data: GraphData) -> GraphData:
     """Return the same data with a graph in which every node is its own only neighbor."""
     n_obs = len(data.label)
-    return replace(data, graph=NodeGraph(sparse.csr_matrix((n_obs, n_obs)), self_loops=True))
+    return replace(data, graph=NodeGraph(sparse.csr_matrix((n_obs, n_obs)), self_loops=True), embedding=None)
 
 
 def _sequence_readers(

@@ -20,7 +20,7 @@ from fimp_sc._logging import ONE_AT_A_TIME, no_chatter
 from fimp_sc._options import checked
 from fimp_sc._recipe import recipe
 from fimp_sc.data import BlockSplitter, split_by_blocks
-from fimp_sc.model.predict._labels import fit_mixtures, reset_mixtures
+from fimp_sc.model.predict._labels import fit_mixtures, reset_mixtures, with_embeddings
 from fimp_sc.model.predict._reconstruct import hidden_tokens
 from fimp_sc.model.predict._reference import remember
 from fimp_sc.model.registry._graph_data import graph_data, node_indices, sequence_size, study_of, tables_of
@@ -136,7 +136,9 @@ def train(
         gene panels.
     mask_cells
         Probability that a cell is masked at all. By default 1 without labels or without genes, and 0.5 otherwise,
-        so that labels are learned from cells as they are predicted.
+        so that labels are learned from cells as they are predicted. With 0 labels are learned alone: of a frozen
+        foundation model embeddings are then computed once, and epochs cost next to nothing; so they are where a
+        foundation model reads values that it cannot predict, such as texts.
     class_balance
         0 weighs cells alike, 1 classes alike, in the label loss; by default 0.5.
     early_stopping
@@ -196,7 +198,7 @@ def train(
     module = model.module
     if module.value_head is None and module.label_head is None and not module.network.heads:
         raise ValueError(
-            "There is nothing to learn: this foundation model does not reconstruct signals, and there are no "
+            "There is nothing to learn: this foundation model does not predict what it reads, and there are no "
             "labels. Use it without training (zero_shot=True in fimp_sc.tl.embed), or name labels with labels_key=."
         )
     numbers = recipe()
@@ -219,12 +221,21 @@ def train(
         kept = [KeptTraining(checkpoint, marks)]
     schedule = Schedule.of(data, train_idx, batch_size, pretrained=module.network.pretrained)
     mask_ratio = schedule.mask_ratio if mask_ratio is None else mask_ratio
+    if mask_cells is None:
+        learned = module.value_head is not None or bool(module.network.heads)
+        mask_cells = schedule.mask_cells if learned else 0.0
     with unchanged_if_it_fails(model):
         if model.classes:
             label = data.label[train_idx]
             module.set_class_weight(np.bincount(label[label >= 0], minlength=len(model.classes)), class_balance)
         if not model.is_trained:
             data = start_from_data(model, study, data, train_idx, val_idx, mask_ratio, unseen)
+        # Signals are shown differently every time.
+        varied = any(source.by_node for source in data.sequences.values())
+        if module.network.frozen and mask_cells == 0 and not varied:
+            if on_gpu(accelerator):
+                model.to_device(f"cuda:{devices[0] if isinstance(devices, list) else 0}")
+            data = with_embeddings(model, data, train_idx, val_idx)
         splitter = BlockSplitter(
             data,
             train_idx,
@@ -235,7 +246,7 @@ def train(
             tiles_per_batch=schedule.tiles_per_batch,
             mask_ratio=mask_ratio,
             gene_mask_ratio=gene_mask_ratio,
-            mask_cells=schedule.mask_cells if mask_cells is None else mask_cells,
+            mask_cells=mask_cells,
             random_state=model.random_state,
             num_workers=_workers(accelerator) if num_workers is None else num_workers,
             pin_memory=on_gpu(accelerator),
