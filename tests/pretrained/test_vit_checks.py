@@ -73,10 +73,18 @@ def test_contradictions_of_the_configuration_are_told(hand_made, tmp_path, chang
     ("key", "message"),
     [
         ("embeddings.distillation_token", "'embeddings.distillation_token': .* a distillation token"),
-        ("embeddings.register_tokens", "'embeddings.register_tokens': .* register tokens"),
-        ("layers.0.layer_scale1.lambda1", "'layers.0.layer_scale1.lambda1': .* layer scale"),
+        (
+            "embeddings.register_tokens",
+            r"'embeddings.register_tokens' .* has the shape \(48,\), expected \(1, any, 48\)",
+        ),
+        ("layers.0.layer_scale1.lambda1", "has no tensor 'layers.1.layer_scale1.lambda1'"),
         ("layers.1.attention.q_norm.weight", "'layers.1.attention.q_norm.weight': .* norms of queries and keys"),
-        ("layers.0.mlp.weights_in.weight", "'layers.0.mlp.weights_in.weight': .* a gated feed-forward part"),
+        ("layers.0.mlp.weights_in.weight", r"'layers.0.mlp.weights_in.weight' .* has the shape \(48,\)"),
+        ("layers.1.mlp.weights_in.weight", "no place for: 'layers.1.mlp.weights_in.weight'"),
+        ("layers.0.mlp.fc1_g.weight", "'layers.0.mlp.fc1_g.weight': .* a gate apart from the feed-forward part"),
+        ("layers.0.mlp.gate_proj.weight", "'layers.0.mlp.gate_proj.weight': .* save_pretrained"),
+        ("rope_embed.periods", "'rope_embed.periods': .* rotary positions"),
+        ("blocks.0.gamma_1", "'blocks.0.gamma_1': .* relative positions"),
         ("norm_pre.weight", "'norm_pre.weight': .* a norm before the first layer"),
         (
             "layers.2.attention.bias_table",
@@ -87,7 +95,7 @@ def test_contradictions_of_the_configuration_are_told(hand_made, tmp_path, chang
 )
 def test_parts_that_are_not_supported_are_named(hand_made, tmp_path, key: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        load("vit", write(tmp_path, hand_made | {key: torch.zeros(48)}, CONFIG)).read()
+        load("vit", write(tmp_path, hand_made | {key: torch.zeros(48)}, CONFIG), mean=[0.5], std=[0.5]).read()
 
 
 @pytest.mark.parametrize("names", ["new", "old", "timm"])

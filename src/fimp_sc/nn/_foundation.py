@@ -73,7 +73,8 @@ class FoundationNetwork(Network):
     ) -> None:
         super().__init__()
         self.embedding, self.stack, self.decoder, self.n_bins = embedding, stack, decoder, n_bins
-        self.width = stack.d_model
+        self.pooling: str = "cls" if sequence is None else self.embedding.pooling
+        self.width = stack.d_model * (2 if self.pooling == "cls+mean" else 1)
         choose_trained(self, trained)
         self.frozen = trained == "frozen"
         self.sequence = None if sequence is None else sequence[0]
@@ -81,13 +82,14 @@ class FoundationNetwork(Network):
         self.pooled_from = None if self._has_summary else self.embedding.n_class
         self.head: nn.Linear | None = None
         if sequence is not None and not self.embedding.misaligned:
-            self.head = nn.Linear(self.width, sequence[1])
+            self.head = nn.Linear(stack.d_model, sequence[1])
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
     def n_queries(self, batch: Batch, *, reconstruct: bool = False) -> int | None:
         """Return how many tokens of a destination the last layer must update, ``None`` for all."""
-        return 1 if self._has_summary and not (reconstruct and self.head is not None) else None
+        summary_alone = self._has_summary and self.pooling == "cls"
+        return 1 if summary_alone and not (reconstruct and self.head is not None) else None
 
     @property
     def _has_summary(self) -> bool:
@@ -103,6 +105,8 @@ class FoundationNetwork(Network):
 
     def read(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Return the embedding of each node from its tokens after the last layer."""
+        if self.pooling == "cls+mean":
+            return torch.cat([tokens[:, 0], tokens[:, self.embedding.n_class :].mean(1)], dim=1)
         if self._has_summary:
             return tokens[:, 0]
         if self.sequence is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,18 @@ from fimp_sc.nn.ops._api import token_attention
 if TYPE_CHECKING:
     from fimp_sc.data._batch import Batch
 
-_ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+class SwiGLU(nn.Module):
+    """Gated unit, ``silu(a) * b`` of the two halves of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(..., n)`` of ``(..., 2 * n)``."""
+        gate, value = x.chunk(2, dim=-1)
+        return nn.functional.silu(gate) * value
+
+
+Activation: TypeAlias = Literal["gelu", "relu", "swiglu"]
+_ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "swiglu": SwiGLU}
 
 
 class CrossNodeAttention(nn.Module):
@@ -160,7 +171,7 @@ class TransformerLayer(nn.Module):
     norm_first
         Norms before attention and feed-forward (pre-norm) or after the residuals (post-norm).
     activation
-        ``"gelu"`` or ``"relu"``.
+        ``"gelu"``, ``"relu"``, or ``"swiglu"``: a gate for each unit of the hidden layer, which doubles :attr:`expand`.
     dropout
         Rate on messages and on what the feed-forward part adds.
     eps
@@ -178,7 +189,7 @@ class TransformerLayer(nn.Module):
         *,
         d_feedforward: int,
         norm_first: bool = True,
-        activation: Literal["gelu", "relu"] = "gelu",
+        activation: Activation = "gelu",
         dropout: float = 0.1,
         eps: float = 1e-5,
         reduce: str = "mean",
@@ -188,7 +199,7 @@ class TransformerLayer(nn.Module):
         self.norm_first = norm_first
         self.attention = CrossNodeAttention(d_model, n_heads, reduce=reduce, value_kernel=value_kernel)
         self.attention_norm = nn.LayerNorm(d_model, eps=eps)
-        self.expand = nn.Linear(d_model, d_feedforward)
+        self.expand = nn.Linear(d_model, 2 * d_feedforward if activation == "swiglu" else d_feedforward)
         self.activation = _ACTIVATIONS[activation]()
         self.contract = nn.Linear(d_feedforward, d_model)
         self.feedforward_norm = nn.LayerNorm(d_model, eps=eps)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fimp_sc.nn._layers import TransformerLayer
+from fimp_sc.nn._layers import Activation, TransformerLayer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +80,7 @@ class TransformerStack(nn.Module):
         *,
         d_feedforward: int,
         norm_first: bool = False,
-        activation: Literal["gelu", "relu"] = "gelu",
+        activation: Activation = "gelu",
         dropout: float = 0.0,
         eps: float = 1e-5,
         final_norm: bool = False,

@@ -150,12 +150,16 @@ class SequenceTokens(nn.Module):
         Time points, or pixels of the side of a patch, of a token.
     n_class
         Tokens before those of the sequence, of which the first is the summary of a node; if 0, that is their mean.
+    pooling
+        What the embedding of a node is: its summary (``"cls"``), or the summary followed by the mean of the tokens of
+        the sequence (``"cls+mean"``).
     misaligned
         Why the other tokens are not those that the values of a node are cut into, and these cannot be reconstructed.
     """
 
     token_size: int
     n_class = 1
+    pooling: str = "cls"
     misaligned = ""
     unit_length = False
 
@@ -164,7 +168,7 @@ class SequenceTokens(nn.Module):
         return None
 
     def check(self, size: Sequence[int], n_coordinates: int) -> None:
-        """Check that nodes can be read; by default any can.
+        """Check that nodes can be read, before any is; by default any can.
 
         Parameters
         ----------

@@ -249,8 +249,9 @@ def load(
     Parameters
     ----------
     name
-        ``"scgpt"``, ``"geneformer"`` or ``"nicheformer"`` (expression), ``"vit"`` (images), ``"brainlm"`` (signals of
-        brain regions), ``"bert"`` (texts), or one that :func:`register` made known.
+        ``"scgpt"``, ``"geneformer"`` or ``"nicheformer"`` (expression), ``"vit"`` (images; also DINOv2 and models of
+        pathology built on it), ``"brainlm"`` (signals of brain regions), ``"bert"`` (texts), or one that
+        :func:`register` made known.
     checkpoint
         Folder with the files of the model, or the name of a repository on the Hugging Face hub, which is downloaded.
     train
@@ -270,11 +271,14 @@ def load(
     vocabulary_key
         Column of ``var`` with ids from :func:`fimp_sc.pp.match_genes`; by default genes are matched by name.
     **settings
-        Of this model: ``cls_value`` of scGPT (value of its first token, by default that of padding); ``layer`` and
-        ``pooling`` of Geneformer (layer that is read, by default ``-2``, the last but one; ``"cls"`` or ``"mean"`` of
-        the genes, by default the first where there is such a token); ``assay`` of Nicheformer, such as ``"xenium"``,
-        which it needs, and ``layer`` (by default -1, the last); ``n_heads`` of a ViT without a configuration;
-        ``pooling`` and ``layer`` of BERT (``"mean"`` or ``"cls"``, by default what the files say; -1, the last).
+        Of this model. scGPT: ``cls_value`` (value of its first token, by default that of padding). Geneformer:
+        ``layer`` that is read (by default -2, the last but one) and ``pooling`` (``"cls"`` or ``"mean"`` of the genes,
+        by default the first where there is such a token). Nicheformer: ``assay``, such as ``"xenium"``, which it needs,
+        and ``layer`` (by default -1, the last). BERT: ``pooling`` (``"mean"`` or ``"cls"``, by default what the files
+        say) and ``layer``. ViT: ``pooling``, the embedding of an image, ``"cls"`` (class token) or ``"cls+mean"``
+        (followed by the mean of its patches); ``mean`` and ``std``, three numbers each from 0 to 1, by which colors are
+        normalized where no file says so (by default one half, of models with layer scale, such as DINOv2,
+        ImageNet's); ``n_heads`` without a configuration.
 
     Returns
     -------
