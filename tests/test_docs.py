@@ -32,9 +32,9 @@ PAGES = {
     "guide/settings.md": 6,
     "guide/models.md": 4,
     "guide/cost.md": 1,
-    "guide/annotation.md": 2,
+    "guide/annotation.md": 4,
     "guide/evaluation.md": 9,
-    "guide/niches_attention.md": 4,
+    "guide/niches_attention.md": 5,
     "guide/reproducibility.md": 3,
     "extend.md": 5,
 }
