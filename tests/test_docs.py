@@ -22,6 +22,7 @@ from fimp_sc.data._modality import quiet_mudata
 from fimp_sc.data.sequences import _kinds
 from fimp_sc.datasets import toy_tissue
 from fimp_sc.model import FIMP
+from fimp_sc.pretrained import _registry
 
 DOCS = Path(__file__).parents[1] / "docs"
 RING = np.roll(np.eye(12), 1, axis=1) + np.roll(np.eye(12), -1, axis=1)
@@ -67,6 +68,7 @@ def _short(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(fimp_sc.datasets, "toy_tissue", small_tissue)
     monkeypatch.setattr(plt, "show", lambda *args, **kwargs: None)
     monkeypatch.setattr(_kinds, "_kinds", dict(_kinds.sequence_kinds()))
+    monkeypatch.setattr(_registry, "_readers", dict(_registry._readers))
     monkeypatch.chdir(tmp_path)
 
 

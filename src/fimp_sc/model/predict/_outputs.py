@@ -26,6 +26,7 @@ from fimp_sc.model.registry._graph_data import (
     sequence_size,
     study_of,
     tables_of,
+    without_messages,
 )
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def get_latent_representation(
     adata: AnnData | MuData | None = None,
     indices: Sequence[int] | None = None,
     *,
+    messages: bool = True,
     batch_size: int | None = None,
     strategy: Strategy = "auto",
     distribute: bool = False,
@@ -106,6 +108,10 @@ def get_latent_representation(
         Object to read; that of training by default. It may have other genes, and needs a graph.
     indices
         Positions of nodes, or a mask of them; all by default. Their neighbors are read from the whole object.
+    messages
+        If False, no messages are passed: each node is embedded from its own tokens by the same network, which of a
+        foundation model is what that model itself makes of it. Both embeddings side by side tell a probe more
+        than either: ``numpy.hstack([z, model.get_latent_representation(messages=False)])``.
     batch_size
         Destinations per block; by default what fits into some hundred MB. It changes speed and memory, not the result.
     strategy
@@ -145,6 +151,9 @@ def get_latent_representation(
     """
     how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
     data = graph_data(model, study_of(model, adata))
+    if not messages:
+        adds = model.self_loops and model.module.network.adds_self_loops
+        data = without_messages(data, self_loops=not adds)
     return collect(model, data, indices, _latent, how, untrained=model.foundation is not None)
 
 

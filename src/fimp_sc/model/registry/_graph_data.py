@@ -215,10 +215,18 @@ def table_reader(
     )  # fmt: skip
 
 
-def without_messages(data: GraphData) -> GraphData:
-    """Return the same data with a graph in which every node is its own only neighbor."""
+def without_messages(data: GraphData, *, self_loops: bool = True) -> GraphData:
+    """Return the same data with a graph in which every node is its own only neighbor.
+
+    Parameters
+    ----------
+    data
+        Of a model.
+    self_loops
+        Whether the graph says so, rather than the network, which then adds them.
+    """
     n_obs = len(data.label)
-    return replace(data, graph=NodeGraph(sparse.csr_matrix((n_obs, n_obs)), self_loops=True), embedding=None)
+    return replace(data, graph=NodeGraph(sparse.csr_matrix((n_obs, n_obs)), self_loops=self_loops), embedding=None)
 
 
 def _sequence_readers(
