@@ -90,6 +90,7 @@ RECIPE = {
         "components": {"components": False},
         "smoother": {"smoother": False},
         "shared components": {"mostly_signal": 0.0},
+        "dropping noise": {"drop_noise": False},
         "gene scale (covariance)": {"gene_scale": 0.0},
         "whitening": {"whitening": 0.0},
         "start of layers": {"layers": False},

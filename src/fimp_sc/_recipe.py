@@ -48,6 +48,10 @@ class Recipe:
     mostly_signal: float = 0.4
     neighbor_weight: float = 4.0
     neighbor_weight_labels: float = 1.0
+    # Whether the summary leaves out components that tell nothing, and the fraction of signal at which one tells
+    # something. Labels, and training on many cells, make use of components that tell nothing by themselves.
+    drop_noise: bool = True
+    telling: float = 0.05
     cells_components: int = 50_000
     cells_smoother: int = 4096
 

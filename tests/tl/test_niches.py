@@ -133,7 +133,7 @@ def test_labels_are_counted_and_everything_survives_a_file(planted, tmp_path, un
     held, kept = planted.uns["fimp_niche"], back.uns["fimp_niche"]
     assert set(kept) == set(held)
     assert kept["params"]["use_rep"] == "X_fimp"
-    assert kept["params"]["smooth"] == 2
+    assert kept["params"]["smooth"] == 1
     np.testing.assert_array_equal(kept["composition"], held["composition"])
     assert list(kept["composition"].index) == list(table.index)
     pd.testing.assert_frame_equal(kept["stability"], held["stability"], check_names=False, check_index_type=False)

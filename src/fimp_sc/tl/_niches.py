@@ -98,7 +98,7 @@ def niches(
             the number is searched by bisection. Needs igraph (``pip install igraph``).
     smooth
         Number of times that the representation of a cell is replaced by the mean over the cell and its neighbors in the
-        spatial graph, whose edges all count alike. More makes larger, smoother niches; 0 needs no graph. By default 2
+        spatial graph, whose edges all count alike. More makes larger, smoother niches; 0 needs no graph. By default 1
         for a mixture, and 0 for Leiden, whose clusters it would make stringy.
     n_components
         Number of leading principal components of the (averaged) representation that are clustered; ``None`` for all of
@@ -203,7 +203,7 @@ def niches(
     reads = {("obs", library_key): "library_key", ("obs", labels_key): "labels_key"}
     check_key(key_added, "tl.niches", target, reads, overwrite=overwrite)
     if smooth is None:
-        smooth = 2 * int(method == "mixture") if known is None else known.smooth
+        smooth = int(method == "mixture") if known is None else known.smooth
     raw = _representation(target, use_rep)
     if known is not None:
         known.check(target, raw.shape[1], use_rep)

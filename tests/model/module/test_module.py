@@ -223,17 +223,45 @@ def test_components_of_noise_start_smaller_than_those_of_signal() -> None:
     assert shrunk.value_head.loading[:, 5:].abs().max() < 1e-6
 
 
-def test_signal_is_what_scores_tell_of_hidden_entries() -> None:
-    for seed in range(20):
+def count_by_brute_force(slope: np.ndarray, weight: np.ndarray) -> int:
+    """Components above 0.05 of the closest sequence that never rises, by its min-max formula."""
+    n = len(slope)
+    mean = [
+        [np.average(slope[i : j + 1], weights=weight[i : j + 1]) if j >= i else 0.0 for j in range(n)] for i in range(n)
+    ]
+    return sum(max(min(mean[i][j] for i in range(k + 1)) for j in range(k, n)) > 0.05 for k in range(n))
+
+
+def test_components_that_tell_something_are_counted() -> None:
+    found = set()
+    for seed in range(100):
         problem = make_smoother_problem(seed)
         encode, decode, centered = problem["encode"], problem["decode"], problem["cells"] - problem["mean"]
         hidden = hidden_entries(centered, seed)
         row, gene = np.nonzero(hidden)
         scores = (np.where(hidden, 0.0, centered) @ encode / 0.85)[row] * decode[gene]
+        square = (scores**2).sum(0)
+        expected = count_by_brute_force(scores.T @ centered[row, gene] / square, square)
         problem |= {name: sparse.csr_matrix(problem[name]) for name in ("cells", "around")}
         fit = linear_smoother(**problem, n_neighborhood=3, random_state=seed)
+        assert fit.n_telling == expected
         first = scores[:, :3]
         assert fit.signal == pytest.approx((first.T @ centered[row, gene]).sum() / (first**2).sum(), rel=1e-3, abs=1e-4)
+        found.add(expected)
+    assert len(found) >= 4
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_components_of_noise_are_left_out_of_the_summary_on_demand(drop: bool) -> None:
+    module = make_module()
+    # Components of other cells tell nothing of these.
+    strangers = cells(400, seed=1)[:, ::-1]
+    start(module, cells(), strangers, strangers, drop_noise=drop)
+    told = (module.network.embedding.loading[:, :5].abs().sum(0) > 0).numpy()
+    read = (module.value_head.loading[:, :5].abs().sum(0) > 0).numpy()
+    assert told[:2].all(), "the neighbors' mean is read from these"
+    assert told.all() != drop
+    assert not read[~told].any()
 
 
 def test_wider_than_the_data_leaves_the_rest_zero() -> None:

@@ -4,10 +4,37 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 import fimp_sc
 from fimp_sc._recipe import changed
 from fimp_sc.model.module import _initialize
+
+
+@pytest.mark.parametrize(
+    ("labels_key", "few", "dropped"), [(None, 1000, True), ("label", 1000, False), (None, 50, False)]
+)
+def test_components_of_noise_start_empty_without_labels_on_few_cells(
+    tissue, make_model, train, monkeypatch, labels_key, few, dropped
+) -> None:
+    """Shuffled within each gene, cells have nothing in common but chance. Principal components are those of noise."""
+    rng = np.random.default_rng(0)
+    tissue.X = sparse.csr_matrix(rng.permuted(tissue.X.toarray(), axis=0))
+    model = make_model(tissue, {"labels_key": labels_key})
+    started = []
+    start = model.module.start_as_smoother
+
+    def spy(*args, **kwargs) -> None:
+        start(*args, **kwargs)
+        started.append((model.module.network.embedding.loading.detach().abs().sum(0) == 0).numpy())
+
+    monkeypatch.setattr(model.module, "start_as_smoother", spy)
+    with changed(mostly_signal=0.0, few_cells=few):
+        train(model, max_epochs=1)
+    network = model.module.network
+    free = started[0][network.n_neighborhood : network.n_own]
+    assert free.any() == dropped
+    assert not started[0][: network.n_neighborhood].any()
 
 
 @pytest.mark.parametrize(("signal", "by_neighbors"), [(0.0, False), (1.1, True)])

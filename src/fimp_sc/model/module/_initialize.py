@@ -173,6 +173,7 @@ class StartingModule(BaseModuleClass):
         mean: np.ndarray,
         *,
         neighbor_weight: float = 1.0,
+        drop_noise: bool = False,
         random_state: int = 0,
     ) -> None:
         """Let training start as the best linear smoother of leading components.
@@ -195,6 +196,9 @@ class StartingModule(BaseModuleClass):
             ``(n_features,)`` mean expression of the training cells.
         neighbor_weight
             Of neighbors beside the cell itself, where components are taken that both share.
+        drop_noise
+            Whether the summary leaves out the last components, which tell nothing: their columns are free for what is
+            learned.
         random_state
             Seed.
         """
@@ -220,6 +224,9 @@ class StartingModule(BaseModuleClass):
         columns = np.zeros((len(mean), n_own + shared))
         columns[:, :n_components] = decode * fit.own
         columns[:, n_own:] = decode[:, :shared] * fit.neighbors
+        if drop_noise:
+            kept = max(fit.n_telling, shared)
+            encode[:, kept:] = columns[:, kept:n_components] = 0.0
         self.network.gene_table.start_from(encode)
         self.value_head.start_from(columns)
         deviations = np.ones(n_own + shared)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.decomposition import PCA
+from sklearn.isotonic import isotonic_regression
 
 from fimp_sc._draws import uniform
 from fimp_sc._recipe import recipe
@@ -88,11 +89,14 @@ class Smoother(NamedTuple):
         ``(k,)`` and ``(n_neighborhood,)``: factors of the cell's and of its neighbors' scores, from 0 to 1 and 2.
     signal
         Fraction of the variance of the first ``n_neighborhood`` scores of the cell that is signal, not noise.
+    n_telling
+        Number of leading components whose scores of the cell alone tell anything.
     """
 
     own: np.ndarray
     neighbors: np.ndarray
     signal: float
+    n_telling: int
 
 
 class Loadings(NamedTuple):
@@ -171,7 +175,7 @@ def linear_smoother(
     Factors fitted with least squares within bounds, component by component. Without cells, scores tell what they say.
     """
     if not cells.shape[0] or not recipe().smoother:
-        return Smoother(np.ones(encode.shape[1]), np.zeros(n_neighborhood), 1.0)
+        return Smoother(np.ones(encode.shape[1]), np.zeros(n_neighborhood), 1.0, encode.shape[1])
     columns = np.arange(cells.shape[1]) if gene_key is None else gene_key
     fraction = recipe().smoother_hidden
     square = np.zeros((encode.shape[1], 2, 2))
@@ -191,7 +195,7 @@ def linear_smoother(
     ]
     alone, told = square[:, 0, 0], product[:, 0]
     signal = float(told[:n_neighborhood].sum() / max(alone[:n_neighborhood].sum(), 1e-12))
-    return Smoother(fitted[:, 0], fitted[:n_neighborhood, 1], signal)
+    return Smoother(fitted[:, 0], fitted[:n_neighborhood, 1], signal, _n_telling(alone, told))
 
 
 def _slope(square: np.ndarray, product: np.ndarray) -> np.ndarray:
@@ -225,3 +229,14 @@ def _bounded(square: np.ndarray, product: np.ndarray) -> np.ndarray:
     best = candidates[error.argmin(0), np.arange(len(product))]
     inside = ((free >= 0.0) & (free <= recipe().largest_factors)).all(1, keepdims=True)
     return np.where(inside, free, best)
+
+
+def _n_telling(square: np.ndarray, product: np.ndarray) -> int:
+    """Count leading components with a slope; no component is taken to tell more than one before it.
+
+    The slope of what is hidden on a score is the share of the score that is signal. Few cells leave it noisy, which
+    the order makes up for.
+    """
+    slope = _slope(square, product)
+    weight = square + 1e-6 * square.mean() + 1e-12
+    return int((isotonic_regression(slope, sample_weight=weight, increasing=False) > recipe().telling).sum())

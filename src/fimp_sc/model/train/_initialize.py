@@ -68,6 +68,7 @@ def _start_from_expression(
     mean_of = data.graph.averaging(seen, model.n_layers)
     sources = np.unique(mean_of.indices)
     around = mean_of[:, sources] @ source.complete_rows(sources, statistics.mean)
+    drop = recipe().drop_noise and not model.classes and len(train_idx) <= recipe().few_cells
     module.start_as_smoother(
         rows,
         data.graph.among(some),
@@ -75,6 +76,7 @@ def _start_from_expression(
         around,
         statistics.mean,
         neighbor_weight=recipe().neighbor_weight_labels if model.classes else recipe().neighbor_weight,
+        drop_noise=drop,
         random_state=model.random_state,
     )
 
