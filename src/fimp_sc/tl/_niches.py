@@ -175,17 +175,17 @@ def niches(
     >>> import fimp_sc as fimp
     >>> adata = fimp.datasets.toy_communication(n_obs=400, n_genes=40)
     >>> fimp.tl.embed(adata, library_key="section", max_epochs=1, verbose=False)
-    >>> in_first = adata.obs["section"] == adata.obs["section"].iloc[0]
-    >>> first, other = adata[in_first].copy(), adata[~in_first].copy()
-    >>> fimp.tl.niches(first, 3, verbose=False)
-    >>> list(first.obs["fimp_niche"].cat.categories)
+    >>> fimp.tl.niches(adata, 3, verbose=False)
+    >>> list(adata.obs["fimp_niche"].cat.categories)
     ['0', '1', '2']
 
-    The same niches in another section:
+    The same niches in another object that the same model embeds:
 
-    >>> fimp.tl.niches(other, reference=first, verbose=False)
-    >>> other.obsm["fimp_niche_probabilities"].shape[1]
-    3
+    >>> other = adata[:150].copy()
+    >>> fimp.tl.embed(other, model=fimp.tl.get_model(adata), verbose=False)
+    >>> fimp.tl.niches(other, reference=adata, verbose=False)
+    >>> other.obsm["fimp_niche_probabilities"].shape
+    (150, 3)
     """
     adata = opened(adata, copy)
     known = None if reference is None else _Reference(reference, key_added, n_niches, smooth)
