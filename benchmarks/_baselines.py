@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -98,6 +99,21 @@ def annotate(problem: Annotation, run: Run, kind: str, *, chosen: bool, smoothin
         )
         return Fit(found, note=f"share of means {share:.2f}")
     return Fit(model.predict(inputs["query"][0]))
+
+
+def annotate_all_genes(problem: Annotation, run: Run, classifier: Any, grid: dict[str, list[Any]]) -> Fit:
+    """Labels of the query cells from a classifier of all genes that both share, its strength chosen as that of PCs."""
+    reference, query = problem.reference, problem.query
+    shared = reference.var_names.intersection(query.var_names)
+    labels = reference.obs["label"].to_numpy().astype(str)
+    known = labels != "Unknown"
+    x, found = (log_normalize(part[:, shared].X, problem.target).toarray() for part in (reference[known], query))
+    model = Pipeline([("scale", StandardScaler()), ("classify", clone(classifier))])
+    search = GridSearchCV(
+        model, {f"classify__{name}": values for name, values in grid.items()}, cv=GroupKFold(3), scoring="accuracy"
+    )
+    search.fit(x, labels[known], groups=np.asarray(problem.blocks)[known])
+    return Fit(search.predict(found))
 
 
 def neighbor_mean(x: sp.csr_matrix, hidden: sp.csr_matrix, graph: sp.csr_matrix, mean: np.ndarray) -> np.ndarray:
@@ -196,14 +212,22 @@ def _ridge(problem: Masked, x: np.ndarray, visible: np.ndarray, run: Run) -> np.
     return ridge(fit_pca(adata.X[train]), adata.X[train], part, x, visible, near, run.seed)
 
 
-ANNOTATION: dict[str, Method] = {
-    f"logistic, {kind}, C {'chosen' if chosen else '= 1'}": partial(annotate, kind=kind, chosen=chosen)
-    for kind in ("own", "neighbors", "own + neighbors")
-    for chosen in (False, True)
-} | {
-    f"logistic, {kind}, C chosen{SMOOTHED}": partial(annotate, kind=kind, chosen=True, smoothing=True)
-    for kind in ("own", "neighbors", "own + neighbors")
-}
+ANNOTATION: dict[str, Method] = (
+    {
+        f"logistic, {kind}, C {'chosen' if chosen else '= 1'}": partial(annotate, kind=kind, chosen=chosen)
+        for kind in ("own", "neighbors", "own + neighbors")
+        for chosen in (False, True)
+    }
+    | {
+        f"logistic, {kind}, C chosen{SMOOTHED}": partial(annotate, kind=kind, chosen=True, smoothing=True)
+        for kind in ("own", "neighbors", "own + neighbors")
+    }
+    | {
+        "logistic, all genes, C chosen": partial(
+            annotate_all_genes, classifier=LogisticRegression(max_iter=300), grid={"C": [1e-4, 1e-3, 0.01, 0.1]}
+        ),
+    }
+)
 MASKED: dict[str, Method] = {
     "gene mean": partial(_masked, _gene_mean),
     "neighbor mean": partial(_masked, _near),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-    from _problems import Annotation, Embedding, Masked
+    from _problems import Annotation, Embedding, Masked, Missing
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,8 @@ RECIPE = {
         "small first message": {"first_message": 1.0},
         "more steps on many cells": {"few_cells": 10**9},
         "averaging": {"averaging": 0.0},
-        "warm-up": {"warmup": 0},
         "rate of loadings": {"lr_loadings": 5e-4},
         "rate of heads": {"lr_head": 5e-4},
-        "weight decay": {"weight_decay": 0.0},
         "hiding genes of blocks": {"gene_mask_ratio": 0.0},
         "unmasked cells": {"mask_cells_labels": 1.0},
         "balance of classes": {"class_balance": 0.0},
@@ -108,7 +106,6 @@ RECIPE = {
         "least weight of neighbors": {"least_neighbor_weight": 0.0},
         "smoothing": {"smoothing": False},
         "shifts": {"shifts": 0},
-        "shrinkage": {"least_visible": 1e-9},
         "patience for labels": {"patience_labels": 3},
     }.items()
 }
@@ -178,6 +175,13 @@ def masked(problem: Masked, run: Run, variant: Variant) -> Fit:
     return replace(fit, values=np.asarray(whole.get_expression(**how)))
 
 
+def missing(problem: Missing, run: Run, variant: Variant) -> Fit:
+    """Genes that the query lacks, (n_query, n_genes)."""
+    model, fit = train(_graphs(problem.reference, problem, run, variant), run, variant)
+    model = _apply(model, _graphs(problem.query, problem, run, variant))
+    return replace(fit, values=np.asarray(model.get_expression(genes=problem.genes, scale="log")))
+
+
 def embed(problem: Embedding, run: Run, variant: Variant) -> Fit:
     """The embedding that ``tl.embed`` writes, (n_obs, n_latent)."""
     prepared = _graphs(problem.adata, problem, run, variant)
@@ -227,7 +231,7 @@ def train(adata: AnnData | MuData, run: Run, variant: Variant, **setup: Any) -> 
     parameters = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
     history = model.history
     validation = float(history["validation_loss"].min().iloc[0])
-    shares = f"neighbors {model.neighbor_share:.2f}, smoothed {model.smoothed_share:.2f}" if model.classes else ""
+    shares = f"neighbors {model.neighbor_weight:.2f}, smoothed {model.smoothing_weight:.2f}" if model.classes else ""
     return model, Fit(np.empty(0), parameters, len(history["train_loss"]), seconds, validation, shares)
 
 

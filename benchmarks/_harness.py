@@ -115,7 +115,7 @@ def main(
     p.add_argument("--methods", nargs="+", default=list(default), choices=tuple(groups), help="groups of methods")
     p.add_argument("--only", nargs="+", help="names of methods, instead of all of their groups")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of each method")
-    p.add_argument("--checkpoint", type=Path, help="folder of scGPT, for the methods of the group foundation")
+    p.add_argument("--checkpoint", type=Path, help="folder of a foundation model, for the methods that use one")
     if options is not None:
         options(p)
     p.set_defaults(seeds=5 if n_folds is None else sys.maxsize)

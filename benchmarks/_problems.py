@@ -86,6 +86,30 @@ class Embedding:
     library_key: str | None
 
 
+@dataclass(frozen=True)
+class Missing:
+    """Genes that another section did not measure.
+
+    Attributes
+    ----------
+    reference
+        ``X`` as it is in the file, of the genes that both sections have.
+    query
+        The other section without `genes`.
+    genes
+        Names of those that are to be predicted there.
+    target
+        Median total of the reference, to which predictions are log-normalized.
+    """
+
+    data: str
+    reference: AnnData
+    query: AnnData
+    genes: list[str]
+    library_key: str | None
+    target: float
+
+
 def held_out_section(folder: Path) -> tuple[Annotation, Scores]:
     """DLPFC 151673 → 151674, two sections with different gene lists."""
     train, query = load("dlpfc", folder), load("dlpfc_151674", folder)
@@ -146,6 +170,40 @@ def hidden_expression(data: str, folder: Path, seed: int) -> tuple[Masked, Score
     adata.X = log_normalize(seen, target * (1 - hidden @ (share / share.sum())))
     problem = Masked(data, adata, test, hidden, DATA[data].library_key)
     return problem, lambda predicted: expression_scores(truth, predicted[mask], mean)
+
+
+def missing_genes(folder: Path, seed: int) -> tuple[Missing, Scores]:
+    """A fifth of the genes of DLPFC 151674 that 151673 has; the truth is log-normalized by totals of whole cells."""
+    reference, query = load("dlpfc", folder), load("dlpfc_151674", folder)
+    # A gene without expression in the training cells cannot be learned by any method.
+    known = reference.var_names[np.asarray(reference.X.sum(axis=0)).ravel() > 0]
+    shared = known.intersection(query.var_names)
+    chosen = np.random.default_rng(seed).permutation(len(shared)) < len(shared) // 5
+    reference, whole = reference[:, shared].copy(), query[:, shared]
+    for adata in (reference, query):
+        del adata.obs["label"], adata.obs["cell_type"]
+    target = float(np.median(totals(reference.X)))
+    truth = log_normalize(whole.X, target).toarray()[:, chosen]
+    seen = whole[:, ~chosen].copy()
+    problem = Missing("dlpfc", reference, seen, shared[chosen].tolist(), None, target)
+
+    def scores(found: np.ndarray) -> dict[str, float]:
+        varies = truth.std(axis=0) > 0
+        t, f = truth[:, varies], np.asarray(found, np.float64)[:, varies]
+        tc, fc = t - t.mean(axis=0), f - f.mean(axis=0)
+        size = np.sqrt((tc**2).sum(axis=0) * (fc**2).sum(axis=0))
+        # A gene that is predicted alike in all cells has no correlation: it counts as 0.
+        pearson = np.divide((tc * fc).sum(axis=0), size, out=np.zeros(len(size)), where=size > 1e-9)
+        r2 = 1 - ((t - f) ** 2).sum(axis=0) / (tc**2).sum(axis=0)
+        often = (t > 0).mean(axis=0) >= 0.1
+        return {
+            "pearson": float(pearson.mean()),
+            "r2": float(r2.mean()),
+            "pearson_expressed": float(pearson[often].mean()),
+            "r2_expressed": float(r2[often].mean()),
+        }
+
+    return problem, scores
 
 
 def without_labels(data: str, folder: Path) -> tuple[Embedding, AnnData]:

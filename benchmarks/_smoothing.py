@@ -6,7 +6,7 @@ import numpy as np
 import scipy.sparse as sp
 from sklearn.preprocessing import normalize
 
-SHARES = np.linspace(0, 1, 21)
+MIXTURE_WEIGHTS = np.linspace(0, 1, 21)
 SMOOTHED = ", smoothed"  # at the end of a method's name
 
 
@@ -22,8 +22,8 @@ def averaged(values: np.ndarray, graph: sp.spmatrix, times: int = 1) -> np.ndarr
 def best_share(probability: np.ndarray, graph: sp.spmatrix, nodes: np.ndarray, truth: np.ndarray) -> float:
     """The share of the means of (n, n_classes) that costs `nodes`, whose class is `truth`, the least log loss."""
     own, near = (part[nodes, truth] for part in (probability, averaged(probability, graph)))
-    losses = [-np.log(np.maximum(share * near + (1 - share) * own, 1e-300)).sum() for share in SHARES]
-    return float(SHARES[np.argmin(losses)])
+    losses = [-np.log(np.maximum(share * near + (1 - share) * own, 1e-300)).sum() for share in MIXTURE_WEIGHTS]
+    return float(MIXTURE_WEIGHTS[np.argmin(losses)])
 
 
 def smooth(probability: np.ndarray, graph: sp.spmatrix, share: float) -> np.ndarray:

@@ -49,6 +49,8 @@ autosummary_ignore_module_all = False
 autosummary_imported_members = True
 templates_path = ["_templates"]
 python_maximum_signature_line_length = 100
+# The line would be put behind the heading of the examples.
+typehints_document_rtype_none = False
 toc_object_entries_show_parents = "hide"
 napoleon_google_docstring = False
 napoleon_attr_annotations = False

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from types import ModuleType, SimpleNamespace
 
 import anndata as ad
@@ -148,6 +149,54 @@ def test_a_training_is_kept_in_a_folder(section, tmp_path, calls) -> None:
     assert calls == [("embed", {"train_kwargs": {"checkpoint": "kept"}, "verbose": False})]
 
 
+def test_genes_of_a_foundation_model_have_a_species(section, tmp_path, calls, scgpt_checkpoint, capsys) -> None:
+    pd.DataFrame({"mouse_symbol": ["Aqp4"], "human_symbol": ["AQP4"]}).to_csv(tmp_path / "table.csv", index=False)
+    np.savez(tmp_path / "vectors.npz", genes=np.array(["AQP4", "GFAP"]), values=np.eye(2))
+    arguments = ["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--quiet", "--species", "mouse"]
+    table = ["--orthologs", str(tmp_path / "table.csv")]
+    folder = scgpt_checkpoint(["AQP4", "GFAP"])
+    assert cli.main([*arguments, *table, "--foundation", "scgpt", "--checkpoint", str(folder)]) == 0
+    foundation = calls[-1][1]["foundation"]
+    assert (foundation.name, foundation.species, foundation.orthologs) == ("scgpt", "mouse", table[1])
+    assert cli.main([*arguments, *table, "--gene-embeddings", str(tmp_path / "vectors.npz")]) == 0
+    vectors = calls[-1][1]["model_kwargs"]["gene_embeddings"]
+    assert (list(vectors.names), vectors.species, vectors.orthologs) == (["AQP4", "GFAP"], "mouse", table[1])
+    assert cli.main(arguments) == 2
+    assert "--species is for --foundation or --gene-embeddings" in capsys.readouterr().err
+    assert cli.main([*arguments, "--foundation", "scgpt"]) == 2
+    assert "--foundation scgpt needs --checkpoint, the folder with args.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Pass library_key= for another one.", "Pass --library-key for another one."),
+        ("layer='X' reads X (n_tokens=3).", "--layer X reads X (--n-tokens 3)."),
+        ('labels_key="cell type", labels_key=...', '--labels-key "cell type", --labels-key ...'),
+        ("overwrite=True replaces it.", "--overwrite replaces it."),
+        ("modality=['rna', 'image'] reads both.", "--modality rna image reads both."),
+        ("n_tokens must be a number: n_tokens must be.", "--n-tokens must be a number: n_tokens must be."),
+        ("Name another folder with checkpoint=.", "Name another folder with --train-checkpoint."),
+        # Python stays Python: calls, options of other commands, attributes, and values that have no option.
+        ("fimp_sc.pp.spatial_graph(adata, library_key='a')", "fimp_sc.pp.spatial_graph(adata, library_key='a')"),
+        ("Pass groupby=, fdr=, layer=None or model_kwargs={'n_tokens': 3}.",) * 2,
+        ("adata.layer=3, input_scale={'a': 'log'}",) * 2,
+    ],
+)
+def test_messages_name_options_of_the_command(section, tmp_path, calls, monkeypatch, capsys, message, expected) -> None:
+    def fail(adata, **arguments) -> None:
+        warnings.warn(message, UserWarning, stacklevel=2)
+        raise ValueError(message)
+
+    monkeypatch.setattr(fimp_sc.tl, "annotate", fail)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        arguments = ["annotate", str(section), "--output", str(tmp_path / "out.h5ad"), "--labels-key", "a"]
+        assert cli.main(arguments) == 2
+    lines = [f"fimp-sc annotate: {kind}: {expected}\n" for kind in ("warning", "error")]
+    assert capsys.readouterr().err == "".join(lines)
+
+
 def test_an_interrupt_ends_in_one_line(section, tmp_path, calls, monkeypatch, capsys) -> None:
     def interrupted(adata, **arguments) -> None:
         raise KeyboardInterrupt
@@ -259,7 +308,7 @@ def test_size_is_about_that_of_the_file(small_toy, recordings, tmp_path, kind) -
     path = tmp_path / "file"
     with quiet_mudata():
         (data.write_h5ad if kind == "AnnData" else data.write_h5mu)(path)
-    assert cli._size(data) <= path.stat().st_size <= cli._size(data) * (1 + cli._OVERHEAD_SHARE) + cli._OVERHEAD
+    assert cli._size(data) <= path.stat().st_size <= cli._size(data) * (1 + cli._OVERHEAD_FRACTION) + cli._OVERHEAD
 
 
 def test_failed_write_keeps_the_old_output(section, tmp_path, calls, monkeypatch, capsys) -> None:
@@ -497,3 +546,36 @@ def test_modalities_of_a_file(tmp_path, recordings) -> None:
         assert mudata.read_h5mu(output)["fmri"].obsm["X_fimp"].shape == (recordings["fmri"].n_obs, 128)
     assert cli.main(["embed", str(source), "--output", str(tmp_path / "out.h5ad"), "--modality", "fmri"]) == 2
     assert cli.main(["embed", str(source), "--output", str(output), "--modality", "no"]) == 2
+
+
+def test_several_files_are_read_together_and_written_each(small_toy, tmp_path, capsys) -> None:
+    for name in ("section_1", "section_2"):
+        small_toy[small_toy.obs["section"] == name].copy().write_h5ad(tmp_path / f"{name}.h5ad")
+    sources = [str(tmp_path / f"section_{i}.h5ad") for i in (1, 2)]
+    how = ["--max-epochs", "1", "--accelerator", "cpu"]
+    (tmp_path / "out").mkdir()
+    assert cli.main(["embed", *sources, "--output", str(tmp_path / "out"), *how, "--quiet"]) == 0
+    expected = [ad.read_h5ad(source) for source in sources]
+    fimp_sc.tl.embed(dict(zip(("section_1", "section_2"), expected, strict=True)), max_epochs=1, accelerator="cpu")
+    for i, adata in enumerate(expected, 1):
+        found = ad.read_h5ad(tmp_path / "out" / f"section_{i}.h5ad")
+        np.testing.assert_array_equal(found.obsm["X_fimp"], adata.obsm["X_fimp"])
+    capsys.readouterr()
+    for arguments, message in (
+        ([*sources, "--output", str(tmp_path / "out.h5ad")], "results go to a folder"),
+        ([sources[0], sources[0], "--output", str(tmp_path / "out")], "different file names"),
+        ([sources[0], str(tmp_path / "none.h5ad"), "--output", str(tmp_path / "out")], "does not exist"),
+    ):
+        assert cli.main(["embed", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_report_is_written_beside_the_output(section, tmp_path, calls, capsys) -> None:
+    page = tmp_path / "report.html"
+    assert cli.main(["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--report", str(page)]) == 0
+    assert "<h2>Data</h2>" in page.read_text(encoding="utf-8")
+    assert f"Wrote the report {page}" in capsys.readouterr().out
+    assert calls == [("embed", {"verbose": True})]
+    assert cli.main(["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--report", "report.txt"]) == 2
+    assert "--report must end in .html" in capsys.readouterr().err
+    assert len(calls) == 1, "refused before anything is computed"

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import re
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import anndata as ad
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from geneformer_toys import write_geneformer
+from nicheformer_toys import write_nicheformer
 from PIL import Image
 from scipy import sparse
+from text_toys import make_texts, write_encoder
 
 import fimp_sc
 from fimp_sc.data._modality import quiet_mudata
 from fimp_sc.data.sequences import _kinds
 from fimp_sc.datasets import toy_tissue
 from fimp_sc.model import FIMP
+from fimp_sc.pretrained import _registry
 
 DOCS = Path(__file__).parents[1] / "docs"
 RING = np.roll(np.eye(12), 1, axis=1) + np.roll(np.eye(12), -1, axis=1)
@@ -25,10 +31,11 @@ PAGES = {
     "index.md": 1,
     "quick_start.md": 5,
     "guide/settings.md": 6,
+    "guide/models.md": 4,
     "guide/cost.md": 1,
-    "guide/annotation.md": 2,
+    "guide/annotation.md": 4,
     "guide/evaluation.md": 9,
-    "guide/niches_attention.md": 4,
+    "guide/niches_attention.md": 5,
     "guide/reproducibility.md": 3,
     "extend.md": 5,
 }
@@ -61,6 +68,9 @@ def _short(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(fimp_sc.datasets, "toy_tissue", small_tissue)
     monkeypatch.setattr(plt, "show", lambda *args, **kwargs: None)
     monkeypatch.setattr(_kinds, "_kinds", dict(_kinds.sequence_kinds()))
+    for own in _registry._OWN:  # a module registers its reader once, when it is imported
+        _registry.foundation_reader(own)
+    monkeypatch.setattr(_registry, "_readers", dict(_registry._readers))
     monkeypatch.chdir(tmp_path)
 
 
@@ -119,19 +129,66 @@ def test_code_of_the_page_on_modalities_runs(tmp_path) -> None:
     assert np.isfinite(names["mdata"].obsm["X_fimp"]).all()
 
 
+def test_code_of_texts_runs(tmp_path) -> None:
+    pytest.importorskip("tokenizers")
+    page, texts = DOCS / "modalities.md", dict(enumerate(make_texts(12)))
+    write_encoder(tmp_path / "all-MiniLM-L6-v2")
+    names = {"fimp": fimp_sc, "definitions": texts, "is_a": [(i, i // 2) for i in range(1, 12)]}
+    names["branch"] = [*"abcd" * 2, "a", "b", "Unknown", None]
+    (block,) = [block for block in code_of(page) if "pp.text" in block]
+    run([block], page, names)
+    assert set(names["terms"]["text"].obs["fimp_branch"]) <= set("abcd")
+    assert names["terms"]["text"].obsm["X_fimp"].shape == (12, 24)
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_code_of_the_other_pages_runs(name: str, tmp_path, scgpt_checkpoint) -> None:
     blocks = code_of(DOCS / name)
     assert len(blocks) == PAGES[name]
     if any("scGPT_human/" in block for block in blocks):
         (tmp_path / "scGPT_human").symlink_to(scgpt_checkpoint(toy_tissue(n_obs=60).var_names[:700]))
+    if name == "guide/models.md":
+        genes = list(toy_tissue(n_obs=60).var_names)
+        write_geneformer(tmp_path / "Geneformer-V2-104M", genes, n_positions=80)
+        write_nicheformer(tmp_path / "Nicheformer", genes)
     run(blocks, DOCS / name, {})
+
+
+def test_code_of_the_page_on_other_tools_runs(tmp_path) -> None:
+    page = DOCS / "guide" / "elsewhere.md"
+    blocks = code_of(page)
+    assert len(blocks) == 7
+    text = page.read_text(encoding="utf-8")
+    for package in ("spatialdata_plot", "napari_spatialdata", "vitessce"):
+        (needing,) = (block for block in blocks if package in block)
+        assert "Needs `pip install" in text.partition(needing)[0].rpartition("## ")[2]
+        if package.startswith("napari") or find_spec(package) is None:  # napari opens a window
+            blocks.remove(needing)
+    names: dict = {}
+    with warnings.catch_warnings():
+        # Of spatialdata, and of what it builds on.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", PendingDeprecationWarning)
+        warnings.filterwarnings("ignore", ".*zarr v[23]", UserWarning)
+        run(blocks, page, names)
+    read = names["sd"].read_zarr(tmp_path / "tissue.zarr")
+    table = read.tables["table"]
+    assert list(table.obs["fimp_niche"]) == list(names["adata"].obs["fimp_niche"])
+    for name, shapes in read.shapes.items():
+        rows = table.obs["section"] == name
+        assert list(shapes.index) == list(table.obs.loc[rows, "cell"])
+        np.testing.assert_allclose(np.c_[shapes.geometry.x, shapes.geometry.y], table.obsm["spatial"][rows])
+    export = ad.read_h5ad(tmp_path / "cellxgene.h5ad")
+    assert (export.raw.X != names["adata"].X).nnz == 0
+    assert not any(hasattr(value, "keys") for value in export.uns.values())
+    assert ad.read_zarr(tmp_path / "section_1.zarr").obsm["X_fimp"].shape[1] == 64
 
 
 def test_no_other_page_has_code() -> None:
     kept = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if code_of(path)}
     kept = {name for name in kept if not name.startswith(("_build/", "api/", "generated/"))}
-    assert kept == {*PAGES, "modalities.md"}
+    assert kept == {*PAGES, "modalities.md", "guide/elsewhere.md"}
 
 
 def test_every_place_that_contributors_are_sent_to_exists() -> None:

@@ -66,6 +66,12 @@ def test_normal_numbers_have_the_normal_distribution() -> None:
     np.testing.assert_array_equal(normal(3, np.arange(5), np.arange(8)), z[:5, :8])
 
 
+def test_the_largest_number_is_drawn_as_a_finite_one() -> None:
+    row, columns = np.array([8956]), np.arange(512)
+    assert uniform(0, row, columns).max() == 1 - 2**-24
+    assert 5 < normal(0, row, columns).max() < 6
+
+
 def test_combined_keys_differ_by_both_parts() -> None:
     keys = np.array([combined(seed, np.arange(500)) for seed in range(20)])
     assert len(np.unique(keys)) == keys.size

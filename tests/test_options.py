@@ -19,7 +19,7 @@ NAN = float("nan")
 # What the functions check by themselves, since it is data, or depends on data.
 DATA = {
     "registry", "token_size", "architecture", "pairs", "features", "adjacency", "coordinates", "labels", "bold", "data",
-    "connectivity", "image", "images", "image_size", "radius", "cell", "match", "nodes", "model",
+    "connectivity", "image", "images", "image_size", "radius", "cell", "match", "nodes", "model", "texts", "edges",
 }  # fmt: skip
 
 

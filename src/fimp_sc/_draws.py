@@ -60,4 +60,6 @@ def normal(seed: int, rows: NDArray[Any], columns: NDArray[Any]) -> NDArray[np.f
     """Return the same as :func:`uniform` with the standard normal distribution."""
     from scipy.special import ndtri
 
-    return ndtri(uniform(seed, rows, columns) + np.float32(2**-25)).astype(np.float32)
+    # The largest of the numbers plus half a step would be rounded to 1, and drawn as infinite.
+    below_one = np.nextafter(np.float32(1), np.float32(0))
+    return ndtri(np.minimum(uniform(seed, rows, columns) + np.float32(2**-25), below_one)).astype(np.float32)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from mudata import MuData
 
 # Where a function writes, beside its record in `uns[key]`.
-_WRITTEN = {
+WRITTEN = {
     "tl.embed": (("obsm", "{}"),),
     "tl.annotate": (("obs", "{}"), ("obs", "{}_confidence"), ("obsm", "{}_probabilities")),
     "tl.impute": (("layers", "{}"), ("obsm", "{}")),
-    "tl.niches": (("obs", "{}"), ("uns", "{}_colors")),
+    "tl.niches": (("obs", "{}"), ("obs", "{}_fit"), ("obsm", "{}_probabilities"), ("uns", "{}_colors")),
     "tl.attention": (("obsp", "{}"),),
     "tl.gene_pairs": (),
     "pp.match_genes": (("var", "{}"),),
@@ -161,7 +161,7 @@ def check_key(
     check_key_added(key)
     places = [(data, "uns", key)]
     for table in tables or (data,):
-        places += [(table, slot, name.format(key)) for slot, name in _WRITTEN[tool]]
+        places += [(table, slot, name.format(key)) for slot, name in WRITTEN[tool]]
     for table, slot, name in places:
         where = f"adata.{slot}[{name!r}]"
         if (slot, name) in reads:

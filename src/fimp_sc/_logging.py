@@ -40,25 +40,35 @@ def user_messages(*, verbose: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _levels(*, verbose: bool) -> Iterator[None]:
-    ours = logging.getLogger("fimp_sc")
-    levels = {name: logging.getLogger(name).level for name in (*_CHATTER, ours.name)}
-    handler = None
-    outer = _told.get()
-    token = _told.set(set() if outer is None else outer)
+def no_chatter() -> Iterator[None]:
+    """Hide routine messages of Lightning, such as its tips, and of scvi-tools; their warnings are shown."""
+    levels = {name: logging.getLogger(name).level for name in _CHATTER}
     try:
         for name in _CHATTER:
             logging.getLogger(name).setLevel(logging.WARNING)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _levels(*, verbose: bool) -> Iterator[None]:
+    ours = logging.getLogger("fimp_sc")
+    level, handler = ours.level, None
+    outer = _told.get()
+    token = _told.set(set() if outer is None else outer)
+    try:
         ours.setLevel(logging.INFO if verbose else logging.WARNING)
         if verbose and not ours.hasHandlers():
             handler = logging.StreamHandler()
             handler.setFormatter(logging.Formatter("fimp-sc: %(message)s"))
             ours.addHandler(handler)
-        yield
+        with no_chatter():
+            yield
     finally:
         _told.reset(token)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        ours.setLevel(level)
         if handler is not None:
             ours.removeHandler(handler)
 

@@ -8,9 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
-from importlib import import_module
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -542,117 +540,7 @@ class Devices(Rule):
         return bool(value == -1 or value > 0)
 
 
-@dataclass(frozen=True)
-class Arguments(Rule):
-    """A dictionary of arguments of another function, which are checked as if they were passed to it.
-
-    Attributes
-    ----------
-    of
-        ``"module:name"`` of the function or class.
-    only, without
-        Which of its parameters are meant.
-    """
-
-    of: str = ""
-    only: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-
-    @property
-    def allowed(self) -> str:
-        return "a dictionary of arguments by name"
-
-    def read(self, value: Any, name: str) -> Any:
-        from fimp_sc._options import FOUNDATION, checked_value, of_foundation
-
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            return NotImplemented
-        known, further = self.parameters()
-        found = {}
-        for key, given in value.items():
-            if key in known:
-                found[key] = checked_value(self.owner, known[key], given, f"{name}[{key!r}]")
-            elif further is None or key in further:
-                found[key] = given
-            else:
-                nested = self.place_of(key)
-                close = get_close_matches(key, known, n=1) or get_close_matches(key, further, n=1)
-                hint = f"Did you mean {close[0]!r}?" if close else f"It takes {', '.join(known)}."
-                if nested is not None:
-                    hint = f"Pass it as {name}={nested}."
-                hint = of_foundation(key) if self.owner == "FIMP" and key in FOUNDATION else hint
-                raise TypeError(f"{name} has {key!r}, which {self.owner} does not take. {hint}")
-        return found
-
-    def place_of(self, key: str) -> str | None:
-        """Return the dictionary by which an argument is passed, also within another one; ``None`` if there is none."""
-        from fimp_sc._options import OPTIONS
-
-        known, further = self.parameters()
-        if key in known or key in (further or ()):
-            return f"{{{key!r}: ...}}"
-        for name in known:
-            rule = OPTIONS.get(name)
-            within = rule.place_of(key) if isinstance(rule, Arguments) else None
-            if within is not None:
-                return f"{{{name!r}: {within}}}"
-        return None
-
-    @property
-    def owner(self) -> str:
-        """Name of the function or class."""
-        return self.of.rpartition(":")[2]
-
-    def parameters(self) -> tuple[dict[str, inspect.Parameter], tuple[str, ...] | None]:
-        """Return the parameters that are meant, and the names of others that are taken, ``None`` for any."""
-        module, _, path = self.of.partition(":")
-        target: Any = import_module(module)
-        for step in path.split("."):
-            target = getattr(target, step)
-        parameters = inspect.signature(target).parameters
-        named = {
-            name: parameter
-            for name, parameter in parameters.items()
-            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-            and (name in self.only if self.only else name not in ("self", *self.without))
-        }
-        if "trainer_kwargs" in parameters:
-            return named, foreign_parameters("trainer")
-        return named, None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not self.only else ()
-
-
-@dataclass(frozen=True)
-class Keywords(Rule):
-    """Further keywords, which a function of another package takes; their values are left to it.
-
-    Attributes
-    ----------
-    of
-        ``"trainer"`` (of scvi-tools and Lightning), or the method of matplotlib's axes: ``"scatter"`` or ``"plot"``.
-    also
-        Others of a function that hands the rest on to that one.
-    """
-
-    of: str = ""
-    also: tuple[str, ...] = ()
-
-    def accept(self, value: Any, name: str, *, none: bool = False) -> Any:
-        from fimp_sc._options import OPTIONS
-
-        known = (*foreign_parameters(self.of), *self.also)
-        for keyword in value:
-            if keyword not in known:
-                close = get_close_matches(keyword, known, n=1)
-                hint = f" Did you mean {close[0]}=?" if close else ""
-                plan = OPTIONS["plan_kwargs"] if self.of == "trainer" else None
-                within = plan.place_of(keyword) if isinstance(plan, Arguments) else None
-                if within is not None:
-                    hint = f" Pass it as plan_kwargs={within}."
-                raise TypeError(f"Unexpected keyword argument {keyword}=, which {_FOREIGN[self.of]} has neither.{hint}")
-        return value
-
-
-_FOREIGN = {
+FOREIGN = {
     "trainer": "lightning.pytorch.Trainer",
     "scatter": "matplotlib.axes.Axes.scatter",
     "plot": "matplotlib.axes.Axes.plot",

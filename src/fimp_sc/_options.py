@@ -2,20 +2,22 @@
 
 An option of a public function is looked up by its name, or by ``"function.name"`` where functions differ. Where its
 default is ``None``, ``None`` is allowed. numpy's scalars count as the numbers, flags and texts that they are, and are
-handed on as those of Python.
+handed on as those of Python. Rules of dictionaries of options look up this table, and stand beside it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial, wraps
+from importlib import import_module
 from typing import Any, TypeVar, overload
 
 from fimp_sc._option_rules import (
+    FOREIGN,
     Accelerator,
-    Arguments,
     Axes,
     Choice,
     Color,
@@ -26,7 +28,6 @@ from fimp_sc._option_rules import (
     FoundationModel,
     Indices,
     Integer,
-    Keywords,
     Label,
     Mask,
     Model,
@@ -40,9 +41,115 @@ from fimp_sc._option_rules import (
     Text,
     Trained,
     Values,
+    foreign_parameters,
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Arguments(Rule):
+    """A dictionary of arguments of another function, which are checked as if they were passed to it.
+
+    Attributes
+    ----------
+    of
+        ``"module:name"`` of the function or class.
+    only, without
+        Which of its parameters are meant.
+    """
+
+    of: str = ""
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        return "a dictionary of arguments by name"
+
+    def read(self, value: Any, name: str) -> Any:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            return NotImplemented
+        known, further = self.parameters()
+        found = {}
+        for key, given in value.items():
+            if key in known:
+                found[key] = checked_value(self.owner, known[key], given, f"{name}[{key!r}]")
+            elif further is None or key in further:
+                found[key] = given
+            else:
+                nested = self.place_of(key)
+                close = get_close_matches(key, known, n=1) or get_close_matches(key, further, n=1)
+                hint = f"Did you mean {close[0]!r}?" if close else f"It takes {', '.join(known)}."
+                if nested is not None:
+                    hint = f"Pass it as {name}={nested}."
+                hint = of_foundation(key) if self.owner == "FIMP" and key in FOUNDATION else hint
+                raise TypeError(f"{name} has {key!r}, which {self.owner} does not take. {hint}")
+        return found
+
+    def place_of(self, key: str) -> str | None:
+        """Return the dictionary by which an argument is passed, also within another one; ``None`` if there is none."""
+        known, further = self.parameters()
+        if key in known or key in (further or ()):
+            return f"{{{key!r}: ...}}"
+        for name in known:
+            rule = OPTIONS.get(name)
+            within = rule.place_of(key) if isinstance(rule, Arguments) else None
+            if within is not None:
+                return f"{{{name!r}: {within}}}"
+        return None
+
+    @property
+    def owner(self) -> str:
+        """Name of the function or class."""
+        return self.of.rpartition(":")[2]
+
+    def parameters(self) -> tuple[dict[str, inspect.Parameter], tuple[str, ...] | None]:
+        """Return the parameters that are meant, and the names of others that are taken, ``None`` for any."""
+        module, _, path = self.of.partition(":")
+        target: Any = import_module(module)
+        for step in path.split("."):
+            target = getattr(target, step)
+        parameters = inspect.signature(target).parameters
+        named = {
+            name: parameter
+            for name, parameter in parameters.items()
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            and (name in self.only if self.only else name not in ("self", *self.without))
+        }
+        if "trainer_kwargs" in parameters:
+            return named, foreign_parameters("trainer")
+        return named, None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not self.only else ()
+
+
+@dataclass(frozen=True)
+class Keywords(Rule):
+    """Further keywords, which a function of another package takes; their values are left to it.
+
+    Attributes
+    ----------
+    of
+        ``"trainer"`` (of scvi-tools and Lightning), or the method of matplotlib's axes: ``"scatter"`` or ``"plot"``.
+    also
+        Others of a function that hands the rest on to that one.
+    """
+
+    of: str = ""
+    also: tuple[str, ...] = ()
+
+    def accept(self, value: Any, name: str, *, none: bool = False) -> Any:
+        known = (*foreign_parameters(self.of), *self.also)
+        for keyword in value:
+            if keyword not in known:
+                close = get_close_matches(keyword, known, n=1)
+                hint = f" Did you mean {close[0]}=?" if close else ""
+                plan = OPTIONS["plan_kwargs"] if self.of == "trainer" else None
+                within = plan.place_of(keyword) if isinstance(plan, Arguments) else None
+                if within is not None:
+                    hint = f" Pass it as plan_kwargs={within}."
+                raise TypeError(f"Unexpected keyword argument {keyword}=, which {FOREIGN[self.of]} has neither.{hint}")
+        return value
+
 
 _MODEL = Arguments(of="fimp_sc.model:FIMP", without=("adata", "registry"))
 _TRAIN = Arguments(of="fimp_sc.model:FIMP.train")
@@ -180,6 +287,7 @@ OPTIONS: dict[str, Rule | None] = {
     "inference_kwargs": _INFERENCE,
     "impute.genes": Names(),
     "n_niches": Integer(2),
+    "reference": Object(),
     "niches.method": Choice(("mixture", "leiden")),
     "smooth": Integer(0),
     "n_components": Integer(1, none=True),
@@ -198,6 +306,7 @@ OPTIONS: dict[str, Rule | None] = {
     "fmri.method": Choice(("structural", "coordinates", "functional")),
     "orientation": Choice(("region_time", "time_region")),
     "n_neighbors": Integer(1),
+    "spatial_graph.n_neighbors": Integer(0),
     "n_rings": Integer(1),
     "radius_km": Real(0, open_left=True),
     "width_um": Real(0, open_left=True),
@@ -206,11 +315,17 @@ OPTIONS: dict[str, Rule | None] = {
     "spot_images.scale": Real(0, open_left=True),
     "spot_images.image_size": Integer(1, 1 << 12),
     "lazy": Flag(),
+    "tokenizer": Place(),
+    "directed": Flag(),
+    "max_tokens": Integer(1),
+    "text.edges": None,  # which is anything with pairs of names
     "channels": Choice(("last", "first")),
     "sampling_interval": Real(0, open_left=True),
     "top_fraction": Real(0, 1, open_left=True),
     "threshold": Real(0, open_left=True),
     # figures
+    "title": Text(),
+    **{f"{figure}.title": Names() for figure in ("spatial", "imputation", "signals")},
     "color": Color(several=True),
     "image_graph.color": Color(),
     "fdr": Real(0, 1),

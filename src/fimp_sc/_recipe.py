@@ -1,6 +1,6 @@
 """Every tuned number of training and prediction, in one place.
 
-Each heuristic can be switched off here, which is how ``benchmarks/ablations.py`` finds out what it is worth.
+Each heuristic can be switched off here, which is how ``--methods recipe`` of the benchmarks finds out what it is worth.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ class Recipe:
     dropout_sequences: float = 0.5
     # Length of random gene identities.
     identity: float = 0.3
-    # Where less than this fraction of a cell's loadings is visible, its summary is scaled up less than in full.
-    least_visible: float = 0.25
-    shrinkage: float = 0.2
 
     # Initialization: components of training cells, and the linear smoother that reads them
     components: bool = True
@@ -126,9 +123,7 @@ class Recipe:
     lr_loadings: float = 2e-3
     lr_head: float = 5e-3
     lr_foundation: float = 1e-4
-    weight_decay: float = 1e-2
     gradient_clip: float = 1.0
-    warmup: int = 20
     last_rate: float = 0.05
     # Weights used are an exponential average over some tens of steps, which evens out what single blocks ask for.
     averaging: float = 0.97

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +23,10 @@ import fimp_sc
 from fimp_sc._option_rules import Choice, Flag, Integer, Real
 from fimp_sc._options import rule_of
 from fimp_sc.pretrained import foundation_names
+from fimp_sc.pretrained._registry import foundation_reader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from anndata import AnnData
     from mudata import MuData
@@ -31,8 +34,11 @@ if TYPE_CHECKING:
 # What says by itself what is wrong; anything else is a defect, whose traceback is worth reporting.
 _TOLD = (ValueError, TypeError, LookupError, ArithmeticError, OSError, RuntimeError, MemoryError, ImportError)
 # Of files in HDF5 beside the values in them.
-_OVERHEAD, _OVERHEAD_SHARE = 1 << 20, 0.05
+_OVERHEAD, _OVERHEAD_FRACTION = 1 << 20, 0.05
 _SLOTS = ("obs", "obsm", "obsp", "layers", "uns")
+# A call in Python, whose arguments stay as they are, and an argument by itself with a plain value.
+_CALL = r"[\w.]+\((?:[^()]|\([^()]*\))*\)"
+_VALUE = r"True\b|\[[^\]]*\]|'[^']*'|\"[^\"]*\"|-?\d+(?:\.\d+)?|\.\.\."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run_demo(**options)
         else:
-            _run_tool(command, **options)
+            with _warnings_in_a_line(command):
+                _run_tool(command, **options)
     except KeyboardInterrupt:
         if debug:
             raise
@@ -66,59 +73,151 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not _is_told(error):
             raise
-        print(f"fimp-sc {command}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"fimp-sc {command}: error: {in_options(_one_line(error), command)}", file=sys.stderr)
         return 2
     return 0
 
 
+def in_options(message: str, command: str) -> str:
+    """Return a message of the functions with their arguments written as options of a command.
+
+    Parameters
+    ----------
+    message
+        What a function says, such as ``"Pass library_key='sample'."``; calls in it are Python, and stay as they are.
+    command
+        Name of the command, of whose options alone others are meant.
+    """
+    tool = _commands(_parser())[command]
+    flags = {action.dest: action.option_strings[-1] for action in tool._actions if action.option_strings}
+    # Of a training: that of a foundation model is checked here.
+    flags["checkpoint"] = flags.get("train_checkpoint", "")
+    names = "|".join(map(re.escape, flags))
+    argument = rf"(?<![\w.\"'])({names})=(?:({_VALUE})|(?=[\s.,;:)]|$))"
+
+    def translated(found: re.Match[str]) -> str:
+        first, name, value = found.groups()
+        if first is None and name is None:
+            return found[0]
+        words = [] if value in (None, "True") else re.findall(r"'[^']*'|\"[^\"]*\"|[^][, ]+", value)
+        return " ".join([flags[first or name], *(word if " " in word else word.strip("'\"") for word in words)])
+
+    return re.sub(rf"{_CALL}|^({names})(?= must be )|{argument}", translated, message)
+
+
+@contextmanager
+def _warnings_in_a_line(command: str) -> Iterator[None]:
+    """Write warnings of this package as errors are: in one line, in words of the command line."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Any, category: Any, *where: Any, **how: Any) -> None:
+            if category is UserWarning:
+                print(f"fimp-sc {command}: warning: {in_options(_one_line(message), command)}", file=sys.stderr)
+            else:
+                others(message, category, *where, **how)
+
+        warnings.showwarning = show
+        yield
+
+
 def _run_tool(
-    command: str, *, source: Path, output: Path, quiet: bool = False, save_model: Path | None = None, **arguments: Any
+    command: str,
+    *,
+    source: Path | list[Path],
+    output: Path,
+    quiet: bool = False,
+    save_model: Path | None = None,
+    report: Path | None = None,
+    **arguments: Any,
 ) -> None:
     """Read, call ``tl.<command>``, write."""
-    if source.is_dir():
-        message = (
-            f"input {str(source)!r} is a folder, and only .h5ad and .h5mu files are read: write one from it, for "
-            "instance with anndata.read_zarr(folder).write_h5ad(file)."
-        )
-        raise IsADirectoryError(message)
-    if not source.is_file():
-        message = f"input file {str(source)!r} does not exist."
-        raise FileNotFoundError(message)
+    sources = source if isinstance(source, list) else [source]
+    outputs = _outputs(sources, output)
+    if save_model is not None and save_model.exists():
+        message = f"--save-model: {str(save_model)!r} exists already; name a new folder."
+        raise ValueError(message)
+    if report is not None:
+        from fimp_sc.pl._figure._rules import ReportFile
+
+        if len(sources) > 1:
+            message = "--report is of one input: read the results with fimp_sc.pl.report in Python."
+            raise ValueError(message)
+        report = ReportFile().accept(report, "--report")
+    objects = {path.stem: _read(path) for path in sources}
+    before = {name: _keys(data) for name, data in objects.items()}
+    first = next(iter(objects.values()))
+    genes = {name: arguments.pop(name) for name in ("species", "orthologs") if name in arguments}
+    if genes and not {"foundation", "gene_embeddings"} & arguments.keys():
+        message = f"--{max(genes)} is for --foundation or --gene-embeddings, and there is neither."
+        raise ValueError(message)
+    if "gene_embeddings" in arguments:
+        vectors = arguments.pop("gene_embeddings")
+        vectors = fimp_sc.pretrained.read_gene_vectors(vectors, **genes) if genes else vectors
+        arguments["model_kwargs"] = {"gene_embeddings": vectors}
+    if "train_checkpoint" in arguments:
+        arguments["train_kwargs"] = {"checkpoint": arguments.pop("train_checkpoint")}
+    if "foundation" in arguments:
+        if "checkpoint" not in arguments:
+            files = foundation_reader(arguments["foundation"]).files
+            message = f"--foundation {arguments['foundation']} needs --checkpoint, the folder with {files}."
+            raise ValueError(message)
+        checkpoint = arguments.pop("checkpoint")
+        arguments["foundation"] = fimp_sc.pretrained.load(arguments["foundation"], checkpoint, **genes)
+    elif "checkpoint" in arguments:
+        message = "--checkpoint holds the files of a foundation model: name it with --foundation."
+        raise ValueError(message)
+    arguments["verbose"] = not quiet
+    getattr(fimp_sc.tl, command.replace("-", "_"))(first if len(objects) == 1 else objects, **arguments)
+    if save_model is not None:
+        fimp_sc.tl.get_model(first, arguments.get("modality")).save(str(save_model))
+    for (name, data), path in zip(objects.items(), outputs, strict=True):
+        _write(data, path)
+        if not quiet:
+            added = [key for key in _keys(data) if key not in before[name]]
+            print(f"Wrote {path}; new in it: {', '.join(added) or 'nothing, existing keys were replaced'}")
+    if report is not None:
+        fimp_sc.pl.report(first, report, modality=arguments.get("modality"))
+    if save_model is not None and not quiet:
+        print(f"Saved the model to {save_model}")
+    if report is not None and not quiet:
+        print(f"Wrote the report {report}")
+
+
+def _outputs(sources: list[Path], output: Path) -> list[Path]:
+    """Return where each result goes, after checks of all places."""
+    for source in sources:
+        if source.is_dir():
+            message = (
+                f"input {str(source)!r} is a folder, and only .h5ad and .h5mu files are read: write one from it, for "
+                "instance with anndata.read_zarr(folder).write_h5ad(file)."
+            )
+            raise IsADirectoryError(message)
+        if not source.is_file():
+            message = f"input file {str(source)!r} does not exist."
+            raise FileNotFoundError(message)
+    if len(sources) > 1:
+        if not output.is_dir():
+            message = f"--output: of several inputs results go to a folder, and {str(output)!r} is none; create it."
+            raise FileNotFoundError(message)
+        if any(source.suffix == ".h5mu" for source in sources):
+            message = "several inputs must be .h5ad files: a .h5mu file is read by itself."
+            raise ValueError(message)
+        if len({source.stem for source in sources}) < len(sources):
+            message = "inputs must have different file names, by which results are told apart."
+            raise ValueError(message)
+        return [output / f"{source.stem}.h5ad" for source in sources]
     if not output.parent.is_dir():
         message = f"--output: folder {str(output.parent)!r} does not exist; create it first."
         raise FileNotFoundError(message)
     if output.is_dir():
         message = f"--output: {str(output)!r} is a folder; name a file."
         raise ValueError(message)
-    if save_model is not None and save_model.exists():
-        message = f"--save-model: {str(save_model)!r} exists already; name a new folder."
-        raise ValueError(message)
-
-    suffix = ".h5mu" if source.suffix == ".h5mu" else ".h5ad"
+    suffix = ".h5mu" if sources[0].suffix == ".h5mu" else ".h5ad"
     if output.suffix != suffix:
-        message = f"--output: {output.name!r} must end in {suffix}, which is what is written for {source.name!r}."
+        message = f"--output: {output.name!r} must end in {suffix}, which is what is written for {sources[0].name!r}."
         raise ValueError(message)
-    data = _read(source)
-    before = _keys(data)
-    if "gene_embeddings" in arguments:
-        arguments["model_kwargs"] = {"gene_embeddings": arguments.pop("gene_embeddings")}
-    if "train_checkpoint" in arguments:
-        arguments["train_kwargs"] = {"checkpoint": arguments.pop("train_checkpoint")}
-    if "foundation" in arguments:
-        arguments["foundation"] = fimp_sc.pretrained.load(arguments["foundation"], arguments.pop("checkpoint", None))
-    elif "checkpoint" in arguments:
-        message = "--checkpoint holds the files of a foundation model: name it with --foundation."
-        raise ValueError(message)
-    arguments["verbose"] = not quiet
-    getattr(fimp_sc.tl, command.replace("-", "_"))(data, **arguments)
-    if save_model is not None:
-        fimp_sc.tl.get_model(data, arguments.get("modality")).save(str(save_model))
-    _write(data, output)
-    if not quiet:
-        added = [key for key in _keys(data) if key not in before]
-        print(f"Wrote {output}; new in it: {', '.join(added) or 'nothing, existing keys were replaced'}")
-        if save_model is not None:
-            print(f"Saved the model to {save_model}")
+    return [output]
 
 
 def _read(source: Path) -> AnnData | MuData:
@@ -145,11 +244,11 @@ def _read(source: Path) -> AnnData | MuData:
 
 def _keys(data: AnnData | MuData) -> list[str]:
     """Return the entries of an object and its modalities, as one writes them."""
-    parts = {"": data} | {f'["{name}"]': part for name, part in getattr(data, "mod", {}).items()}
+    holders = {"": data} | {f'["{name}"]': modality for name, modality in getattr(data, "mod", {}).items()}
     found = []
-    for where, part in parts.items():
+    for where, holder in holders.items():
         for slot in _SLOTS:
-            entries = getattr(part, slot, None)  # MuData has no layers
+            entries = getattr(holder, slot, None)  # MuData has no layers
             found += [f'{where}.{slot}["{key}"]' for key in ([] if entries is None else entries.keys())]
     return found
 
@@ -159,23 +258,23 @@ def _write(data: Any, output: Path) -> None:
     from fimp_sc.data._modality import quiet_mudata
 
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".fimp-sc-") as folder, quiet_mudata():
-        part = Path(folder) / output.name
-        _reserve(part, int(_size(data) * (1 + _OVERHEAD_SHARE)) + _OVERHEAD, output)
+        beside = Path(folder) / output.name
+        _reserve(beside, int(_size(data) * (1 + _OVERHEAD_FRACTION)) + _OVERHEAD, output)
         try:
-            (data.write_h5mu if hasattr(data, "write_h5mu") else data.write_h5ad)(part)
+            (data.write_h5mu if hasattr(data, "write_h5mu") else data.write_h5ad)(beside)
         except Exception as error:
             message = f"--output: {str(output)!r} cannot be written ({type(error).__name__}: {_one_line(error)})."
             raise OSError(message) from error
-        part.replace(output)
+        beside.replace(output)
 
 
-def _reserve(part: Path, n_bytes: int, output: Path) -> None:
+def _reserve(beside: Path, n_bytes: int, output: Path) -> None:
     """Raise an OSError unless a file of ``n_bytes`` fits: HDF5 does not survive a disk or a quota that is full."""
     try:
         if hasattr(os, "posix_fallocate"):
-            with part.open("wb") as file:
+            with beside.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, n_bytes)
-        elif n_bytes > shutil.disk_usage(part.parent).free:
+        elif n_bytes > shutil.disk_usage(beside.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -198,7 +297,7 @@ def _size(data: Any) -> int:
     if isinstance(data, pd.DataFrame):
         return int(data.memory_usage(deep=True).sum())
     if sparse.issparse(data):
-        return sum(int(part.nbytes) for part in vars(data).values() if isinstance(part, np.ndarray))
+        return sum(int(array.nbytes) for array in vars(data).values() if isinstance(array, np.ndarray))
     if isinstance(data, Mapping):
         return sum(map(_size, data.values()))
     return len(data) if isinstance(data, str) else int(getattr(data, "nbytes", 8))
@@ -218,6 +317,11 @@ def _one_line(error: BaseException) -> str:
     # `str` of a KeyError is the repr of its message.
     text = error.args[0] if isinstance(error, KeyError) and len(error.args) == 1 else error
     return " ".join(str(text).split()) or type(error).__name__
+
+
+def _commands(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    """Return the parser of each command."""
+    return next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,7 +353,9 @@ def _parser() -> argparse.ArgumentParser:
     _add(niches, "labels_key", metavar="KEY", help="column of .obs that is counted in every niche")
     _add_keys(niches)
 
-    attention = _add_tool(commands, "attention", "write the influence of neighbors, per edge and per pair of groups")
+    attention = _add_tool(
+        commands, "attention", "write the influence of neighbors, per edge and per pair of groups", several=False
+    )
     _add(attention, "groupby", required=True, metavar="KEY", help="column of .obs with groups of cells")
     _add(attention, "n_permutations", metavar="N", help="number of permutations")
     _add_common(attention)
@@ -275,12 +381,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_tool(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+def _add_tool(commands: Any, name: str, summary: str, *, several: bool = True) -> argparse.ArgumentParser:
     tool: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", argument_default=argparse.SUPPRESS
     )
-    tool.add_argument("source", type=Path, metavar="INPUT.h5ad", help="cells with .obsm['spatial'], or a .h5mu file")
-    tool.add_argument("--output", type=Path, required=True, metavar="OUT.h5ad", help="where to write the result")
+    what = "cells with .obsm['spatial'], or a .h5mu file"
+    if several:
+        what += "; several .h5ad files are read together"
+        tool.add_argument("source", type=Path, nargs="+", metavar="INPUT.h5ad", help=what)
+    else:
+        tool.add_argument("source", type=Path, metavar="INPUT.h5ad", help=what)
+    where = "where to write the result" + ("; of several inputs a folder" if several else "")
+    tool.add_argument("--output", type=Path, required=True, metavar="OUT.h5ad", help=where)
     return tool
 
 
@@ -298,6 +410,8 @@ def _add_common(tool: argparse.ArgumentParser) -> None:
     _add(tool, "gene_embeddings", metavar="FILE", help="pretrained vectors of genes to start from")
     tool.add_argument("--foundation", choices=foundation_names(), help="foundation model that makes the messages")
     tool.add_argument("--checkpoint", metavar="DIR", help="folder of the foundation model")
+    _add(tool, "species", help="species of the genes, for a foundation model or pretrained vectors")
+    _add(tool, "orthologs", metavar="FILE", help="table of mouse and human genes, for --species mouse")
     _add(tool, "model", metavar="DIR", help="saved model to apply instead of training one")
     tool.add_argument("--save-model", type=Path, metavar="DIR", help="new folder to save the model to")
     _add(tool, "n_tokens", metavar="N", help="token budget of a cell")
@@ -318,6 +432,7 @@ def _add_keys(tool: argparse.ArgumentParser) -> None:
     _add(tool, "key_added", metavar="KEY", help="name of what is written")
     _add(tool, "overwrite", help="replace what is under this name in the input")
     _add(tool, "random_state", metavar="SEED", help="seed of everything random")
+    tool.add_argument("--report", type=Path, metavar="FILE.html", help="page with figures of all results to write")
     tool.add_argument("--quiet", action="store_true", help="no progress and no report")
     _add_debug(tool)
 
@@ -334,7 +449,7 @@ def _add(tool: argparse.ArgumentParser, name: str, *, owner: str = "", **describ
     elif isinstance(rule, Flag):
         described["action"] = "store_true"
     elif isinstance(rule, Integer | Real):
-        described["type"] = _number(rule, name)
+        described["type"] = _number(rule, f"--{name.replace('_', '-')}")
     tool.add_argument(f"--{name.replace('_', '-')}", **described)
 
 

@@ -1,4 +1,4 @@
-"""The page of results is made of the CSV files."""
+"""Tables of the README and of the benchmarks' page are those of the CSV files."""
 
 from __future__ import annotations
 
@@ -11,17 +11,26 @@ def tables(load_script):
     return load_script("tables")
 
 
-def test_the_page_is_that_of_the_csv_files(tables):
-    folder = tables.HERE / "results"
-    if not list(folder.glob("*.csv")):
+def test_pages_are_filled_from_the_results(tables) -> None:
+    if not list((tables.HERE / "results").glob("*.csv")):
         pytest.skip("the results are not part of the source distribution")
-    assert (tables.HERE / "RESULTS.md").read_text() == tables.render(folder)
+    for page in tables.FILLED:
+        text = page.read_text(encoding="utf-8")
+        assert "<!-- table:" in text
+        assert tables.filled(text, tables.HERE / "results") == text, "run `python benchmarks/tables.py`"
 
 
-def test_means_and_spreads_over_seeds(tables, tmp_path):
-    rows = {"data": ["d", "d", "d"], "method": ["a", "a", "b"], "seed": [0, 1, 0], "r2": [0.1, 0.3, 0.5]}
-    pd.DataFrame({**rows, "cpu_s": [1.0, 2.0, None]}).to_csv(tmp_path / "masked_expression.csv", index=False)
-    page = tables.render(tmp_path).splitlines()
-    assert "| d | a | 0.200 ± 0.100 | 1.5 | 2 |" in page
-    assert "| d | b | 0.500 |  | 1 |" in page
-    assert not any("Cost of" in line for line in page)
+def test_a_summary_names_the_best_of_each_kind(tables, tmp_path) -> None:
+    scores = {"FIMP": 0.8, "FIMP, no messages": 0.6, "logistic, own": 0.5, "logistic, all genes": 0.7, "GCN, PCs": 0.9}
+    rows = [
+        {"data": "dlpfc", "method": name, "seed": seed, "macro_f1": mean + shift}
+        for name, mean in scores.items()
+        for seed, shift in enumerate((-0.01, 0.01))
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "annotate_section.csv", index=False)
+    lines = tables.summary(tmp_path, "annotation")
+    assert len(lines) == 3, "tasks without rows are left out"
+    cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
+    assert cells[2:] == [
+        "**0.800 ± 0.010**", "0.600 ± 0.010", "0.700 ± 0.010 (logistic, all genes)", "0.900 ± 0.010 (GCN, PCs)",
+    ]  # fmt: skip

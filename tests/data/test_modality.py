@@ -154,7 +154,7 @@ def _nan_coordinates(adata):
     [
         (_no_info, MissingKeyError, "'fimp_modality' is not in .*pp.fmri.*{'kind': 'signal'}"),
         (_no_kind, MissingKeyError, "'kind' is not in "),
-        (_odd_kind, ValueError, "is 'sound': it must be one of 'signal', 'patch', 'feature'"),
+        (_odd_kind, ValueError, "is 'sound': it must be one of 'signal', 'patch', 'text', 'feature'"),
         (_no_graph, MissingKeyError, "Build the graph with"),
         (_negative, ValueError, "1 negative weights"),
         (_no_library, MissingKeyError, "'session' is not in adata.obs"),

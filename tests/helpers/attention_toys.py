@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -31,8 +33,9 @@ def heard() -> ad.AnnData:
     adata.obsp["fimp_attention"] = sparse.csr_matrix((values, (rows, columns)), shape=(6, 6))
     adata.uns["kind_colors"] = ["#ff0000", "#00ff00", "#0000ff"]
     groups, pairs = tables()
-    adata.uns["fimp_attention"] = {"params": {"groupby": "kind", "library_key": "slide"}, "groups": groups}
-    adata.uns["fimp_gene_pairs"] = {"params": {"groupby": "kind", "library_key": "slide"}, "pairs": pairs}
+    record = {"params": {"groupby": "kind", "library_key": "slide"}, "versions": {"fimp-sc": "1"}}
+    adata.uns["fimp_attention"] = deepcopy(record) | {"groups": groups}
+    adata.uns["fimp_gene_pairs"] = deepcopy(record) | {"pairs": pairs}
     return adata
 
 

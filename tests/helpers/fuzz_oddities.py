@@ -69,7 +69,7 @@ def allowed(rng: np.random.Generator, rule: _option_rules.Rule | None) -> Any:
         return (allowed(rng, rule.of), allowed(rng, rule.of))
     if isinstance(rule, _option_rules.Accelerator):
         return str(rng.choice(["cpu", "auto", "gpu", "cuda", "mps", "tpu", "nothing"]))
-    if isinstance(rule, _option_rules.Arguments):
+    if isinstance(rule, _options.Arguments):
         names = [name for name in rule.parameters()[0] if name not in (*FIXED, *LONG, "foundation")]
         name = names[rng.integers(len(names))]
         return {name: option(rng, rule.owner, name)}

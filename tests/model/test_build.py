@@ -119,6 +119,8 @@ def test_arguments_that_do_not_fit_are_refused(tissue, make, arguments: dict, me
 @pytest.mark.parametrize("name", ["vit", "brainlm"])
 def test_expression_is_not_what_models_of_images_and_signals_read(tissue, tmp_path, name: str) -> None:
     FIMP.setup_anndata(tissue)
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).touch()
     with pytest.raises(ValueError, match=f"'{name}' reads one modality, of .*; this model is set up with expression"):
         FIMP(tissue, foundation=fimp_sc.pretrained.load(name, tmp_path))
 

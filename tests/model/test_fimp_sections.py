@@ -51,6 +51,17 @@ def gene_lists(genes: np.ndarray) -> dict[str, list[str]]:
     }
 
 
+def test_labels_of_a_query_are_those_that_it_has(trained: FIMP) -> None:
+    """It needs none, but a column that is named for it must be there."""
+    query = other_section()
+    assert "label" not in query.obs
+    FIMP.load_query_data(query, trained)
+    query.obs["labels"] = "B"
+    with pytest.raises(KeyError, match=r"'label' is not in adata\.obs.*'labels'.*Leave labels_key out"):
+        FIMP.load_query_data(query, trained, labels_key="label")
+    FIMP.load_query_data(query, trained, labels_key="labels")
+
+
 @pytest.mark.parametrize("kind", ["same", "permuted", "subset", "extra"])
 def test_sections_with_another_gene_list(trained: FIMP, kind: str) -> None:
     full = other_section()

@@ -201,6 +201,18 @@ def test_checkpoint_without_a_decoder_trains(tissue, make, scgpt_checkpoint) -> 
     assert np.isfinite(model.get_expression()).all()
 
 
+def test_genes_are_spelled_as_in_the_object(tissue, make, scgpt_checkpoint) -> None:
+    """Whatever the vocabulary calls them: mouse genes of the object are known to it as human ones."""
+    folder = scgpt_checkpoint([name.upper() for name in tissue.var_names])
+    tissue.var_names = [name.capitalize() for name in tissue.var_names]
+    model = make(tissue, folder=folder, species="mouse", orthologs="uppercase")
+    mouse = [str(name) for name in tissue.var_names[:2]]
+    assert model.genes.tolist() == tissue.var_names.tolist()
+    assert np.isfinite(model.get_expression(genes=mouse, decoder=True)).all()
+    with pytest.raises(KeyError, match=f"Not among the .*{mouse[0].upper()}.*Did you mean"):
+        model.get_expression(genes=[mouse[0].upper()], decoder=True)
+
+
 def test_cells_that_hide_nothing_are_trained_on_as_they_are_embedded(tissue, make) -> None:
     """Without hidden genes there is nothing to ask for: tokens that ask would change the cell."""
     model = make(tissue, train="full")
@@ -237,8 +249,8 @@ def test_labels_are_smoothed_as_suits_the_validation_cells(tissue, make) -> None
     model = make(tissue, {"labels_key": "label"}, train="frozen")
     held = np.arange(0, 120, 2)
     model.train(**{**QUICK, "validation_indices": held})
-    smoothed = model.smoothed_share
-    model.module.smoothed_share.zero_()
+    smoothed = model.smoothing_weight
+    model.module.smoothing_weight.zero_()
     own = np.log(np.maximum(model.predict(soft=True).to_numpy().astype(float), 1e-6))
     joined = (tissue.obsp["spatial_connectivities"].toarray() != 0) | np.eye(120, dtype=bool)
     mean = joined / joined.sum(1, keepdims=True)
@@ -252,8 +264,8 @@ def test_labels_are_smoothed_as_suits_the_validation_cells(tissue, make) -> None
 
     losses = [-np.log(twice(share)[known, code]).sum() for share in np.linspace(0, 1, 21)]
     assert smoothed == pytest.approx(np.argmin(losses) / 20)
-    assert model.neighbor_share == 1.0
-    model.module.smoothed_share.fill_(0.6)
+    assert model.neighbor_weight == 1.0
+    model.module.smoothing_weight.fill_(0.6)
     np.testing.assert_allclose(model.predict(soft=True), twice(0.6), atol=1e-5)
 
 

@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.decomposition import PCA
 from torch import nn
 
-from fimp_sc.nn._heads import SHARES, LabelHead, ValueHead, mixture_loss
+from fimp_sc.nn._heads import MIXTURE_WEIGHTS, LabelHead, ValueHead, mixture_loss
 
 
 def test_value_head_equals_its_formula_for_all_and_for_some_features() -> None:
@@ -66,10 +66,10 @@ def test_loss_of_mixtures_and_the_best_of_them(seed: int, n: int, sharpness: flo
     def expected(share: float) -> float:
         return -np.log(share * first + (1 - share) * second).sum()
 
-    np.testing.assert_allclose(loss, [expected(share) for share in SHARES.double().numpy()], rtol=1e-6)
+    np.testing.assert_allclose(loss, [expected(share) for share in MIXTURE_WEIGHTS.double().numpy()], rtol=1e-6)
     # The loss is convex in the share: the best of the grid is next to the best of all.
     best = minimize_scalar(expected, bounds=(0, 1), method="bounded").x
-    assert abs(float(SHARES[loss.argmin()]) - best) < 0.051 or loss.min() <= expected(best) + 1e-6
+    assert abs(float(MIXTURE_WEIGHTS[loss.argmin()]) - best) < 0.051 or loss.min() <= expected(best) + 1e-6
 
 
 def test_loss_of_a_mixture_of_zeros_is_finite() -> None:

@@ -11,6 +11,8 @@ from fimp_sc.nn._read_attention import edge_attention, edge_messages, recorded_i
 class _OneLayer(nn.Module):
     """As much of a network as influence is read of."""
 
+    pooled_from = None
+
     def __init__(self, norm_first: bool) -> None:
         super().__init__()
         layer = TransformerLayer(8, 2, d_feedforward=12, norm_first=norm_first, dropout=0.0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from attention_toys import heard
 from figure_contract import check_figure
@@ -43,7 +44,21 @@ def test_numbers_and_stars() -> None:
     assert numbers(pl.attention(heard(), show=False)) == {(0, 0): "1.5", (0, 1): "2*", (1, 0): "30"}
     assert numbers(pl.attention(heard(), fdr=1e-3, show=False))[0, 1] == "2"
     assert numbers(pl.attention(heard(), value="n_edges", show=False)) == {(0, 0): "1,200", (0, 1): "40", (1, 0): "7"}
-    assert not numbers(pl.attention(heard(), numbers=False, show=False))
+    assert numbers(pl.attention(heard(), numbers=False, show=False)) == {(0, 1): "*"}
+    assert not numbers(pl.attention(heard(), value="n_edges", numbers=False, show=False))
+
+
+def test_stars_of_more_groups_than_have_numbers() -> None:
+    adata = heard()
+    names = [f"g{i:02d}" for i in range(15)]
+    pairs = [(a, b) for a in names for b in names]
+    fdr = np.where([a == b for a, b in pairs], 0.01, 0.5)
+    adata.uns["fimp_attention"]["groups"] = pd.DataFrame(pairs, columns=["source_group", "destination_group"]).assign(
+        n_edges=3, influence=1.0, z=0.0, p_value=fdr, fdr=fdr
+    )
+    ax = pl.attention(adata, show=False)
+    assert numbers(ax) == {(i, i): "*" for i in range(15)}
+    assert "FDR" in ax.get_title("right")
 
 
 def test_the_unlabeled_category_is_not_shown() -> None:
@@ -54,7 +69,9 @@ def test_the_unlabeled_category_is_not_shown() -> None:
     assert numbers(ax) == {(0, 0): "1.5"}
     assert len(adata.uns["fimp_attention"]["groups"]) == 3, "the object stays as it is"
     arrows = pl.attention_arrows(adata, "c0", show=False)
-    assert [text.get_text() for text in arrows.get_legend().get_texts()] == ["B", "missing"]
+    legend = arrows.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["B", "A"]
+    assert legend.legend_handles[1].get_color() == "#d3d3d3"
 
 
 def test_results_of_another_name() -> None:

@@ -45,6 +45,7 @@ def test_cells_in_view_of_the_same_sample_have_the_colors_of_their_group() -> No
         np.testing.assert_allclose(colors[tuple(adata[cell].obsm["spatial"][0])], to_rgba(color))
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["B", "A"]
     assert ax.get_title() == "Influence on c0"
+    assert ax.yaxis_inverted(), "as in maps of whole tissue"
     np.testing.assert_allclose(np.mean([ax.get_xlim(), ax.get_ylim()], axis=1), 0, atol=1e-12)
 
 

@@ -16,7 +16,7 @@ def make_match(counts=(0.5, 0.1, 0.1, 0.1, 0.2)) -> GeneMatch:
             "id": [0, 1, 2, -1, -1],
             "method": ["exact", "ortholog", "ortholog", "ortholog", ""],
             "status": ["matched", "matched", "ambiguous", "ambiguous", "lost"],
-            "share_of_counts": counts,
+            "fraction_of_counts": counts,
         },
         index=list("abcde"),
     )

@@ -32,6 +32,14 @@ def test_losses_are_drawn(record) -> None:
     assert train.get_linestyle() != validation.get_linestyle()
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 40])
+def test_epochs_are_whole(n) -> None:
+    ax = pl.history({"train_loss_epoch": _frame("train_loss_epoch", [1.0] * n)}, title="Loss of the toy", show=False)
+    ax.figure.canvas.draw()
+    assert all(tick == round(tick) for tick in ax.get_xticks())
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("Epoch", "Loss", "Loss of the toy")
+
+
 @pytest.mark.parametrize("history", [None, {}])
 def test_untrained(history) -> None:
     with pytest.raises(ValueError, match="no history"):

@@ -77,6 +77,20 @@ def test_places_without_unit_are_drawn_as_they_are() -> None:
     np.testing.assert_allclose(points(ax), [[0, 60], [1, 61], [2, 60]])
 
 
+def test_places_without_unit_point_downwards_and_images_stay_upright() -> None:
+    mdata = flat_map(3, [[0, 0], [9, 0], [0, 9]])
+    mdata["image"].obsm["pixels"][:, :18] = 200  # the upper half
+    ax = pl.image_graph(mdata, image_size=0.3, show=False)
+    assert ax.yaxis_inverted()
+    ax.figure.canvas.draw()
+    shot = np.asarray(ax.figure.canvas.buffer_rgba())[..., 0]
+    for image, (x, y) in zip(ax.images, points(ax), strict=True):
+        height = abs(np.diff(image.get_extent()[2:])[0])
+        for part, value in ((-0.25, 200), (0.25, 7)):
+            column, row = ax.transData.transform((x, y + part * height))
+            assert shot[int(shot.shape[0] - row), int(column)] == value
+
+
 def test_frames_have_the_colors_of_categories(photos) -> None:
     photos["image"].uns["country_colors"] = COLORS
     ax = pl.image_graph(photos, color="country", show=False)
@@ -119,6 +133,10 @@ def test_more_images_than_wanted_are_points(photos, caplog) -> None:
     assert (len(ax.images), len(points(ax))) == (3, 4)
     assert ax.get_xlabel().startswith("3 of 4 images are drawn")
     assert "max_images=3" in caplog.text
+    drawn = {tuple(center) for center in centers(ax)}
+    (left_out,) = (i for i, place in enumerate(points(ax)) if tuple(place) not in drawn)
+    assert ax.get_xlabel().endswith(f": image_{left_out}")
+    assert f": image_{left_out}." in caplog.text
 
 
 def test_images_do_not_cover_each_other() -> None:

@@ -19,7 +19,7 @@ def cells(toy):
     return toy
 
 
-def test_bars_are_shares(cells) -> None:
+def test_bars_are_fractions(cells) -> None:
     ax = pl.niche_composition(cells, show=False)
     table = pd.crosstab(cells.obs["fimp_niche"], cells.obs["cell_type"], normalize="index")
     bars = {container.get_label(): container for container in ax.containers}

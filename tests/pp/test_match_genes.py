@@ -33,8 +33,8 @@ def test_result_is_written_and_survives_a_file(tmp_path):
     match = match_genes(adata, VOCABULARY)
     assert match.table["id"].tolist() == adata.var[KEY].tolist() == [2, 5, 9, -1]
     assert match.table.index.equals(adata.var_names)
-    assert match.table["share_of_counts"].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert match.share_of_counts == pytest.approx(0.6)
+    assert match.table["fraction_of_counts"].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert match.fraction_of_counts == pytest.approx(0.6)
     assert (match.n_matched, match.n_ambiguous, match.n_lost, match.n_used) == (3, 0, 1, 3)
     record = adata.uns[KEY]
     assert record["params"] == {"species": "human"}
@@ -43,7 +43,7 @@ def test_result_is_written_and_survives_a_file(tmp_path):
     again = ad.read_h5ad(tmp_path / "a.h5ad")
     assert again.var[KEY].dtype == np.int64
     assert again.var[KEY].tolist() == [2, 5, 9, -1]
-    assert again.uns[KEY]["share_of_counts"] == pytest.approx(0.6)
+    assert again.uns[KEY]["fraction_of_counts"] == pytest.approx(0.6)
     assert again.uns[KEY]["n_lost"] == 1
     assert (again.X != VALUES).sum() == 0
 
@@ -152,10 +152,33 @@ def test_mouse_names_of_a_human_call_are_told():
         match_genes(adata, VOCABULARY)
 
 
+def test_a_place_without_vocabulary_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"no file or folder '.*nowhere' \(looked from .*name a vocab\.json"):
+        match_genes(make_adata(), tmp_path / "nowhere")
+    (tmp_path / "args.json").touch()
+    with pytest.raises(ValueError, match=r"has no 'vocab\.json'; found there: 'args\.json'"):
+        match_genes(make_adata(), str(tmp_path))
+
+
+def test_advice_takes_account_of_the_table_that_was_given():
+    mouse, vocabulary = make_adata(["Aqp4", "Gfap", "Mbp", "Plp1"]), ["AQP4", "GFAP", "MBP", "PLP1"]
+    table = pd.DataFrame({"mouse_symbol": ["Xkr4"], "human_symbol": ["XKR4"]})
+    with pytest.raises(ValueError, match=r'pass species="mouse", without which orthologs= translates nothing'):
+        match_genes(mouse, vocabulary, orthologs=table)
+    with pytest.raises(ValueError, match=r"orthologs= has no ortholog of 4 genes: .*larger table") as raised:
+        match_genes(mouse, vocabulary, species="mouse", orthologs=table)
+    assert "translate genes of another species" not in str(raised.value)
+    with pytest.raises(ValueError, match="vocabulary lacks the human genes that orthologs= leads to"):
+        match_genes(mouse, ["XKR4"], species="mouse", orthologs="uppercase")
+    ensembl = make_adata([f"ENSG0000000000{i}" for i in range(4)])
+    with pytest.raises(ValueError, match=r"pass gene_key= with a column of symbols\.$"):
+        match_genes(ensembl, vocabulary, orthologs=table)
+
+
 def test_a_warning_made_an_error_leaves_nothing_behind():
     adata = make_adata()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         with pytest.raises(UserWarning, match=r"Only 10\.0 % of the counts"):
             match_genes(adata, ["AQP4"])
     assert KEY not in adata.var
@@ -166,7 +189,7 @@ def test_no_counts_at_all(tmp_path):
     adata = make_adata()
     adata.X = sparse.csr_matrix((2, 4), dtype=np.float32)
     match = match_genes(adata, VOCABULARY)
-    assert np.isnan(match.share_of_counts)
+    assert np.isnan(match.fraction_of_counts)
     assert "none of counts" in repr(match)
     adata.write_h5ad(tmp_path / "a.h5ad")
 
@@ -205,7 +228,7 @@ def _place(adata, kind, folder):
 def test_expression_may_be_anywhere_and_is_not_changed(kind, gene_key, tmp_path):
     adata = _place(make_adata(feature=["AQP4", "gfap", "C1ORF112", "NOVEL"]), kind, tmp_path)
     match = match_genes(adata, VOCABULARY, gene_key=gene_key)
-    assert match.share_of_counts == pytest.approx(0.6)
+    assert match.fraction_of_counts == pytest.approx(0.6)
     assert match.table["id"].tolist() == [2, 5, 9, -1]
     assert np.asarray(adata.var[KEY]).tolist() == [2, 5, 9, -1]
     if kind not in {"lazy h5ad", "lazy zarr"}:
@@ -232,7 +255,7 @@ def test_real_mouse_genes_get_the_symbols_that_others_gave_them(shared_data, sec
     family = match.table.loc[known, "name"].str.startswith("Pcdh")
     assert same[~family].all()
     assert (known == adata.var["in_scgpt_vocab"]).mean() > 0.985
-    assert match.share_of_counts > 0.95
+    assert match.fraction_of_counts > 0.95
     assert match.table.loc[known, "method"].isin(["exact", "ortholog"]).all()
 
 
@@ -242,6 +265,6 @@ def test_real_human_genes(shared_data):
     match = match_genes(adata, vocabulary)
     assert ((match.table["id"] >= 0) == adata.var["in_scgpt_vocab"]).all()
     truth = np.asarray(adata.X[:, adata.var["in_scgpt_vocab"].to_numpy()].sum() / adata.X.sum())
-    assert match.share_of_counts == pytest.approx(float(truth), rel=1e-5)
+    assert match.fraction_of_counts == pytest.approx(float(truth), rel=1e-5)
     by_id = match_genes(adata, vocabulary, gene_key="ensembl_id")
     assert by_id.table["id"].tolist() == match.table["id"].tolist()

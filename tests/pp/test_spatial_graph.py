@@ -318,3 +318,17 @@ def test_the_first_call_is_silent() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "SyntaxWarning" not in done.stderr
+
+
+def test_no_neighbors_need_no_coordinates():
+    adata = make_adata(random_points(20))
+    del adata.obsm["spatial"]
+    spatial_graph(adata, n_neighbors=0)
+    assert adata.obsp[CONNECTIVITIES].shape == adata.obsp[DISTANCES].shape == (20, 20)
+    assert adata.obsp[CONNECTIVITIES].nnz == adata.obsp[DISTANCES].nnz == 0
+    keys = {"connectivities_key": CONNECTIVITIES, "distances_key": DISTANCES, "params": {"n_neighbors": 0}}
+    assert adata.uns[NEIGHBORS] == keys
+    spatial_graph(adata)  # keeps the graph that is there
+    adata.obsm["spatial"] = random_points(20)
+    spatial_graph(adata, overwrite=True)
+    assert adata.obsp[CONNECTIVITIES].nnz == 120

@@ -373,7 +373,7 @@ def test_damaged_files_are_told(segments_state, tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"config.json' is not valid JSON"):
         load("brainlm", folder).read()
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"config.json' is missing, which should hold 'num_attention_heads'"):
+    with pytest.raises(CheckpointError, match=r"has no 'config.json'"):
         load("brainlm", folder).read()
 
 

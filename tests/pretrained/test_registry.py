@@ -30,6 +30,7 @@ from fimp_sc.pretrained import (
     register,
 )
 
+NAMES = "'scgpt', 'geneformer', 'nicheformer', 'vit', 'brainlm', 'bert'"
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 WIDTH = 12
 QUICK = {"max_epochs": 1, "accelerator": "cpu", "verbose": False}
@@ -82,6 +83,8 @@ class Wave(FoundationReader):
 @pytest.fixture
 def wave(monkeypatch, tmp_path) -> tuple[Path, nn.Linear, nn.TransformerEncoder]:
     """A checkpoint of a registered model, and what wrote it."""
+    for own in _registry._OWN:  # a module registers its reader once, when it is imported
+        _registry.foundation_reader(own)
     monkeypatch.setattr(_registry, "_readers", dict(_registry._readers))
     register(Wave())
     torch.manual_seed(0)
@@ -142,7 +145,9 @@ def test_command_line_and_errors_know_registered_models(wave) -> None:
     folder, *_ = wave
     options = ["embed", "a.h5mu", "--output", "b.h5mu", "--foundation", "wave", "--checkpoint", str(folder)]
     assert cli._parser().parse_args(options).foundation == "wave"
-    with pytest.raises(ValueError, match=r"'scgpt', 'vit', 'brainlm', 'wave': found 'wafe'"):
+    with pytest.raises(
+        ValueError, match=r"'scgpt', 'geneformer', 'nicheformer', 'vit', 'brainlm', 'bert', 'wave': found 'wafe'"
+    ):
         load("wafe", folder)
 
 
@@ -155,7 +160,7 @@ def test_only_readers_are_registered() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("scGPT", {}, "name must be that of a foundation model, 'scgpt', 'vit', 'brainlm': found 'scGPT'"),
+        ("scGPT", {}, f"name must be that of a foundation model, {NAMES}: found 'scGPT'"),
         ("vit", {"checkpoint": None}, r"load\('vit'\) needs checkpoint, the folder with config\.json"),
         ("vit", {"checkpoint": "no folder"}, "There is no folder 'no folder'"),
         ("vit", {"species": "mouse"}, "are for genes, and 'vit' reads images"),
@@ -169,6 +174,27 @@ def test_only_readers_are_registered() -> None:
 def test_arguments_of_the_handle_are_checked_at_once(tmp_path, name: str, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(name, **{"checkpoint": tmp_path, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "message"),
+    [
+        ("scgpt", [], r"has no 'args\.json'; found there: nothing"),
+        ("scgpt", ["args.json"], r"has no 'vocab\.json'; found there: 'args\.json'"),
+        (
+            "scgpt",
+            ["args.json", "vocab.json", "a.pt"],
+            r"has no 'best_model\.pt' or .*; found there: 'a\.pt'",
+        ),
+        ("vit", ["config.json"], r"has no 'model\.safetensors' or 'pytorch_model\.bin'; found there: 'config\.json'"),
+        ("brainlm", ["model.safetensors"], r"has no 'config\.json'; found there: 'model\.safetensors'"),
+    ],
+)
+def test_files_of_a_folder_are_looked_for_at_once(tmp_path, name: str, there: list[str], message: str) -> None:
+    for file in there:
+        (tmp_path / file).touch()
+    with pytest.raises(CheckpointError, match=message):
+        load(name, tmp_path)
 
 
 def test_names_of_models_stand_in_their_own_file_alone() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy import sparse
 from torch import Tensor, nn
 
 from fimp_sc.pretrained import CheckpointError, load
@@ -213,6 +214,62 @@ def test_other_heads_are_left_aside(tmp_path: Path, reference) -> None:
     assert load("scgpt", write(tmp_path / "c", weights | batches)).read().decoder is None
     without = {k: v for k, v in weights.items() if not k.startswith("decoder")}
     assert load("scgpt", write(tmp_path / "d", without)).read().decoder is None
+
+
+def spatial_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of scGPT-spatial: its decoder is a mixture of experts, and there is another one for neighborhoods."""
+    weights = {k: v for k, v in weights.items() if not k.startswith("decoder")}
+    weights |= {f"decoder.moe.experts.{i}.fc.{j}.weight": torch.ones(3, 16) for i in range(4) for j in (0, 2, 4)}
+    weights |= {"decoder.moe.gate.gate.weight": torch.ones(4, 16), "decoder.experts.0.fc.0.weight": torch.ones(3)}
+    return weights | {"impute_mvc_decoder.gene2query.weight": torch.ones(2), "mvc_decoder.W.weight": torch.ones(2)}
+
+
+def test_decoders_of_scgpt_spatial_are_left_aside(tmp_path: Path, reference) -> None:
+    plain = load("scgpt", write(tmp_path / "a", reference.state_dict())).read()
+    folder = write(tmp_path / "b", spatial_weights(reference.state_dict()))
+    spatial = load("scgpt", folder).read()
+    assert same(plain.stack, spatial.stack)
+    assert same(plain.embedding, spatial.embedding)
+    assert spatial.decoder is None
+    with pytest.raises(CheckpointError, match=r"has 1 tensors .*'decoder\.other\.weight'"):
+        load(
+            "scgpt",
+            write(tmp_path / "c", spatial_weights(reference.state_dict()) | {"decoder.other.weight": torch.ones(2)}),
+        ).read()
+
+
+def test_counts_are_divided_by_the_means_of_scgpt_spatial(tmp_path: Path, reference) -> None:
+    folder = write(tmp_path, spatial_weights(reference.state_dict()))
+    rows = np.array([VOCABULARY[gene] for gene in GENES])
+    mean = dict(zip(rows.tolist(), np.random.default_rng(0).uniform(0.5, 3, len(rows)).tolist(), strict=True))
+    lacking = int(rows[4])
+    table = [f"{gene},{value},1.0" for gene, value in mean.items() if gene != lacking]
+    (folder / "all_dict_mean_std.csv").write_text("\n".join([",mean,std", *table]))
+    model = load("scgpt", folder).read(rows)
+    assert model.decoder is None
+    assert model.embedding.reads_counts
+    again = foundation_reader("scgpt").build(model.config)
+    again.embedding.load_state_dict(model.embedding.state_dict())
+    tokenizer = again.embedding.tokenizer(torch.arange(9), 0, 0, np.arange(9, dtype=np.uint64))
+    counts = np.random.default_rng(1).integers(0, 30, (5, 9)).astype(np.float32)
+    shown, pattern = torch.ones(1, 9, dtype=torch.bool), torch.zeros(5, dtype=torch.int64)
+    feature, bins, padding = tokenizer(sparse.csr_matrix(counts), None, shown, pattern, 5)
+    for i, cell in enumerate(counts):
+        values = {j: cell[j] / mean[row] for j, row in enumerate(rows.tolist()) if cell[j] > 0 and row != lacking}
+        best = sorted(values, key=lambda j: -values[j])[:5]
+        edges = np.quantile(list(values.values()), np.linspace(0, 1, ARGS["n_bins"] - 1))
+        assert feature[i][~padding[i]].tolist() == best
+        # The authors' program counts the edges that are not larger, but for the largest value.
+        expected = [min(np.searchsorted(edges, values[j] + 1e-6, side="right"), ARGS["n_bins"] - 1) for j in best]
+        assert bins[i][~padding[i]].tolist() == expected
+
+
+@pytest.mark.parametrize("table", ["gene,other\n1,2\n", "gene,mean\nx,2\n", "gene,mean\n1,0\n", "gene,mean\n1,nan\n"])
+def test_means_that_cannot_be_used(tmp_path: Path, reference, table: str) -> None:
+    folder = write(tmp_path, spatial_weights(reference.state_dict()))
+    (folder / "all_dict_mean_std.csv").write_text(table)
+    with pytest.raises(CheckpointError, match=r"all_dict_mean_std\.csv"):
+        load("scgpt", folder).read()
 
 
 @pytest.mark.parametrize(

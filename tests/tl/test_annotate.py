@@ -35,7 +35,7 @@ def test_writes_labels_confidence_and_probabilities_and_nothing_else(tissue, qui
     record = tissue.uns["fimp_label"]
     assert list(record["classes"]) == CLASSES
     model = fimp_sc.tl.get_model(tissue)
-    assert (record["neighbor_share"], record["smoothed_share"]) == (model.neighbor_share, model.smoothed_share)
+    assert (record["neighbor_weight"], record["smoothing_weight"]) == (model.neighbor_weight, model.smoothing_weight)
     assert record["params"]["labels_key"] == "label"
 
 
@@ -124,6 +124,19 @@ def test_saved_model_gives_the_same(reference, section, tmp_path) -> None:
     fimp_sc.tl.annotate(section, "label", model=reference, accelerator="cpu", verbose=False)
     fimp_sc.tl.annotate(other, "label", model=tmp_path / "model", accelerator="cpu", verbose=False)
     np.testing.assert_array_equal(section.obsm["fimp_label_probabilities"], other.obsm["fimp_label_probabilities"])
+
+
+def test_a_column_that_nobody_knows_is_told_of(reference, section, unchanged) -> None:
+    """Neither the model nor the object has it: a misspelled name, whose results would lie unseen under that name."""
+    section.obs["labels"] = "B"
+    expected = section.copy()
+    fimp_sc.tl.annotate(expected, "label", model=reference, accelerator="cpu", verbose=False)
+    with pytest.warns(
+        UserWarning, match=r"'labl' is no column of adata\.obs, .* with 'label'\. Did you mean 'label'\?.*'mine'"
+    ):
+        fimp_sc.tl.annotate(section, "labl", key_added="mine", model=reference, accelerator="cpu", verbose=False)
+    pd.testing.assert_series_equal(section.obs["mine"], expected.obs["fimp_label"], check_names=False)
+    fimp_sc.tl.annotate(section, "labels", model=reference, accelerator="cpu", verbose=False)
 
 
 def test_model_without_labels_is_an_error(tissue, section, quick, unchanged) -> None:

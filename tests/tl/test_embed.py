@@ -9,7 +9,7 @@ from scipy import sparse
 
 import fimp_sc
 from fimp_sc.model import FIMP
-from fimp_sc.tl._call._results import _storable
+from fimp_sc.tl._call._results import storable
 
 GRAPH = {
     "obsp": {"spatial_connectivities", "spatial_distances"},
@@ -51,9 +51,9 @@ def test_record_has_nothing_that_an_older_anndata_cannot_read(tissue, quick) -> 
         assert all(value is not None for value in values(tissue.uns[key])), key
 
 
-def test_storable_reaches_nested_parameters() -> None:
+def teststorable_reaches_nested_parameters() -> None:
     given = {"a": None, "b": {"c": None, "d": (1, 2), "e": {"f": None, "g": 0}}, "h": False}
-    assert _storable(given) == {"b": {"d": [1, 2], "e": {"g": 0}}, "h": False}
+    assert storable(given) == {"b": {"d": [1, 2], "e": {"g": 0}}, "h": False}
 
 
 def test_graph_that_is_there_is_used_as_it_is(tissue, quick, unchanged) -> None:

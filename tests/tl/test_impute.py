@@ -87,7 +87,7 @@ def test_record_of_how_measured_values_are_scaled(embedded, reference, section) 
     assert record["target_sum"] == float(reference.module.target_sum)
     assert record["total"] == pytest.approx(record["target_sum"] * fraction.sum())
     assert list(record["measured"]) == list(known)
-    assert record["share"].sum() == pytest.approx(1)
+    assert record["fraction"].sum() == pytest.approx(1)
 
 
 def test_scales(embedded) -> None:

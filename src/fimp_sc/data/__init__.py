@@ -5,7 +5,14 @@ from fimp_sc.data._loader import BlockDataset, BlockSampler, Destinations, Graph
 from fimp_sc.data._modality import describe_modality
 from fimp_sc.data._splitter import BlockSplitter, split_by_blocks
 from fimp_sc.data.expression._reader import ExpressionReader, GeneStatistics
-from fimp_sc.data.expression._tokenizers import BinnedTokenizer, CenteredTokenizer, Tokenizer, choose_tokens, hide_genes
+from fimp_sc.data.expression._tokenizers import (
+    BinnedTokenizer,
+    CenteredTokenizer,
+    RankTokenizer,
+    Tokenizer,
+    choose_tokens,
+    hide_genes,
+)
 from fimp_sc.data.graph._graph import Block, NodeGraph
 from fimp_sc.data.graph._tiles import curve_rank, spatial_tiles
 from fimp_sc.data.sequences._kinds import SequenceKind, register_kind
@@ -27,6 +34,7 @@ __all__ = [
     "GraphData",
     "MatrixRows",
     "NodeGraph",
+    "RankTokenizer",
     "SequenceBatch",
     "SequenceKind",
     "SequenceReader",

@@ -80,6 +80,8 @@ class Batch(TypedDict):
     """``(n_dst, q)`` bool, True where a node has no more of them."""
     sequences: NotRequired[dict[str, SequenceBatch]]
     """By modality."""
+    embedding: NotRequired[Tensor]
+    """``(n_dst, width)`` float32, from a network that does not change; there are no tokens then."""
 
 
 def without_neighbors(batch: Batch) -> Batch:
@@ -96,16 +98,16 @@ def without_neighbors(batch: Batch) -> Batch:
     """
     n_dst, n_layers = batch["n_nodes"][-1], len(batch["indptr"])
     steps = torch.arange(n_dst + 1, device=batch["nodes"].device)
-    parts: dict[str, Any] = {**batch}
-    parts.pop("edge_weight", None)  # of a node on itself: 1
-    parts |= {name: parts[name][:n_dst] for name in _OF_NODES if name in parts}
-    parts |= {
+    alone: dict[str, Any] = {**batch}
+    alone.pop("edge_weight", None)  # of a node on itself: 1
+    alone |= {name: alone[name][:n_dst] for name in _OF_NODES if name in alone}
+    alone |= {
         "n_nodes": [n_dst] * (n_layers + 1),
         "indptr": [steps] * n_layers,
         "indices": [steps[:-1]] * n_layers,
         "sequences": {
             name: {key: value[:n_dst] if key in _OF_SEQUENCE_NODES else value for key, value in fields.items()}
-            for name, fields in parts.get("sequences", {}).items()
+            for name, fields in alone.get("sequences", {}).items()
         },
     }
-    return cast("Batch", parts)
+    return cast("Batch", alone)

@@ -47,6 +47,9 @@ class GraphData:
         By modality: nodes that are sequences of numbers.
     names
         ``(n_obs,)`` names of the nodes, which order those at one place.
+    embedding
+        ``(n_obs, width)`` float32, embeddings of a network that does not change, which blocks then hold instead of
+        tokens; NaN where they are not known.
     """
 
     expression: ExpressionReader | JoinedExpression | None
@@ -57,6 +60,7 @@ class GraphData:
     tokenizer: Tokenizer | None = None
     sequences: dict[str, SequenceReader] = field(default_factory=dict)
     names: NDArray[Any] | None = None
+    embedding: NDArray[np.float32] | None = None
 
     @cached_property
     def rank(self) -> NDArray[np.int64]:
@@ -145,7 +149,7 @@ class BlockDataset(Dataset["Batch"]):
     """Make the batch of any destinations: their halo, values, masks and tokens.
 
     A batch holds its destinations and the halo that ``n_layers`` layers read, so its result equals that of the whole
-    graph.
+    graph; or, where they are known already, the embeddings of the destinations alone.
 
     Parameters
     ----------
@@ -156,9 +160,9 @@ class BlockDataset(Dataset["Batch"]):
     n_tokens
         Token budget per cell.
     mask_ratio
-        Smallest and largest share of genes, or of other tokens, hidden for masked prediction; ``None`` hides nothing.
+        Smallest and largest fraction of genes, or of other tokens, hidden for masked prediction; ``None`` hides none.
     gene_mask_ratio
-        Largest share of genes hidden in all cells of a batch.
+        Largest fraction of genes hidden in all cells of a batch.
     mask_cells
         Probability that a cell is masked at all.
     vary
@@ -186,17 +190,26 @@ class BlockDataset(Dataset["Batch"]):
 
     def __getitem__(self, item: Destinations) -> Batch:
         data, (destinations, seed) = self.data, item
+        if data.embedding is not None:
+            return {
+                "nodes": torch.from_numpy(destinations),
+                "n_nodes": [len(destinations)],
+                "indptr": [],
+                "indices": [],
+                "label": torch.from_numpy(data.label[destinations]),
+                "embedding": torch.from_numpy(data.embedding[destinations]),
+            }
         block = data.graph.block(destinations, self.n_layers, data.rank)
         nodes, n_dst = block.nodes, len(destinations)
         made: Batch = {
             "nodes": torch.from_numpy(nodes),
             "n_nodes": block.n_nodes,
-            "indptr": [torch.from_numpy(part) for part in block.indptr],
-            "indices": [torch.from_numpy(part) for part in block.indices],
+            "indptr": [torch.from_numpy(hop) for hop in block.indptr],
+            "indices": [torch.from_numpy(hop) for hop in block.indices],
             "label": torch.from_numpy(data.label[destinations]),
         }
         if block.edge_weight is not None:
-            made["edge_weight"] = [torch.from_numpy(part) for part in block.edge_weight]
+            made["edge_weight"] = [torch.from_numpy(hop) for hop in block.edge_weight]
         if data.expression is not None and data.tokenizer is not None:
             expression = expression_fields(
                 data.expression, data.tokenizer, nodes, n_dst, self.n_tokens, mask_ratio=self.mask_ratio,
@@ -206,7 +219,7 @@ class BlockDataset(Dataset["Batch"]):
         if data.sequences:
             made["sequences"] = {
                 name: source.fields(
-                    nodes, n_dst, self.mask_ratio, node_share=self.mask_cells, vary=self.vary, seed=seed + i
+                    nodes, n_dst, self.mask_ratio, mask_nodes=self.mask_cells, vary=self.vary, seed=seed + i
                 )
                 for i, (name, source) in enumerate(data.sequences.items())
             }

@@ -151,7 +151,8 @@ def describe_modality(
         Object whose modality says in ``uns["fimp_modality"]["kind"]`` what it holds: ``"signal"`` (time points in
         ``X``), ``"patch"`` (pixels in ``obsm["pixels"]``, or files in ``obs["path"]``; ``"image_shape"`` beside the
         kind) or ``"feature"`` (``X`` or a layer). Beside the kind may stand ``"connectivities_key"`` (default
-        ``"spatial_connectivities"``), ``"library_key"`` and ``"sampling_interval"`` (seconds).
+        ``"spatial_connectivities"``), ``"library_key"`` and ``"sampling_interval"`` (seconds). :func:`fimp_sc.pp.text`
+        makes the kind ``"text"``.
     modality
         Its name; not needed if there is only one.
     need_graph
@@ -238,7 +239,7 @@ def modality_info(adata: AnnData, where: str) -> dict[str, Any]:
             "kind" if info is not None else MODALITY_KEY,
             f"{where}.uns" if info is None else f"{where}.uns[{MODALITY_KEY!r}]",
             adata.uns if info is None else info,
-            "Make the object with fimp_sc.pp.fmri, images, features or from_pyg, or say what its nodes hold with "
+            "Make the object with fimp_sc.pp.fmri, images, text, features or from_pyg, or say what its nodes hold with "
             f"{where}.uns[{MODALITY_KEY!r}] = {{'kind': 'signal'}} (or 'patch', 'feature').",
         )
     kinds = [*sequence_kinds(), "feature"]

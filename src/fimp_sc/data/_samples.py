@@ -109,12 +109,12 @@ def warn_joined_samples(adata: AnnData, graph: Any, spatial_key: str) -> None:
         joined = [grouping for grouping in found if grouping.n_groups > 1 and _overlap(frame, grouping.codes)]
         if joined:
             chosen = _choose(frame, joined)
-            share = float((chosen.codes[frame.row] != chosen.codes[frame.col]).mean())
+            fraction = float((chosen.codes[frame.row] != chosen.codes[frame.col]).mean())
             other = ""
             if "fov" in str(chosen.column).lower() and spatial_key != "spatial_fov" and "spatial_fov" in adata.obsm:
                 other = ' Or pass spatial_key="spatial_fov" if it holds the coordinates in the whole slide.'
             warn(
-                f"{_percent(share)} of the edges join different samples, which lie over each other in {where}: "
+                f"{_percent(fraction)} of the edges join different samples, which lie over each other in {where}: "
                 f"{chosen.text} tells {chosen.n_groups:,} of them apart. {chosen.advice}{other}"
             )
             return
@@ -268,9 +268,9 @@ def _overlap(frame: _Frame, codes: NDArray[np.int64]) -> bool:
         return True
     n = len(low)
     size = np.bincount(group, minlength=n) * frame.n_nodes / len(x)
-    share = np.bincount(group[probed], among, minlength=n) / np.maximum(np.bincount(group[probed], minlength=n), 1)
-    share *= np.bincount(group[suspects], minlength=n) / np.maximum(size, 1)
-    return bool((share[size >= _LEAST_CELLS] > _OF_ONE).any())
+    fraction = np.bincount(group[probed], among, minlength=n) / np.maximum(np.bincount(group[probed], minlength=n), 1)
+    fraction *= np.bincount(group[suspects], minlength=n) / np.maximum(size, 1)
+    return bool((fraction[size >= _LEAST_CELLS] > _OF_ONE).any())
 
 
 def _choose(frame: _Frame, joined: list[_Grouping]) -> _Grouping:
@@ -299,5 +299,5 @@ def _together(first: _Grouping, second: _Grouping) -> NDArray[np.int64]:
     return (codes - int(values[0] < 0)).astype(np.int64)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f} %"

@@ -38,7 +38,7 @@ def split_by_blocks(
     library
         ``(n_obs,)`` sample of each node.
     validation_size
-        Share of nodes, from 0 to below 1.
+        Fraction of nodes, from 0 to below 1.
     random_state
         Seed.
     rank
@@ -77,8 +77,8 @@ class BlockSplitter(pl.LightningDataModule):
     data
         What blocks are made of.
     train_idx, val_idx
-        Destinations of each part. Cells of the other part may appear in a halo: their expression is seen, their
-        loss and label are not.
+        Destinations to train on, and to validate with. Cells of the others may appear in a halo: their expression is
+        seen, their loss and label are not.
     batch_size, tiles_per_batch, random_state
         See :class:`BlockSampler`.
     num_workers, pin_memory

@@ -52,7 +52,7 @@ def niche_scores(*given: Any, connectivities: Any = None, unlabeled_category: st
     -------
     ``ari``, the adjusted Rand index, and ``nmi``, the mutual information normalized by the mean of the entropies, over
     the cells that have a reference and a niche; ``n_obs``, the number of these cells. With ``connectivities`` also
-    ``continuity``: the share of a cell's neighbors that are in its niche, mean over all cells that have a niche and
+    ``continuity``: the fraction of a cell's neighbors that are in its niche, mean over all cells that have a niche and
     neighbors with one; it needs no reference, and is 1 for a single niche.
 
     Raises

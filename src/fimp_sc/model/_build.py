@@ -12,7 +12,7 @@ import numpy as np
 from fimp_sc import _logging
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.sequences._tokenizers import token_shape
-from fimp_sc.model.registry._fields import SEQUENCE_KEY, X_KEY, ExpressionField, SequenceField, table_states
+from fimp_sc.model.registry._fields import MEANING, SEQUENCE_KEY, X_KEY, ExpressionField, SequenceField, table_states
 from fimp_sc.model.registry._shared_genes import FEW_GENES
 from fimp_sc.nn._foundation import FoundationNetwork
 from fimp_sc.pretrained import GeneVectors, read_gene_vectors
@@ -67,7 +67,7 @@ def vocabulary_rows(
     found = int((rows >= 0).sum())
     hint = ""
     if found <= _FEW * len(genes):
-        hint = f" {advice(table, vocabulary, species)} {_MATCH}"
+        hint = f" {advice(table, vocabulary, species, orthologs)} {_MATCH}"
     message = f"{what} knows {f'{found:,}' if found else 'none'} of the {len(genes):,} genes of the object."
     if found <= FEW_GENES * len(genes):
         raise ValueError(f"{message}{hint}")
@@ -133,6 +133,12 @@ def sequence_shapes(
     shapes, sizes = {}, {}
     for name, state in states.items():
         kind, size = state[SequenceField.KIND], state[SequenceField.SIZE]
+        if sequence_kind(kind).words:
+            raise ValueError(
+                f"Nodes of the kind {kind!r} hold words, which a foundation model alone can read: pass foundation="
+                "fimp_sc.pretrained.load('bert', folder). Without one, count words and pass the table to "
+                "fimp_sc.pp.features."
+            )
         wanted = given.get(name)
         if wanted is not None and (not isinstance(wanted, Integral) or isinstance(wanted, bool)):
             raise TypeError(f"token_size must be a whole number, found {wanted!r}.")
@@ -188,6 +194,7 @@ def foundation_network(
     expression = registry["field_registries"][X_KEY]["state_registry"]
     if reader.reads == "expression":
         check_expression_alone(f"foundation={name!r}", expression, states)
+        (table,) = table_states(expression).values()
         if stored is not None:
             found = foundation.build(stored, **stack)
         else:
@@ -196,6 +203,12 @@ def foundation_network(
                 genes = expression[ExpressionField.NAMES]
                 ids = vocabulary_rows(genes, foundation.vocabulary(), what, foundation.species, foundation.orthologs)
             found = foundation.read(ids, **stack)
+        scale = table[ExpressionField.TRAINED_SCALE]
+        if found.embedding.reads_counts and scale != "counts":
+            raise ValueError(
+                f"foundation={name!r} reads raw counts, and the values of the object are {MEANING[scale]}: "
+                "name the layer with the counts with layer=."
+            )
         network = FoundationNetwork(
             found.embedding, found.stack, found.decoder, trained=foundation.train, n_bins=found.embedding.n_bins
         )

@@ -24,7 +24,15 @@ from fimp_sc.model.predict._outputs import (
     get_reconstruction,
     predict,
 )
-from fimp_sc.model.registry._fields import LABELS_KEY, X_KEY, ExpressionField, LabelField, table_states
+from fimp_sc.model.registry._fields import (
+    GRAPH_KEY,
+    LABELS_KEY,
+    X_KEY,
+    ExpressionField,
+    GraphField,
+    LabelField,
+    table_states,
+)
 from fimp_sc.model.registry._graph_data import check_genes, field_state
 from fimp_sc.model.registry._setup import Absent, Listed, is_object, setup_anndata, setup_mudata
 from fimp_sc.model.train._plan import FIMPTrainingPlan
@@ -78,7 +86,8 @@ class FIMP(BaseModelClass, metaclass=Listed):
         Whether a cell also attends to its own genes.
     messages
         Whether cells hear their neighbors. Without, each is embedded by itself by the same network: what neighbors
-        are worth shows beside it.
+        are worth shows beside it. Always False for cells without neighbors, of an object with an empty graph
+        (``fimp_sc.pp.spatial_graph(adata, n_neighbors=0)``).
     use_weights
         Whether the weights of the graph count. They are divided by their mean over the neighbors of a cell, so that
         graphs whose weights are all alike give what graphs without weights do: near neighbors may count more than far
@@ -113,10 +122,13 @@ class FIMP(BaseModelClass, metaclass=Listed):
 
     Examples
     --------
-    >>> fimp.pp.spatial_graph(adata)
-    >>> fimp.model.FIMP.setup_anndata(adata, labels_key="cell_type")
-    >>> model = fimp.model.FIMP(adata)
-    >>> model.train()
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, labels_key="cell_type", library_key="section")
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
     >>> adata.obsm["X_fimp"] = model.get_latent_representation()
     """
 
@@ -162,12 +174,16 @@ class FIMP(BaseModelClass, metaclass=Listed):
         if foundation is not None and token_size is not None:
             raise ValueError(f"token_size is that of foundation={foundation.name!r} itself: leave it out.")
         self.foundation, self.n_tokens = foundation, n_tokens
+        why = "messages=False"
+        if messages and not field_state(self, GRAPH_KEY).get(GraphField.EDGES, True):
+            # Messages that were never seen in training would be noise where the model meets neighbors.
+            messages, why = False, "a graph without edges"
         if not (messages or self_loops):
-            raise ValueError("messages=False leaves each cell its own tokens, and self_loops=False nothing: keep one.")
+            raise ValueError(f"{why} leaves each cell its own tokens, and self_loops=False nothing: keep one.")
         self.self_loops, self.messages, self.random_state = self_loops, messages, random_state
         self.use_weights = use_weights
         if use_weights and not messages:
-            raise ValueError("use_weights=True weighs messages, and messages=False leaves none: choose one.")
+            raise ValueError(f"use_weights=True weighs messages, and {why} leaves none: choose one.")
         stored = architecture or {}
         network, vectors, known = None, None, None
         with seeded(random_state):
@@ -251,7 +267,7 @@ class FIMP(BaseModelClass, metaclass=Listed):
 
     @property
     def genes(self) -> NDArray[Any]:
-        """Names of the genes that the model knows, in its own order.
+        """Names of the genes that the model knows, in its own order, spelled as in the object of training.
 
         Of several tables one after the other; a name that several of them have follows that of its table there
         (``"protein:CD3"``).
@@ -264,24 +280,24 @@ class FIMP(BaseModelClass, metaclass=Listed):
         return [str(label) for label in field_state(self, LABELS_KEY).get(LabelField.CLASSES, ())]
 
     @property
-    def neighbor_share(self) -> float:
+    def neighbor_weight(self) -> float:
         """Weight of the prediction with neighbors in predicted labels, 0 to 1; the one without has the rest.
 
         Fitted to the log loss of the labeled validation cells; 0.5 where there are none, 0 without messages, and 1 of
         a foundation model, which predicts with neighbors alone, or without labels. A model that is bound to other cells
-        than those of training has the share that suits shifted validation cells.
+        than those of training has the weight that suits shifted validation cells.
         """
-        return float(self.module.neighbor_share) if self.messages else 0.0
+        return float(self.module.neighbor_weight) if self.messages else 0.0
 
     @property
-    def smoothed_share(self) -> float:
+    def smoothing_weight(self) -> float:
         """Weight of the neighbors' mean when predicted labels are smoothed, 0 to 1.
 
         Log-probabilities are replaced twice by their mean over the cell and its neighbors, which has this weight, and
-        those of the cell itself, which have the rest. Fitted together with :attr:`neighbor_share`; 0 where there are
+        those of the cell itself, which have the rest. Fitted together with :attr:`neighbor_weight`; 0 where there are
         no labeled validation cells, without messages or without labels.
         """
-        return float(self.module.smoothed_share) if self.messages else 0.0
+        return float(self.module.smoothing_weight) if self.messages else 0.0
 
     def __dir__(self) -> list[str]:
         return [name for name in super().__dir__() if not isinstance(getattr_static(self, name, None), Absent)]

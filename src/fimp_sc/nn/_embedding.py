@@ -29,7 +29,7 @@ class FeatureEmbedding(nn.Module):
 
     A token is ``value * loading[gene] + identity[gene] + f(value)``. The summary token is the sum of
     ``value * loading`` over *all* visible genes, so it carries what the token budget leaves out; where genes are
-    hidden or not measured each component is scaled up by its share of squared loadings that is missing. With
+    hidden or not measured each component is scaled up by the fraction of its squared loadings that is missing. With
     loadings from the data's own principal components the summary starts as the cell's PCA scores.
 
     Parameters
@@ -55,8 +55,6 @@ class FeatureEmbedding(nn.Module):
         gene_key: NDArray[np.uint64] | None = None,
     ) -> None:
         super().__init__()
-        # Constants for the compiler of torch.
-        self.least_visible, self.shrinkage = recipe().least_visible, recipe().shrinkage
         self.loading = nn.Parameter(random_rows(n_features, d_model, gene_key) * n_features**-0.5)
         self.identity = nn.Parameter(random_rows(n_features, d_model, gene_key) * recipe().identity)
         # Of one size, so that every head of the first layer tells summaries by it.
@@ -90,10 +88,6 @@ class FeatureEmbedding(nn.Module):
         total = energy.sum(0)
         seen = visible.to(energy.dtype) @ energy
         missing = total / seen.clamp(min=1e-12)
-        # Where hardly anything is seen it is scaled up less than for all that is missing: that would be noise.
-        least, shrinkage = self.least_visible, self.shrinkage
-        shrunk = (1.0 + shrinkage / least) * total / (seen + shrinkage * total).clamp(min=1e-12)
-        missing = torch.where(seen < least * total, shrunk, missing)
         summary = (profile @ self.loading) * missing.index_select(0, pattern)
         value = value.unsqueeze(2)
         tokens = (
@@ -147,8 +141,8 @@ class FeatureEmbedding(nn.Module):
         Its length stays about that of a normalized token, its mean over the others is zero.
         """
         marked = torch.ones(len(self.summary), dtype=torch.bool)
-        for part in columns:
-            marked[part] = False
+        for some in columns:
+            marked[some] = False
         if int(marked.sum()) < 2:
             self.summary.zero_()
             return

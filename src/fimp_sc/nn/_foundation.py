@@ -35,7 +35,8 @@ class FoundationNetwork(Network):
     ----------
     embedding
         Makes tokens: of genes ``(feature_id, value, padding) -> (tokens, padding)``, of a sequence from its part of the
-        batch. The first token of a node is its summary, unless ``embedding.n_class`` is 0: then that is their mean.
+        batch. The first token of a node is its summary; of a sequence with ``embedding.n_class`` 0, and of genes with
+        ``embedding.pooling`` ``"mean"``, that is the mean of their tokens.
     stack
         The layers.
     decoder
@@ -78,6 +79,7 @@ class FoundationNetwork(Network):
         self.frozen = trained == "frozen"
         self.sequence = None if sequence is None else sequence[0]
         self.unit_length = bool(embedding.unit_length)
+        self.pooled_from = None if self._has_summary else self.embedding.n_class
         self.head: nn.Linear | None = None
         if sequence is not None and not self.embedding.misaligned:
             self.head = nn.Linear(stack.d_model, sequence[1])
@@ -91,7 +93,7 @@ class FoundationNetwork(Network):
 
     @property
     def _has_summary(self) -> bool:
-        return self.sequence is None or self.embedding.n_class > 0
+        return self.embedding.pooling == "cls" if self.sequence is None else self.embedding.n_class > 0
 
     def states(self, batch: Batch, n_queries: int | None = None, tokens: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return the first ``n_queries`` tokens of the destinations (all by default) after the last layer.
@@ -105,7 +107,17 @@ class FoundationNetwork(Network):
         """Return the embedding of each node from its tokens after the last layer."""
         if self.pooling == "cls+mean":
             return torch.cat([tokens[:, 0], tokens[:, self.embedding.n_class :].mean(1)], dim=1)
-        return tokens[:, 0] if self._has_summary else tokens.mean(1)
+        if self._has_summary:
+            return tokens[:, 0]
+        if self.sequence is not None:
+            padding = self.embedding.padding(batch["sequences"][self.sequence])
+            if padding is None:
+                return tokens.mean(1)
+        else:
+            tokens, padding = tokens[:, self.embedding.n_class :], batch["padding"]
+        # Of a node without any token: zeros.
+        there = ~padding[: len(tokens), :, None]
+        return tokens.masked_fill(~there, 0.0).sum(1) / there.sum(1).clamp(min=1)
 
     def split(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the tokens of a sequence, ``(n_dst, f, width)`` by modality, from the last layer's tokens."""
@@ -157,8 +169,11 @@ class FoundationNetwork(Network):
         """Return the tokens of all nodes of a block, ``(n, 1 + f, width)``, and their padding, ``(n, 1 + f)``."""
         if self.sequence is None:
             return self.embedding(batch["feature_id"], batch["value"], batch["padding"])
-        tokens = self.embedding(batch["sequences"][self.sequence])
-        return tokens, torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        nodes = batch["sequences"][self.sequence]
+        tokens, padding = self.embedding(nodes), self.embedding.padding(nodes)
+        if padding is None:
+            padding = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return tokens, padding
 
     def message_layers(self) -> list[Any]:
         """Return the layers of the stack.

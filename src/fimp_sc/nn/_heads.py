@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # How much the first of two predictions may count.
-SHARES = torch.linspace(0.0, 1.0, 21)
+MIXTURE_WEIGHTS = torch.linspace(0.0, 1.0, 21)
 
 
 class ValueHead(nn.Module):
@@ -93,8 +93,8 @@ def mixture_loss(first: Tensor, second: Tensor) -> Tensor:
 
     Returns
     -------
-    Log loss, summed over cells, for each share of the first in :data:`SHARES`.
+    Log loss, summed over cells, for each weight of the first in :data:`MIXTURE_WEIGHTS`.
     """
-    shares = SHARES.to(second)[:, None]
-    mixed = torch.lerp(second.expand(len(shares), -1), first, shares)
+    weights = MIXTURE_WEIGHTS.to(second)[:, None]
+    mixed = torch.lerp(second.expand(len(weights), -1), first, weights)
     return -mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log().sum(1)

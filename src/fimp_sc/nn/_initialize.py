@@ -46,7 +46,7 @@ def start_as_gated_mean(layer: TransformerLayer, embedding: SequenceEmbedding, *
     for linear in (attention.query, attention.key, attention.value, attention.output, layer.contract):
         linear.weight.mul_(numbers.sequence_noise)
         linear.bias.zero_()
-    n_position, n_where = (part.stop - part.start for part in (embedding.at, embedding.where))
+    n_position, n_where = (columns.stop - columns.start for columns in (embedding.at, embedding.where))
     # A third of a head is left to gates.
     n_match = max(min(n_position, width - width // 3 - 1), 1)
     unit = (

@@ -43,6 +43,8 @@ class Network(nn.Module, ABC):
     pretrained
         Whether the weights come from a checkpoint: they are trained in steps of their own size, and heads start from
         standardized embeddings rather than from components of the data.
+    frozen
+        Whether training changes nothing in it.
     adds_self_loops
         Whether the network makes nodes their own neighbors, so that graphs need no self-loops.
     unit_length
@@ -51,6 +53,8 @@ class Network(nn.Module, ABC):
         Fewest destinations of a block in inference.
     n_bins
         Bins into which the values of tokens are put, where the network reads bins.
+    pooled_from
+        First of the tokens whose mean is the embedding of a node; ``None`` where that is its first token alone.
     n_own, n_neighborhood
         Columns of the embedding where training starts: the cell's own components, then those of its neighbors' mean;
         0 where it does not start from components.
@@ -59,10 +63,12 @@ class Network(nn.Module, ABC):
     width: int
     n_hops: int
     pretrained: bool = False
+    frozen: bool = False
     adds_self_loops: bool = False
     unit_length: bool = False
     least_batch: int = 64
     n_bins: int | None = None
+    pooled_from: int | None = None
     n_own: int = 0
     n_neighborhood: int = 0
 
@@ -245,9 +251,9 @@ class FIMPNetwork(Network):
         padding = [torch.zeros(summary.shape[:2], dtype=torch.bool, device=summary.device)]
         tokens = []
         if self.sequences is not None:
-            parts, whole, absent = self.sequences(batch["sequences"])
+            of_sequences, whole, absent = self.sequences(batch["sequences"])
             summary = summary + whole[:, None]
-            tokens, padding = parts, [*padding, *absent]
+            tokens, padding = of_sequences, [*padding, *absent]
         if features is not None:
             tokens, padding = [*tokens, features], [*padding, batch["padding"]]
         return torch.cat([summary, *tokens], dim=1), torch.cat(padding, dim=1)

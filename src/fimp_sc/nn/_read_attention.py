@@ -96,7 +96,8 @@ def first_projections(network: Network, tokens: Tensor) -> tuple[Tensor, Tensor]
 def recorded_influence(network: Network, n_nodes: int, n_destinations: int) -> Iterator[list[Tensor]]:
     r"""Within the context, one pass of the network over a block also leaves the influence of its edges in a list.
 
-    That of an edge on the summary token of its destination in one layer is :math:`\lVert W_O \,
+    That of an edge on the summary token of its destination (or the mean of the tokens that are its embedding, with
+    messages averaged over them before their length is taken) in one layer is :math:`\lVert W_O \,
     \mathrm{softmax}(q K_j^\top / \sqrt d) V_j \rVert` over all heads together, where :math:`W_O` (for the layer of the
     paper: its projection :math:`W`) is used without its bias, which a node receives once, times the weight of the edge.
 
@@ -114,7 +115,9 @@ def recorded_influence(network: Network, n_nodes: int, n_destinations: int) -> I
     """
     found: list[Tensor] = []
     handles = [
-        layer.attention.register_forward_pre_hook(_Recorder(layer, n_nodes, n_destinations, found), with_kwargs=True)
+        layer.attention.register_forward_pre_hook(
+            _Recorder(layer, n_nodes, n_destinations, network.pooled_from, found), with_kwargs=True
+        )
         for layer in network.message_layers()
     ]
     try:
@@ -127,9 +130,12 @@ def recorded_influence(network: Network, n_nodes: int, n_destinations: int) -> I
 class _Recorder:
     """Hook of the attention of one layer."""
 
-    def __init__(self, layer: Any, n_nodes: int, n_destinations: int, found: list[Tensor]) -> None:
+    def __init__(
+        self, layer: Any, n_nodes: int, n_destinations: int, pooled_from: int | None, found: list[Tensor]
+    ) -> None:
         self.output = layer.combine if isinstance(layer, PaperLayer) else layer.attention.output
         self.n_nodes, self.n_destinations, self.found, self.seen = n_nodes, n_destinations, found, False
+        self.pooled_from = pooled_from
 
     def __call__(self, attention: CrossNodeAttention, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         # A stack runs a layer over the graph first, then over the sources by themselves for what they send next.
@@ -144,19 +150,29 @@ class _Recorder:
         # What destinations send to themselves: their own row or, in a stack, a row behind those of the block's nodes.
         real = (indices != destination) & (indices < self.n_nodes)
         destination, source = destination[real], indices[real]
-        query = _heads(attention, attention.query(queries[:n, :1]))
-        key, value = (_heads(attention, part(tokens)) for part in (attention.key, attention.value))
+        query = _heads(attention, attention.query(queries[:n] if self.pooled_from is not None else queries[:n, :1]))
+        key, value = (_heads(attention, layer(tokens)) for layer in (attention.key, attention.value))
         weight = self.output.weight if isinstance(self.output, nn.Linear) else None
-        size = edges_at_once(attention.n_heads, 1, key.shape[2] * key.shape[3])
-        parts = [query.new_zeros(0)]
+        fraction = self._fraction(padding[:n])
+        size = edges_at_once(attention.n_heads, query.shape[2], key.shape[2] * key.shape[3])
+        lengths = [query.new_zeros(0)]
         for i in range(0, len(source), size):
             edges = destination[i : i + size], source[i : i + size]
-            message = edge_messages(query, key, value, padding, *edges)[:, 0]
+            message = edge_messages(query, key, value, padding, *edges)
+            message = message[:, 0] if fraction is None else (fraction[edges[0], None] @ message)[:, 0]
             if weight is not None:
                 message = message @ weight.T
-            parts.append(message.norm(dim=1))
-        influence = torch.cat(parts)
+            lengths.append(message.norm(dim=1))
+        influence = torch.cat(lengths)
         self.found.append(influence if factor is None else influence * factor[: len(real)][real])
+
+    def _fraction(self, padding: Tensor) -> Tensor | None:
+        """Return how much each token counts in the embedding of its node, where that is a mean."""
+        if self.pooled_from is None:
+            return None
+        there = (~padding).to(torch.get_default_dtype())
+        there[:, : self.pooled_from] = 0.0
+        return there / there.sum(1, keepdim=True).clamp(min=1.0)
 
 
 def _heads(attention: CrossNodeAttention, tokens: Tensor) -> Tensor:

@@ -84,9 +84,9 @@ class SequenceEmbedding(nn.Module):
         whole = tokens.new_zeros(len(tokens), tokens.shape[2])
         if self.whole is not None:
             # As large as if all tokens were seen.
-            share = seen.shape[1] / seen.sum(1, keepdim=True).clamp(min=1)
-            parts = value[..., self.own][..., :_SUMMARIZED] / _VALUE * seen[..., None]
-            whole = self.whole((parts * share[..., None]).flatten(1))
+            scale = seen.shape[1] / seen.sum(1, keepdim=True).clamp(min=1)
+            own = value[..., self.own][..., :_SUMMARIZED] / _VALUE * seen[..., None]
+            whole = self.whole((own * scale[..., None]).flatten(1))
         if self.place is not None and self.place_of_summary is not None:
             angle = nodes["coordinates"] @ self.frequency.T
             waves = torch.cat([angle.cos(), angle.sin()], dim=1) / math.sqrt(angle.shape[1])
@@ -207,11 +207,11 @@ class SequenceParts(nn.Module):
 
     def pooled(self, tokens: Tensor, nodes: Mapping[str, SequenceBatch]) -> Tensor:
         """Return what all tokens after the last layer say of their nodes, ``(n_dst, d_model)``."""
-        parts = self.split(tokens, nodes)
+        by_modality = self.split(tokens, nodes)
         made = []
         for name, module in zip(self.names, self.embeddings, strict=True):
             embedding: Any = module
-            made.append(embedding.pooled(parts[name], nodes[name]["padding"][: len(tokens)]))
+            made.append(embedding.pooled(by_modality[name], nodes[name]["padding"][: len(tokens)]))
         return torch.stack(made).sum(0)
 
     def split(self, tokens: Tensor, nodes: Mapping[str, SequenceBatch]) -> dict[str, Tensor]:

@@ -210,16 +210,16 @@ class TransformerStack(nn.Module):
         destination = torch.repeat_interleave(degree, output_size=len(indices))
         total = torch.zeros_like(own[:, :n_queries])
         for i in range(0, len(indices), _EDGES):
-            part = destination[i : i + _EDGES], indices[i : i + _EDGES]
+            ends = destination[i : i + _EDGES], indices[i : i + _EDGES]
             run = self._run_edges
             if torch.is_grad_enabled():
                 # Of an edge only its message is kept, the stack is run again in backward.
-                message = checkpoint(run, states, sent_padding, own, own_padding, *part, n_queries, use_reentrant=False)
+                message = checkpoint(run, states, sent_padding, own, own_padding, *ends, n_queries, use_reentrant=False)
             else:
-                message = run(states, sent_padding, own, own_padding, *part, n_queries)
+                message = run(states, sent_padding, own, own_padding, *ends, n_queries)
             if edge_weight is not None:
                 message = message * edge_weight[i : i + _EDGES, None, None]
-            total = total.index_add(0, part[0], message.to(total.dtype))
+            total = total.index_add(0, ends[0], message.to(total.dtype))
         return total / degree.clamp(min=1).to(total.dtype)[:, None, None]
 
     def _run_edges(

@@ -8,6 +8,7 @@ from fimp_sc.pl._history import history
 from fimp_sc.pl._image_graph import image_graph
 from fimp_sc.pl._imputation import imputation
 from fimp_sc.pl._niche_composition import niche_composition
+from fimp_sc.pl._report import report
 from fimp_sc.pl._signals import signals
 from fimp_sc.pl._spatial import spatial
 
@@ -20,6 +21,7 @@ __all__ = [
     "image_graph",
     "imputation",
     "niche_composition",
+    "report",
     "signals",
     "spatial",
 ]

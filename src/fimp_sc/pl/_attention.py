@@ -41,12 +41,13 @@ def attention(
     fdr: float = 0.05,
     numbers: bool | None = None,
     cmap: str = "viridis",
+    title: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
-    """Draw influence, or significant gene pairs, from each group of cells to each other one as a heat map.
+    """Draw influence from each group of cells to each other one as a heat map.
 
     Parameters
     ----------
@@ -60,11 +61,13 @@ def attention(
         `"influence"`, mean over edges; `"z"`, its distance in standard deviations from the mean under permuted group
         labels; `"n_edges"`, the number of edges. Pairs of groups without edge or test are gray.
     fdr
-        Numbers of influence (or z) with at most this false discovery rate have a star.
+        Influence (or z) with at most this false discovery rate has a star.
     numbers
         Write numbers into the squares; by default for up to 12 groups.
     cmap
         Color map.
+    title
+        Title of the axes; none by default.
     ax
         Axes to draw into; by default a new figure.
     show
@@ -87,7 +90,7 @@ def attention(
     """
     from matplotlib.ticker import MaxNLocator
 
-    canvas = Canvas(ax, show, save, return_fig)
+    canvas = Canvas(ax, show, save, return_fig, title)
     adata, _ = results_of(adata, modality, lambda held, _: key in held.uns)
     table = attention_result(adata, key)["groups"]
     names = _names(table)
@@ -99,8 +102,8 @@ def attention(
     counts = value == "n_edges"
     lowest = 0 if counts and np.isfinite(drawn).any() else None
     image = ax.imshow(np.ma.masked_invalid(drawn), cmap=colormap(cmap), vmin=lowest, interpolation="nearest")
-    if numbers or (numbers is None and len(names) <= _MOST_NUMBERS):
-        _write_numbers(ax, image, drawn, marked, whole=counts)
+    written = numbers or (numbers is None and len(names) <= _MOST_NUMBERS)
+    _write(ax, image, drawn if written else np.full_like(drawn, np.nan), marked, whole=counts)
     ax.set_xticks(np.arange(len(names)), names, rotation=90, fontsize="small")
     ax.set_yticks(np.arange(len(names)), names, fontsize="small")
     ax.set_xlabel("Destination")
@@ -109,6 +112,7 @@ def attention(
     ax.tick_params(length=0)
     ticks = MaxNLocator("auto", integer=True) if counts else None
     ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.03, ticks=ticks).set_label(_LABELS[value])
+    canvas.entitle()
     if marked.any():
         ax.set_title(f"*  FDR ≤ {fdr:g}", fontsize="small", loc="right")
     return canvas.finish()
@@ -152,13 +156,15 @@ def _square(table: pd.DataFrame, value: str, names: list[str]) -> NDArray[np.flo
     return out
 
 
-def _write_numbers(ax: Axes, image: Any, drawn: NDArray[np.float64], marked: NDArray[np.bool_], *, whole: bool) -> None:
-    for (row, column), number in np.ndenumerate(drawn):
-        if not np.isfinite(number):
+def _write(ax: Axes, image: Any, numbers: NDArray[np.float64], marked: NDArray[np.bool_], *, whole: bool) -> None:
+    """Write numbers, where they are finite, and stars into the squares."""
+    for (row, column), number in np.ndenumerate(numbers):
+        if not (np.isfinite(number) or marked[row, column]):
             continue
-        red, green, blue, _ = image.cmap(image.norm(number))
+        red, green, blue, _ = image.cmap(image.norm(image.get_array()[row, column]))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         text = f"{number:,.0f}" if whole else f"{number:.2g}" if abs(number) < 10 else f"{number:.0f}"
+        text = text if np.isfinite(number) else ""
         ax.text(
             column, row, text + "*" * bool(marked[row, column]), ha="center", va="center", fontsize="small",
             color="white" if dark else "black",

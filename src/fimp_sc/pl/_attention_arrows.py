@@ -41,6 +41,7 @@ def attention_arrows(
     spatial_key: str | None = None,
     size: float | None = None,
     cmap: str = "viridis_r",
+    title: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
@@ -70,6 +71,8 @@ def attention_arrows(
         Marker area in square points; by default it follows from the number of cells in view.
     cmap
         Color map of the arrows, from 0 to the largest influence on this cell.
+    title
+        Title of the axes; by default it names the cell.
     ax
         Axes to draw into; by default a new figure.
     show
@@ -91,7 +94,7 @@ def attention_arrows(
     ValueError
         If the cell has no neighbors.
     """
-    canvas = Canvas(ax, show, save, return_fig)
+    canvas = Canvas(ax, show, save, return_fig, title)
     adata, _ = results_of(adata, modality, lambda held, _: key in held.uns)
     params = dict(attention_result(adata, key).get("params", {}))
     if key not in adata.obsp:
@@ -122,12 +125,12 @@ def attention_arrows(
     ax = canvas.axes((6.4, 4.6))
     ax.set_aspect("equal")
     ax.set_xlim(xy[center, 0] - half, xy[center, 0] + half)
-    ax.set_ylim(xy[center, 1] - half, xy[center, 1] + half)
-    _draw_cells(ax, adata, groupby, params.get("unlabeled_category"), xy, rows, np.append(neighbors, center), size)
+    ax.set_ylim(xy[center, 1] + half, xy[center, 1] - half)  # downwards, as maps of whole tissue
+    _draw_cells(ax, adata, groupby, xy, rows, np.append(neighbors, center), size)
     _draw_arrows(ax, xy[neighbors], xy[center], influence, size, cmap)
     ax.set_xticks([])
     ax.set_yticks([])
-    ax.set_title(f"Influence on {adata.obs_names[center]}", fontsize="medium")
+    canvas.entitle(f"Influence on {adata.obs_names[center]}")
     return canvas.finish(legend_room=1.2)
 
 
@@ -135,7 +138,6 @@ def _draw_cells(
     ax: Axes,
     adata: AnnData,
     groupby: str | None,
-    unlabeled: str | None,
     xy: NDArray[np.float64],
     rows: NDArray[np.int64],
     joined: NDArray[np.int64],
@@ -145,7 +147,7 @@ def _draw_cells(
     if groupby is None:
         groups = Categories(np.zeros(adata.n_obs, dtype=np.int64), ["cell"], [_NO_GROUP])
     else:
-        groups = categories(adata, groupby, pd.Categorical(get_obs(adata, [groupby])[groupby]), unlabeled)
+        groups = categories(adata, groupby, pd.Categorical(get_obs(adata, [groupby])[groupby]))
         groups.explain(ax, title=groupby, among=rows)
     colors = groups.rgba()
     others = np.setdiff1d(rows, joined)

@@ -38,6 +38,7 @@ def gene_pairs(
     destination_group: str | None = None,
     fdr: float = 0.05,
     cmap: str = "viridis",
+    title: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
@@ -63,6 +64,8 @@ def gene_pairs(
         Dots of at most this false discovery rate have a black rim.
     cmap
         Color map of −log10 FDR.
+    title
+        Title of the axes; none by default.
     ax
         Axes to draw into; by default a new figure.
     show
@@ -83,7 +86,7 @@ def gene_pairs(
     ValueError
         If there is no pair to draw, or `x` is none of these.
     """
-    canvas = Canvas(ax, show, save, return_fig)
+    canvas = Canvas(ax, show, save, return_fig, title)
     adata, _ = results_of(adata, modality, lambda held, _: key in held.uns)
     table = _pairs(adata, key)
     chosen = table["fdr"].notna().to_numpy()
@@ -107,6 +110,7 @@ def gene_pairs(
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.margins(x=0.08)
     ax.set_xlabel(_LABELS[x])
+    canvas.entitle()
     ax.grid(axis="y", color="#e5e5e5", linewidth=0.8, zorder=0)
     ax.set_axisbelow(True)
     ax.tick_params(axis="y", length=0)

@@ -25,6 +25,7 @@ _STYLES = {"train": "-", "validation": "--"}
 def history(
     model: Any,
     *,
+    title: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
@@ -37,6 +38,8 @@ def history(
     model
         A trained model with a `history` attribute, a mapping from names such as `train_loss_epoch` and
         `validation_loss` to one-column data frames indexed by epoch (scvi-tools' convention), or such a mapping.
+    title
+        Title of the axes; none by default.
     ax
         Axes to draw into; by default a new figure.
     show
@@ -57,7 +60,9 @@ def history(
     ValueError
         If the model is not trained, or its history holds no losses.
     """
-    canvas = Canvas(ax, show, save, return_fig)
+    from matplotlib.ticker import MaxNLocator
+
+    canvas = Canvas(ax, show, save, return_fig, title)
     record = model if isinstance(model, Mapping) else getattr(model, "history", model)
     if record is not None and not isinstance(record, Mapping):
         hint = ": fimp_sc.tl.get_model(adata) returns the model of an object" if hasattr(model, "obs") else ""
@@ -74,6 +79,8 @@ def history(
             marker="." if len(values) == 1 else None,
             label=f"{split}, {term}",
         )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    canvas.entitle()
     ax.set_xlabel("Epoch")
     ax.set_ylabel("Loss")
     ax.legend(frameon=False, fontsize="small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from fimp_sc._options import checked
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY, place_of
 from fimp_sc.data.graph._adjacency import check_adjacency
 from fimp_sc.data.sequences._pixels import image_shape
-from fimp_sc.data.storage._elements import in_memory, missing_key
+from fimp_sc.data.storage._elements import in_memory, missing_key, shorten
 from fimp_sc.data.validate._checks import check_coordinates
 from fimp_sc.pl._figure._canvas import Canvas
 from fimp_sc.pl._figure._coloring import coloring
@@ -51,6 +52,7 @@ def image_graph(
     image_size: float | None = None,
     size: float = 16,
     cmap: str = "viridis",
+    title: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
@@ -60,7 +62,7 @@ def image_graph(
     """Draw images at their coordinates, framed in the color of a column, over their graph.
 
     Images that would cover others, and those beyond `max_images`, are points (beneath images, where they are near); a
-    line below the axes says how many are drawn.
+    line below the axes says how many are drawn and names the first of the others.
 
     Parameters
     ----------
@@ -81,7 +83,7 @@ def image_graph(
     spatial_key
         Key of `.obsm` with the coordinates. Those that :func:`fimp_sc.pp.images` wrote are latitude and longitude: they
         are drawn with north above, and a degree of longitude as long as it is at this latitude. Of others the first two
-        columns are drawn.
+        columns are drawn, the second downwards as in :func:`fimp_sc.pl.spatial`.
     connectivities_key
         Key of `.obsp` with the graph; by default the one that the modality names.
     edges
@@ -89,12 +91,14 @@ def image_graph(
     max_images
         Largest number of images drawn.
     image_size
-        Longer side of an image as a share of the longer side of the map; by default it follows from the number of
+        Longer side of an image as a fraction of the longer side of the map; by default it follows from the number of
         images.
     size
         Marker area of points in square points.
     cmap
         Color map of numeric values.
+    title
+        Title of the axes; by default what colors the points.
     ax
         Axes to draw into; by default a new figure.
     show
@@ -121,10 +125,10 @@ def image_graph(
     """
     from matplotlib.collections import LineCollection
 
-    canvas = Canvas(ax, show, save, return_fig)
+    canvas = Canvas(ax, show, save, return_fig, title)
     name, adata, info = modality_of_kind(mdata, modality, "patch")
     rows = np.arange(adata.n_obs) if nodes is None else np.unique(node_positions(adata, nodes))
-    xy, aspect = _places(adata, info, spatial_key, rows)
+    xy, aspect, downwards = _places(adata, info, spatial_key, rows)
     graph = _edges(adata, place_of(mdata, name), info, connectivities_key, rows) if edges else None
     value = None if color is None else values_of(adata, color, None)[rows]
     room = _room(adata, xy, aspect, image_size, min(len(rows), max_images))
@@ -135,26 +139,27 @@ def image_graph(
     if graph is not None:
         lines = np.stack([xy[graph[0]], xy[graph[1]]], axis=1)
         ax.add_collection(LineCollection(list(lines), colors=_EDGE, linewidths=0.7, zorder=1))
-    title = color if isinstance(color, str) else None if color is None else f"{color[0]}[{color[1]}]"
-    colors = _draw_points(ax, adata, xy, value, title, cmap, {"s": size, "linewidths": 0, "zorder": 2, **kwargs})
+    key = color if isinstance(color, str) else None if color is None else f"{color[0]}[{color[1]}]"
+    colors = _draw_points(ax, adata, xy, value, key, cmap, {"s": size, "linewidths": 0, "zorder": 2, **kwargs})
     for place, thumbnail, color in zip(xy[chosen], thumbnails, colors[chosen], strict=True):
-        _draw_image(ax, thumbnail, place - room / 2, room, color if color is not None else _FRAME)
+        _draw_image(ax, thumbnail, place, room, downwards, color if color is not None else _FRAME)
     margin = room * (0.6 if images else 0.2)
     low, high = xy.min(axis=0) - margin, xy.max(axis=0) + margin
     ax.set_xlim(low[0], high[0])
-    ax.set_ylim(low[1], high[1])
+    ax.set_ylim(*((high[1], low[1]) if downwards else (low[1], high[1])))
     ax.set_aspect(aspect)
     ax.set_xticks([])
     ax.set_yticks([])
-    if title is not None:
-        ax.set_title(title, fontsize="medium")
+    canvas.entitle(key or "")
     if images and len(chosen) < len(rows):
-        note = f"{len(chosen):,} of {len(rows):,} images are drawn, the others are points or beneath"
-        ax.set_xlabel(note, fontsize="small")
+        note = f"{len(chosen):,} of {len(rows):,} images are drawn, the others are points or beneath: "
+        left_out = [str(name) for name in np.delete(adata.obs_names[rows], chosen)]
+        ax.set_xlabel(fill(note + shorten(left_out), 90), fontsize="small")
         logger.info(
-            "%s: they would cover others, or are more than max_images=%d. Draw fewer with nodes=, or smaller ones with "
-            "image_size=.",
+            "%s%s. They would cover others, or are more than max_images=%d. Draw fewer with nodes=, or smaller ones "
+            "with image_size=.",
             note,
+            shorten(left_out, 50),
             max_images,
         )
     return canvas.finish(legend_room=1.5)
@@ -162,20 +167,20 @@ def image_graph(
 
 def _places(
     adata: AnnData, info: dict[str, Any], spatial_key: str, rows: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], float]:
-    """Return where to draw the nodes, and how long a unit upwards is drawn for one of a unit to the right."""
+) -> tuple[NDArray[np.float64], float, bool]:
+    """Return where to draw nodes, the length of a unit upwards for one to the right, and whether upwards is less."""
     if spatial_key not in adata.obsm:
         advice = "Pass coordinates= to fimp_sc.pp.images, or name other places with spatial_key=."
         raise missing_key(spatial_key, "adata.obsm", adata.obsm, advice)
     places = check_coordinates(adata, spatial_key)[rows, :2]
     if spatial_key != SPATIAL_KEY or not str(info.get("coordinate_unit", "")).startswith("degrees"):
-        return places, 1.0
+        return places, 1.0, True
     latitude, longitude = places.T
     eastern = np.where(longitude < 0, longitude + 360, longitude)
     if np.ptp(eastern) < np.ptp(longitude):  # on both sides of the date line
         longitude = eastern
     middle = np.clip((latitude.max() + latitude.min()) / 2, -85, 85)
-    return np.stack([longitude, latitude], axis=1), float(1 / np.cos(np.radians(middle)))
+    return np.stack([longitude, latitude], axis=1), float(1 / np.cos(np.radians(middle))), False
 
 
 def _edges(
@@ -197,11 +202,11 @@ def _room(
     adata: AnnData, xy: NDArray[np.float64], aspect: float, image_size: float | None, n: int
 ) -> NDArray[np.float64]:
     """Return width and height of an image, in units of the axes."""
-    share = float(np.clip(0.7 / np.sqrt(n), 0.05, 0.2)) if image_size is None else float(image_size)
+    fraction = float(np.clip(0.7 / np.sqrt(n), 0.05, 0.2)) if image_size is None else float(image_size)
     unit = np.array([1.0, 1 / aspect])  # drawn alike
     longest = float((np.ptp(xy, axis=0) / unit).max()) or 1.0
     height, width, _ = image_shape(adata)
-    return np.array([width, height]) / max(width, height) * share * longest * unit
+    return np.array([width, height]) / max(width, height) * fraction * longest * unit
 
 
 def _draw_points(
@@ -209,18 +214,18 @@ def _draw_points(
     adata: AnnData,
     xy: NDArray[np.float64],
     value: pd.Categorical | NDArray[np.float64] | None,
-    title: str | None,
+    key: str | None,
     cmap: str,
     style: dict[str, Any],
 ) -> NDArray[np.float64]:
     """Draw all nodes as points, with legend or color bar, and return their colors ``(n, 4)``."""
     from matplotlib.colors import to_rgba_array
 
-    if value is None or title is None:
+    if value is None or key is None:
         ax.scatter(xy[:, 0], xy[:, 1], **{"color": _FRAME, **style})
         return np.repeat(to_rgba_array(_FRAME), len(xy), axis=0)
     limits = {name: style.pop(name) for name in ("norm", "vmin", "vmax") if name in style}
-    colored = coloring(adata, title, value, cmap, **limits)
+    colored = coloring(adata, key, value, cmap, **limits)
     colors = colored.rgba()
     ax.scatter(xy[:, 0], xy[:, 1], **{"c": colors, **style})
     colored.explain(ax)
@@ -228,10 +233,16 @@ def _draw_points(
 
 
 def _draw_image(
-    ax: Axes, image: NDArray[np.uint8], corner: NDArray[np.float64], room: NDArray[np.float64], frame: Any
+    ax: Axes,
+    image: NDArray[np.uint8],
+    place: NDArray[np.float64],
+    room: NDArray[np.float64],
+    downwards: bool,
+    frame: Any,
 ) -> None:
     from matplotlib.patches import Rectangle
 
-    (left, bottom), (right, top) = corner, corner + room
+    (left, low), (right, high) = place - room / 2, place + room / 2
+    bottom, top = (high, low) if downwards else (low, high)
     ax.imshow(image, extent=(left, right, bottom, top), origin="upper", aspect="auto", zorder=3)
-    ax.add_patch(Rectangle((left, bottom), *room, fill=False, edgecolor=frame, linewidth=1.8, zorder=4))
+    ax.add_patch(Rectangle((left, low), *room, fill=False, edgecolor=frame, linewidth=1.8, zorder=4))

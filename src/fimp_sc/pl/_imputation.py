@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from mudata import MuData
     from numpy.typing import NDArray
 
+_PANEL = 2.8  # inches
+
 
 @checked
 def imputation(
@@ -47,6 +49,7 @@ def imputation(
     spatial_key: str = "spatial",
     size: float | None = None,
     cmap: str = "viridis",
+    title: str | Sequence[str] | None = None,
     ax: Axes | Sequence[Axes] | NDArray[np.object_] | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
@@ -83,6 +86,8 @@ def imputation(
         Marker area in square points; by default it follows from the number of cells.
     cmap
         Color map.
+    title
+        Titles of the panels, in the order of the axes; by default gene and sample, and the agreement in the third.
     ax
         Axes to draw into, one for each panel; by default a new figure.
     show
@@ -112,7 +117,7 @@ def imputation(
     """
     from matplotlib.colors import Normalize
 
-    canvas = Canvas(ax, show, save, return_fig)
+    canvas = Canvas(ax, show, save, return_fig, title)
     names = [genes] if isinstance(genes, str) else list(genes)
     if is_mudata(adata):
         adata = _table(adata, modality, layer, names, [library_key], spatial_key)
@@ -135,45 +140,59 @@ def imputation(
     if size is None:
         size = float(np.clip(12_000 / max(len(rows) for _, rows in samples), 1, 45))
     n_rows = len(names) * len(samples)
+    of = [name if library is None else f"{name}, {library}" for name in names for library, _ in samples]
+    agreements = [_agreement(observed[rows, i], made[rows, i]) for i in range(len(names)) for _, rows in samples]
+    of = [
+        title
+        for name, score in zip(of, agreements, strict=True)
+        for title in (f"{name}, measured", f"{name}, imputed", score)
+    ]
+    titles = canvas.titles(of, _PANEL)
     axes = canvas.axes((9.5, 3.1 * n_rows), (n_rows, 3))
-    for i, name in enumerate(names):
+    for i in range(len(names)):
         both = np.concatenate([observed[:, i], made[:, i]])
         both = both[np.isfinite(both)]
         low, high = (min(float(both.min()), 0.0), float(both.max())) if both.size else (0.0, 1.0)
         high = high if high > low else low + 1.0
         # A few high values would leave all others in the darkest colors.
         brightest = max(float(np.percentile(both, 99.5)), low + 1e-9) if both.size else high
-        for j, (library, rows) in enumerate(samples):
-            row = axes[i * len(samples) + j]
-            title = name if library is None else f"{name}, {library}"
-            for panel, values, kind in ((row[0], observed, "measured"), (row[1], made, "imputed")):
+        for j, (_, rows) in enumerate(samples):
+            place = i * len(samples) + j
+            row = axes[place]
+            for k, values in enumerate((observed, made)):
                 colored = Numbers(values[:, i], colormap(cmap), Normalize(low, brightest))
-                draw_map(panel, xy, colored, rows, title=f"{title}, {kind}", size=size, **kwargs)
+                draw_map(row[k], xy, colored, rows, title=titles[3 * place + k], size=size, **kwargs)
             row[0].figure.colorbar(
                 row[0].collections[0], ax=list(row[:2]), shrink=0.8, pad=0.02,
                 extend="max" if brightest < high else "neither",
             )  # fmt: skip
             _draw_against(row[2], observed[rows, i], made[rows, i], (low, high), cmap)
+            row[2].set_title(titles[3 * place + 2], fontsize="medium")
     return canvas.finish()
+
+
+def _agreement(true: NDArray[Any], guess: NDArray[Any]) -> str:
+    kept = np.isfinite(true) & np.isfinite(guess)
+    score = "R² cannot be computed"
+    if kept.any():
+        r2 = imputation_scores(true[kept, None], guess[kept, None])["r2"]
+        score = "R² undefined: constant" if np.isnan(r2) else f"R² = {r2:.2f}"
+    return f"{score}, {kept.sum():,} cells"
 
 
 def _draw_against(ax: Any, true: NDArray[Any], guess: NDArray[Any], limits: tuple[float, float], cmap: str) -> None:
     kept = np.isfinite(true) & np.isfinite(guess)
-    score = "R² cannot be computed"
     if kept.any():
         # Cells lie on top of each other, most of all where nothing was measured.
         ax.hexbin(
             true[kept], guess[kept], gridsize=36, extent=(*limits, *limits), bins="log", mincnt=1, cmap=cmap,
             linewidths=0.1,
         )  # fmt: skip
-        r2 = imputation_scores(true[kept, None], guess[kept, None])["r2"]
-        score = "R² undefined: constant" if np.isnan(r2) else f"R² = {r2:.2f}"
     margin = 0.03 * (limits[1] - limits[0])
     ax.plot(limits, limits, color="#666666", linewidth=0.8, linestyle="--")
     ax.set_xlim(limits[0] - margin, limits[1] + margin)
     ax.set_ylim(limits[0] - margin, limits[1] + margin)
     ax.set_aspect("equal")
-    ax.set_title(f"{score}, {kept.sum():,} cells", fontsize="medium")
     ax.set_xlabel("measured")
     ax.set_ylabel("imputed")
     ax.spines[["top", "right"]].set_visible(False)
@@ -246,7 +265,7 @@ def _observed(
 
 def _factor(adata: AnnData, matrix: Any, scale: Any, record: dict[str, Any]) -> NDArray[np.float32]:
     """Return the size factor of each cell in the model; without a record, the one that scales to the median total."""
-    if not {"total", "measured", "share", "trained_scale"} <= record.keys():
+    if not {"total", "measured", "fraction", "trained_scale"} <= record.keys():
         return ExpressionReader(matrix, np.arange(adata.n_vars), scale, None).factor
     columns = adata.var_names.get_indexer(as_index(record["measured"])).astype(np.int64)
     gone = int((columns < 0).sum())
@@ -255,6 +274,6 @@ def _factor(adata: AnnData, matrix: Any, scale: Any, record: dict[str, Any]) -> 
             f"{gone:,} of the {len(columns):,} genes that the model saw have left the object since: measured values "
             "are scaled by those left. Draw before genes are selected for values as the model saw them.",
         )
-    share = np.asarray(in_memory(record["share"], "adata.uns"), dtype=np.float32)
-    statistics = GeneStatistics(np.zeros(len(share), dtype=np.float32), share, float(record["total"]))
+    fraction = np.asarray(in_memory(record["fraction"], "adata.uns"), dtype=np.float32)
+    statistics = GeneStatistics(np.zeros(len(fraction), dtype=np.float32), fraction, float(record["total"]))
     return ExpressionReader(matrix, columns, scale, statistics, trained_scale=record["trained_scale"]).factor

@@ -34,6 +34,7 @@ def niche_composition(
     modality: str | Sequence[str] | None = None,
     kind: Literal["auto", "bars", "heatmap"] = "auto",
     cmap: str = "viridis",
+    title: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
@@ -56,6 +57,8 @@ def niche_composition(
         `"bars"`, stacked to 100 %; `"heatmap"`, easier to read with many kinds; `"auto"`, bars for up to 20 kinds.
     cmap
         Color map of the heat map.
+    title
+        Title of the axes; none by default.
     ax
         Axes to draw into; by default a new figure.
     show
@@ -78,7 +81,7 @@ def niche_composition(
     """
     from matplotlib.transforms import ScaledTranslation
 
-    canvas = Canvas(ax, show, save, return_fig)
+    canvas = Canvas(ax, show, save, return_fig, title)
     adata, _ = results_of(adata, modality, lambda held, _: key in held.obs)
     columns = {}
     for name, advice in ((key, "Run fimp_sc.tl.niches(adata) first, or set key=."), (groupby, "Set groupby=.")):
@@ -92,16 +95,16 @@ def niche_composition(
     rows, parts = np.flatnonzero(counts.sum(axis=1)), np.flatnonzero(counts.sum(axis=0))
     if not rows.size:
         raise ValueError(f"No cell has both a niche (obs[{key!r}]) and a kind (obs[{groupby!r}]).")
-    shares = counts[rows] / counts[rows].sum(axis=1, keepdims=True)
+    fractions = counts[rows] / counts[rows].sum(axis=1, keepdims=True)
 
     heatmap = kind == "heatmap" or (kind == "auto" and len(parts) > _TOO_MANY)
     width = max(2.2 + 0.32 * len(parts), 4) if heatmap else 6.5
     ax = canvas.axes((width, 1.3 + 0.32 * len(rows)))
     names = [str(kinds.categories[part]) for part in parts]
     if heatmap:
-        _draw_heatmap(ax, shares[:, parts], names, groupby, cmap)
+        _draw_heatmap(ax, fractions[:, parts], names, groupby, cmap)
     else:
-        _draw_bars(ax, shares, parts, names, palette_of(adata, groupby, kinds), groupby)
+        _draw_bars(ax, fractions, parts, names, palette_of(adata, groupby, kinds), groupby)
     colors = palette_of(adata, key, niches)
     # Nine points left of the axes, whatever these show.
     place = ax.get_yaxis_transform() + ScaledTranslation(-9 / 72, 0, ax.figure.dpi_scale_trans)
@@ -121,30 +124,31 @@ def niche_composition(
     ax.tick_params(axis="y", length=0, pad=16)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_ylabel(f"{key} (cells)")
+    canvas.entitle()
     return canvas.finish(legend_room=2.0)
 
 
-def _draw_bars(ax: Axes, shares: Any, parts: Any, names: list[str], colors: list[Any], title: str) -> None:
-    left = np.zeros(len(shares))
+def _draw_bars(ax: Axes, fractions: Any, parts: Any, names: list[str], colors: list[Any], title: str) -> None:
+    left = np.zeros(len(fractions))
     for part, name in zip(parts, names, strict=True):
         ax.barh(
-            np.arange(len(shares)), shares[:, part], 0.78, left=left, color=colors[part], edgecolor="white",
+            np.arange(len(fractions)), fractions[:, part], 0.78, left=left, color=colors[part], edgecolor="white",
             linewidth=0.6, label=name,
         )  # fmt: skip
-        left += shares[:, part]
+        left += fractions[:, part]
     ax.set_xlim(0, 1)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    ax.set_xlabel("Share of cells")
+    ax.set_xlabel("Fraction of cells")
     ax.spines[["top", "right", "left"]].set_visible(False)
     legend_beside(ax, ax.get_legend_handles_labels()[0], title)
 
 
-def _draw_heatmap(ax: Axes, shares: Any, names: list[str], title: str, cmap: str) -> None:
-    image = ax.imshow(shares, aspect="auto", cmap=cmap, vmin=0, interpolation="nearest")
+def _draw_heatmap(ax: Axes, fractions: Any, names: list[str], title: str, cmap: str) -> None:
+    image = ax.imshow(fractions, aspect="auto", cmap=cmap, vmin=0, interpolation="nearest")
     ax.set_xticks(np.arange(len(names)), names, rotation=90, fontsize="small")
     ax.set_xlabel(title)
     ax.spines[:].set_visible(False)
     bar = ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.02)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    bar.set_label("Share of niche")
+    bar.set_label("Fraction of niche")
     bar.outline.set_visible(False)

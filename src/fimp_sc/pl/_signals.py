@@ -39,6 +39,7 @@ def signals(
     recording: str | None = None,
     times: tuple[float, float] | None = None,
     region_key: str = "region",
+    title: str | Sequence[str] | None = None,
     ax: Axes | Sequence[Axes] | NDArray[np.object_] | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
@@ -68,6 +69,8 @@ def signals(
         otherwise.
     region_key
         Column of `.obs` with the names of regions, which become titles; `.obs_names` where there is no such column.
+    title
+        Titles of the panels, in the order of the axes; by default the regions.
     ax
         Axes to draw into, one for each panel; by default a new figure.
     show
@@ -93,7 +96,7 @@ def signals(
         If the modality holds no signals, a region is in several recordings, `hidden` does not match the signals, there
         are no time points within `times`, or the number of axes `ax` is not that of nodes.
     """
-    canvas = Canvas(ax, show, save, return_fig)
+    canvas = Canvas(ax, show, save, return_fig, title)
     name, adata, info = modality_of_kind(mdata, modality, "signal")
     where = place_of(mdata, name)
     among = _recording(adata, info, recording)
@@ -114,8 +117,9 @@ def signals(
     made = None if key is None else read_rows(adata.layers[key], f"{where}.layers[{key!r}]", rows)[:, shown]
     covered = None if hidden is None else _hidden(adata, where, hidden, rows)[:, shown]
 
+    titles = canvas.titles(_titles(adata, info, rows, column))
     panels = canvas.axes((9, 1.5 * len(rows) + 0.9), (len(rows),), sharex=True)
-    for i, (panel, title) in enumerate(zip(panels, _titles(adata, info, rows, column), strict=True)):
+    for i, (panel, title) in enumerate(zip(panels, titles, strict=True)):
         if covered is not None:
             _shade(panel, time, covered[i])
         panel.plot(time, measured[i], color=_MEASURED, linewidth=0.9, label="measured")

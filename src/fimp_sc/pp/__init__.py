@@ -8,6 +8,7 @@ from fimp_sc.pp._match_genes import match_genes
 from fimp_sc.pp._pyg import from_pyg, to_pyg
 from fimp_sc.pp._spatial_graph import spatial_graph
 from fimp_sc.pp._spot_images import spot_images
+from fimp_sc.pp._text import text
 
 __all__ = [
     "GeneMatch",
@@ -18,5 +19,6 @@ __all__ = [
     "match_genes",
     "spatial_graph",
     "spot_images",
+    "text",
     "to_pyg",
 ]

@@ -93,8 +93,9 @@ def fmri(
         Names (or positions, counted from 0; numbers are names where all of them are) of the recordings that
         ``"functional"`` may look at; required there.
     top_fraction
-        For ``"structural"``: share of the pairs of regions to keep, the strongest of each recording's matrix; equally
-        strong ones are kept together. Connectivities from tractography often join almost all regions: 0.1 is common.
+        For ``"structural"``: fraction of the pairs of regions to keep, the strongest of each recording's matrix;
+        equally strong ones are kept together. Connectivities from tractography often join almost all regions: 0.1 is
+        common.
     threshold
         For ``"structural"``: smallest weight to keep. Negative weights, which are refused otherwise, make no edges
         where ``top_fraction`` or ``threshold`` is given.

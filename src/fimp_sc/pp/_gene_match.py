@@ -23,15 +23,15 @@ class GeneMatch:
         A row per gene, indexed by ``adata.var_names``, with the columns ``name`` (looked up), ``symbol`` (in the
         vocabulary; missing where there is none), ``id`` (int64, -1 where there is none), ``method`` (``"exact"``,
         ``"case"``, ``"alias"``, ``"ortholog"``, ``"uppercase"`` or ``""``), ``status`` (``"matched"``,
-        ``"ambiguous"`` or ``"lost"``), ``share_of_counts`` and ``note`` (why a gene is ambiguous or lost).
-    share_of_counts
-        Share of the total expression that falls on genes with an id; NaN if there is none at all.
+        ``"ambiguous"`` or ``"lost"``), ``fraction_of_counts`` and ``note`` (why a gene is ambiguous or lost).
+    fraction_of_counts
+        Fraction of the total expression that falls on genes with an id; NaN if there is none at all.
     n_vocabulary
         Number of genes in the vocabulary.
     """
 
     table: pd.DataFrame
-    share_of_counts: float
+    fraction_of_counts: float
     n_vocabulary: int
 
     @property
@@ -58,7 +58,7 @@ class GeneMatch:
         """Return a report of a few lines."""
         table, known = self.table, self.table["id"] >= 0
         methods = [(method, int((table["method"][table["status"] == "matched"] == method).sum())) for method in METHODS]
-        found = f"{self.n_used:,} of {len(table):,} genes, {percent(self.share_of_counts)} of counts"
+        found = f"{self.n_used:,} of {len(table):,} genes, {percent(self.fraction_of_counts)} of counts"
         lines = [
             f"GeneMatch: {found}, in a vocabulary of {self.n_vocabulary:,}",
             f"  matched    {self.n_matched:>7,}  " + ", ".join(f"{method} {n:,}" for method, n in methods if n),
@@ -70,9 +70,11 @@ class GeneMatch:
                 f"{self.n_ambiguous - chosen:,} without an id, which another gene has"
             )
         if self.n_lost:
-            lost = table[table["status"] == "lost"].sort_values("share_of_counts", ascending=False, kind="stable")[:5]
-            shares = zip(lost.index, lost["share_of_counts"], strict=True)
-            largest = ", ".join(f"{name} ({percent(share)})" for name, share in shares)
+            lost = table[table["status"] == "lost"].sort_values("fraction_of_counts", ascending=False, kind="stable")[
+                :5
+            ]
+            fractions = zip(lost.index, lost["fraction_of_counts"], strict=True)
+            largest = ", ".join(f"{name} ({percent(fraction)})" for name, fraction in fractions)
             lines.append(f"  lost       {self.n_lost:>7,}  most counts: {largest}")
         return "\n".join(lines)
 
@@ -80,8 +82,8 @@ class GeneMatch:
         return self.summary()
 
 
-def percent(share: float) -> str:
-    """Write a share for people; ``"none"`` where there is nothing to have a share of."""
-    if not np.isfinite(share):
+def percent(fraction: float) -> str:
+    """Write a fraction for people; ``"none"`` where there is nothing to have a fraction of."""
+    if not np.isfinite(fraction):
         return "none"
-    return f"{100 * share:.1f} %" if share == 0 or share >= 0.001 else "<0.1 %"
+    return f"{100 * fraction:.1f} %" if fraction == 0 or fraction >= 0.001 else "<0.1 %"

@@ -33,7 +33,7 @@ _SYMBOL_COLUMNS = (
     *("gene_short_name", "hgnc_symbol", "mgi_symbol", "external_gene_name"),
 )
 _ENSEMBL_COLUMNS = ("gene_ids", "gene_id", "ensembl_ids", "ensembl_id", "ensembl_gene_id", "feature_id", "ensembl")
-_LOW_SHARE = 0.5
+_LOW_FRACTION = 0.5
 
 
 @checked
@@ -125,7 +125,7 @@ def match_genes(
     >>> import fimp_sc as fimp
     >>> adata = fimp.datasets.toy_tissue(n_obs=300)
     >>> match = fimp.pp.match_genes(adata, list(adata.var_names[::-1]))
-    >>> match.share_of_counts
+    >>> match.fraction_of_counts
     1.0
     """
     check_anndata(adata)
@@ -144,14 +144,16 @@ def match_genes(
         counts=counts,
     )
     known = (table["id"] >= 0).to_numpy()
-    share = float(counts[known].sum() / counts.sum()) if counts.sum() > 0 else float("nan")
-    match = GeneMatch(table, share, len(ids))
+    fraction = float(counts[known].sum() / counts.sum()) if counts.sum() > 0 else float("nan")
+    match = GeneMatch(table, fraction, len(ids))
     if not known.any():
-        raise ValueError(f"None of the {adata.n_vars:,} genes are in the vocabulary. {advice(table, ids, species)}")
-    if (share if np.isfinite(share) else known.mean()) < _LOW_SHARE:
+        raise ValueError(
+            f"None of the {adata.n_vars:,} genes are in the vocabulary. {advice(table, ids, species, orthologs)}"
+        )
+    if (fraction if np.isfinite(fraction) else known.mean()) < _LOW_FRACTION:
         warn(
-            f"Only {percent(share)} of the counts, and {match.n_used:,} of {adata.n_vars:,} genes, are in the "
-            f"vocabulary: the model will not see the rest. {advice(table, ids, species)}"
+            f"Only {percent(fraction)} of the counts, and {match.n_used:,} of {adata.n_vars:,} genes, are in the "
+            f"vocabulary: the model will not see the rest. {advice(table, ids, species, orthologs)}"
         )
     parameters = {
         "species": species,
@@ -208,7 +210,7 @@ def _gene_totals(matrix: Any, where: str) -> NDArray[np.float64]:
         values = np.asarray(piece.data if sparse.issparse(piece) else piece)
         if values.size and not (np.isfinite(values).all() and values.min() >= 0):
             raise ValueError(
-                f"{where} holds negative, missing or infinite values, so that shares of counts make no sense: pass "
+                f"{where} holds negative, missing or infinite values, so that fractions of counts make no sense: pass "
                 "layer= with counts or normalized expression."
             )
         sums = np.asarray(piece.sum(int(turned), dtype=np.float64)).ravel()
@@ -241,6 +243,6 @@ def _write(adata: AnnData, key: str, match: GeneMatch, parameters: dict[str, str
             "n_matched": match.n_matched,
             "n_ambiguous": match.n_ambiguous,
             "n_lost": match.n_lost,
-            "share_of_counts": match.share_of_counts,
+            "fraction_of_counts": match.fraction_of_counts,
             "methods": {str(method): int(n) for method, n in methods.items()},
         }

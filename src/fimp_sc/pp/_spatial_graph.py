@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from fimp_sc._compat import quiet_squidpy, squidpy_graph_builder
 from fimp_sc._options import checked
@@ -22,6 +23,7 @@ from fimp_sc.data.validate._checks import (
     check_key_added,
     check_object,
     check_obs_key,
+    dissociated_hint,
     get_graph,
     shorten,
 )
@@ -72,7 +74,8 @@ def spatial_graph(
             the ``n_neighbors`` (6 for hexagons, 4 for squares) adjacent positions of a regular grid such as Visium's,
             out to ``n_rings`` rings.
     n_neighbors
-        Number of neighbors for ``"knn"`` and ``"grid"``; left alone otherwise.
+        Number of neighbors for ``"knn"`` and ``"grid"``; left alone otherwise. With 0, of ``"knn"``, the graph is empty
+        and coordinates are not needed: cells of dissociated tissue (scRNA-seq) are so described by their own genes.
     radius
         Distance in the unit of the coordinates. Needed by ``"radius"``, optional for ``"delaunay"``. A pair
         ``(minimum, maximum)`` keeps the edges whose length lies between the two.
@@ -111,7 +114,7 @@ def spatial_graph(
     ValueError
         No cells, unusable coordinates (also one place for all cells of a sample), cells without a sample, a sample too
         small for the graph asked for, parameters that do not belong together, a slash in ``key_added``, a graph without
-        any edge, an existing graph that is unusable, or something else under the
+        any edge (but for ``n_neighbors=0``), an existing graph that is unusable, or something else under the
         names of the results. ``adata`` is unchanged whenever an exception is raised.
 
     Warns
@@ -176,8 +179,13 @@ def add_graph(
         return
     if not overwrite:
         check_free(adata, key_added)
+    if method == "knn" and n_neighbors == 0:
+        empty = sparse.csr_matrix((adata.n_obs, adata.n_obs), dtype=np.float32)
+        _write(adata, key_added, empty, empty.astype(np.float64), {**keys, "params": {"n_neighbors": 0}})
+        logger.info("Wrote a graph without edges to adata.obsp[%r]: no cell has neighbors.", keys["connectivities_key"])
+        return
 
-    coordinates = check_coordinates(adata, spatial_key)
+    coordinates = check_coordinates(adata, spatial_key, advice=dissociated_hint(adata))
     groups = {"": np.arange(adata.n_obs)} if library is None else _groups(library)
     _check_places(coordinates, groups, f"adata.obsm[{spatial_key!r}]", library_key)
     _check_library_sizes(method, n_neighbors, coordinates, groups, library_key)
@@ -239,6 +247,8 @@ def _builder_arguments(method: str, n_neighbors: Any, radius: Any, n_rings: Any)
         raise ValueError(f'n_neighbors={n_neighbors} only applies to method="knn" or "grid", but method={method!r}.')
 
     if method in {"knn", "grid"}:
+        if method == "grid" and n_neighbors == 0:
+            raise ValueError('n_neighbors=0 only applies to method="knn": a grid has adjacent positions.')
         if radius is not None:
             raise ValueError(
                 f'radius={radius!r} only applies to method="radius" or "delaunay", but method={method!r}: '

@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fimp_sc.data import BinnedTokenizer, SequenceStatistics
+from fimp_sc.data import BinnedTokenizer, RankTokenizer, SequenceStatistics
+from fimp_sc.data.storage._elements import shorten
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from pathlib import Path
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
-    from fimp_sc.data import Tokenizer
+    from fimp_sc.data import SequenceBatch, Tokenizer
     from fimp_sc.nn import TransformerLayer, TransformerStack
     from fimp_sc.pretrained.files._files import Weights
 
@@ -46,22 +48,31 @@ class Backbone:
 class GeneTokens(nn.Module):
     """Tokens of cells by a foundation model of expression.
 
-    The first token of a cell is its summary. A subclass has ``forward``, from genes ``(n, f)`` int64, values ``(n, f)``
-    and padding ``(n, f)`` bool to tokens ``(n, 1 + f, width)`` and their padding; and, for a model with a decoder,
-    ``query_tokens``, from genes of any shape to tokens whose value is hidden.
+    A subclass has ``forward``, from genes ``(n, f)`` int64, values ``(n, f)`` and padding ``(n, f)`` bool to tokens
+    ``(n, n_class + f, width)`` and their padding; and, for a model with a decoder, ``query_tokens``, from genes of any
+    shape to tokens whose value is hidden.
 
     Attributes
     ----------
     known
         ``(n_genes,)`` bool buffer, genes that the vocabulary has. The others never become tokens.
+    n_class
+        Tokens before those of genes, of which the first is the summary of a cell.
+    pooling
+        What the embedding of a cell is: its summary (``"cls"``), or the mean of the tokens of genes (``"mean"``).
     n_bins
         Bins into which the values of a cell are put, where the model reads bins.
+    reads_counts
+        Whether it needs raw counts.
     unit_length
         Whether embeddings are divided by their length.
     """
 
     known: Tensor
+    n_class = 1
+    pooling: str = "cls"
     n_bins: int | None = None
+    reads_counts = False
     unit_length = False
 
     def tokenizer(
@@ -75,6 +86,56 @@ class GeneTokens(nn.Module):
             See :class:`fimp_sc.data.BinnedTokenizer`.
         """
         return BinnedTokenizer(gene_rank, self.known.cpu(), self.n_bins or 0, random_state, n_queries, gene_key)
+
+
+class RankTokens(GeneTokens):
+    """Tokens of cells by a foundation model that reads genes in the order of their counts over usual ones.
+
+    A subclass has ``forward``.
+
+    Parameters
+    ----------
+    n_genes
+        Genes of the model.
+    n_tokens
+        Tokens that they are; the same of several genes whose counts are added.
+    n_most
+        Largest number of tokens of a cell.
+
+    Attributes
+    ----------
+    place
+        ``(n_genes,)`` int64 buffer, which token each gene is, -1 where it is none.
+    usual
+        ``(n_tokens,)`` float64 buffer, by which counts are divided.
+    """
+
+    reads_counts = True
+    place: Tensor
+    usual: Tensor
+
+    def __init__(self, n_genes: int, n_tokens: int, n_most: int) -> None:
+        super().__init__()
+        self.n_tokens, self.n_most = n_tokens, n_most
+        self.register_buffer("place", torch.full((n_genes,), -1, dtype=torch.int64))
+        self.register_buffer("usual", torch.ones(n_tokens, dtype=torch.float64))
+
+    @property
+    def known(self) -> Tensor:  # type: ignore[override]
+        """``(n_genes,)`` bool, genes that are tokens."""
+        return self.place >= 0
+
+    def tokenizer(
+        self, gene_rank: Tensor, random_state: int, n_queries: int, gene_key: NDArray[np.uint64]
+    ) -> Tokenizer:
+        """Return what puts genes in the order of their counts over usual ones."""
+        return RankTokenizer(self.place.cpu().numpy(), self.usual.cpu().numpy(), self.n_most)
+
+    def ranked(self, feature_id: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return token and rank of each gene, from 0, and padding that includes unknown genes, ``(n, f)`` each."""
+        place = self.place[feature_id]
+        padding = padding | (place < 0)
+        return place.clamp(min=0), ((~padding).cumsum(1) - 1).clamp(min=0), padding
 
 
 class SequenceTokens(nn.Module):
@@ -102,6 +163,10 @@ class SequenceTokens(nn.Module):
     misaligned = ""
     unit_length = False
 
+    def padding(self, nodes: SequenceBatch) -> Tensor | None:
+        """Return where there is no token, ``(n, n_class + f)`` bool; by default all nodes have as many."""
+        return None
+
     def check(self, size: Sequence[int], n_coordinates: int) -> None:
         """Check that nodes can be read, before any is; by default any can.
 
@@ -125,6 +190,66 @@ class SequenceTokens(nn.Module):
     def places(self, coordinates: NDArray[np.floating]) -> NDArray[np.floating]:
         """Return what tokens know of where nodes are, ``(n_obs, c)``, by default nothing."""
         return coordinates[:, :0]
+
+
+def without_weights(build: Callable[..., Backbone], config: Mapping[str, Any], **stack: Any) -> Backbone:
+    """Build modules whose weights a file replaces, all of them: no memory is filled with random numbers for nothing.
+
+    Parameters
+    ----------
+    build, config, **stack
+        See :meth:`FoundationReader.build`.
+    """
+    with torch.device("meta"):
+        backbone = build(config, **stack)
+    for module in (backbone.embedding, backbone.stack, backbone.decoder):
+        if module is not None:
+            module.to_empty(device="cpu")
+    return backbone
+
+
+def distinct_tokens(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the tokens that genes are, in their order, and the place among these of each gene; -1 stands for none."""
+    used = np.unique(ids[ids >= 0])
+    return used, np.where(ids >= 0, np.searchsorted(used, ids), -1)
+
+
+def chosen_rows(
+    vocabulary: Collection[str], rows: ArrayLike | None, path: Path, names: str = "names"
+) -> NDArray[np.int64]:
+    """Return the row in a vocabulary of each gene of a model, -1 where it has none, after checking that it can be so.
+
+    Parameters
+    ----------
+    vocabulary
+        Names, one for each row.
+    rows
+        What was asked for; ``None`` for all of them.
+    path, names
+        File of the vocabulary, and what its names are, for messages.
+
+    Raises
+    ------
+    ValueError
+        These are not rows of the vocabulary, or no gene has one.
+    """
+    if rows is None:
+        return np.arange(len(vocabulary))
+    chosen = np.asarray(rows)
+    if chosen.ndim != 1 or (chosen.dtype.kind not in "iu" and chosen.size):
+        raise ValueError(f"rows must be a list of whole numbers, found shape {chosen.shape} of {chosen.dtype}")
+    chosen = chosen.astype(np.int64)
+    if chosen.size and not -1 <= chosen.min() <= chosen.max() < len(vocabulary):
+        raise ValueError(
+            f"rows must be -1 or ids of the vocabulary, 0 to {len(vocabulary) - 1:,}, found {chosen.min()} to "
+            f"{chosen.max()}"
+        )
+    if not (chosen >= 0).any():
+        raise ValueError(
+            f"None of the {len(chosen):,} genes is in the vocabulary {str(path)!r}, which has {names} such as "
+            f"{shorten([repr(name) for name in vocabulary])}."
+        )
+    return chosen
 
 
 @torch.no_grad()

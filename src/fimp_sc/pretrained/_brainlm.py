@@ -23,7 +23,7 @@ from fimp_sc.pretrained._vit import (
     read_sizes,
 )
 from fimp_sc.pretrained.files._files import CheckpointError
-from fimp_sc.pretrained.files._settings import open_checkpoint
+from fimp_sc.pretrained.files._settings import WEIGHT_FILES, open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -81,6 +81,7 @@ class BrainLM(FoundationReader):
     reads = "signal"
     nodes = "signals of brain regions"
     files = "config.json and model.safetensors of one of the models in the hub repository vandijklab/brainlm"
+    needed = (("config.json",), WEIGHT_FILES)
 
     def build(self, config: Mapping[str, Any], **stack: Any) -> Backbone:
         """Build the modules with random weights.

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from fimp_sc.pretrained._backbone import Backbone
 
 # Models that come with the package; each module registers its own when it is first asked for.
-_OWN = {"scgpt": "_scgpt", "vit": "_vit", "brainlm": "_brainlm"}
+_OWN = {
+    "scgpt": "_scgpt",
+    "geneformer": "_geneformer",
+    "nicheformer": "_nicheformer",
+    "vit": "_vit",
+    "brainlm": "_brainlm",
+    "bert": "_bert",
+}
 
 _readers: dict[str, FoundationReader] = {}
 
@@ -39,12 +46,15 @@ class FoundationReader(ABC):
         A word for them in messages, such as ``"images"``.
     files
         What a folder with a checkpoint holds, for messages.
+    needed
+        Names of files without which :func:`load` refuses a folder; of each tuple one must be there.
     """
 
     name: ClassVar[str]
     reads: ClassVar[str]
     nodes: ClassVar[str]
     files: ClassVar[str]
+    needed: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     @abstractmethod
     def read(self, folder: Path, rows: Any = None, **stack: Any) -> Backbone:
@@ -182,7 +192,9 @@ class Foundation:
         ValueError
             When it is the foundation model of a saved model.
         """
-        how = {"rows": rows} if rows is not None else {}
+        how: dict[str, Any] = {"rows": rows} if rows is not None else {}
+        if "species" in self.reader.settings:
+            how["species"] = self.species
         return self.reader.read(self._located(), **how, **self.settings, **self._messages(), **stack)
 
     def build(self, config: Mapping[str, Any], **stack: Any) -> Backbone:
@@ -237,8 +249,9 @@ def load(
     Parameters
     ----------
     name
-        ``"scgpt"`` (expression), ``"vit"`` (images; also DINOv2 and models of pathology built on it), ``"brainlm"``
-        (signals of brain regions), or one that :func:`register` made known.
+        ``"scgpt"``, ``"geneformer"`` or ``"nicheformer"`` (expression), ``"vit"`` (images; also DINOv2 and models of
+        pathology built on it), ``"brainlm"`` (signals of brain regions), ``"bert"`` (texts), or one that
+        :func:`register` made known.
     checkpoint
         Folder with the files of the model, or the name of a repository on the Hugging Face hub, which is downloaded.
     train
@@ -258,10 +271,14 @@ def load(
     vocabulary_key
         Column of ``var`` with ids from :func:`fimp_sc.pp.match_genes`; by default genes are matched by name.
     **settings
-        Of this model. scGPT: ``cls_value`` (value of its first token, by default that of padding). ViT: ``pooling``,
-        the embedding of an image, ``"cls"`` (class token) or ``"cls+mean"`` (followed by the mean of its patches);
-        ``mean`` and ``std``, three numbers each from 0 to 1, by which colors are normalized where no file says so (by
-        default one half, of models with layer scale, such as DINOv2, ImageNet's); ``n_heads`` without a configuration.
+        Of this model. scGPT: ``cls_value`` (value of its first token, by default that of padding). Geneformer:
+        ``layer`` that is read (by default -2, the last but one) and ``pooling`` (``"cls"`` or ``"mean"`` of the genes,
+        by default the first where there is such a token). Nicheformer: ``assay``, such as ``"xenium"``, which it needs,
+        and ``layer`` (by default -1, the last). BERT: ``pooling`` (``"mean"`` or ``"cls"``, by default what the files
+        say) and ``layer``. ViT: ``pooling``, the embedding of an image, ``"cls"`` (class token) or ``"cls+mean"``
+        (followed by the mean of its patches); ``mean`` and ``std``, three numbers each from 0 to 1, by which colors are
+        normalized where no file says so (by default one half, of models with layer scale, such as DINOv2,
+        ImageNet's); ``n_heads`` without a configuration.
 
     Returns
     -------
@@ -270,7 +287,8 @@ def load(
     Raises
     ------
     CheckpointError
-        There is no such folder, and nothing can be downloaded under that name; a :class:`ValueError`.
+        There is no such folder, and nothing can be downloaded under that name; or it lacks a file. A
+        :class:`ValueError`.
     TypeError
         An argument is unknown or of another type.
     ValueError
@@ -286,15 +304,17 @@ def load(
     unknown = [setting for setting in settings if setting not in reader.settings]
     if unknown:
         takes = ["train", "neighbor_states", "aggregate", "species", "orthologs", "vocabulary_key", *reader.settings]
-        raise TypeError(f"load({name!r}) got {unknown[0]}=, and takes {', '.join(takes)}.")
+        raise TypeError(f"load({name!r}) got {unknown[0]}=, and takes {', '.join(dict.fromkeys(takes))}.")
     if reader.reads != "expression" and (species != "human" or orthologs is not None or vocabulary_key is not None):
         raise ValueError(f"species, orthologs and vocabulary_key are for genes, and {name!r} reads {reader.nodes}.")
     if checkpoint is None:
         raise ValueError(f"load({name!r}) needs checkpoint, the folder with {reader.files}.")
-    from fimp_sc.pretrained.files._files import checkpoint_folder
+    from fimp_sc.pretrained.files._files import check_files, checkpoint_folder
 
     path = Path(checkpoint).expanduser()
     folder = path if path.is_file() else checkpoint_folder(checkpoint)
+    if folder.is_dir():
+        check_files(folder, reader.needed)
     return Foundation(
         name, str(checkpoint), train, neighbor_states, aggregate, species, orthologs, vocabulary_key, settings, folder
     )

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from fimp_sc.data.storage._elements import shorten
 from fimp_sc.nn import TransformerStack
-from fimp_sc.pretrained._backbone import Backbone, GeneTokens, copy_layer, copy_weights
+from fimp_sc.pretrained._backbone import (
+    Backbone,
+    GeneTokens,
+    chosen_rows,
+    copy_layer,
+    copy_weights,
+    without_weights,
+)
 from fimp_sc.pretrained._registry import FoundationReader, register
-from fimp_sc.pretrained.files._files import CheckpointError, checkpoint_folder, find_weights, read_json, read_weights
+from fimp_sc.pretrained.files._files import (
+    CheckpointError,
+    check_file,
+    checkpoint_folder,
+    find_weights,
+    read_json,
+    read_weights,
+)
+from fimp_sc.pretrained.files._text_tables import open_text_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +38,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
+    from fimp_sc.data import BinnedTokenizer, Tokenizer
     from fimp_sc.pretrained.files._files import Weights
 
 _WEIGHTS = ("best_model.pt", "best_model.safetensors", "model.safetensors", "model.pt")
@@ -35,9 +53,11 @@ _NAMES = (
 )
 # Parts that neither tokens nor layers pass: heads, and what only pretraining and fine-tuning have.
 _UNREAD = re.compile(
-    r"(flag_encoder|batch_encoder|cls_decoder|mvc_decoder|grad_reverse_discriminator|sim|creterion_cce"
-    r"|decoder\.zero_logit)(\.|$)"
+    r"(flag_encoder|batch_encoder|cls_decoder|(impute_)?mvc_decoder|grad_reverse_discriminator|sim|creterion_cce"
+    r"|decoder\.(zero_logit|moe|experts|gate))(\.|$)"
 )
+# Of scGPT-spatial: mean of the values above zero of each gene, by its id, by which counts are divided.
+_MEANS = "all_dict_mean_std.csv"
 _LAYER = {
     "attention.qkv": "self_attn.Wqkv",
     "attention.output": "self_attn.out_proj",
@@ -61,15 +81,18 @@ _PADDING = 64
 
 
 class ScGPT(FoundationReader):
-    """Reads checkpoints of scGPT: ``args.json``, ``vocab.json`` and the weights.
+    """Reads checkpoints of scGPT and scGPT-spatial: ``args.json``, ``vocab.json`` and the weights.
 
-    Names of weights may be those of flash attention, of torch's, and of a mirror in the format of transformers.
+    Names of weights may be those of flash attention, of torch's, and of a mirror in the format of transformers. With
+    ``all_dict_mean_std.csv`` of scGPT-spatial beside them, counts are divided by the mean of each gene before they are
+    put into bins; genes without a mean are no tokens. Its decoder, a mixture of experts, is not read.
     """
 
     name = "scgpt"
     reads = "expression"
     nodes = "expression"
     files = "args.json, vocab.json and best_model.pt; the authors of scGPT link it from their repository"
+    needed = (("args.json",), ("vocab.json",), _WEIGHTS)
 
     def build(self, config: Mapping[str, Any], **stack: Any) -> Backbone:
         """Build the modules with random weights; ``dropout`` replaces that of ``config``, also in the tokens."""
@@ -82,6 +105,7 @@ class ScGPT(FoundationReader):
             cls_value=config["cls_value"],
             dropout=config["dropout"],
             n_bins=config["n_bins"],
+            by_mean=config.get("by_mean", False),
         )
         layers = TransformerStack(
             config["embsize"],
@@ -116,7 +140,7 @@ class ScGPT(FoundationReader):
         folder = checkpoint_folder(folder)
         config = _read_config(folder / "args.json")
         vocabulary = _read_vocabulary(folder / "vocab.json")
-        chosen = _chosen_rows(vocabulary, rows, folder / "vocab.json")
+        chosen = chosen_rows(vocabulary, rows, folder / "vocab.json", "human gene symbols")
         weights = read_weights(find_weights(folder, _WEIGHTS)).renamed(_released_name)
         _check_parts(config, weights, folder / "args.json")
         width = config["embsize"]
@@ -135,14 +159,18 @@ class ScGPT(FoundationReader):
             "cls_value": config["pad_value"] if cls_value is None else float(cls_value),
             "decoder": has_decoder,
         }
+        means = _read_means(folder / _MEANS) if (folder / _MEANS).exists() else None
+        if means is not None:
+            # Bins of divided counts are not those that a decoder could turn into values.
+            weights = weights.renamed(lambda key: None if key.startswith("decoder.") else key)
+            config |= {"by_mean": True, "decoder": False}
 
-        # No memory is filled with random numbers that the file replaces.
-        with torch.device("meta"):
-            backbone = self.build(config, **stack)
-        for module in (backbone.embedding, backbone.stack, backbone.decoder):
-            if module is not None:
-                module.to_empty(device="cpu")
+        backbone = without_weights(self.build, config, **stack)
         _load_tokens(backbone.embedding, weights, table, chosen, vocabulary)
+        if means is not None:
+            usual = np.array([means.get(row, np.nan) for row in chosen.tolist()])
+            backbone.embedding.known &= torch.from_numpy(~np.isnan(usual))
+            backbone.embedding.usual.copy_(torch.from_numpy(np.nan_to_num(usual, nan=1.0)))
         layers: Any = backbone.stack.layers
         for i, layer in enumerate(layers):
             copy_layer(layer, weights, f"transformer_encoder.layers.{i}.", _LAYER)
@@ -196,6 +224,8 @@ class ScGPTTokens(GeneTokens):
         Rate on the encoding of values.
     n_bins
         Bins of the values of a cell.
+    by_mean
+        Whether counts are divided by the mean of each gene first.
 
     Notes
     -----
@@ -203,6 +233,7 @@ class ScGPTTokens(GeneTokens):
     """
 
     unit_length = True  # as its authors use embeddings
+    usual: Tensor
 
     def __init__(
         self,
@@ -215,8 +246,10 @@ class ScGPTTokens(GeneTokens):
         max_value: float = 512.0,
         dropout: float = 0.0,
         n_bins: int | None = None,
+        by_mean: bool = False,
     ) -> None:
         super().__init__()
+        self.reads_counts = by_mean
         self.n_genes, self.n_bins = n_genes, n_bins
         self.pad_value, self.mask_value, self.cls_value = pad_value, mask_value, cls_value
         self.max_value = max_value
@@ -227,6 +260,15 @@ class ScGPTTokens(GeneTokens):
         self.value_norm = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("known", torch.ones(n_genes, dtype=torch.bool))
+        if by_mean:
+            self.register_buffer("usual", torch.ones(n_genes, dtype=torch.float64))
+
+    def tokenizer(
+        self, gene_rank: Tensor, random_state: int, n_queries: int, gene_key: NDArray[np.uint64]
+    ) -> Tokenizer:
+        """Return what puts values, divided by the means of genes where these are known, into bins."""
+        tokens = super().tokenizer(gene_rank, random_state, n_queries, gene_key)
+        return replace(cast("BinnedTokenizer", tokens), usual=self.usual.cpu().numpy()) if self.reads_counts else tokens
 
     def forward(self, feature_id: Tensor, value: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens of nodes.
@@ -344,31 +386,27 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     return vocabulary
 
 
-def _chosen_rows(vocabulary: Mapping[str, int], rows: ArrayLike | None, path: Path) -> NDArray[np.int64]:
-    """Return the id of each gene of the model, -1 where it has none."""
-    if rows is None:
-        return np.arange(len(vocabulary))
-    chosen = np.asarray(rows)
-    if chosen.ndim != 1 or (chosen.dtype.kind not in "iu" and chosen.size):
-        raise ValueError(f"rows must be a list of whole numbers, found shape {chosen.shape} of {chosen.dtype}")
-    chosen = chosen.astype(np.int64)
-    if chosen.size and not -1 <= chosen.min() <= chosen.max() < len(vocabulary):
-        raise ValueError(
-            f"rows must be -1 or ids of the vocabulary, 0 to {len(vocabulary) - 1:,}, found {chosen.min()} to "
-            f"{chosen.max()}"
-        )
-    if not (chosen >= 0).any():
-        raise ValueError(
-            f"None of the {len(chosen):,} genes is in the vocabulary {str(path)!r}, which has human gene symbols such "
-            f"as {shorten([repr(name) for name in vocabulary])}."
-        )
-    return chosen
-
-
 def _released_name(key: str) -> str | None:
     for pattern, name in _NAMES:
         key = pattern.sub(name, key)
     return None if _UNREAD.match(key) else key
+
+
+def _read_means(path: Path) -> dict[int, float]:
+    """Return the mean of each gene by its id."""
+    check_file(path)
+    try:
+        table = pd.read_csv(open_text_table(path, ","), index_col=0)
+        means = {int(gene): float(mean) for gene, mean in table["mean"].items()}
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} must be a table with ids of genes in its first column and a column 'mean' ({error})."
+        ) from None
+    if not all(0 < mean < np.inf for mean in means.values()):
+        raise CheckpointError(
+            f"{str(path)!r} has means that are not above zero: take it from where the weights are from."
+        )
+    return means
 
 
 def _check_parts(config: dict[str, Any], weights: Weights, path: Path) -> None:

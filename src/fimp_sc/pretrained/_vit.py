@@ -19,7 +19,7 @@ from fimp_sc.nn import TransformerStack
 from fimp_sc.pretrained._backbone import Backbone, SequenceTokens, copy_layer, copy_weights
 from fimp_sc.pretrained._registry import FoundationReader, register
 from fimp_sc.pretrained.files._files import CheckpointError, read_json
-from fimp_sc.pretrained.files._settings import Config, open_checkpoint
+from fimp_sc.pretrained.files._settings import WEIGHT_FILES, Config, open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,6 +60,7 @@ class ViT(FoundationReader):
     reads = "patch"
     nodes = "images"
     files = "config.json and model.safetensors, or the name of a repository on the Hugging Face hub"
+    needed = (WEIGHT_FILES,)
 
     def build(self, config: Mapping[str, Any], **stack: Any) -> Backbone:
         """Build the modules with random weights."""

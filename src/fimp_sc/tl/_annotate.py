@@ -6,16 +6,17 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import infer_dtype
 
-from fimp_sc._logging import user_messages
+from fimp_sc._logging import user_messages, warn
 from fimp_sc._options import checked
-from fimp_sc.data.storage._elements import get_obs
+from fimp_sc.data.storage._elements import nearest
 from fimp_sc.data.validate._labels import labeled
-from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
+from fimp_sc.tl._call._inputs import check_results, choose, working_copy
 from fimp_sc.tl._call._models import fitted_model, given_model, write_back
-from fimp_sc.tl._call._results import finite_or_raise, placed, record
+from fimp_sc.tl._call._results import drop_stale_colors, finite_or_raise, placed, record
+from fimp_sc.tl._call._several import opened, several
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from anndata import AnnData
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     from fimp_sc.pretrained import Foundation
 
 
+@several
 @checked
 def annotate(
-    adata: AnnData | MuData,
+    adata: AnnData | MuData | Sequence[AnnData] | Mapping[str, AnnData],
     labels_key: str,
     *,
     unlabeled_category: str = "Unknown",
@@ -53,7 +55,7 @@ def annotate(
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
     inference_kwargs: dict[str, Any] | None = None,
-) -> AnnData | MuData | None:
+) -> AnnData | MuData | list[AnnData] | dict[str, AnnData] | None:
     """Label every cell: learn from the labeled ones, or apply a trained model to a new section.
 
     Predictions made with and without neighbors are combined, then smoothed over the graph, each with the weight that
@@ -64,9 +66,11 @@ def annotate(
     adata
         Cells with expression and coordinates; or a MuData object, of which a modality is read: expression, signals of
         regions (:func:`fimp_sc.pp.fmri`), images (:func:`fimp_sc.pp.images`) or features (:func:`fimp_sc.pp.features`).
+        Several AnnData objects, as a list or a dictionary by name, are read as samples of one (see Notes).
     labels_key
         Column of ``obs`` with labels. Cells without label (missing, or ``unlabeled_category``) are predicted like all
-        others. With ``model`` the column need not exist.
+        others. With ``model`` the column need not exist: it then is the one that the model was trained with, and names
+        the results.
     unlabeled_category
         Label of cells whose class is not known.
     modality
@@ -87,7 +91,8 @@ def annotate(
         call, else ``"spatial"``.
     connectivities_key
         Graph in ``obsp``, ``(n_obs, n_obs)``, row = destination. If it is absent, a graph of the 6 nearest neighbors is
-        built with :func:`fimp_sc.pp.spatial_graph`. By default that of the ``model`` or of the latest call, else
+        built with :func:`fimp_sc.pp.spatial_graph`; cells without places (scRNA-seq) get an empty one from it with
+        ``n_neighbors=0`` first. By default that of the ``model`` or of the latest call, else
         ``"spatial_connectivities"``.
     input_scale
         Scale of the values: ``"counts"`` (whole numbers), ``"normalized"`` (without logarithm), ``"log"``
@@ -127,7 +132,7 @@ def annotate(
         Replace anything that is under the names of the results. If False, only earlier results of this function are
         replaced. Data that the call itself reads are never replaced.
     copy
-        Return a copy with the results instead of writing to ``adata``.
+        Return a copy with the results instead of writing to ``adata``; of several objects a list, or a dictionary.
     model_kwargs
         Further arguments of :class:`fimp_sc.model.FIMP` for a model that is trained now, such as ``{"n_latent": 128}``,
         or ``{"gene_embeddings": "vectors.npz"}`` for pretrained vectors of genes.
@@ -147,9 +152,9 @@ def annotate(
       ``obs[labels_key]`` are, else text;
     - ``obs[f"{key}_confidence"]``: float32, probability of the label;
     - ``obsm[f"{key}_probabilities"]``: ``(n_obs, n_classes)`` float32;
-    - ``uns[key]``: ``classes`` in the order of these columns; ``neighbor_share``, the weight (0 to 1) of the prediction
-      with neighbors beside that without, and ``smoothed_share``, the weight of the mean prediction over a cell and its
-      neighbors beside its own; parameters, seed, versions;
+    - ``uns[key]``: ``classes`` in the order of these columns; ``neighbor_weight``, the weight (0 to 1) of the
+      prediction with neighbors beside that without, and ``smoothing_weight``, the weight of the mean prediction over a
+      cell and its neighbors beside its own; parameters, seed, versions;
     - the graph in ``obsp`` and ``uns``, if it was built.
 
     The colors of an earlier call, ``uns[f"{key}_colors"]``, are removed if the classes differ.
@@ -170,13 +175,21 @@ def annotate(
     -----
     UserWarning
         Genes or cells without values, cells without neighbors, control probes among the genes, or a graph that joins
-        samples that lie over each other. Labels that read as if cells had none, or that a single cell has.
+        samples that lie over each other. Labels that read as if cells had none, or that a single cell has. With
+        ``model``, a ``labels_key`` that neither the object has nor the model was trained with.
 
     Notes
     -----
     Keys that are not given (``None``) are those that a given ``model`` was trained with, else those of the latest call
     of :mod:`fimp_sc.tl` whose results are in the object, also if it was written to a file since; a line of the log
     names them.
+
+    A frozen foundation model learns labels alone here: its embeddings are computed once, whatever the number of epochs.
+    :func:`impute` then trains a model of its own; ``train_kwargs={"mask_cells": 0.5}`` learns both at once.
+
+    Several objects are in memory; each is a sample, as is each value of ``library_key`` within it, and has its own
+    graph. The model knows the genes of all of them; those that an object does not have were not measured there.
+    Results, and the model, are those of one object that holds the cells of all, and are written to each.
 
     Examples
     --------
@@ -187,7 +200,7 @@ def annotate(
     True
     """
     key = key_added or f"fimp_{labels_key}".replace("/", "_")
-    adata = copied(adata) if copy else adata
+    adata = opened(adata, copy)
     model = given_model(model, accelerator, verbose=verbose)
     study, inputs = choose(
         adata, modality, verbose=verbose, model=model, layer=layer, library_key=library_key, batch_key=batch_key,
@@ -197,13 +210,14 @@ def annotate(
     )  # fmt: skip
     target = study.data
     check_results(key, "tl.annotate", study, inputs, overwrite=overwrite)
+    if model is not None:
+        _warn_unknown_column(labels_key, model, study.nodes, key)
     with user_messages(verbose=verbose):
         work = working_copy(study, inputs, labels_required=model is None)
         fitted = fitted_model(
             study, work, inputs, model=model, reuse=False, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
-            foundation=foundation,
-            n_tokens=n_tokens, n_layers=n_layers,
+            foundation=foundation, n_tokens=n_tokens, n_layers=n_layers, wanted="labels",
         )  # fmt: skip
         soft = cast("pd.DataFrame", fitted.predict(soft=True, **(inference_kwargs or {})))
         probabilities = soft.to_numpy(dtype=np.float32)
@@ -215,16 +229,28 @@ def annotate(
             best = pd.Categorical.from_codes(
                 np.where(known, probabilities.argmax(1), -1).tolist(), categories=list(classes)
             )
-            _drop_stale_colors(target, key, best.categories)
+            drop_stale_colors(target, key, best.categories)
             target.obs[key] = pd.Series(best, index=target.obs_names)
             target.obs[f"{key}_confidence"] = probabilities.max(1)
             target.obsm[f"{key}_probabilities"] = probabilities
             target.uns[key] = record(fitted, inputs, target, "tl.annotate") | {
                 "classes": np.asarray(classes),
-                "neighbor_share": fitted.neighbor_share,
-                "smoothed_share": fitted.smoothed_share,
+                "neighbor_weight": fitted.neighbor_weight,
+                "smoothing_weight": fitted.smoothing_weight,
             }
     return adata if copy else None
+
+
+def _warn_unknown_column(labels_key: str, model: FIMP, nodes: AnnData, key: str) -> None:
+    """Warn where a column of labels is neither that of the model nor in the object: it may be misspelled."""
+    trained = model.registry["setup_args"].get("labels_key")
+    if labels_key in nodes.obs or trained in (labels_key, None):
+        return
+    warn(
+        f"labels_key={labels_key!r} is no column of adata.obs, and the model was trained with {trained!r}."
+        f"{nearest(labels_key, [str(trained), *map(str, nodes.obs.columns)])} Results go to adata.obs[{key!r}]: "
+        f"pass labels_key={trained!r}, and key_added= for another name of the results."
+    )
 
 
 def _in_type_of_labels(classes: pd.Index, nodes: AnnData, labels_key: str, unlabeled_category: str) -> pd.Index:
@@ -240,16 +266,3 @@ def _in_type_of_labels(classes: pd.Index, nodes: AnnData, labels_key: str, unlab
         return classes.astype({"integer": np.int64, "floating": np.float64}.get(kind, object))
     except (KeyError, ValueError):  # a given model knows other classes
         return classes.astype(object)
-
-
-def _drop_stale_colors(data: AnnData | MuData, key: str, categories: pd.Index) -> None:
-    """Remove the colors of a column whose categories change: scanpy would give them to others, or fail."""
-    name = f"{key}_colors"
-    if name not in data.uns:
-        return
-    if key in data.obs:
-        same = list(pd.Categorical(get_obs(data, [key])[key]).categories) == list(categories)
-    else:
-        same = np.size(data.uns[name]) == len(categories)
-    if not same:
-        del data.uns[name]

@@ -8,6 +8,7 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
+from fimp_sc.model.predict._attention import check_messages
 from fimp_sc.tl._call._inputs import check_results, choose, copied, sample_codes, working_copy
 from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, record
@@ -211,7 +212,7 @@ def attention(
             study, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, same_seed=False, verbose=verbose, model_kwargs=model_kwargs,
             train_kwargs=train_kwargs, foundation=foundation,
-            check=lambda fresh: fresh.module.network.message_layers(),
+            check=check_messages,
             n_tokens=n_tokens, n_layers=n_layers,
         )  # fmt: skip
         influence = fitted.get_edge_influence()

@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
-from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
+from fimp_sc.tl._call._inputs import check_results, choose, working_copy
 from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, placed, record
+from fimp_sc.tl._call._several import opened, several
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from anndata import AnnData
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     from fimp_sc.pretrained import Foundation
 
 
+@several
 @checked
 def embed(
-    adata: AnnData | MuData,
+    adata: AnnData | MuData | Sequence[AnnData] | Mapping[str, AnnData],
     *,
     modality: str | Sequence[str] | None = None,
     layer: str | None = None,
@@ -46,7 +48,7 @@ def embed(
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
     inference_kwargs: dict[str, Any] | None = None,
-) -> AnnData | MuData | None:
+) -> AnnData | MuData | list[AnnData] | dict[str, AnnData] | None:
     """Embed each cell (region, image) from its own tokens and those of its neighbors.
 
     A model is trained on masked expression (or signals, or images): FIMP-base, or a foundation model between cells. It
@@ -57,6 +59,7 @@ def embed(
     adata
         Cells with expression and coordinates; or a MuData object, of which a modality is read: expression, signals of
         regions (:func:`fimp_sc.pp.fmri`), images (:func:`fimp_sc.pp.images`) or features (:func:`fimp_sc.pp.features`).
+        Several AnnData objects, as a list or a dictionary by name, are read as samples of one (see Notes).
     modality
         Name of the modality of a MuData object to read and to write to. Several are read together: the tokens of a node
         are those of all of them, and results are written to the MuData object. By default the modality, or the several,
@@ -75,7 +78,8 @@ def embed(
         call, else ``"spatial"``.
     connectivities_key
         Graph in ``obsp``, ``(n_obs, n_obs)``, row = destination. If it is absent, a graph of the 6 nearest neighbors is
-        built with :func:`fimp_sc.pp.spatial_graph`. By default that of the ``model`` or of the latest call, else
+        built with :func:`fimp_sc.pp.spatial_graph`; cells without places (scRNA-seq) get an empty one from it with
+        ``n_neighbors=0`` first. By default that of the ``model`` or of the latest call, else
         ``"spatial_connectivities"``.
     input_scale
         Scale of the values: ``"counts"`` (whole numbers), ``"normalized"`` (without logarithm), ``"log"``
@@ -117,7 +121,7 @@ def embed(
         Replace anything that is under the names of the results. If False, only earlier results of this function are
         replaced. Data that the call itself reads are never replaced.
     copy
-        Return a copy with the results instead of writing to ``adata``.
+        Return a copy with the results instead of writing to ``adata``; of several objects a list, or a dictionary.
     model_kwargs
         Further arguments of :class:`fimp_sc.model.FIMP` for a model that is trained now, such as ``{"n_latent": 128}``,
         or ``{"gene_embeddings": "vectors.npz"}`` for pretrained vectors of genes.
@@ -161,6 +165,10 @@ def embed(
     of :mod:`fimp_sc.tl` whose results are in the object, also if it was written to a file since; a line of the log
     names them.
 
+    Several objects are in memory; each is a sample, as is each value of ``library_key`` within it, and has its own
+    graph. The model knows the genes of all of them; those that an object does not have were not measured there.
+    Results, and the model, are those of one object that holds the cells of all, and are written to each.
+
     Examples
     --------
     >>> import fimp_sc as fimp
@@ -169,7 +177,7 @@ def embed(
     >>> adata.obsm["X_fimp"].shape
     (200, 64)
     """
-    adata = copied(adata) if copy else adata
+    adata = opened(adata, copy)
     model = given_model(model, accelerator, verbose=verbose)
     study, inputs = choose(
         adata, modality, verbose=verbose, model=model, layer=layer, library_key=library_key, batch_key=batch_key,

@@ -16,15 +16,16 @@ from fimp_sc.data.validate._checks import get_graph
 from fimp_sc.model.predict._attention import edge_pairs, measured_codes
 from fimp_sc.model.registry._fields import X_KEY, registered_fields, table_states
 from fimp_sc.model.registry._graph_data import table_reader
-from fimp_sc.tl._call._inputs import check_results, choose, copied, sample_codes, working_copy
+from fimp_sc.tl._call._inputs import check_results, choose, sample_codes, working_copy
 from fimp_sc.tl._call._models import write_back
 from fimp_sc.tl._call._results import inputs_record
+from fimp_sc.tl._call._several import opened, several
 from fimp_sc.tl._statistics._gene_choice import check_pairs, most_variable, named_genes, say_untested, wanted_pairs
 from fimp_sc.tl._statistics._groups import group_columns, groups_of, read_groups, say_left_out, warn_still
 from fimp_sc.tl._statistics._significance import gene_tests, plan_tests
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
     from mudata import MuData
@@ -38,9 +39,10 @@ if TYPE_CHECKING:
 _CELLS = 4096
 
 
+@several
 @checked
 def gene_pairs(
-    adata: AnnData | MuData,
+    adata: AnnData | MuData | Sequence[AnnData] | Mapping[str, AnnData],
     groupby: str,
     *,
     genes: Sequence[str] | None = None,
@@ -62,7 +64,7 @@ def gene_pairs(
     verbose: bool = True,
     overwrite: bool = False,
     copy: bool = False,
-) -> AnnData | MuData | None:
+) -> AnnData | MuData | list[AnnData] | dict[str, AnnData] | None:
     r"""Test pairs of genes between neighboring groups of cells, by permutation and without a model.
 
     A pair of genes is significant if the expression of one gene in a cell goes with the expression of the other in its
@@ -72,7 +74,7 @@ def gene_pairs(
     ----------
     adata
         Cells with expression and coordinates; or a MuData object, of which a modality with expression or features is
-        read.
+        read. Several AnnData objects, as a list or a dictionary by name, are read as samples of one (see Notes).
     groupby
         Column of ``obs`` with groups of cells, for instance their types. Cells without group (missing, or
         ``unlabeled_category``) are left out.
@@ -128,7 +130,7 @@ def gene_pairs(
         Replace anything that is under the names of the results. If False, only earlier results of this function are
         replaced. Data that the call itself reads are never replaced.
     copy
-        Return a copy with the results instead of writing to ``adata``.
+        Return a copy with the results instead of writing to ``adata``; of several objects a list, or a dictionary.
 
     Returns
     -------
@@ -176,6 +178,10 @@ def gene_pairs(
     Keys that are not given (``None``) are those of the latest call of :mod:`fimp_sc.tl` whose results are in the
     object, also if it was written to a file since; a line of the log names them.
 
+    Several objects are in memory; each is a sample, as is each value of ``library_key`` within it. Genes that an object
+    does not have were not measured there. Pairs are tested in all cells at once, and the same table is written to each
+    object.
+
     Examples
     --------
     >>> import fimp_sc as fimp
@@ -188,7 +194,7 @@ def gene_pairs(
     ... )
     True
     """
-    adata = copied(adata) if copy else adata
+    adata = opened(adata, copy)
     study, inputs = choose(
         adata, modality, verbose=verbose, layer=layer, library_key=library_key, spatial_key=spatial_key,
         connectivities_key=connectivities_key, input_scale=input_scale, unlabeled_category=unlabeled_category,

@@ -14,12 +14,13 @@ from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.storage._elements import missing_key, shorten
 from fimp_sc.model.predict._attention import gene_columns
 from fimp_sc.model.registry._graph_data import known_columns, table_ends, tables_of
-from fimp_sc.tl._call._inputs import check_results, choose, copied, working_copy
+from fimp_sc.tl._call._inputs import check_results, choose, working_copy
 from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, measured_scale, placed, record
+from fimp_sc.tl._call._several import opened, several
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@several
 @checked
 def impute(
-    adata: AnnData | MuData,
+    adata: AnnData | MuData | Sequence[AnnData] | Mapping[str, AnnData],
     *,
     genes: str | Sequence[str] | None = None,
     scale: Literal["log", "counts"] = "log",
@@ -63,7 +65,7 @@ def impute(
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
     inference_kwargs: dict[str, Any] | None = None,
-) -> AnnData | MuData | None:
+) -> AnnData | MuData | list[AnnData] | dict[str, AnnData] | None:
     """Predict expression (signals, images) of every node from its own tokens and those of its neighbors.
 
     The model that :func:`embed` or :func:`annotate` trained on this object before is used, if nothing has changed.
@@ -75,13 +77,17 @@ def impute(
     adata
         Cells with expression and coordinates; or a MuData object, of which a modality is read: expression, signals of
         regions (:func:`fimp_sc.pp.fmri`), images (:func:`fimp_sc.pp.images`) or features (:func:`fimp_sc.pp.features`).
+        Several AnnData objects, as a list or a dictionary by name, are read as samples of one (see Notes).
     genes
-        Gene or genes to predict, of those that the model knows, measured here or not. All genes of ``adata`` by
-        default, which makes a dense layer of cells x genes: name genes for a large object. Of several tables that are
-        read together genes of any; each is written to its own table.
+        Gene or genes to predict, of those that the model knows, measured here or not, spelled as in the object that the
+        model was trained on. All genes of ``adata`` by default, which makes a dense layer of cells x genes: name genes
+        for a large object. Of several tables that are read together genes of any; each is written to its own table.
     scale
         ``"log"``: ``log1p`` of values scaled to the common total of the model, the median total of the cells that it
-        was trained on. ``"counts"``: scaled back to the total of each cell.
+        was trained on. ``"counts"``: scaled back to the total of each cell. Measured values are on the scale of
+        ``"log"`` once the genes ``uns[key_added]["measured"]`` of each cell are scaled to ``uns[key_added]["total"]``
+        together, and ``log1p`` is taken. Predictions are on that of cells whose median total of these genes is ``own``
+        after ``np.log1p(np.expm1(predictions) * own / total)``.
     hidden
         Values that the model must not see, in training or later: a boolean array, or the name of a layer that holds it
         (of images, of an entry of ``obsm``); of several modalities the name, under which each of them may hold its own.
@@ -108,7 +114,8 @@ def impute(
         call, else ``"spatial"``.
     connectivities_key
         Graph in ``obsp``, ``(n_obs, n_obs)``, row = destination. If it is absent, a graph of the 6 nearest neighbors is
-        built with :func:`fimp_sc.pp.spatial_graph`. By default that of the ``model`` or of the latest call, else
+        built with :func:`fimp_sc.pp.spatial_graph`; cells without places (scRNA-seq) get an empty one from it with
+        ``n_neighbors=0`` first. By default that of the ``model`` or of the latest call, else
         ``"spatial_connectivities"``.
     input_scale
         Scale of the values: ``"counts"`` (whole numbers), ``"normalized"`` (without logarithm), ``"log"``
@@ -147,7 +154,7 @@ def impute(
         Replace anything that is under the names of the results. If False, only earlier results of this function are
         replaced. Data that the call itself reads are never replaced.
     copy
-        Return a copy with the results instead of writing to ``adata``.
+        Return a copy with the results instead of writing to ``adata``; of several objects a list, or a dictionary.
     model_kwargs
         Further arguments of :class:`fimp_sc.model.FIMP` for a model that is trained now, such as ``{"n_latent": 128}``,
         or ``{"gene_embeddings": "vectors.npz"}`` for pretrained vectors of genes.
@@ -171,7 +178,7 @@ def impute(
       patch; each in its modality;
     - ``uns[key_added]``: ``genes``, parameters, seed, versions, and the scaling of measured values: ``input_scale``,
       ``trained_scale``, ``target_sum``, the ``total`` of the genes ``measured`` here that the model knows, and the
-      ``share`` (fraction) of each; also in ``uns`` of each modality where several are read together;
+      ``fraction`` of it that each has; also in ``uns`` of each modality where several are read together;
     - the graph in ``obsp`` and ``uns``, if it was built.
 
     Raises
@@ -198,6 +205,10 @@ def impute(
     of :mod:`fimp_sc.tl` whose results are in the object, also if it was written to a file since; a line of the log
     names them.
 
+    Several objects are in memory; each is a sample, as is each value of ``library_key`` within it, and has its own
+    graph. The model knows the genes of all of them; those that an object does not have were not measured there.
+    Results, and the model, are those of one object that holds the cells of all, and are written to each.
+
     Examples
     --------
     >>> import fimp_sc as fimp
@@ -211,49 +222,49 @@ def impute(
     twice = [gene for gene, number in Counter(genes or ()).items() if number > 1]
     if twice:
         raise ValueError(f"genes names {shorten([repr(gene) for gene in twice])} more than once: name each gene once.")
-    adata = copied(adata) if copy else adata
+    adata = opened(adata, copy)
     model = given_model(model, accelerator, verbose=verbose)
     study, inputs = choose(
         adata, modality, verbose=verbose, model=model, layer=layer, library_key=library_key, batch_key=batch_key,
         spatial_key=spatial_key, connectivities_key=connectivities_key, input_scale=input_scale,
         center=center,
     )  # fmt: skip
-    parts = study.modalities
+    modalities = study.modalities
     target = study.data
     check_results(
-        key_added, "tl.impute", study, inputs, overwrite=overwrite, tables=[part.adata for part in parts],
+        key_added, "tl.impute", study, inputs, overwrite=overwrite, tables=[one.adata for one in modalities],
         also={(slot, hidden): "hidden" for slot in ("layers", "obsm") if isinstance(hidden, str)},
     )  # fmt: skip
-    if all(part.is_sequence for part in parts) and (genes is not None or scale != "log"):
+    if all(one.is_sequence for one in modalities) and (genes is not None or scale != "log"):
         raise ValueError(
             "genes= and scale= are for expression and features: signals and images are predicted as a whole, as they "
             "are. Leave them out."
         )
     with user_messages(verbose=verbose):
         work = working_copy(study, inputs)
-        masks = _masks(hidden, parts, work.nodes.obs_names)
+        masks = _masks(hidden, modalities, work.nodes.obs_names)
         fitted = fitted_model(
             study, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
             hidden=masks, foundation=foundation,
-            genes=genes, n_tokens=n_tokens, n_layers=n_layers,
+            genes=genes, n_tokens=n_tokens, n_layers=n_layers, wanted="values",
         )  # fmt: skip
         how = inference_kwargs or {}
         predicted: list[tuple[Modality, np.ndarray, Any]] = [
-            (part, _reconstructed(fitted, part, masks.get(part.name), how), None) for part in parts if part.is_sequence
+            (one, _reconstructed(fitted, one, masks.get(one.name), how), None) for one in modalities if one.is_sequence
         ]
         tables = tables_of(fitted, work)
         if tables:
-            users = {part.name: part for part in parts}
-            hidden_here = {part.name: masks[part.name] for part in tables if part.name in masks} or None
+            users = {one.name: one for one in modalities}
+            hidden_here = {one.name: masks[one.name] for one in tables if one.name in masks} or None
             expression = _expression(fitted, tables, genes, scale, hidden_here, how)
             predicted += [(users[name], values, names) for name, values, names in expression]
         extra: dict[str, Any] = {}
         with write_back(study, work, inputs, fitted):
-            for part, values, names in predicted:
-                table = part.adata
+            for one, values, names in predicted:
+                table = one.adata
                 values = placed(values, work.nodes.obs_names, table.obs_names)
-                in_layer = sequence_kind(part.kind).results == "layers" if part.is_sequence else genes is None
+                in_layer = sequence_kind(one.kind).results == "layers" if one.is_sequence else genes is None
                 if in_layer:
                     table.layers[key_added] = values
                 else:
@@ -263,7 +274,7 @@ def impute(
                 other = table.obsm if in_layer else table.layers
                 if key_added in other:
                     del other[key_added]  # of an earlier call, whose record is about to be replaced
-                extra = {"genes": np.array(names, dtype=object)} | measured_scale(fitted, part)
+                extra = {"genes": np.array(names, dtype=object)} | measured_scale(fitted, one)
                 if table is not target:
                     table.uns[key_added] = record(fitted, inputs, table, "tl.impute", scale=scale) | extra
             kept = scale if extra else None
@@ -274,14 +285,14 @@ def impute(
     return adata if copy else None
 
 
-def _reconstructed(model: FIMP, part: Modality, hidden: Any, how: Any) -> np.ndarray:
+def _reconstructed(model: FIMP, modality: Modality, hidden: Any, how: Any) -> np.ndarray:
     """Return signals or images of one modality for all nodes of the model."""
     names = list(model.module.sequences)
-    name = part.name if part.name in names else names[0]
+    name = modality.name if modality.name in names else names[0]
     values = model.get_reconstruction(modality=name, hidden=hidden, **how)
     # What does not fill a token is NaN by design.
-    kind, shape = sequence_kind(part.kind), model.module.sequences[name]
-    size, token_size = kind.size(part.adata), model.token_sizes[name]
+    kind, shape = sequence_kind(modality.kind), model.module.sequences[name]
+    size, token_size = kind.size(modality.adata), model.token_sizes[name]
     whole = np.zeros((1, kind.tokens(size, token_size)[0], shape.token_size))
     finite_or_raise(values[:, np.isfinite(kind.restore(whole, size, token_size)[0])], "reconstruction")
     return values
@@ -300,45 +311,45 @@ def _expression(
         if not known.all():
             logger.warning("%d genes are not known to the model: their columns are NaN.", (~known).sum())
         finite_or_raise(values[:, known], "prediction")
-        cuts = np.cumsum([part.adata.n_vars for part in tables])[:-1]
+        cuts = np.cumsum([modality.adata.n_vars for modality in tables])[:-1]
         split = zip(tables, np.split(values, cuts, axis=1), strict=True)
-        return [(part.name, own, np.array(part.adata.var_names, dtype=object)) for part, own in split]
+        return [(modality.name, own, np.array(modality.adata.var_names, dtype=object)) for modality, own in split]
     finite_or_raise(values, "prediction")
     names = np.array(genes, dtype=object)
     owner = np.searchsorted(table_ends(model), gene_columns(model, genes), side="right")
-    chosen = [(part.name, owner == i) for i, part in enumerate(tables)]
+    chosen = [(modality.name, owner == i) for i, modality in enumerate(tables)]
     return [(name, values[:, mine], names[mine]) for name, mine in chosen if mine.any() or len(tables) == 1]
 
 
-def _masks(hidden: Any, parts: Sequence[Modality], nodes: pd.Index) -> dict[str, Any]:
+def _masks(hidden: Any, modalities: Sequence[Modality], nodes: pd.Index) -> dict[str, Any]:
     """Return what is hidden of each modality, from an array or from the name under which modalities hold theirs."""
     if hidden is None:
         return {}
     if not isinstance(hidden, str):
-        if len(parts) > 1:
+        if len(modalities) > 1:
             raise ValueError(
                 "hidden is one array for several modalities: store one in each that has something to hide, under one "
                 "name in layers (of images in obsm), and pass that name."
             )
-        return {parts[0].name: hidden}
-    masks = {part.name: _mask(hidden, part, nodes) for part in parts if hidden in _place(part)[0]}
+        return {modalities[0].name: hidden}
+    masks = {modality.name: _mask(hidden, modality, nodes) for modality in modalities if hidden in _place(modality)[0]}
     if not masks:
-        place, where = _place(parts[0])
+        place, where = _place(modalities[0])
         raise missing_key(hidden, f"adata.{where}", place, "Store there, True, what is not to be seen.")
     return masks
 
 
-def _place(part: Modality) -> tuple[Any, str]:
+def _place(modality: Modality) -> tuple[Any, str]:
     """Return where a modality holds what is hidden of it, and what that is called."""
-    in_layer = not part.is_sequence or sequence_kind(part.kind).results == "layers"
-    return (part.adata.layers, "layers") if in_layer else (part.adata.obsm, "obsm")
+    in_layer = not modality.is_sequence or sequence_kind(modality.kind).results == "layers"
+    return (modality.adata.layers, "layers") if in_layer else (modality.adata.obsm, "obsm")
 
 
-def _mask(name: str, part: Modality, nodes: pd.Index) -> Any:
-    mask = _place(part)[0][name]
-    if part.adata.obs_names.equals(nodes):
+def _mask(name: str, modality: Modality, nodes: pd.Index) -> Any:
+    mask = _place(modality)[0][name]
+    if modality.adata.obs_names.equals(nodes):
         return mask if sparse.issparse(mask) else np.asarray(mask)
-    rows = part.adata.obs_names.get_indexer(nodes)
+    rows = modality.adata.obs_names.get_indexer(nodes)
     if sparse.issparse(mask):
         return expand_rows(mask, rows.astype(np.int64), name).astype(bool)
     out = np.asarray(mask)[rows]

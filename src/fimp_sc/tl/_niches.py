@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -9,14 +10,16 @@ import pandas as pd
 from anndata import ImplicitModificationWarning
 
 from fimp_sc._keys import check_key, find_results, new_record
-from fimp_sc._logging import user_messages
+from fimp_sc._logging import user_messages, warn
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
 from fimp_sc.data._study import as_whole, resolve
 from fimp_sc.data.storage._elements import get_obs, in_memory, label_text, missing_key, shorten
-from fimp_sc.tl._call._inputs import copied, inherit
+from fimp_sc.tl._call._inputs import inherit
+from fimp_sc.tl._call._several import opened, several
 from fimp_sc.tl._smooth import smoothed
 from fimp_sc.tl._statistics._clusterings import Leiden, fit_mixture
+from fimp_sc.tl._statistics._mapping import LEAST_FIT, Axes, among_niches, stored_mixture
 from fimp_sc.tl._statistics._stability import mixtures_of_halves, most_stable, seeds_of_leiden, stability
 
 if TYPE_CHECKING:
@@ -28,17 +31,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The likeliest of few starts is often far from the likeliest one, and with it from the domains of the tissue: layers of
+# DLPFC 151674 are found with an adjusted Rand index of 0.45 after 5 and of 0.65 after 20 starts.
+_STARTS, _STARTED_CELLS = 30, 600_000
+
 Method = Literal["mixture", "leiden"]
+# Of cells that fit no niche; see `docs/guide/niches_attention.md`.
+_MANY = 0.2
 Covariance = Literal["tied", "full", "diag", "spherical"]
 
 
+@several
 @checked
 def niches(
-    adata: AnnData | MuData,
+    adata: AnnData | MuData | Sequence[AnnData] | Mapping[str, AnnData],
     n_niches: int | None = None,
     *,
+    reference: AnnData | MuData | None = None,
     modality: str | Sequence[str] | None = None,
-    use_rep: str = "X_fimp",
+    use_rep: str | None = None,
     method: Method = "mixture",
     smooth: int | None = None,
     n_components: int | None = 15,
@@ -53,27 +64,35 @@ def niches(
     verbose: bool = True,
     overwrite: bool = False,
     copy: bool = False,
-) -> AnnData | MuData | None:
+) -> AnnData | MuData | list[AnnData] | dict[str, AnnData] | None:
     """Divide the tissue into niches: groups of cells whose embeddings, and whose surroundings, are alike.
+
+    Either niches are found in these cells, or those of a ``reference`` are found again, with their names and colors.
 
     Parameters
     ----------
     adata
-        Cells with an embedding and, unless ``smooth=0``, a spatial graph; or a MuData object.
+        Cells with an embedding and, unless ``smooth=0``, a spatial graph; or a MuData object. Several AnnData objects,
+        as a list or a dictionary by name, are read as samples of one (see Notes).
     n_niches
         Number of niches. By default (``None``) it is chosen: every number of ``n_range`` is tried several times, and
         the largest one is taken with which the clusterings agree about as well as with the best (mean adjusted Rand
         index of all pairs at most 0.05 below the highest). Mixtures are compared between random halves of the cells,
         Leiden clusterings between seeds.
+    reference
+        Object whose niches, found by a mixture under ``key_added``, these cells are to be divided into. Both must be
+        embedded by the same model: ``fimp.tl.embed(adata, model=fimp.tl.get_model(reference))``. Nothing is fitted:
+        how niches were found (``n_niches`` to ``n_seeds``) is a matter of the reference.
     modality
         Name of the modality of a MuData object to read and to write to; of several that :func:`embed` read together,
         results are read from and written to the MuData object, whose graph and columns include those of these
         modalities. By default the MuData object if it holds ``use_rep``, else the modality that does.
     use_rep
-        Representation in ``obsm``, ``(n_obs, n_features)``.
+        Representation in ``obsm``, ``(n_obs, n_features)``. By default that of the ``reference``, else ``"X_fimp"``.
     method
         ``"mixture"``
-            a mixture of normal distributions of scikit-learn, the likeliest of ``n_seeds`` starts.
+            a mixture of normal distributions of scikit-learn, the likeliest of 30 starts (of more than
+            20,000 cells fewer, at least ``n_seeds``).
         ``"leiden"``
             Leiden clusters of scanpy's graph of nearest neighbors in the representation; the resolution that gives
             the number is searched by bisection. Needs igraph (``pip install igraph``).
@@ -90,7 +109,7 @@ def niches(
     n_range
         Smallest and largest number to try without ``n_niches``.
     n_seeds
-        Number of starts of the mixture, and of clusterings of each number that are compared; at least 2.
+        Number of clusterings of each number that are compared; at least 2.
     labels_key
         Column of ``obs``, for instance of cell types, that is counted in every niche.
     library_key
@@ -108,17 +127,22 @@ def niches(
         Replace anything that is under the names of the results. If False, only earlier results of this function are
         replaced. Data that the call itself reads are never replaced.
     copy
-        Return a copy with the results instead of writing to ``adata``.
+        Return a copy with the results instead of writing to ``adata``; of several objects a list, or a dictionary.
 
     Returns
     -------
     ``None``, or the copy. Nothing is written when the call fails. Writes:
 
-    - ``obs[key_added]``: categorical, ``"0"`` is the largest niche, ``"1"`` the next;
-    - ``uns[f"{key_added}_colors"]``: colors that color-blind readers can tell apart;
+    - ``obs[key_added]``: categorical, ``"0"`` is the largest niche, ``"1"`` the next; or the names of the reference,
+      as they are there now;
+    - ``uns[f"{key_added}_colors"]``: colors that color-blind readers can tell apart, or those of the reference;
     - ``uns[key_added]``: ``n_niches``, parameters, seed, versions; without ``n_niches`` also ``stability``, a data
       frame of the numbers that were tried and their agreement; with ``labels_key`` also ``composition``, a data frame
-      of the numbers of cells, labels x niches, without unlabeled cells.
+      of the numbers of cells, labels x niches, without unlabeled cells; of a mixture ``mixture``, by which niches are
+      found again in other cells;
+    - with ``reference``, ``obsm[f"{key_added}_probabilities"]``: ``(n_obs, n_niches)`` float32, in the order of the
+      categories; and ``obs[f"{key_added}_fit"]``: float32, from 0 to 1, the fraction of the cells of the reference that
+      are less typical of its niches than this cell. Without, both are removed where an earlier call wrote them.
 
     Raises
     ------
@@ -127,10 +151,15 @@ def niches(
     TypeError
         An argument is unknown or of another type.
     ValueError
-        Values, graph or arguments cannot be used, or ``key_added`` has a slash or names data that would be lost (see
-        ``overwrite``).
+        Values, graph or arguments cannot be used; the reference was embedded by another model, or its niches have no
+        mixture; or ``key_added`` has a slash or names data that would be lost (see ``overwrite``).
     ImportError
         ``method="leiden"``, and igraph is missing.
+
+    Warns
+    -----
+    UserWarning
+        Many cells fit none of the niches of the reference.
 
     Notes
     -----
@@ -138,16 +167,30 @@ def niches(
     in the object, also if it was written to a file since. A warning in the log says if fewer niches were found than
     asked for.
 
+    Several objects are embedded by one model, together (``embed([a, b])``) or one by one. Niches are found in all cells
+    at once, and have the same names and colors in each object. ``library_key`` tells samples within an object.
+
     Examples
     --------
     >>> import fimp_sc as fimp
-    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> adata = fimp.datasets.toy_communication(n_obs=400, n_genes=40)
     >>> fimp.tl.embed(adata, library_key="section", max_epochs=1, verbose=False)
     >>> fimp.tl.niches(adata, 3, verbose=False)
     >>> list(adata.obs["fimp_niche"].cat.categories)
     ['0', '1', '2']
+
+    The same niches in another object that the same model embeds:
+
+    >>> other = adata[:150].copy()
+    >>> fimp.tl.embed(other, model=fimp.tl.get_model(adata), verbose=False)
+    >>> fimp.tl.niches(other, reference=adata, verbose=False)
+    >>> other.obsm["fimp_niche_probabilities"].shape
+    (150, 3)
     """
-    adata = copied(adata) if copy else adata
+    adata = opened(adata, copy)
+    known = None if reference is None else _Reference(reference, key_added, n_niches, smooth)
+    if use_rep is None:
+        use_rep = "X_fimp" if known is None else known.use_rep
     found_in = find_results(adata, modality, lambda held, names: use_rep in held.obsm)
     target: Any = found_in[0]
     modalities = found_in[1]
@@ -160,68 +203,71 @@ def niches(
     reads = {("obs", library_key): "library_key", ("obs", labels_key): "labels_key"}
     check_key(key_added, "tl.niches", target, reads, overwrite=overwrite)
     if smooth is None:
-        smooth = int(method == "mixture")
+        smooth = int(method == "mixture") if known is None else known.smooth
     raw = _representation(target, use_rep)
-    numbers = _numbers(n_niches, n_range, len(raw), halves=method == "mixture")
+    if known is not None:
+        known.check(target, raw.shape[1], use_rep)
+    numbers = _numbers(n_niches, n_range, len(raw), halves=method == "mixture") if known is None else []
     labels = None if labels_key is None else _labels(nodes, labels_key)
     # In an order that values alone decide, so that random starts do not depend on the order of cells.
     order = np.lexsort(raw.T[::-1])
     values = smoothed(nodes, raw, order, smooth, connectivities_key, library_key)
-    values = _components(values, n_components)
-    values /= np.sqrt(values.var(axis=0).mean()) or 1.0
 
+    codes = np.empty(len(raw), dtype=np.int64)
     found: dict[str, Any] = {}
-    seeds = {"n_seeds": int(n_seeds), "random_state": int(random_state)}
-    with user_messages(verbose=verbose):
-        leiden = Leiden(values, random_state) if method == "leiden" else None
-        if n_niches is None:
-            clusterings = (
-                mixtures_of_halves(values, covariance_type=covariance_type, **seeds)
-                if leiden is None
-                else seeds_of_leiden(leiden, **seeds)
+    mapped: dict[str, Any] = {}
+    if known is not None:
+        with user_messages(verbose=verbose):
+            codes[order], mapped = known.find(values, order)
+            logger.info(
+                "%s cells divided into the %d niches of the reference, written to obs[%r].",
+                f"{len(raw):,}", len(known.names), key_added,
+            )  # fmt: skip
+        names = known.names
+    else:
+        how = {"covariance_type": covariance_type, "n_seeds": int(n_seeds), "random_state": int(random_state)}
+        with user_messages(verbose=verbose):
+            axes = Axes(values, n_components)
+            clusters, found = _clustered(axes.values, n_niches, numbers, method, how)
+            model = found.pop("model", None)
+            codes[order] = _by_size(clusters)
+            if model is not None:
+                found["mixture"] = stored_mixture(model, axes, codes[order], target.obs_names.to_numpy()[order])
+                found["mixture"] |= _made_by(target, use_rep)
+            names = [str(i) for i in range(int(codes.max()) + 1)]
+            asked = n_niches or most_stable(found["stability"])
+            if len(names) != asked:
+                logger.warning("Found %d niches instead of %d: the cells do not divide further.", len(names), asked)
+            logger.info(
+                "%d niches%s of %s cells: %s of obsm[%r] (%d columns%s), written to obs[%r].",
+                len(names),
+                f" (the largest stable number from {numbers[0]} to {numbers[-1]})" if "stability" in found else "",
+                f"{len(raw):,}",
+                "a mixture" if method == "mixture" else "Leiden clusters",
+                use_rep,
+                axes.values.shape[1],
+                f", averaged over neighbors {smooth} x" if smooth else "",
+                key_added,
             )
-            found["stability"] = stability(clusterings, numbers)
-            n_niches = most_stable(found["stability"])
-        if leiden is None:
-            model = fit_mixture(
-                values, n_niches, covariance_type=covariance_type, n_init=n_seeds, random_state=random_state
-            )
-            clusters = model.predict(values)
-        else:
-            clusters, found["resolution"] = leiden.with_number(n_niches, random_state)
-        codes = np.empty(len(raw), dtype=np.int64)
-        codes[order] = _by_size(clusters)
-        n_found = int(codes.max()) + 1
-        if n_found != n_niches:
-            logger.warning("Found %d niches instead of %d: the cells do not divide further.", n_found, n_niches)
-        logger.info(
-            "%d niches%s of %s cells: %s of obsm[%r] (%d columns%s), written to obs[%r].",
-            n_found,
-            f" (the largest stable number from {numbers[0]} to {numbers[-1]})" if "stability" in found else "",
-            f"{len(raw):,}",
-            "a mixture" if leiden is None else "Leiden clusters",
-            use_rep,
-            values.shape[1],
-            f", averaged over neighbors {smooth} x" if smooth else "",
-            key_added,
-        )
-    names = [str(i) for i in range(n_found)]
     column = pd.Series(pd.Categorical.from_codes(codes.tolist(), categories=names), index=target.obs_names)
     if labels is not None:
         table = pd.crosstab(labels.to_numpy(), column.to_numpy()).reindex(columns=names, fill_value=0)
         found["composition"] = table.rename_axis(index=labels_key, columns=None)
 
     params = {
-        "use_rep": use_rep, "method": method, "smooth": int(smooth), "n_components": n_components,
-        "covariance_type": covariance_type, "n_range": list(map(int, n_range)), "n_seeds": int(n_seeds),
-        "labels_key": labels_key, "library_key": library_key, "connectivities_key": connectivities_key,
-        "modality": modalities,
+        "use_rep": use_rep, "smooth": int(smooth), "labels_key": labels_key, "library_key": library_key,
+        "connectivities_key": connectivities_key, "modality": modalities,
     }  # fmt: skip
-    used = ("scikit-learn", "numpy") if leiden is None else ("scanpy", "igraph", "numpy")
+    if known is None:
+        params |= {
+            "method": method, "n_components": n_components, "covariance_type": covariance_type,
+            "n_range": list(map(int, n_range)), "n_seeds": int(n_seeds),
+        }  # fmt: skip
+    used = ("scikit-learn", "numpy") if method == "mixture" else ("scanpy", "igraph", "numpy")
     result = {
         "params": {key: value for key, value in params.items() if value is not None},
         "random_state": int(random_state),
-        "n_niches": n_found,
+        "n_niches": len(names),
         **new_record(target, "tl.niches", *used),
         **found,
     }
@@ -229,9 +275,124 @@ def niches(
         # Writing to a view turns it into an object of its own, as anndata documents.
         warnings.simplefilter("ignore", ImplicitModificationWarning)
         target.obs[key_added] = column
-        target.uns[f"{key_added}_colors"] = palette(n_found)
+        target.uns[f"{key_added}_colors"] = palette(len(names)) if known is None else known.colors
+        for slot, name in (("obs", f"{key_added}_fit"), ("obsm", f"{key_added}_probabilities")):
+            if slot in mapped:
+                getattr(target, slot)[name] = mapped[slot]
+            elif name in getattr(target, slot):
+                del getattr(target, slot)[name]
         target.uns[key_added] = result
     return adata if copy else None
+
+
+def _clustered(
+    values: NDArray[np.float64], n_niches: int | None, numbers: list[int], method: Method, how: dict[str, Any]
+) -> tuple[NDArray[np.integer], dict[str, Any]]:
+    """Return the cluster of each cell, and of what was found on the way ``stability``, ``resolution`` and ``model``."""
+    found: dict[str, Any] = {}
+    seeds = {name: how[name] for name in ("n_seeds", "random_state")}
+    leiden = Leiden(values, how["random_state"]) if method == "leiden" else None
+    if n_niches is None:
+        clusterings = mixtures_of_halves(values, **how) if leiden is None else seeds_of_leiden(leiden, **seeds)
+        found["stability"] = stability(clusterings, numbers)
+        n_niches = most_stable(found["stability"])
+    if leiden is None:
+        found["model"] = fit_mixture(
+            values, n_niches, covariance_type=how["covariance_type"],
+            n_init=max(how["n_seeds"], min(_STARTS, _STARTED_CELLS // len(values))),
+            random_state=how["random_state"],
+        )  # fmt: skip
+        return found["model"].predict(values), found
+    clusters, found["resolution"] = leiden.with_number(n_niches, how["random_state"])
+    return clusters, found
+
+
+class _Reference:
+    """Niches of another object.
+
+    Parameters
+    ----------
+    reference
+        Object that holds them.
+    key
+        Their name.
+    n_niches, smooth
+        What the user asked for beside the reference, which leaves nothing to ask.
+
+    Raises
+    ------
+    KeyError
+        There are none of this name, or a cell by which a niche is recognized is not there any more.
+    ValueError
+        They have no mixture, or more was asked for.
+    """
+
+    def __init__(self, reference: AnnData | MuData, key: str, n_niches: int | None, smooth: int | None) -> None:
+        if n_niches is not None or smooth is not None:
+            raise ValueError("n_niches and smooth are those of the reference: leave them out.")
+        holder: Any = find_results(reference, None, lambda held, names: key in held.obs and key in held.uns)[0]
+        if key not in holder.obs or key not in holder.uns:
+            advice = "Run fimp_sc.tl.niches(reference) first, or name its niches with key_added=."
+            raise missing_key(key, "reference.uns", holder.uns, advice)
+        record = holder.uns[key]
+        mixture = record.get("mixture") if isinstance(record, Mapping) else None
+        if mixture is None:
+            raise ValueError(
+                f"reference.uns[{key!r}] has no mixture, by which niches are found again: it was made with "
+                'method="leiden", from a reference itself, or by an earlier version. Run fimp_sc.tl.niches(reference).'
+            )
+        self.mixture: Mapping[str, Any] = mixture
+        self.use_rep, self.smooth = str(record["params"]["use_rep"]), int(record["params"]["smooth"])
+        column = pd.Series(pd.Categorical(get_obs(holder, [key])[key]), index=holder.obs_names)
+        self.names = [str(name) for name in column.cat.categories]
+        typical = [str(name) for name in self.mixture["typical"]]
+        place = holder.obs_names.get_indexer_for(typical)
+        if len(place) != len(typical) or (column.cat.codes.iloc[place] < 0).any() or (place < 0).any():
+            raise KeyError(
+                f"Cells by which the niches in reference.obs[{key!r}] are recognized have no niche there any more, or "
+                "are gone: pass the object with all of its cells, or run fimp_sc.tl.niches(reference) again."
+            )
+        # Niches may have been renamed since, or several given one name.
+        self._code = column.cat.codes.to_numpy()[place]
+        held = np.atleast_1d(holder.uns.get(f"{key}_colors", []))
+        self.colors = list(map(str, held)) if len(held) == len(self.names) else palette(len(self.names))
+
+    def check(self, adata: Any, n_features: int, key: str) -> None:
+        """Raise a ValueError where the representation of other cells is not that of the reference."""
+        advice = "fimp_sc.tl.embed(adata, model=fimp_sc.tl.get_model(reference)) embeds these cells by its model."
+        if n_features != len(self.mixture["center"]):
+            raise ValueError(
+                f"adata.obsm[{key!r}] has {n_features} columns, and that of the reference "
+                f"{len(self.mixture['center'])}. {advice}"
+            )
+        own, its = _made_by(adata, key).get("weights_checksum"), self.mixture.get("weights_checksum")
+        if None not in (own, its) and own != its:
+            raise ValueError(f"adata.obsm[{key!r}] was not made by the model of the reference. {advice}")
+
+    def find(
+        self, values: NDArray[np.float64], order: NDArray[np.integer]
+    ) -> tuple[NDArray[np.integer], dict[str, Any]]:
+        """Return the niche of each cell, and further results in the order of the object."""
+        each, fit = among_niches(values, self.mixture)
+        probabilities = np.zeros((len(values), len(self.names)), dtype=np.float32)
+        ordered = np.zeros_like(probabilities)
+        np.add.at(ordered.T, self._code, each.T)
+        probabilities[order], fits = ordered, np.empty(len(values), dtype=np.float32)
+        fits[order] = fit
+        few = float((fit < LEAST_FIT).mean())
+        if few > _MANY:
+            warn(
+                f"{100 * few:.0f} % of the cells fit none of the niches of the reference (fit below {LEAST_FIT}, as "
+                f"{100 * LEAST_FIT:.0f} % of its own cells): they may be of other tissue, or measured otherwise."
+            )
+        return ordered.argmax(1), {"obs": fits, "obsm": probabilities}
+
+
+def _made_by(adata: Any, key: str) -> dict[str, Any]:
+    """Return the checksum of the weights of the model that made a representation, if it is known."""
+    record = adata.uns.get(key)
+    made = record.get("weights_checksum") if isinstance(record, Mapping) else None
+    return {} if made is None else {"weights_checksum": str(made)}
 
 
 def _representation(adata: Any, key: str) -> NDArray[np.float64]:
@@ -263,17 +424,6 @@ def _representation(adata: Any, key: str) -> NDArray[np.float64]:
 def _not_numbers(table: pd.DataFrame) -> str:
     columns = [repr(str(name)) for name, kind in table.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
     return f", and these columns do not: {shorten(columns)}" if columns else ""
-
-
-def _components(values: NDArray[np.float64], n_components: int | None) -> NDArray[np.float64]:
-    """Return centered values, or their leading principal components."""
-    centered: NDArray[np.float64] = values - values.mean(axis=0)
-    if n_components is None or n_components >= min(centered.shape):
-        return centered
-    from sklearn.decomposition import PCA
-
-    scores: NDArray[np.float64] = PCA(n_components, svd_solver="full").fit_transform(centered)
-    return scores
 
 
 def _numbers(n_niches: int | None, n_range: tuple[int, int], n_cells: int, *, halves: bool) -> list[int]:

@@ -160,12 +160,12 @@ def panel(n_genes: int) -> Tensor:
     seed=st.integers(0, 1000),
     n_nodes=st.integers(0, 9),
     gene_ratio=st.sampled_from([0.0, 0.5, 0.99]),
-    cell_share=st.sampled_from([0.0, 0.5, 1.0]),
+    mask_cells=st.sampled_from([0.0, 0.5, 1.0]),
 )
 @settings(max_examples=30, deadline=None)
-def test_only_what_is_measured_stays_visible(seed: int, n_nodes: int, gene_ratio: float, cell_share: float) -> None:
+def test_only_what_is_measured_stays_visible(seed: int, n_nodes: int, gene_ratio: float, mask_cells: float) -> None:
     measured = torch.rand(13, generator=torch.Generator().manual_seed(seed)) < 0.6
-    asked = {"n_nodes": n_nodes, "gene_ratio": gene_ratio, "cell_share": cell_share, "seed": seed}
+    asked = {"n_nodes": n_nodes, "gene_ratio": gene_ratio, "mask_cells": mask_cells, "seed": seed}
     visible, pattern = hide(measured, **asked)
     assert visible.dtype == torch.bool
     assert visible.shape[1] == 13
@@ -173,11 +173,11 @@ def test_only_what_is_measured_stays_visible(seed: int, n_nodes: int, gene_ratio
     assert pattern.shape == (n_nodes,)
     assert ((pattern >= 0) & (pattern < len(visible))).all()
     assert not (visible & ~measured).any()
-    assert cell_share > 0 or (visible[pattern] == measured).all(), "no cell and no block is masked"
+    assert mask_cells > 0 or (visible[pattern] == measured).all(), "no cell and no block is masked"
 
 
 def test_the_seed_alone_decides() -> None:
-    kwargs = {"gene_ratio": 0.5, "cell_share": 0.7}
+    kwargs = {"gene_ratio": 0.5, "mask_cells": 0.7}
     first, again, other = (hide(panel(50), seed=seed, **kwargs) for seed in (0, 0, 1))
     for a, b, c in zip(first, again, other, strict=True):
         assert (a == b).all()
@@ -186,7 +186,7 @@ def test_the_seed_alone_decides() -> None:
 
 def test_genes_with_keys_are_hidden_alike_in_any_order_and_company() -> None:
     key = np.random.default_rng(0).integers(2**64, size=50, dtype=np.uint64)
-    kwargs = {"gene_ratio": 0.5, "cell_share": 0.7, "seed": 3}
+    kwargs = {"gene_ratio": 0.5, "mask_cells": 0.7, "seed": 3}
     visible, pattern = hide(panel(50), **kwargs, gene_key=key)
     order = np.random.default_rng(1).permutation(50)[:35]
     other, other_pattern = hide(panel(35), **kwargs, gene_key=key[order])
@@ -245,14 +245,14 @@ def test_hidden_genes_are_hidden_in_all_cells_of_the_block() -> None:
     assert abs(np.mean(gone) - 0.3) < 0.12
 
 
-@pytest.mark.parametrize("cell_share", [0.2, 0.5, 1.0])
-def test_share_of_cells_that_have_hidden_entries(cell_share: float) -> None:
+@pytest.mark.parametrize("mask_cells", [0.2, 0.5, 1.0])
+def test_share_of_cells_that_have_hidden_entries(mask_cells: float) -> None:
     """500 genes, at least 10 % hidden where a cell is masked: a masked cell has hidden entries for certain."""
-    drawn = [hide(panel(500), 2000, ratio=(0.1, 0.3), cell_share=cell_share, seed=seed) for seed in range(10)]
+    drawn = [hide(panel(500), 2000, ratio=(0.1, 0.3), mask_cells=mask_cells, seed=seed) for seed in range(10)]
     share = torch.cat([1 - visible.float().mean(1)[pattern] for visible, pattern in drawn])
     masked = share > 0
-    error = (cell_share * (1 - cell_share) / len(share)) ** 0.5
-    assert abs(float(masked.float().mean()) - cell_share) <= 4 * error
+    error = (mask_cells * (1 - mask_cells) / len(share)) ** 0.5
+    assert abs(float(masked.float().mean()) - mask_cells) <= 4 * error
     assert abs(float(share[masked].mean()) - 0.2) < 0.01, "a masked cell is masked as much as without the choice"
     assert share[masked].min() > 0.03
 
@@ -260,7 +260,7 @@ def test_share_of_cells_that_have_hidden_entries(cell_share: float) -> None:
 def test_share_of_blocks_that_have_hidden_genes() -> None:
     share = []
     for seed in range(200):
-        visible, _ = hide(panel(300), 20, ratio=(0.0, 0.0), gene_ratio=0.6, cell_share=0.3, seed=seed)
+        visible, _ = hide(panel(300), 20, ratio=(0.0, 0.0), gene_ratio=0.6, mask_cells=0.3, seed=seed)
         assert (visible == visible[:1]).all(), "hidden genes are hidden in all cells, masked or not"
         share.append(float((~visible[0]).float().mean()))
     hidden = np.array(share) > 0

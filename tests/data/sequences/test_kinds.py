@@ -18,6 +18,7 @@ from fimp_sc.data.sequences import _kinds
 from fimp_sc.data.sequences._image import PatchKind
 from fimp_sc.data.sequences._kinds import sequence_kind, sequence_kinds
 from fimp_sc.data.sequences._signal import SignalKind
+from fimp_sc.data.sequences._text import TextKind
 from fimp_sc.model import FIMP
 
 SIGNAL, PATCH = SignalKind(), PatchKind()
@@ -65,9 +66,10 @@ class Walk(SequenceKind):
 
 
 def test_kinds_of_the_package() -> None:
-    assert set(sequence_kinds()) == {"signal", "patch"}
+    assert set(sequence_kinds()) == {"signal", "patch", "text"}
     assert isinstance(sequence_kind("signal"), SignalKind)
     assert isinstance(sequence_kind("patch"), PatchKind)
+    assert isinstance(sequence_kind("text"), TextKind)
 
 
 def test_a_kind_that_is_registered_is_known(recordings) -> None:
@@ -100,7 +102,7 @@ register_kind(Other())
 print(*(type(kind).__name__ for _, kind in sorted(_kinds.sequence_kinds().items())))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["PatchKind", "Other"]
+    assert done.stdout.split() == ["PatchKind", "Other", "TextKind"]
 
 
 @pytest.mark.parametrize("name", ["expression", "feature"])

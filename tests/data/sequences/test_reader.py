@@ -166,15 +166,15 @@ def test_the_unit_of_a_signal_does_not_matter(unit: float) -> None:
     seed=st.integers(0, 2**32 - 1),
     by_node=st.booleans(),
     high=st.floats(0, 1),
-    node_share=st.sampled_from([0.0, 0.5, 1.0]),
+    mask_nodes=st.sampled_from([0.0, 0.5, 1.0]),
     size=st.sampled_from([1e-3, 1.0, 1e5]),
 )
 @settings(max_examples=40, deadline=None)
-def test_hidden_and_masked_numbers_change_nothing_but_the_target(seed, by_node, high, node_share, size) -> None:
+def test_hidden_and_masked_numbers_change_nothing_but_the_target(seed, by_node, high, mask_nodes, size) -> None:
     absent, hidden = some_nodes(seed=seed), some_tokens(seed=seed)
     known = {"by_node": by_node, "absent": absent, "hidden": hidden, "statistics": statistics()}
     nodes = np.random.default_rng(seed).permutation(N)
-    how = {"ratio": (high / 2, high), "node_share": node_share, "seed": seed}
+    how = {"ratio": (high / 2, high), "mask_nodes": mask_nodes, "seed": seed}
     first = make_source(**known).fields(nodes, 9, **how)
     values = numbers()
     unseen = (first["masked"] | first["padding"]).numpy()
@@ -218,7 +218,7 @@ def test_hidden_of_another_shape_is_an_error(shape) -> None:
 
 def test_masks_come_from_the_seed_whatever_the_values() -> None:
     def masks(seed: int, values=None) -> torch.Tensor:
-        return make_source(values, by_node=True).fields(ALL, N, (0.2, 0.7), node_share=0.7, seed=seed)["masked"]
+        return make_source(values, by_node=True).fields(ALL, N, (0.2, 0.7), mask_nodes=0.7, seed=seed)["masked"]
 
     before = torch.get_rng_state()
     assert torch.equal(masks(4), masks(4, numbers(9) ** 3))
@@ -236,7 +236,7 @@ def test_without_a_ratio_only_hidden_tokens_are_masked() -> None:
 def test_a_share_of_the_nodes_is_masked() -> None:
     def masked(share: float) -> np.ndarray:
         nodes = np.zeros(4000, dtype=np.int64)
-        fields = make_source(by_node=True).fields(nodes, 10, (0.5, 0.5), node_share=share)
+        fields = make_source(by_node=True).fields(nodes, 10, (0.5, 0.5), mask_nodes=share)
         counts = fields["masked"].sum(1).numpy()
         assert set(counts) <= {0, F // 2}
         assert torch.equal(fields["target_mask"], fields["masked"][:10])

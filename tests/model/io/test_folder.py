@@ -81,6 +81,7 @@ def test_labels_and_sections(trained, saved, section) -> None:
     assert list(loaded.genes) == list(trained.genes)
 
 
+@pytest.mark.filterwarnings(UNLIKE)
 def test_layer_of_log_values_without_labels(tissue, section, make_model, train, tmp_path) -> None:
     for adata in (tissue, section := section.copy()):
         adata.layers["log"] = adata.X.log1p()

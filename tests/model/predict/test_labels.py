@@ -75,14 +75,14 @@ def test_destinations_by_themselves_are_those_of_a_graph_without_edges(tissue, m
 def test_predictions_are_mixed_by_the_share(tissue, make_model, train, share: float) -> None:
     model = train(make_model(tissue, LABELS), max_epochs=1)
     draw_heads(model.module)
-    model.module.smoothed_share.zero_()
-    model.module.neighbor_share.fill_(share)
-    assert model.neighbor_share == pytest.approx(share)
+    model.module.smoothing_weight.zero_()
+    model.module.neighbor_weight.fill_(share)
+    assert model.neighbor_weight == pytest.approx(share)
     mixed = model.predict(soft=True).to_numpy()
     np.testing.assert_allclose(mixed.sum(1), 1, rtol=1e-5)
-    model.module.neighbor_share.fill_(1.0)
+    model.module.neighbor_weight.fill_(1.0)
     first = model.predict(soft=True).to_numpy()
-    model.module.neighbor_share.fill_(0.0)
+    model.module.neighbor_weight.fill_(0.0)
     second = model.predict(soft=True).to_numpy()
     assert np.abs(first - second).max() > 0.1
     np.testing.assert_allclose(mixed, share * first + (1 - share) * second, atol=1e-6)
@@ -95,7 +95,7 @@ def test_predictions_are_mixed_by_the_share(tissue, make_model, train, share: fl
         order[section == name] = rng.permutation(order[section == name])
     rewired.obsp["spatial_connectivities"] = rewired.obsp["spatial_connectivities"][order][:, order]
     np.testing.assert_allclose(model.predict(rewired, soft=True), second, atol=1e-5)
-    model.module.neighbor_share.fill_(1.0)
+    model.module.neighbor_weight.fill_(1.0)
     assert np.abs(model.predict(rewired, soft=True).to_numpy() - first).max() > 0.1
 
 
@@ -110,10 +110,10 @@ def test_predictions_are_smoothed_over_cells_and_their_neighbors(
     tissue.obsp["spatial_connectivities"] = sparse.csr_matrix(graph)
     model = train(make_model(tissue, LABELS, **options), max_epochs=1)
     draw_heads(model.module)
-    model.module.smoothed_share.zero_()
+    model.module.smoothing_weight.zero_()
     own = model.predict(soft=True).to_numpy()
-    model.module.smoothed_share.fill_(share)
-    assert model.smoothed_share == pytest.approx(share)
+    model.module.smoothing_weight.fill_(share)
+    assert model.smoothing_weight == pytest.approx(share)
     found = model.predict(soft=True).to_numpy()
     expected = smooth(graph, own, share)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -130,7 +130,7 @@ def test_predictions_are_smoothed_over_cells_and_their_neighbors(
 def test_mixture_is_the_best_of_the_validation_cells(tissue, make_model, train) -> None:
     held = np.arange(40)
     model = train(make_model(tissue, LABELS), validation_indices=held)
-    shares = (model.neighbor_share, model.smoothed_share)
+    shares = (model.neighbor_weight, model.smoothing_weight)
     known = held[tissue.obs["label"].isin(model.classes).to_numpy()[held]]
     code = np.array([model.classes.index(name) for name in tissue.obs["label"].iloc[known]])
     graph = tissue.obsp["spatial_connectivities"].toarray() != 0
@@ -138,7 +138,7 @@ def test_mixture_is_the_best_of_the_validation_cells(tissue, make_model, train) 
     best = np.array(np.unravel_index(loss.argmin(), loss.shape)) / 20
     assert shares == pytest.approx(tuple(best))
     unvalidated = train(make_model(tissue, LABELS), validation_size=0)
-    assert (unvalidated.neighbor_share, unvalidated.smoothed_share) == (0.5, 0.0)
+    assert (unvalidated.neighbor_weight, unvalidated.smoothing_weight) == (0.5, 0.0)
 
 
 @pytest.mark.parametrize(("view", "expected"), [(0, 1.0), (1, 0.0)])
@@ -149,7 +149,7 @@ def test_the_better_view_is_chosen(tissue, make_model, train, view: int, expecte
     views = both_views(model, tissue, known)
     # Classes for which this view gives more than the other, everywhere.
     fit_mixtures(model, data_of(model), np.arange(120), known, (views[view] - views[1 - view]).argmax(1))
-    assert model.neighbor_share == expected
+    assert model.neighbor_weight == expected
 
 
 def test_the_mixture_for_other_sections_stands_shifts(tissue, make_model, train) -> None:
@@ -181,24 +181,24 @@ def test_the_mixture_for_other_sections_stands_shifts(tissue, make_model, train)
         loss = loss + grid(graph, first, collect(model, sources[1], None, _probability_alone, {}), known, code)
     best = np.array(np.unravel_index(loss.argmin(), loss.shape)) / 20
     np.testing.assert_allclose(model.module.mixtures[1].numpy(), best, atol=1e-6)
-    np.testing.assert_allclose(model.module.mixtures[0].numpy(), (model.neighbor_share, model.smoothed_share))
+    np.testing.assert_allclose(model.module.mixtures[0].numpy(), (model.neighbor_weight, model.smoothing_weight))
 
 
 def test_other_sections_have_the_other_mixture(tissue, make_model, train) -> None:
     model = train(make_model(tissue, LABELS), max_epochs=1)
     model.module.mixtures.copy_(torch.tensor([[0.7, 0.45], [0.2, 0.9]]))
     same = FIMP.load_query_data(tissue.copy(), model)
-    assert (same.neighbor_share, same.smoothed_share) == pytest.approx((0.7, 0.45))
+    assert (same.neighbor_weight, same.smoothing_weight) == pytest.approx((0.7, 0.45))
     other = tissue.copy()
     other.obs_names = [f"other_{name}" for name in other.obs_names]
     other = FIMP.load_query_data(other, model)
-    assert (other.neighbor_share, other.smoothed_share) == pytest.approx((0.2, 0.9))
+    assert (other.neighbor_weight, other.smoothing_weight) == pytest.approx((0.2, 0.9))
     barcodes = tissue.copy()
     barcodes.X = barcodes.X[np.random.default_rng(0).permutation(120)]
     barcodes = FIMP.load_query_data(barcodes, model)
-    assert barcodes.neighbor_share == pytest.approx(0.2), "the same names of other cells"
+    assert barcodes.neighbor_weight == pytest.approx(0.2), "the same names of other cells"
     again = FIMP.load_query_data(tissue.copy(), other)
-    assert again.neighbor_share == pytest.approx(0.7), "a model remembers its training"
+    assert again.neighbor_weight == pytest.approx(0.7), "a model remembers its training"
 
 
 def test_an_object_that_is_passed_has_its_own_mixture(tissue, make_model, train) -> None:
@@ -216,12 +216,12 @@ def test_an_object_that_is_passed_has_its_own_mixture(tissue, make_model, train)
     assert np.abs(bound.predict(soft=True).to_numpy() - model.predict(soft=True).to_numpy()).max() > 0.01
 
 
-def test_a_training_without_labeled_validation_cells_forgets_the_shares(tissue, make_model, train) -> None:
+def test_a_training_without_labeled_validation_cells_forgets_the_fractions(tissue, make_model, train) -> None:
     model = train(make_model(tissue, LABELS), max_epochs=1)
     model.module.mixtures.copy_(torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
     use_mixture(model, elsewhere=True)
     train(model, max_epochs=1, validation_size=0)
-    assert (model.neighbor_share, model.smoothed_share) == (0.5, 0.0)
+    assert (model.neighbor_weight, model.smoothing_weight) == (0.5, 0.0)
 
 
 def test_shares_are_saved(tissue, make_model, train, tmp_path) -> None:
@@ -236,15 +236,15 @@ def test_shares_are_saved(tissue, make_model, train, tmp_path) -> None:
         FIMP.load(str(tmp_path / "model"), adata=tissue, accelerator="cpu"),
     )
     for other in again:
-        assert other.neighbor_share == model.neighbor_share == pytest.approx(0.7)
-        assert other.smoothed_share == model.smoothed_share == pytest.approx(0.45)
+        assert other.neighbor_weight == model.neighbor_weight == pytest.approx(0.7)
+        assert other.smoothing_weight == model.smoothing_weight == pytest.approx(0.45)
     np.testing.assert_allclose(again[-1].predict(soft=True), model.predict(soft=True), atol=1e-6)
 
 
 def test_without_messages_there_is_one_prediction(tissue, make_model, train) -> None:
     model = train(make_model(tissue, LABELS, messages=False))
     assert model.module.label_head_alone is None
-    assert (model.neighbor_share, model.smoothed_share) == (0.0, 0.0)
+    assert (model.neighbor_weight, model.smoothing_weight) == (0.0, 0.0)
 
 
 def module_with_both() -> tuple:
@@ -259,7 +259,7 @@ def test_network_learns_from_either_prediction_as_much_as_it_counts(share: float
     """The gradient is that of the cross-entropies weighted with the shares; neighbors have a floor."""
     module, batch = module_with_both()
     module.value_head = None
-    module.neighbor_share.fill_(share)
+    module.neighbor_weight.fill_(share)
     weights = list(module.network.parameters())
     module(batch)[2].loss.backward()
     found = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in weights]
@@ -280,7 +280,7 @@ def test_network_learns_from_either_prediction_as_much_as_it_counts(share: float
 
 def test_heads_learn_whatever_counts() -> None:
     module, batch = module_with_both()
-    module.neighbor_share.fill_(1.0)
+    module.neighbor_weight.fill_(1.0)
     module(batch)[2].loss.backward()
     assert module.label_head_alone.score.weight.grad.abs().max() > 1e-3
     assert module.label_head.score.weight.grad.abs().max() > 1e-3

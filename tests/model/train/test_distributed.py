@@ -25,7 +25,7 @@ class Seen(Callback):
     def __init__(self):
         self.nodes, self.steps, self.shares, self.labeled = [], 0, [], []
     def on_train_epoch_start(self, trainer, module):
-        self.shares.append(float(module.module.neighbor_share))
+        self.shares.append(float(module.module.neighbor_weight))
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.steps += 1
         if trainer.current_epoch == 0:
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     weights = [float(p.detach().double().abs().sum()) for p in model.module.parameters()]
     result = {
         "weights": weights, "nodes": seen.nodes, "steps": seen.steps, "train": model.train_indices.tolist(),
-        "shares": [*seen.shares, model.neighbor_share, model.smoothed_share],
+        "shares": [*seen.shares, model.neighbor_weight, model.smoothing_weight],
         "embedding": float(np.abs(model.get_latent_representation()).sum()), "labeled": seen.labeled,
         "losses": validation_losses(model, held, 64),
         "history": {name: frame.iloc[:, 0].tolist() for name, frame in (model.history or {}).items()},

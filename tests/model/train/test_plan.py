@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -64,8 +65,7 @@ def test_the_first_step_moves_loadings_by_a_share_of_their_size() -> None:
     loading.grad = torch.randn_like(loading)
     configured["optimizer"].step()
     size = float(before.square().mean().sqrt())
-    # The first of 20 steps of warm-up.
-    torch.testing.assert_close((loading - before).abs(), torch.full_like(before, 1e-2 * size / 20), rtol=1e-3, atol=0)
+    torch.testing.assert_close((loading - before).abs(), torch.full_like(before, 1e-2 * size), rtol=1e-3, atol=0)
 
 
 def test_loadings_that_start_at_zero_can_leave_it() -> None:
@@ -77,7 +77,7 @@ def test_loadings_that_start_at_zero_can_leave_it() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 30, 400])
-def test_rate_warms_up_and_decays(steps: int) -> None:
+def test_rate_decays(steps: int) -> None:
     _, configured = make_plan(steps, lr=1.0)
     scheduler = configured["lr_scheduler"]["scheduler"]
     assert configured["lr_scheduler"]["interval"] == "step"
@@ -86,14 +86,9 @@ def test_rate_warms_up_and_decays(steps: int) -> None:
         rates.append(configured["optimizer"].param_groups[0]["lr"])
         configured["optimizer"].step()
         scheduler.step()
-    assert rates[0] == pytest.approx(1 / 20)
-    assert all(0 < rate <= 1 for rate in rates)
-    if steps == 400:
-        peak = max(range(steps), key=rates.__getitem__)
-        assert 15 <= peak <= 25
-        assert rates[peak] > 0.95
-        assert all(a >= b for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
-        assert rates[-1] == pytest.approx(0.05, abs=1e-3)
+    assert rates[0] == 1.0
+    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert rates[-1] == pytest.approx(0.05 + 0.475 * (1 + np.cos(np.pi * (steps - 1) / steps)))
 
 
 def test_gradients_are_clipped_by_their_norm() -> None:
@@ -196,7 +191,7 @@ def test_training_without_labeled_validation_cells(partly, train) -> None:
     loss, masked = (model.history[name].to_numpy(float) for name in ("validation_loss", "masked_loss_validation"))
     assert np.isfinite(loss).all()
     np.testing.assert_allclose(loss, masked, rtol=1e-6)
-    assert (model.neighbor_share, model.smoothed_share) == (0.5, 0.0)
+    assert (model.neighbor_weight, model.smoothing_weight) == (0.5, 0.0)
 
 
 def test_label_loss_of_training_is_a_mean_over_labeled_cells(partly, train, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import warnings
 from types import SimpleNamespace
@@ -245,7 +246,7 @@ def test_labels_of_validation_cells_do_not_reach_the_training_loss(
 
     But for how much neighbors count, which these cells are there to tell, and which is kept as it is here.
     """
-    monkeypatch.setattr(FIMPTrainingPlan, "_fit_share", lambda plan, log_loss: None)
+    monkeypatch.setattr(FIMPTrainingPlan, "_fit_weight", lambda plan, log_loss: None)
     held = np.arange(40)
     curves = []
     for wrong in (False, True):
@@ -340,6 +341,29 @@ def test_training_is_silent_about_its_own_design(tissue, make_model, train) -> N
         train(make_model(tissue), max_epochs=1)
     about = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     assert not [m for m in about if "workers" in m or "training batches" in m], about
+
+
+def test_training_hides_what_lightning_says_routinely(tissue, make_model, train) -> None:
+    """Its tips above all; levels are as before afterwards, and so is what a user sets."""
+    model, seen = make_model(tissue), []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    loggers = [
+        logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "scvi")
+    ]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        loggers[0].setLevel(logging.INFO)
+        loggers[1].info("💡 Tip: heard")
+        train(model, max_epochs=1)
+        assert loggers[0].level == logging.INFO
+    finally:
+        loggers[0].setLevel(before[0])
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert set(seen) == {"💡 Tip: heard"}
 
 
 def test_training_leaves_no_files_behind(tissue, make_model, train, tmp_path, monkeypatch) -> None:

@@ -122,4 +122,4 @@ def test_hidden_values_have_no_influence_on_labels(tissue, make_model, train, sc
     state, same = a.module.state_dict(), b.module.state_dict()
     differ = [name for name in state if not np.array_equal(state[name].numpy(), same[name].numpy())]
     assert differ == []
-    assert 0 <= a.smoothed_share <= 1
+    assert 0 <= a.smoothing_weight <= 1

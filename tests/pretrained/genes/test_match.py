@@ -138,7 +138,7 @@ def test_better_evidence_then_more_counts_keeps_an_id():
     table = match_names(names, HUMAN, aliases={"old": "AQP4"}, counts=[9, 1, 9, 1, 2])
     assert table["id"].tolist() == [-1, 7, -1, -1, 0]
     assert table["note"].tolist() == ["AQP4 went to b", "", "AQP4 went to b", "GFAP went to e", ""]
-    assert table["share_of_counts"].sum() == pytest.approx(1)
+    assert table["fraction_of_counts"].sum() == pytest.approx(1)
 
 
 GENES = st.lists(

@@ -50,7 +50,7 @@ def bin_edges(value: ArrayLike, indptr: ArrayLike, n_bins: int) -> NDArray[np.fl
         kept = np.concatenate([[0], np.cumsum(values != 0)])
         values, starts = values[values != 0], kept[starts]
     edges = np.zeros((len(starts) - 1, n_bins - 1))
-    for cells in _parts(starts, padded=True):
+    for cells in _slices(starts, padded=True):
         edges[cells] = _quantiles(values, starts[cells.start : cells.stop + 1], n_bins - 1)
     return edges
 
@@ -110,7 +110,7 @@ def bin_values(
         edges = bin_edges(values, starts, n_bins)
     bins = np.empty(len(values), dtype=np.float32)
     u: NDArray[Any] | float = 0.5
-    for cells in _parts(starts):
+    for cells in _slices(starts):
         entries = slice(starts[cells.start], starts[cells.stop])
         length = np.diff(starts[cells.start : cells.stop + 1])
         row = np.repeat(np.arange(len(length)), length)
@@ -156,7 +156,7 @@ def unbin(bins: Tensor, edges: Tensor) -> Tensor:
     return torch.lerp(points.gather(1, at), points.gather(1, at + 1), bins - below)
 
 
-def _parts(indptr: NDArray[np.int64], *, padded: bool = False) -> Iterator[slice]:
+def _slices(indptr: NDArray[np.int64], *, padded: bool = False) -> Iterator[slice]:
     """Yield consecutive cells with a bounded number of entries, counted as a rectangle where ``padded``."""
     start, n_cells = 0, len(indptr) - 1
     while start < n_cells:

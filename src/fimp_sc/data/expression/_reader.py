@@ -37,7 +37,7 @@ class GeneStatistics:
     mean
         ``(n_genes,)`` float32, mean log-normalized expression.
     fraction
-        ``(n_genes,)`` float32, share of all counts; sums to 1.
+        ``(n_genes,)`` float32, fraction of all counts; sums to 1.
     target_sum
         Total to which the counts of each cell are scaled: the median total of all cells of the training object. Of
         several tables ``(n_tables,)``; then ``fraction`` sums to 1 in each.
@@ -72,11 +72,11 @@ class ExpressionReader:
     """Rows of expression in the genes of the model.
 
     Counts and normalized values are divided by the cell's total over the genes that the model knows and that are
-    visible in this cell, multiplied by ``target_sum`` times the share that these genes have in the training data, and
-    ``log1p`` transformed; values on the log scale, and real numbers, are used as they are. Where training saw counts or
-    normalized values, logarithms are undone first, as they may be those of another total. The user's matrix is never
-    changed and stays where it is, in memory or on disk: one pass over it finds totals and means, after which only the
-    rows of a block are read, and only they become dense.
+    visible in this cell, multiplied by ``target_sum`` times the fraction that these genes have in the training data,
+    and ``log1p`` transformed; values on the log scale, and real numbers, are used as they are. Where training saw
+    counts or normalized values, logarithms are undone first, as they may be those of another total. The user's matrix
+    is never changed and stays where it is, in memory or on disk: one pass over it finds totals and means, after which
+    only the rows of a block are read, and only they become dense.
 
     Parameters
     ----------
@@ -167,22 +167,22 @@ class ExpressionReader:
         self._own_means = batch is not None
         self.batch = np.zeros(n_obs, dtype=np.int64) if batch is None else batch
         self.factor = np.ones(n_obs, dtype=np.float32)
-        # Expected share of a cell's total that its visible genes have.
-        self._share = np.ones(n_obs)
+        # Expected fraction of a cell's total that its visible genes have.
+        self._seen_fraction = np.ones(n_obs)
         if statistics is None:
             self.target_sum = 1.0
             if input_scale != "real":
                 total, self._fraction = self._totals()
                 if len(self.measured) > 1 or self._hidden is not None:
-                    self._share = self._visible_share(self._fraction)
-                whole = total / np.where(self._share > 0, self._share, 1.0)
+                    self._seen_fraction = self._visible_fraction(self._fraction)
+                whole = total / np.where(self._seen_fraction > 0, self._seen_fraction, 1.0)
                 self.target_sum = float(np.median(whole[whole > 0]))
                 if input_scale != "log":
-                    self.factor = _factor(total, self.target_sum * self._share)
+                    self.factor = _factor(total, self.target_sum * self._seen_fraction)
             self.center = np.zeros((int(self.batch.max(initial=0)) + 1, len(columns)), np.float32)
         else:
             self.target_sum, self._fraction = float(statistics.target_sum), statistics.fraction
-            self._share = self._visible_share(statistics.fraction)
+            self._seen_fraction = self._visible_fraction(statistics.fraction)
             self.center = self._factors_and_centers(statistics)
 
     @property
@@ -197,12 +197,19 @@ class ExpressionReader:
 
     def sparse_rows(self, nodes: NDArray[np.int64]) -> sparse.csr_matrix:
         """Return the same values as :meth:`rows` as CSR; for statistics that must not become dense."""
-        parts = [
-            sparse.csr_matrix(self._normalized(self._in_genes(self._rows.read(part)), part))
-            for part in (nodes[i : i + _ROWS] for i in range(0, len(nodes), _ROWS))
+        pieces = [
+            sparse.csr_matrix(self._normalized(self._in_genes(self._rows.read(some)), some))
+            for some in (nodes[i : i + _ROWS] for i in range(0, len(nodes), _ROWS))
         ]
         empty = sparse.csr_matrix((0, self.n_genes), dtype=np.float32)
-        return sparse.csr_matrix(sparse.vstack([empty, *parts], format="csr"))
+        return sparse.csr_matrix(sparse.vstack([empty, *pieces], format="csr"))
+
+    def counts(self, rows: sparse.csr_matrix, nodes: NDArray[np.int64]) -> sparse.csr_matrix:
+        """Return ``(len(nodes), n_genes)`` rows of :meth:`sparse_rows` as they are stored, logarithms undone."""
+        data = np.expm1(rows.data.astype(np.float64)) / np.repeat(self.factor[nodes], np.diff(rows.indptr))
+        if self._scale == "counts":
+            data = np.rint(data)
+        return sparse.csr_matrix((data, rows.indices, rows.indptr), shape=rows.shape)
 
     def complete_rows(self, nodes: NDArray[np.int64], mean: NDArray[np.float32]) -> sparse.csr_matrix:
         """Return the same with the ``(n_genes,)`` mean in place of what is hidden, or measured in other panels only."""
@@ -233,12 +240,12 @@ class ExpressionReader:
         if self._as_is:
             return rows
         shown = visible.numpy()
-        share = 1.0 - ~shown @ self._fraction.astype(np.float64)
+        fraction = 1.0 - ~shown @ self._fraction.astype(np.float64)
         row, mask = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr)), pattern.numpy()
         data = np.expm1(rows.data)
         kept = shown.ravel().take(mask.take(row) * shown.shape[1] + rows.indices)
         total = np.bincount(row, data * kept, minlength=rows.shape[0]).astype(np.float64)
-        data *= _factor(total, self.target_sum * share[mask]).take(row)
+        data *= _factor(total, self.target_sum * fraction[mask]).take(row)
         return sparse.csr_matrix((np.log1p(data, out=data), rows.indices, rows.indptr), shape=rows.shape)
 
     def observed(self, nodes: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
@@ -258,18 +265,18 @@ class ExpressionReader:
         return patterns[here], pattern.ravel().astype(np.int64)
 
     def gene_statistics(self, nodes: NDArray[np.int64]) -> GeneStatistics:
-        """Compute mean and share of counts of each gene over those of ``nodes`` where it is measured and not hidden."""
+        """Compute mean and fraction of counts of each gene over those of ``nodes`` where it is measured and seen."""
         total = np.zeros(self.n_genes, dtype=np.float64)
         counts, seen = np.zeros((2, *self.measured.shape))
-        for part in (nodes[i : i + _ROWS] for i in range(0, len(nodes), _ROWS)):
-            raw = self._in_genes(self._rows.read(part))
+        for some in (nodes[i : i + _ROWS] for i in range(0, len(nodes), _ROWS)):
+            raw = self._in_genes(self._rows.read(some))
             if self._scale != "real":
-                self._add_by_panel(counts, self._visible(self._linear(raw), part), part)
-            total += _gene_sums(self._visible(self._normalized(raw, part), part))
-            seen += self._seen(part)
+                self._add_by_panel(counts, self._visible(self._linear(raw), some), some)
+            total += _gene_sums(self._visible(self._normalized(raw, some), some))
+            seen += self._seen(some)
         return GeneStatistics(
             mean=(total / np.maximum(seen.sum(0), 1)).astype(np.float32),
-            fraction=_shares(counts, seen).astype(np.float32),
+            fraction=_fractions(counts, seen).astype(np.float32),
             target_sum=self.target_sum,
         )
 
@@ -333,14 +340,14 @@ class ExpressionReader:
             yield np.arange(first, first + block.shape[0]), self._in_genes(block)
 
     def _totals(self) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        """Return ``(n_obs,)`` totals of visible values, and the ``(n_genes,)`` shares that genes have in totals."""
+        """Return ``(n_obs,)`` totals of visible values, and the ``(n_genes,)`` fractions that genes have in totals."""
         total, (counts, seen) = np.zeros(len(self.panel)), np.zeros((2, *self.measured.shape))
         for nodes, raw in self._stream():
             values = self._visible(self._linear(raw), nodes)
             total[nodes] = _cell_sums(values)
             self._add_by_panel(counts, values, nodes)
             seen += self._seen(self.present(nodes))
-        return total, _shares(counts, seen).astype(np.float32)
+        return total, _fractions(counts, seen).astype(np.float32)
 
     def _add_by_panel(self, sums: NDArray[np.float64], values: Any, nodes: NDArray[np.int64]) -> None:
         """Add sums over cells to ``(n_panels, n_genes)`` sums."""
@@ -357,12 +364,12 @@ class ExpressionReader:
             self._add_by_panel(seen, -self._hidden[nodes].astype(np.float64), nodes)
         return seen
 
-    def _visible_share(self, fraction: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return the ``(n_obs,)`` share of a total that the visible genes of each cell are expected to have."""
+    def _visible_fraction(self, fraction: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the ``(n_obs,)`` fraction of a total that the visible genes of each cell are expected to have."""
         # Less what is not seen: exactly 1 where all is.
-        part = fraction.astype(np.float64)
-        share = 1.0 - (~self.measured @ part)[self.panel]
-        return share if self._hidden is None else np.maximum(share - self._hidden.astype(np.float64) @ part, 0.0)
+        of_gene = fraction.astype(np.float64)
+        seen = 1.0 - (~self.measured @ of_gene)[self.panel]
+        return seen if self._hidden is None else np.maximum(seen - self._hidden.astype(np.float64) @ of_gene, 0.0)
 
     def _factors_and_centers(self, statistics: GeneStatistics) -> NDArray[np.float32]:
         n_batches = int(self.batch.max()) + 1
@@ -374,7 +381,7 @@ class ExpressionReader:
         for nodes, raw in self._stream():
             if not self._as_is:
                 total_seen = _cell_sums(self._linear(self._visible(raw, nodes)))
-                self.factor[nodes] = _factor(total_seen, self.target_sum * self._share[nodes])
+                self.factor[nodes] = _factor(total_seen, self.target_sum * self._seen_fraction[nodes])
             elif self._scale == "log":
                 seen_total[nodes] = _cell_sums(self._linear(self._visible(raw, nodes)))
             if not self._own_means:
@@ -388,7 +395,9 @@ class ExpressionReader:
                 seen[code] += self._seen(nodes[mine]).sum(0)
         there = seen_total > 0
         if there.any():
-            _check_total(float(np.median(seen_total[there])), self.target_sum * float(np.median(self._share[there])))
+            _check_total(
+                float(np.median(seen_total[there])), self.target_sum * float(np.median(self._seen_fraction[there]))
+            )
         if not self._own_means:
             return statistics.mean[None]
         prior = recipe().prior_cells
@@ -402,8 +411,8 @@ def _factor(total: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[
     return np.where(there, wanted / np.where(there, total, 1.0), 1.0).astype(np.float32)
 
 
-def _shares(sums: NDArray[np.float64], seen: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the share of a total that each gene has, where not every gene is seen in every cell.
+def _fractions(sums: NDArray[np.float64], seen: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the fraction of a total that each gene has, where not every gene is seen in every cell.
 
     Parameters
     ----------
@@ -412,8 +421,8 @@ def _shares(sums: NDArray[np.float64], seen: NDArray[np.float64]) -> NDArray[np.
 
     Returns
     -------
-    ``(n_genes,)``, summing to 1: the shares of highest likelihood where counts are Poisson with a rate of share times
-    depth of the panel, found in turn with these depths. Zeros where there are no values.
+    ``(n_genes,)``, summing to 1: the fractions of highest likelihood where counts are Poisson with a rate of
+    fraction times depth of the panel, found in turn with these depths. Zeros where there are no values.
     """
     weight = seen / np.maximum(seen.max(1, keepdims=True), 1)
     own = sums.sum(1)
@@ -541,8 +550,8 @@ class JoinedExpression:
                 raise ValueError("No training node has values of one of the tables: check train_indices.")
             found.append(source.gene_statistics(there))
         return GeneStatistics(
-            np.concatenate([part.mean for part in found]),
-            np.concatenate([part.fraction for part in found]),
+            np.concatenate([one.mean for one in found]),
+            np.concatenate([one.fraction for one in found]),
             self.target_sum,
         )
 

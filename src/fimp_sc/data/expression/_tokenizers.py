@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -109,7 +110,7 @@ def hide_genes(
     ratio: tuple[float, float],
     *,
     gene_ratio: float = 0.0,
-    cell_share: float = 1.0,
+    mask_cells: float = 1.0,
     seed: int,
     gene_key: NDArray[np.uint64] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -125,10 +126,10 @@ def hide_genes(
     n_nodes
         Cells to serve.
     ratio
-        Smallest and largest share of hidden genes; each mask draws its own.
+        Smallest and largest fraction of hidden genes; each mask draws its own.
     gene_ratio
-        Largest share of genes hidden in *all* cells at once, as in a section with another panel.
-    cell_share
+        Largest fraction of genes hidden in *all* cells at once, as in a section with another panel.
+    mask_cells
         Probability that a cell has a mask at all, and that genes are hidden in all cells.
     seed
         Whole number from 0.
@@ -146,14 +147,14 @@ def hide_genes(
     keys = np.arange(len(measured)) if gene_key is None else gene_key
     # The last row is for all cells.
     drawn = torch.from_numpy(uniform(seed, np.arange(_N_PATTERNS + 1), keys))
-    share = low + (high - low) * torch.rand(_N_PATTERNS, 1, generator=generator)
+    fraction = low + (high - low) * torch.rand(_N_PATTERNS, 1, generator=generator)
     visible = measured.repeat(_N_PATTERNS + 1, 1)
-    visible[1:] &= drawn[:-1] >= share
+    visible[1:] &= drawn[:-1] >= fraction
     pattern = torch.randint(1, _N_PATTERNS + 1, (n_nodes,), generator=generator)
-    pattern *= torch.rand(n_nodes, generator=generator) < cell_share
-    if float(torch.rand(1, generator=generator)) < cell_share:
-        share = gene_ratio * torch.rand(1, generator=generator)
-        visible &= drawn[-1] >= share
+    pattern *= torch.rand(n_nodes, generator=generator) < mask_cells
+    if float(torch.rand(1, generator=generator)) < mask_cells:
+        fraction = gene_ratio * torch.rand(1, generator=generator)
+        visible &= drawn[-1] >= fraction
     return visible, pattern
 
 
@@ -237,6 +238,9 @@ class BinnedTokenizer:
         Hidden genes per cell that a decoder learns to predict.
     gene_key
         See :class:`Tokenizer`.
+    usual
+        ``(g,)`` by which counts are divided first, the usual value of each gene, where the model reads it so; ``rows``
+        then are counts.
     """
 
     gene_rank: Tensor
@@ -245,6 +249,7 @@ class BinnedTokenizer:
     random_state: int
     n_queries: int = 0
     gene_key: NDArray[np.uint64] | None = None
+    usual: NDArray[np.float64] | None = None
 
     def __call__(
         self,
@@ -310,16 +315,81 @@ class BinnedTokenizer:
         )  # fmt: skip
         return genes, torch.from_numpy(bins).view(genes.shape), best < 0
 
+    def _expressed(self, rows: sparse.csr_matrix, shown: Tensor, pattern: Tensor) -> sparse.csr_matrix:
+        expressed = _expressed(rows, shown, pattern)
+        if self.usual is not None:
+            expressed.data = (expressed.data / self.usual[expressed.indices]).astype(np.float32)
+        return expressed
+
     @property
     def _keys(self) -> NDArray[np.uint64]:
         return np.arange(len(self.known), dtype=np.uint64) if self.gene_key is None else self.gene_key
 
-    @staticmethod
-    def _expressed(rows: sparse.csr_matrix, shown: Tensor, pattern: Tensor) -> sparse.csr_matrix:
-        row = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
-        keep = shown.numpy()[pattern.numpy()[row], rows.indices] & (rows.data > 0)
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(row[keep], minlength=rows.shape[0]))])
-        return sparse.csr_matrix((rows.data[keep], rows.indices[keep], indptr), shape=rows.shape)
+
+@dataclass
+class RankTokenizer:
+    """The expressed genes that a vocabulary knows, in the order of their counts over usual ones: what Geneformer reads.
+
+    The total of a cell divides all of its values alike and does not change their order. Equal values are ordered by
+    the place of their tokens in the vocabulary, so that neither the order of genes in the object nor other cells
+    matter.
+
+    Attributes
+    ----------
+    place
+        ``(g,)`` int64, which of ``t`` tokens each gene is, -1 where it is none. Counts of genes with one token are
+        added; it goes by the first of them.
+    usual
+        ``(t,)`` float64, by which counts are divided: the usual value of each token.
+    n_most
+        Largest number of tokens of a cell.
+    """
+
+    place: NDArray[np.int64]
+    usual: NDArray[np.float64]
+    n_most: int
+
+    def __call__(
+        self,
+        rows: sparse.csr_matrix,
+        profile: Tensor,
+        visible: Tensor,
+        pattern: Tensor,
+        n_tokens: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`Tokenizer`; here ``rows`` are counts."""
+        counts = _expressed(rows, visible & torch.from_numpy(self.place >= 0), pattern)
+        token, n_cells, n_tokens = self.place[counts.indices], rows.shape[0], min(n_tokens, self.n_most)
+        table = sparse.csr_matrix(
+            (counts.data.astype(np.float64), token, counts.indptr), shape=(n_cells, len(self.usual))
+        )
+        table.sum_duplicates()
+        table.data /= self.usual[table.indices]
+        length = np.minimum(np.diff(table.indptr), n_tokens)
+        width = max(int(length.max(initial=0)), 1)
+        chosen, value = np.zeros((n_cells, width), dtype=np.int64), np.zeros((n_cells, width), dtype=np.float32)
+        for cell, (start, stop) in enumerate(pairwise(table.indptr)):
+            # Tokens come in the order of the vocabulary, which a stable sort keeps among equals.
+            best = start + np.argsort(-table.data[start:stop], kind="stable")[:n_tokens]
+            chosen[cell, : len(best)], value[cell, : len(best)] = table.indices[best], table.data[best]
+        padding = np.arange(width) >= length[:, None]
+        first = np.zeros(len(self.usual), dtype=np.int64)
+        genes = np.flatnonzero(self.place >= 0)[::-1]
+        first[self.place[genes]] = genes
+        feature_id = np.where(padding, 0, first[chosen])
+        return torch.from_numpy(feature_id), torch.from_numpy(value), torch.from_numpy(padding)
+
+
+def _expressed(rows: sparse.csr_matrix, shown: Tensor, pattern: Tensor) -> sparse.csr_matrix:
+    """Return the values above zero of the genes that each row shows."""
+    row = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+    keep = shown.numpy()[pattern.numpy()[row], rows.indices] & (rows.data > 0)
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(row[keep], minlength=rows.shape[0]))])
+    return sparse.csr_matrix((rows.data[keep], rows.indices[keep], indptr), shape=rows.shape)
+
+
+def _reads_counts(tokens: Tokenizer) -> bool:
+    return isinstance(tokens, RankTokenizer) or (isinstance(tokens, BinnedTokenizer) and tokens.usual is not None)
 
 
 def expression_fields(
@@ -356,7 +426,9 @@ def expression_fields(
     target = profile[:n_dst].clone() if mask_ratio is None else _centered(rows[:n_dst], source, nodes[:n_dst])
     if mask_ratio is not None or not visible.all():
         profile.mul_(visible.float().index_select(0, pattern))
-    feature_id, value, padding = tokens(rows, profile, visible, pattern, n_tokens)
+    # What reads counts reads one table.
+    read = cast("ExpressionReader", source).counts(rows, nodes) if _reads_counts(tokens) else rows
+    feature_id, value, padding = tokens(read, profile, visible, pattern, n_tokens)
     made: dict[str, Any] = {
         "feature_id": feature_id,
         "value": value,
@@ -387,13 +459,13 @@ def _masks(
     n_dst: int,
     ratio: tuple[float, float] | None,
     gene_ratio: float,
-    cell_share: float,
+    mask_cells: float,
     seed: int,
     gene_key: NDArray[np.uint64] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return visible genes of each pattern, the pattern of each node, and what is hidden of the destinations."""
     # Copies: with Dask's workers the arrays of a source cannot be written to, which tensors must be.
-    observed, pattern = (torch.from_numpy(part.copy()) for part in source.observed(nodes))
+    observed, pattern = (torch.from_numpy(array.copy()) for array in source.observed(nodes))
     visible = observed
     if ratio is not None:
         visible, drawn = hide_genes(
@@ -401,7 +473,7 @@ def _masks(
             len(nodes),
             ratio,
             gene_ratio=gene_ratio,
-            cell_share=cell_share,
+            mask_cells=mask_cells,
             seed=seed,
             gene_key=gene_key,
         )

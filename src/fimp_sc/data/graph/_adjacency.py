@@ -81,8 +81,8 @@ def strongest_edges(
     Parameters
     ----------
     top_fraction
-        Share of all ordered pairs of different nodes to keep. Edges as strong as the weakest one kept are kept too, so
-        that a symmetric graph stays symmetric.
+        Fraction of all ordered pairs of different nodes to keep. Edges as strong as the weakest one kept are kept too,
+        so that a symmetric graph stays symmetric.
     threshold
         Smallest weight to keep.
 

@@ -63,21 +63,21 @@ def spatial_tiles(
     n_blocks = 0
     for group in np.unique(groups):
         nodes = np.flatnonzero(groups == group)
-        n_parts = -(-len(nodes) // block_size)
-        for part in _bisect(points, nodes, n_parts):
-            block[part] = n_blocks
+        n_tiles = -(-len(nodes) // block_size)
+        for tile in _bisect(points, nodes, n_tiles):
+            block[tile] = n_blocks
             n_blocks += 1
     return block
 
 
-def _bisect(points: NDArray[np.float64], nodes: NDArray[np.int64], n_parts: int) -> list[NDArray[np.int64]]:
-    if n_parts <= 1:
+def _bisect(points: NDArray[np.float64], nodes: NDArray[np.int64], n_tiles: int) -> list[NDArray[np.int64]]:
+    if n_tiles <= 1:
         return [nodes]
     axis = int(np.ptp(points[nodes], axis=0).argmax())
     ordered = nodes[np.argsort(points[nodes, axis], kind="stable")]
-    n_left = n_parts // 2
-    cut = round(len(nodes) * n_left / n_parts)
-    return _bisect(points, ordered[:cut], n_left) + _bisect(points, ordered[cut:], n_parts - n_left)
+    n_left = n_tiles // 2
+    cut = round(len(nodes) * n_left / n_tiles)
+    return _bisect(points, ordered[:cut], n_left) + _bisect(points, ordered[cut:], n_tiles - n_left)
 
 
 def curve_rank(coordinates: ArrayLike, names: ArrayLike | None = None) -> NDArray[np.int64]:

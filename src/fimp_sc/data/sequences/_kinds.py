@@ -52,7 +52,7 @@ def picture(tokens: NDArray[np.floating], shape: tuple[int, int, int], side: int
 
 
 # Kinds that come with the package and their modules, loaded when a kind is asked for.
-_OWN = {"signal": "_signal", "patch": "_image"}
+_OWN = {"signal": "_signal", "patch": "_image", "text": "_text"}
 _TABLES = ("expression", "feature")
 
 _kinds: dict[str, SequenceKind] = {}
@@ -75,6 +75,9 @@ class SequenceKind(ABC):
         standard deviation of the training nodes. Training then also shows its tokens in any order and of either sign.
     located
         Whether tokens know the coordinates of their node.
+    words
+        Whether numbers stand for words of a vocabulary, negative after the last of a node: they are not standardized,
+        and only a foundation model reads them.
     results
         Where reconstructions are written: ``"layers"`` (values are in ``X``) or ``"obsm"``.
     """
@@ -83,6 +86,7 @@ class SequenceKind(ABC):
     size_names: ClassVar[tuple[str, ...]]
     by_node: ClassVar[bool] = False
     located: ClassVar[bool] = False
+    words: ClassVar[bool] = False
     results: ClassVar[Literal["layers", "obsm"]] = "layers"
 
     @abstractmethod

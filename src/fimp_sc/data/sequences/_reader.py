@@ -89,6 +89,8 @@ class SequenceReader:
         ``(n_obs,)`` bool, nodes that lack this modality.
     hidden
         ``(n_obs, f)`` bool, tokens that are not to be seen.
+    words
+        Whether negative numbers stand for no token.
 
     Raises
     ------
@@ -107,8 +109,9 @@ class SequenceReader:
         statistics: SequenceStatistics | None = None,
         absent: NDArray[np.bool_] | None = None,
         hidden: NDArray[np.bool_] | None = None,
+        words: bool = False,
     ) -> None:
-        self.read, self.shape, self.by_node = read, shape, by_node
+        self.read, self.shape, self.by_node, self.words = read, shape, by_node, words
         self.absent = np.zeros(n_obs, dtype=bool) if absent is None else absent
         if hidden is not None and hidden.shape != (n_obs, shape.n_tokens):
             raise ValueError(
@@ -128,7 +131,7 @@ class SequenceReader:
         n_dst: int,
         ratio: tuple[float, float] | None = None,
         *,
-        node_share: float = 1.0,
+        mask_nodes: float = 1.0,
         vary: bool = False,
         seed: int = 0,
     ) -> SequenceBatch:
@@ -141,8 +144,8 @@ class SequenceReader:
         n_dst
             Number of destinations.
         ratio
-            Smallest and largest share of tokens of a node hidden for masked prediction; ``None`` hides nothing.
-        node_share
+            Smallest and largest fraction of tokens of a node hidden for masked prediction; ``None`` hides nothing.
+        mask_nodes
             Probability that a node is masked at all.
         vary
             Whether to show signals differently every time: some of their segments, cut anywhere, in any order and of
@@ -159,6 +162,8 @@ class SequenceReader:
         if vary and float(torch.rand(1, generator=generator)) < 0.5:
             values = -values
         padding = torch.from_numpy(self.absent[nodes])[:, None].expand(-1, values.shape[1]).contiguous()
+        if self.words:
+            padding |= values[..., 0] < 0
         kept = torch.zeros_like(padding)
         if self.hidden is not None:
             kept = torch.from_numpy(self.hidden[nodes]) & ~padding
@@ -171,7 +176,7 @@ class SequenceReader:
         drawn = torch.zeros_like(padding)
         if ratio is not None:
             drawn = hide_tokens(~(padding | kept) & shown, ratio, generator)
-            drawn &= torch.rand(len(nodes), 1, generator=generator) < node_share
+            drawn &= torch.rand(len(nodes), 1, generator=generator) < mask_nodes
         masked = kept | drawn
         mean, std = self._standard(values, ~(padding | masked))
         moves = std > 0
@@ -229,10 +234,11 @@ class SequenceReader:
             raise ValueError("No training node has values of this modality.")
         count, total, square = 0, 0.0, 0.0
         for i in range(0, len(nodes), chunk):
-            part = self.read(nodes[i : i + chunk]).astype(np.float64)
+            values = self.read(nodes[i : i + chunk]).astype(np.float64)
             if self.hidden is not None:
-                part = part[~self.hidden[nodes[i : i + chunk]]]
-            count, total, square = count + part.size, total + float(part.sum()), square + float(np.square(part).sum())
+                values = values[~self.hidden[nodes[i : i + chunk]]]
+            count, total = count + values.size, total + float(values.sum())
+            square += float(np.square(values).sum())
         mean = total / max(count, 1)
         std = max(square / max(count, 1) - mean**2, 0.0) ** 0.5
         center, spread = self.coordinates[nodes].mean(0), self.coordinates[nodes].std(0)
@@ -266,7 +272,7 @@ def hide_tokens(known: Tensor, ratio: tuple[float, float], generator: torch.Gene
     known
         ``(n, f)`` bool, tokens that can be hidden.
     ratio
-        Smallest and largest share; each node draws its own.
+        Smallest and largest fraction; each node draws its own.
     generator
         Source of randomness.
 
@@ -275,7 +281,7 @@ def hide_tokens(known: Tensor, ratio: tuple[float, float], generator: torch.Gene
     ``(n, f)`` bool.
     """
     low, high = ratio
-    share = low + (high - low) * torch.rand(len(known), 1, generator=generator)
+    fraction = low + (high - low) * torch.rand(len(known), 1, generator=generator)
     place = torch.rand(known.shape, generator=generator).masked_fill_(~known, 2.0).argsort(1).argsort(1)
     n_known = known.sum(1, keepdim=True)
-    return known & (place < torch.minimum((share * n_known).round(), n_known - 1))
+    return known & (place < torch.minimum((fraction * n_known).round(), n_known - 1))

@@ -39,7 +39,7 @@ def token_shape(kind: str, size: Sequence[int], token_size: int, n_coordinates: 
 
 
 def sequence_reader(
-    part: Modality,
+    modality: Modality,
     n_obs: int,
     shape: SequenceShape,
     token_size: int,
@@ -52,7 +52,7 @@ def sequence_reader(
 
     Parameters
     ----------
-    part
+    modality
         The modality.
     n_obs
         Number of nodes.
@@ -61,9 +61,10 @@ def sequence_reader(
     coordinates, statistics, hidden
         See :class:`~fimp_sc.data.SequenceReader`.
     """
+    kind = sequence_kind(modality.kind)
     return SequenceReader(
-        Reader(part.kind, part.adata, part.rows, token_size), shape, n_obs, by_node=sequence_kind(part.kind).by_node,
-        coordinates=coordinates, statistics=statistics, absent=part.absent, hidden=hidden,
+        Reader(modality.kind, modality.adata, modality.rows, token_size), shape, n_obs, by_node=kind.by_node,
+        words=kind.words, coordinates=coordinates, statistics=statistics, absent=modality.absent, hidden=hidden,
     )  # fmt: skip
 
 

@@ -269,8 +269,8 @@ class _SparseRows(MatrixRows):
     def stream(self, values: int = PIECE_VALUES) -> Iterator[tuple[int, Rows]]:
         for start, stop in _ranges(self._indptr, values):
             low, high = int(self._indptr[start]), int(self._indptr[stop])
-            parts = self._data.read(low, high), self._indices.read(low, high), self._indptr[start : stop + 1] - low
-            yield start, sparse.csr_matrix(parts, shape=(stop - start, self.shape[1]))
+            arrays = self._data.read(low, high), self._indices.read(low, high), self._indptr[start : stop + 1] - low
+            yield start, sparse.csr_matrix(arrays, shape=(stop - start, self.shape[1]))
 
 
 class _DaskRows(MatrixRows):
@@ -288,17 +288,17 @@ class _DaskRows(MatrixRows):
     def read(self, nodes: NDArray[np.int64]) -> Rows:
         unique, inverse = np.unique(nodes, return_inverse=True)
         chunk = np.searchsorted(self._edges, unique, side="right") - 1
-        parts = []
+        pieces = []
         for number in np.unique(chunk).tolist():
             # Held by its own name: another thread may drop it from the cache meanwhile.
             rows = self._cache.pop(number, None)
             rows = self._compute(number) if rows is None else rows
             self._keep(number, rows)
-            parts.append(rows[unique[chunk == number] - self._edges[number]])
-        if not parts:
+            pieces.append(rows[unique[chunk == number] - self._edges[number]])
+        if not pieces:
             empty = np.zeros((0, self.shape[1]), dtype=self.dtype)
             return sparse.csr_matrix(empty) if sparse.issparse(self._array._meta) else empty
-        rows = _join(parts, axis=0)
+        rows = _join(pieces, axis=0)
         return rows if len(unique) == len(inverse) and (inverse[1:] > inverse[:-1]).all() else rows[inverse]
 
     def stream(self, values: int = PIECE_VALUES) -> Iterator[tuple[int, Rows]]:
@@ -311,14 +311,14 @@ class _DaskRows(MatrixRows):
         chunks = [self._array.blocks[number, column] for column in range(self._array.numblocks[1])]
         # Here and now: with a client of dask.distributed at work the default would send rows around the cluster, and
         # the default without one starts threads, within the processes that a data loader may have started already.
-        parts = compute(*chunks, scheduler="synchronous")
-        for part in parts:
-            if not (sparse.issparse(part) or isinstance(part, np.ndarray)):
+        pieces = compute(*chunks, scheduler="synchronous")
+        for piece in pieces:
+            if not (sparse.issparse(piece) or isinstance(piece, np.ndarray)):
                 raise TypeError(
                     f"{self._where} is a dask array whose chunks must be scipy sparse matrices or numpy arrays, found "
-                    f"{type(part).__name__}: convert them with .map_blocks()."
+                    f"{type(piece).__name__}: convert them with .map_blocks()."
                 )
-        return _join([sparse.csr_matrix(p) if sparse.issparse(p) else np.asarray(p) for p in parts], axis=1)
+        return _join([sparse.csr_matrix(p) if sparse.issparse(p) else np.asarray(p) for p in pieces], axis=1)
 
     def _keep(self, number: int, rows: Rows) -> None:
         self._cache[number] = rows
@@ -340,8 +340,8 @@ def _ranges(indptr: NDArray[Any], values: int) -> Iterator[tuple[int, int]]:
 def _csr_slice(matrix: sparse.csr_matrix, start: int, stop: int) -> sparse.csr_matrix:
     """Return rows that share the values of ``matrix``, which scipy's own slices do not."""
     low, high = int(matrix.indptr[start]), int(matrix.indptr[stop])
-    parts = matrix.data[low:high], matrix.indices[low:high], matrix.indptr[start : stop + 1] - matrix.indptr[start]
-    return sparse.csr_matrix(parts, shape=(stop - start, matrix.shape[1]), copy=False)
+    arrays = matrix.data[low:high], matrix.indices[low:high], matrix.indptr[start : stop + 1] - matrix.indptr[start]
+    return sparse.csr_matrix(arrays, shape=(stop - start, matrix.shape[1]), copy=False)
 
 
 def _cut(rows: Rows, first: int, values: int) -> Iterator[tuple[int, Rows]]:
@@ -354,13 +354,13 @@ def _cut(rows: Rows, first: int, values: int) -> Iterator[tuple[int, Rows]]:
         yield first + start, _csr_slice(rows, start, stop)
 
 
-def _join(parts: list[Any], axis: int) -> Rows:
-    if len(parts) == 1:
-        return parts[0]
-    if any(sparse.issparse(part) for part in parts):
+def _join(pieces: list[Any], axis: int) -> Rows:
+    if len(pieces) == 1:
+        return pieces[0]
+    if any(sparse.issparse(piece) for piece in pieces):
         stack = sparse.hstack if axis else sparse.vstack
-        return sparse.csr_matrix(stack([sparse.csr_matrix(part) for part in parts], format="csr"))
-    return np.concatenate(parts, axis=axis)
+        return sparse.csr_matrix(stack([sparse.csr_matrix(piece) for piece in pieces], format="csr"))
+    return np.concatenate(pieces, axis=axis)
 
 
 def _n_bytes(rows: Rows) -> int:

@@ -116,8 +116,13 @@ def check_anndata(adata: Any) -> None:
         )
 
 
-def check_coordinates(adata: AnnData, spatial_key: str) -> np.ndarray:
+def check_coordinates(adata: AnnData, spatial_key: str, *, advice: str = "") -> np.ndarray:
     """Return ``adata.obsm[spatial_key]`` as float64 of shape ``(n_obs, 2)`` or ``(n_obs, 3)``.
+
+    Parameters
+    ----------
+    advice
+        What else to do where there are none.
 
     Raises
     ------
@@ -130,7 +135,8 @@ def check_coordinates(adata: AnnData, spatial_key: str) -> np.ndarray:
     """
     where = f"adata.obsm[{spatial_key!r}]"
     if spatial_key not in adata.obsm:
-        raise missing_key(spatial_key, "adata.obsm", adata.obsm, coordinates_hint(adata, spatial_key))
+        hint = f"{coordinates_hint(adata, spatial_key)} {advice}".rstrip()
+        raise missing_key(spatial_key, "adata.obsm", adata.obsm, hint)
     stored = adata.obsm[spatial_key]
     try:
         values = in_memory(stored, where)
@@ -218,18 +224,17 @@ def check_key_added(key: str) -> None:
 def check_graph(adata: AnnData, connectivities_key: str, library_key: str | None = None) -> None:
     """Check the graph ``adata.obsp[connectivities_key]``; see :func:`check_connectivities`.
 
+    It may be empty where the object says that its cells have no neighbors, see :func:`is_dissociated`.
+
     Raises
     ------
     MissingKeyError
         The graph, or ``library_key``, is absent.
     """
     if connectivities_key not in adata.obsp:
-        raise missing_key(
-            connectivities_key,
-            "adata.obsp",
-            adata.obsp,
-            "Build the graph with fimp_sc.pp.spatial_graph(adata), or name another with connectivities_key=.",
-        )
+        advice = "Build the graph with fimp_sc.pp.spatial_graph(adata), or name another with connectivities_key=."
+        advice = f"{advice} {dissociated_hint(adata)}".rstrip()
+        raise missing_key(connectivities_key, "adata.obsp", adata.obsp, advice)
     library = None if library_key is None else check_obs_key(adata, library_key, "library")
     where = f"adata.obsp[{connectivities_key!r}]"
     advice = "Where their neighbors were left out after the graph was built, build it again"
@@ -239,7 +244,28 @@ def check_graph(adata: AnnData, connectivities_key: str, library_key: str | None
             arguments += f", key_added={connectivities_key.removesuffix('_connectivities')!r}"
         advice += f": fimp_sc.pp.spatial_graph(adata{arguments}, overwrite=True)"
     graph = in_memory(adata.obsp[connectivities_key], where)
-    check_connectivities(graph, adata.n_obs, where=where, library=library, advice=f"{advice}.")
+    empty = is_dissociated(adata, connectivities_key)
+    check_connectivities(graph, adata.n_obs, where=where, library=library, advice=f"{advice}.", empty=empty)
+
+
+def neighbors_key(connectivities_key: str) -> str:
+    """Return the key of ``uns`` that describes a graph, as squidpy names it."""
+    return f"{connectivities_key.removesuffix('_connectivities')}_neighbors"
+
+
+def is_dissociated(adata: AnnData, connectivities_key: str) -> bool:
+    """Tell whether an object says that its cells have no neighbors: its graph was made with ``n_neighbors=0``."""
+    found = adata.uns.get(neighbors_key(connectivities_key))
+    params = found.get("params") if isinstance(found, Mapping) else None
+    return isinstance(params, Mapping) and params.get("n_neighbors") == 0
+
+
+def dissociated_hint(adata: AnnData) -> str:
+    """Return how cells without places are used; empty text for an object that seems to have places somewhere."""
+    places = any(_PLACES.search(str(key)) for slot in (adata.obsm, adata.uns) for key in slot)
+    if places or _columns(adata) is not None:
+        return ""
+    return "Cells of dissociated tissue have no neighbors: fimp_sc.pp.spatial_graph(adata, n_neighbors=0) says so."
 
 
 def check_scaled(adata: AnnData, layer: str | None, input_scale: str) -> None:
@@ -270,6 +296,7 @@ def check_connectivities(
     where: str = "The graph",
     library: pd.Categorical | None = None,
     advice: str = "",
+    empty: bool = False,
 ) -> None:
     """Check a neighborhood graph: a row holds the weights of the neighbors of its node.
 
@@ -285,6 +312,8 @@ def check_connectivities(
         Sample of each node, length ``n_obs``, without missing values.
     advice
         What to do about nodes without neighbors.
+    empty
+        Whether there may be no edges at all.
 
     Raises
     ------
@@ -305,6 +334,8 @@ def check_connectivities(
     checked = check_adjacency(graph, n_obs, where=where, what="node", self_loops=False)
     row, col = np.repeat(np.arange(n_obs), np.diff(checked.indptr)), checked.indices
     if not row.size:
+        if empty:
+            return
         raise ValueError(
             f"{where} has no edges between nodes: build it with fimp_sc.pp.spatial_graph(adata, overwrite=True)."
         )
@@ -328,6 +359,7 @@ def check_connectivities(
 # Words in columns of coordinates in a whole slide, the best first, and of those in an array or a field.
 _FIRST, _LAST = ("global", "fullres", "slide", "centroid", "center", "spatial"), ("array", "local")
 _EMBEDDING = re.compile(r"umap|tsne|pca|latent|phate", re.IGNORECASE)
+_PLACES = re.compile(r"spatial|coord|centroid|position", re.IGNORECASE)
 _SWAPS = (("x", "y"), ("X", "Y"), ("col(?:umn)?", "row"), ("Col(?:umn)?", "Row"), ("COL(?:UMN)?", "ROW"))
 
 

@@ -20,6 +20,11 @@ _NO_LABEL = frozenset(
 )
 
 
+def reads_unlabeled(label: str) -> bool:
+    """Tell whether a label reads as if a cell had none, as ``"Unknown"`` or ``"nan"`` do."""
+    return label.strip().casefold() in _NO_LABEL
+
+
 def check_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unknown") -> None:
     """Check that ``adata.obs[labels_key]`` can be learned: NaN and ``unlabeled_category`` mean unlabeled.
 
@@ -88,7 +93,7 @@ def warn_words(adata: AnnData, key: str, unlabeled_category: str, consequence: s
     """
     where, values = f"adata.obs[{key!r}]", labeled(adata, key, unlabeled_category)
     counts = label_text(values).value_counts()
-    words = [word for word in counts.index if word.strip().casefold() in _NO_LABEL]
+    words = [word for word in counts.index if reads_unlabeled(word)]
     if not words:
         return
     cells = shorten([f"{word!r} for {counts[word]:,}" for word in words])

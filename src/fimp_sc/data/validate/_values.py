@@ -30,8 +30,8 @@ _ROUNDING = 1e-6
 # Of cells whose values are whole multiples of the smallest; of multiples up to this one, to this precision.
 _MOST, _MULTIPLES, _PRECISION = 0.5, 8.5, 1e-3
 # A gene that others express is not measured in a sample if that sample would show it this often, and shows none: chance
-# alone does so once in a million. Single genes may have reasons; a panel lacks this share of the genes at least.
-_EXPECTED, _SHARE_OF_PANEL = 14.0, 0.01
+# alone does so once in a million. Single genes may have reasons; a panel lacks this fraction of the genes at least.
+_EXPECTED, _FRACTION_OF_PANEL = 14.0, 0.01
 
 
 class Values(NamedTuple):
@@ -60,11 +60,14 @@ class Samples(NamedTuple):
         Of the samples.
     key
         Column of ``obs`` that holds them.
+    lacking
+        ``(n_samples, n_vars)`` bool, genes of which it is known that a sample did not measure them.
     """
 
     code: NDArray[np.int64]
     names: Sequence[str]
     key: str
+    lacking: NDArray[np.bool_] | None = None
 
 
 # Sums of squares of larger values overflow float32, those of smaller ones are zero there.
@@ -196,13 +199,17 @@ def inspect_values(
             'but input_scale="counts" needs raw counts: pass layer= with the counts, or input_scale="normalized" or '
             '"log".'
         )
+    known = None if samples is None else samples.lacking
+    if known is not None:
+        lacking = known if lacking is None else lacking | known
     if input_scale != "real":
         silent = _silent(found)
         if silent is not None:
             lacking = silent if lacking is None else lacking | silent
         _warn_empty(found, where, lacking, learned=learned, joint=joint)
-    if lacking is not None:
-        _warn_lacking(lacking, samples, where)
+    guessed = lacking if lacking is None or known is None else lacking & ~known
+    if guessed is not None and guessed.any():
+        _warn_lacking(guessed, samples, where)
     if input_scale != "auto":
         return Values(cast("InputScale", input_scale), lacking)
     scale = _resolve_fractional(matrix if turned else rows, found, where) if found.fractional else "counts"
@@ -348,7 +355,7 @@ def _silent(found: _Findings) -> np.ndarray | None:
             continue
         expected = others * (own.sum() / others[here].sum()) >= _EXPECTED
         silent[:] = expected & ~here
-        if silent.sum() < _SHARE_OF_PANEL * expected.sum():
+        if silent.sum() < _FRACTION_OF_PANEL * expected.sum():
             silent[:] = False
     return lacking if lacking.any() else None
 

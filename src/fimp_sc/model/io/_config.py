@@ -15,10 +15,12 @@ import pandas as pd
 import fimp_sc
 from fimp_sc.data.sequences._kinds import sequence_kinds
 from fimp_sc.model.registry._fields import (
+    GRAPH_KEY,
     LABELS_KEY,
     SEQUENCE_KEY,
     X_KEY,
     ExpressionField,
+    GraphField,
     LabelField,
     SequenceField,
     registered_fields,
@@ -127,6 +129,8 @@ def make_registry(config: Mapping[str, Any], cls: type[FIMP]) -> dict[str, Any]:
         states[X_KEY][ExpressionField.TABLES] = tables
     if config["classes"] is not None:
         states[LABELS_KEY] = {LabelField.CLASSES: np.array(config["classes"], dtype=object)}
+    # A graph without edges is read by models that pass no messages alone.
+    states[GRAPH_KEY] = {GraphField.EDGES: bool(init_arguments(config).get("messages", True))}
     states |= {SEQUENCE_KEY + name: dict(state) for name, state in config["sequences"].items()}
     registries = {}
     for field in registered_fields(setup, list(config["sequences"])):

@@ -9,6 +9,8 @@ from anndata import AnnData
 from scvi.model._utils import parse_device_args
 from scvi.model.base import BaseModelClass
 
+from fimp_sc.data._study import resolve
+from fimp_sc.data.storage._elements import missing_key
 from fimp_sc.model.io._folder import WEIGHTS, read_pretrained, write_pretrained
 from fimp_sc.model.predict._labels import use_mixture
 from fimp_sc.model.predict._reference import compare
@@ -37,16 +39,36 @@ def load_query_data(
         Arguments of :meth:`setup_anndata`, where data are found elsewhere in the new object than in that of
         training, or are on another scale: ``layer``, ``library_key``, ``batch_key``, ``input_scale``, ...
 
+    Returns
+    -------
+    A model of its own, with the weights, labels and settings of the other.
+
     Raises
     ------
+    KeyError
+        A key is missing.
     ValueError
-        When the object has next to none of the genes of the model, or cannot be used.
+        The object has next to none of the genes of the model, or cannot be used.
 
     Warns
     -----
     UserWarning
         The genes that it has carry less than half of the counts of training; and what :meth:`setup_anndata` warns
         of.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=400, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> train, query = (adata[adata.obs["section"] == name].copy() for name in adata.obs["section"].unique()[:2])
+    >>> FIMP.setup_anndata(train, labels_key="cell_type")
+    >>> model = FIMP(train)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> bound = FIMP.load_query_data(query, model)
+    >>> len(bound.predict()) == query.n_obs
+    True
     """
     reference = cls.load(reference_model) if isinstance(reference_model, str | Path) else reference_model
     registry = reference.registry
@@ -55,6 +77,11 @@ def load_query_data(
         check_genes(reference, adata if user_study is None else user_study.data)
     # What a model learned from a modality is also applied to an object that is this modality, and the reverse.
     setup = {name: value for name, value in registry["setup_args"].items() if name != "modality"} | setup_kwargs
+    labels_key = setup_kwargs.get("labels_key")
+    if labels_key is not None and is_object(adata):
+        obs = resolve(adata, registry["setup_args"].get("modality")).nodes.obs
+        if labels_key not in obs:
+            raise missing_key(labels_key, "adata.obs", obs, "Leave labels_key out for an object without labels.")
     how = {"source_registry": registry, "sequences": list(reference.module.sequences)}
     if isinstance(adata, AnnData):
         cls.setup_anndata(adata, **setup, **how)
@@ -100,6 +127,19 @@ def save(
         The disk is full, or the system refuses to write.
     ValueError
         Weights are NaN or infinite, names of genes are not unique, or an argument is not supported.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, library_key="section")
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.save("model")
+    >>> FIMP.load("model", adata).get_latent_representation().shape
+    (200, 64)
     """
     if prefix is not None:
         raise ValueError(f"A folder holds one model, so files have no prefix={prefix!r}: give it another folder.")
@@ -116,8 +156,32 @@ def save_pretrained(model: FIMP, folder: str | Path, *, overwrite: bool = False)
 
     Parameters
     ----------
-    folder, overwrite
-        See :meth:`save`.
+    folder
+        Where to; folders above it are made. It may hold nothing else.
+    overwrite
+        Replace a model that is there, also one that scvi-tools' format holds.
+
+    Raises
+    ------
+    FileExistsError
+        The folder holds a model and ``overwrite`` is not set, or it holds other files.
+    OSError
+        The disk is full, or the system refuses to write.
+    ValueError
+        Weights are NaN or infinite, or names of genes are not unique.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, library_key="section")
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.save_pretrained("model")
+    >>> FIMP.from_pretrained("model", adata).get_latent_representation().shape
+    (200, 64)
     """
     model.save(folder, overwrite=overwrite)
 
@@ -149,17 +213,36 @@ def load(
     **kwargs
         Further arguments of scvi-tools' ``load`` for such a folder.
 
+    Returns
+    -------
+    The model, in evaluation mode.
+
     Raises
     ------
     CheckpointError
         A file is missing, damaged, of a newer version, or does not fit the others, or it is a pickle that is not
         trusted; a :class:`ValueError`.
+    ValueError
+        The object cannot be used with the model, or an argument is not supported.
 
     Warns
     -----
     UserWarning
         The folder is of a version without a checksum of the configuration, or ``config.json`` is of another model
         than the weights.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, library_key="section")
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.save("model")
+    >>> again = FIMP.load("model", accelerator="cpu")
+    >>> fimp.tl.embed(adata, model=again, verbose=False)
     """
     if trust and (kwargs or not Path(dir_path, WEIGHTS).is_file()):
         return BaseModelClass.load.__func__(cls, str(dir_path), adata, accelerator, device, **kwargs)
@@ -180,13 +263,45 @@ def from_pretrained(
 
     Parameters
     ----------
-    folder_or_hub_id, adata, accelerator
-        See :meth:`load`.
+    folder_or_hub_id
+        Folder, or name of a repository on the Hugging Face hub, which takes the package huggingface_hub.
+    adata
+        Object with a graph to bind the model to, as :meth:`load_query_data` does, once all files were found in
+        order. Without it the model serves :meth:`load_query_data` and the functions of :mod:`fimp_sc.tl`.
+    accelerator
+        Where the weights go, as in Lightning; ``"auto"`` takes a GPU when there is one.
+
+    Returns
+    -------
+    The model, in evaluation mode.
 
     Raises
     ------
     CheckpointError
-        See :meth:`load`.
+        A file is missing, damaged, of a newer version, or does not fit the others, or it is a pickle; a
+        :class:`ValueError`.
+    ValueError
+        The object cannot be used with the model.
+
+    Warns
+    -----
+    UserWarning
+        The folder is of a version without a checksum of the configuration, or ``config.json`` is of another model
+        than the weights.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, library_key="section")
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.save_pretrained("model")
+    >>> again = FIMP.from_pretrained("model", adata)
+    >>> bool((again.get_latent_representation() == model.get_latent_representation()).all())
+    True
     """
     return cls.load(folder_or_hub_id, adata, accelerator)
 
@@ -197,6 +312,29 @@ def load_registry(cls: type[FIMP], dir_path: str | Path) -> dict[str, Any]:
     Parameters
     ----------
     dir_path
-        See :meth:`load`.
+        Folder, or name of a repository on the Hugging Face hub, which takes the package huggingface_hub.
+
+    Returns
+    -------
+    Arguments of :meth:`setup_anndata` under ``"setup_args"``, and what was registered under ``"field_registries"``.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing, damaged, of a newer version, or does not fit the others, or it is a pickle; a
+        :class:`ValueError`.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, labels_key="cell_type", library_key="section")
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.save("model")
+    >>> FIMP.load_registry("model")["setup_args"]["labels_key"]
+    'cell_type'
     """
     return cls.load(dir_path, accelerator="cpu").registry

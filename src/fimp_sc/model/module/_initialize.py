@@ -107,8 +107,8 @@ class StartingModule(BaseModuleClass):
         """
         numbers = tokens.double()
         basis = torch.linalg.eigh(numbers.T @ numbers).eigenvectors.flip(1)
-        parts: Any = self.network.sequences
-        parts.embeddings[parts.names.index(name)].start_from(basis.float().to(self.device))
+        sequences: Any = self.network.sequences
+        sequences.embeddings[sequences.names.index(name)].start_from(basis.float().to(self.device))
 
     @torch.no_grad()
     def fit_heads(self, batches: Iterable[Batch], ridge: float) -> None:
@@ -125,10 +125,10 @@ class StartingModule(BaseModuleClass):
         product: dict[str, Tensor] = {}
         for batch in batches:
             states = self.network.states(batch, self.network.n_queries(batch, reconstruct=True))
-            for name, part in self.network.split(states, batch).items():
+            for name, own in self.network.split(states, batch).items():
                 nodes = batch["sequences"][name]
                 hidden = nodes["target_mask"]
-                x = torch.nn.functional.pad(part[hidden], (0, 1), value=1.0).double()
+                x = torch.nn.functional.pad(own[hidden], (0, 1), value=1.0).double()
                 square[name] = square.get(name, 0) + x.T @ x
                 product[name] = product.get(name, 0) + x.T @ nodes["target"][hidden].double()
         for name, head in self.network.heads.items():

@@ -20,8 +20,8 @@ class LabelingModule(BaseModuleClass):
 
     label_head: LabelHead | None
     label_head_alone: LabelHead | None
-    neighbor_share: Tensor
-    smoothed_share: Tensor
+    neighbor_weight: Tensor
+    smoothing_weight: Tensor
     embedding_mean: Tensor
     embedding_std: Tensor
     class_weight: Tensor
@@ -38,9 +38,9 @@ class LabelingModule(BaseModuleClass):
         out: dict[str, Tensor] = {}
         if embedding is not None and alone is not None:
             # The network learns from either prediction as much as it counts; the heads learn alike.
-            share = self.neighbor_share.clamp(min=recipe().least_neighbor_weight)
-            embedding = _scaled_gradient(embedding, 2 * share)
-            alone = _scaled_gradient(alone, 2 - 2 * share)
+            weight = self.neighbor_weight.clamp(min=recipe().least_neighbor_weight)
+            embedding = _scaled_gradient(embedding, 2 * weight)
+            alone = _scaled_gradient(alone, 2 - 2 * weight)
         if alone is not None and self.label_head_alone is not None:
             out["logits_alone"] = self.label_head_alone(alone)
         if embedding is not None and self.label_head is not None:
@@ -65,7 +65,7 @@ class LabelingModule(BaseModuleClass):
             return self.log_loss(generative_outputs, labels).min() / n_labeled
         how: Any = {"weight": self.class_weight, "ignore_index": -1, "reduction": "sum"}
         logits = [generative_outputs[name] for name in ("logits", "logits_alone") if name in generative_outputs]
-        return torch.stack([nn.functional.cross_entropy(part, labels, **how) for part in logits]).mean() / n_labeled
+        return torch.stack([nn.functional.cross_entropy(view, labels, **how) for view in logits]).mean() / n_labeled
 
     def log_loss(self, generative_outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Return the log loss of predicted labels, summed over labeled nodes.
@@ -77,7 +77,7 @@ class LabelingModule(BaseModuleClass):
 
         Returns
         -------
-        ``(21,)``, of the mixtures of both predictions, by share, or ``(1,)`` where there is one prediction.
+        ``(21,)``, of the mixtures of both predictions, by weight, or ``(1,)`` where there is one prediction.
         """
         known = labels >= 0
         names = [name for name in ("logits", "logits_alone") if name in generative_outputs]
@@ -85,7 +85,7 @@ class LabelingModule(BaseModuleClass):
         if len(logits) == 1:
             return nn.functional.cross_entropy(logits[0], labels[known], reduction="sum")[None]
         true = labels[known, None]
-        return mixture_loss(*(part.softmax(1).gather(1, true).squeeze(1) for part in logits))
+        return mixture_loss(*(view.softmax(1).gather(1, true).squeeze(1) for view in logits))
 
     def standardized(self, embedding: Tensor) -> Tensor:
         """Return embeddings on the scale that heads read."""

@@ -88,7 +88,7 @@ class Smoother(NamedTuple):
     own, neighbors
         ``(k,)`` and ``(n_neighborhood,)``: factors of the cell's and of its neighbors' scores, from 0 to 1 and 2.
     signal
-        Share of the variance of the first ``n_neighborhood`` scores of the cell that is signal, not noise.
+        Fraction of the variance of the first ``n_neighborhood`` scores of the cell that is signal, not noise.
     n_telling
         Number of leading components whose scores of the cell alone tell anything.
     """
@@ -177,13 +177,13 @@ def linear_smoother(
     if not cells.shape[0] or not recipe().smoother:
         return Smoother(np.ones(encode.shape[1]), np.zeros(n_neighborhood), 1.0, encode.shape[1])
     columns = np.arange(cells.shape[1]) if gene_key is None else gene_key
-    share = recipe().smoother_hidden
+    fraction = recipe().smoother_hidden
     square = np.zeros((encode.shape[1], 2, 2))
     product = np.zeros((encode.shape[1], 2))
     for i in range(0, cells.shape[0], 512):
         centered = cells[i : i + 512].toarray() - mean
-        hidden = uniform(random_state, np.arange(i, i + len(centered)), columns) < share
-        own = np.where(hidden, 0.0, centered) @ encode / (1.0 - share)
+        hidden = uniform(random_state, np.arange(i, i + len(centered)), columns) < fraction
+        own = np.where(hidden, 0.0, centered) @ encode / (1.0 - fraction)
         scores = np.stack([own, (around[i : i + 512].toarray() - mean) @ encode], axis=2)
         weight = hidden.astype(np.float32) @ decode**2
         square += np.einsum("nk,nka,nkb->kab", weight, scores, scores)

@@ -59,12 +59,12 @@ class FIMPModule(LabelingModule, StartingModule):
 
     Attributes
     ----------
-    neighbor_share
-        ``()``, share of the prediction with neighbors in predicted labels; the rest is the prediction without.
-    smoothed_share
+    neighbor_weight
+        ``()``, weight of the prediction with neighbors in predicted labels; the rest is the prediction without.
+    smoothing_weight
         ``()``, how much of what is so predicted is smoothed over neighbors.
     mixtures
-        ``(2, 2)``, both shares for the cells of training, and for those of other sections.
+        ``(2, 2)``, both weights for the cells of training, and for those of other sections.
     reference, reference_name, n_reference, reference_distance
         Embeddings of some training cells ``(512, n_latent)``, hashes of their names ``(512,)`` int64, their number,
         and the distance that is usual.
@@ -102,10 +102,10 @@ class FIMPModule(LabelingModule, StartingModule):
         self.value_head = ValueHead(n_features, width, gene_key) if n_features else None
         self.label_head = LabelHead(width, n_labels, dropout) if n_labels else None
         self.label_head_alone = LabelHead(width, n_labels, dropout) if n_labels and alone else None
-        self.register_buffer("neighbor_share", torch.tensor(1.0 if self.label_head_alone is None else 0.5))
-        self.register_buffer("smoothed_share", torch.zeros(()))
+        self.register_buffer("neighbor_weight", torch.tensor(1.0 if self.label_head_alone is None else 0.5))
+        self.register_buffer("smoothing_weight", torch.zeros(()))
         # Of cells of training, and of other sections.
-        self.register_buffer("mixtures", torch.stack([self.neighbor_share, self.smoothed_share]).repeat(2, 1))
+        self.register_buffer("mixtures", torch.stack([self.neighbor_weight, self.smoothing_weight]).repeat(2, 1))
         self.register_buffer("embedding_mean", torch.zeros(width))
         self.register_buffer("embedding_std", torch.ones(width))
         # Embeddings of training cells, and how far from them is usual.
@@ -133,7 +133,11 @@ class FIMPModule(LabelingModule, StartingModule):
         return {"batch": tensors, "alone": self.label_head_alone is not None}
 
     def _get_generative_input(self, tensors: Batch, inference_outputs: dict[str, Tensor], **kwargs: Any) -> dict:
-        return {name: inference_outputs[name] for name in ("embedding", "alone") if name in inference_outputs}
+        given: dict[str, Any] = {
+            name: inference_outputs[name] for name in ("embedding", "alone") if name in inference_outputs
+        }
+        # Nothing is hidden from embeddings that are known already.
+        return given | {"values": "embedding" not in tensors}
 
     @auto_move_data
     def inference(
@@ -158,6 +162,8 @@ class FIMPModule(LabelingModule, StartingModule):
         their ``"bin"``; and, where there are signals or images, their standardized numbers as ``"sequences"``,
         ``(n_dst, f, p)`` by modality.
         """
+        if "embedding" in batch:
+            return {"embedding": batch["embedding"]}
         absent = None
         if genes is not None:
             queries = genes.expand(batch["n_nodes"][-1], -1)
@@ -181,20 +187,26 @@ class FIMPModule(LabelingModule, StartingModule):
         out: dict[str, Any] = {"embedding": self.network.read(states, batch)}
         if reconstruct and self.sequences:
             heads = self.network.heads
-            out["sequences"] = {name: heads[name](part) for name, part in self.network.split(states, batch).items()}
+            out["sequences"] = {name: heads[name](own) for name, own in self.network.split(states, batch).items()}
         return out
 
     @auto_move_data
     def generative(
-        self, embedding: Tensor, features: Tensor | None = None, alone: Tensor | None = None
+        self,
+        embedding: Tensor,
+        features: Tensor | None = None,
+        alone: Tensor | None = None,
+        *,
+        values: bool = True,
     ) -> dict[str, Tensor]:
         """Return centered ``"value"`` ``(n, g)`` and ``"logits"`` ``(n, n_labels)``, where there are such heads.
 
-        ``"logits_alone"`` come from embeddings without neighbors, where these are given.
+        ``"logits_alone"`` come from embeddings without neighbors, where these are given. ``values`` says whether the
+        former are wanted.
         """
         embedding = self.standardized(embedding)
         out: dict[str, Tensor] = {}
-        if self.value_head is not None:
+        if self.value_head is not None and values:
             out["value"] = self.value_head(embedding, features)
         return out | self.labels(embedding, None if alone is None else self.standardized(alone))
 
@@ -209,7 +221,7 @@ class FIMPModule(LabelingModule, StartingModule):
         as their numbers are standardized, 1 is what predicting the mean achieves here, too.
         """
         n_obs = tensors["label"].shape[0]
-        parts: dict[str, Tensor] = {}
+        named: dict[str, Tensor] = {}
         losses = [
             masked_loss(predicted, tensors["sequences"][name])
             for name, predicted in inference_outputs.get("sequences", {}).items()
@@ -220,16 +232,16 @@ class FIMPModule(LabelingModule, StartingModule):
             losses.append((error * hidden).sum() / hidden.sum().clamp(min=1) / self.value_variance)
         loss = inference_outputs["embedding"].new_zeros(())
         if losses:
-            loss = parts["masked_loss"] = torch.stack(losses).sum()
+            loss = named["masked_loss"] = torch.stack(losses).sum()
         if "query_id" in tensors:
-            parts["decoder_loss"] = _bin_loss(
+            named["decoder_loss"] = _bin_loss(
                 inference_outputs["bin"], tensors["query_bin"], tensors["query_padding"], self.n_bins - 1
             )
-            loss = loss + parts["decoder_loss"]
+            loss = loss + named["decoder_loss"]
         if self.label_head is not None:
-            parts["label_loss"] = self.label_loss(generative_outputs, tensors["label"])
-            loss = loss + self.label_weight * parts["label_loss"]
-        return LossOutput(loss=loss, n_obs_minibatch=n_obs, extra_metrics=parts)
+            named["label_loss"] = self.label_loss(generative_outputs, tensors["label"])
+            loss = loss + self.label_weight * named["label_loss"]
+        return LossOutput(loss=loss, n_obs_minibatch=n_obs, extra_metrics=named)
 
     def sample(self, *args: Any, **kwargs: Any) -> None:
         """FIMP predicts means and has no generative distribution to sample from."""

@@ -43,16 +43,17 @@ def get_edge_influence(
     node :math:`j` on node :math:`i` in one layer is the length of what its message adds to the summary token of
     :math:`i`, over all heads together and before the mean over neighbors,
     :math:`w_{ij} \lVert W_O \, \mathrm{softmax}(q_i K_j^\top / \sqrt d) V_j \rVert`. The weight of an edge is 1
-    unless the model uses those of the graph.
+    unless the model uses those of the graph. Of a foundation model whose embedding is a mean of tokens, messages are
+    averaged over these first.
 
     Parameters
     ----------
     adata
-        As in :meth:`get_latent_representation`.
+        Object to read; that of training by default. It may have other genes, and needs a graph.
     layer
         Which message-passing layer, from 0; the mean over layers by default.
     batch_size
-        Destinations per block. Changes speed and memory, not the result.
+        Destinations per block, by default 256. It changes speed and memory, not the result.
 
     Returns
     -------
@@ -60,9 +61,24 @@ def get_edge_influence(
 
     Raises
     ------
+    RuntimeError
+        The model is not trained, and no foundation model.
     ValueError
-        When there is no such layer, the model passes no messages, or edges run the whole stack of a foundation
-        model (``aggregate="final"``).
+        There is no such layer, the model reads no genes or passes no messages, or edges run the whole stack of a
+        foundation model (``aggregate="final"``).
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, library_key="section")
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> influence = model.get_edge_influence()
+    >>> influence.shape, bool(influence.nnz == adata.obsp["spatial_connectivities"].nnz)
+    ((200, 200), True)
     """
     network = model.module.network
     check_message_layer(model, layer)
@@ -77,7 +93,7 @@ def get_edge_influence(
     for item in sampler:
         batch = move_data_to_device(dataset[item], model.module.device)
         with torch.inference_mode(), recorded_influence(network, len(batch["nodes"]), len(item.nodes)) as found:
-            network.states(batch, 1)
+            network.states(batch, network.n_queries(batch))
         value = torch.stack(found).mean(0) if layer is None else found[layer]
         start, degree = indptr[item.nodes], np.diff(indptr)[item.nodes]
         within = np.arange(degree.sum()) - np.repeat(np.cumsum(degree) - degree, degree)
@@ -106,11 +122,11 @@ def get_gene_attention(
         ``(n_obs,)`` group of each node, missing for nodes to leave out. A series whose index has the names of the
         nodes in another order is brought into theirs. Nodes without expression are left out, too.
     adata
-        As in :meth:`get_latent_representation`.
+        Object to read; that of training by default. It may have other genes, and needs a graph.
     genes
-        Genes that the model knows, once each.
+        Genes that the model knows, names as in :attr:`genes`, once each.
     batch_size
-        Edges at once. Changes speed and memory, not the result.
+        Edges at once; by default what fits into memory. It changes speed and memory, not the result.
 
     Returns
     -------
@@ -125,12 +141,28 @@ def get_gene_attention(
     Raises
     ------
     KeyError
-        When the model does not know a gene.
+        The model does not know a gene.
+    RuntimeError
+        The model is not trained, and no foundation model.
     TypeError
-        When ``groups`` are real numbers.
+        ``groups`` are real numbers.
     ValueError
-        When the model reads no genes or passes no messages, or ``groups`` has another length or far too many
-        groups, or a gene is there twice.
+        The model reads no genes or passes no messages, or ``groups`` has another length or far too many groups, or a
+        gene is there twice.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, library_key="section")
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> genes = model.genes[:3].tolist()
+    >>> attention, n_edges, groups = model.get_gene_attention(adata.obs["cell_type"], genes=genes)
+    >>> attention.shape == (len(groups), len(groups), 3, 3)
+    True
     """
     data = attention_data(model, adata)
     names, source = pd.Index(data.names), cast("ExpressionReader | JoinedExpression", data.expression)
@@ -161,12 +193,20 @@ def check_message_layer(model: FIMP, layer: int | None) -> None:
         raise ValueError(f"layer must be from 0 to {n_layers - 1}, found {layer}.")
 
 
+def check_messages(model: FIMP) -> None:
+    """Raise a ValueError where a model has no attention over edges to read."""
+    model.module.network.message_layers()
+    if not model.messages:
+        raise ValueError(
+            "This model passes no messages (messages=False), as every model of cells without neighbors, and has no "
+            "attention between cells."
+        )
+
+
 def attention_data(model: FIMP, adata: AnnData | MuData | None) -> GraphData:
     if model.foundation is None:  # type: ignore[attr-defined]
         model._check_if_trained(warn=False)
-    model.module.network.message_layers()
-    if not model.messages:
-        raise ValueError("This model passes no messages (messages=False), and has no attention between cells.")
+    check_messages(model)
     data = graph_data(model, study_of(model, adata))
     if data.expression is None:
         raise ValueError("This model reads no expression: attention between cells is read for genes only.")
@@ -204,7 +244,7 @@ def cell_groups(column: pd.Series, where: str, unlabeled_category: str | None = 
     text, names = label_text(column), label_text(pd.Series(pd.Categorical(column).categories)).unique()
     if unlabeled_category is not None:
         names = names[names != str(unlabeled_category)]
-    groups = pd.Categorical(text.to_numpy(), categories=names).remove_unused_categories()
+    groups = pd.Categorical(text.where(text.isin(names)).to_numpy(), categories=names).remove_unused_categories()
     n_groups, n_cells = len(groups.categories), int((groups.codes >= 0).sum())
     many = n_groups > max(_GROUPS, n_cells // _CELLS_PER_GROUP)
     if pd.api.types.is_numeric_dtype(column.dtype):

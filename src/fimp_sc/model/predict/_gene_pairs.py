@@ -65,7 +65,7 @@ def gene_tokens(module: FIMPModule, data: GraphData, n_tokens: int, genes: NDArr
     lookup[torch.from_numpy(genes)] = torch.arange(len(genes))
     lookup = lookup.to(module.device)
     dataset = BlockDataset(data, n_layers=0, n_tokens=n_tokens)
-    parts: list[tuple[Tensor, ...]] = []
+    chunks: list[tuple[Tensor, ...]] = []
     n_obs = data.graph.csr.shape[0]
     for start in range(0, n_obs, _CELLS):
         nodes = np.arange(start, min(start + _CELLS, n_obs))
@@ -79,13 +79,13 @@ def gene_tokens(module: FIMPModule, data: GraphData, n_tokens: int, genes: NDArr
         others = torch.arange(first, device=order.device).expand(len(order), -1)
         place = torch.cat([order + first, others], 1)
         rows = place[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
-        parts.append((query.gather(2, rows[:, :, :m]), key.gather(2, rows), padding.gather(1, place), gene[:, :m]))
-    m, f = (max(part[i].shape[2] for part in parts) for i in (0, 1))
+        chunks.append((query.gather(2, rows[:, :, :m]), key.gather(2, rows), padding.gather(1, place), gene[:, :m]))
+    m, f = (max(chunk[i].shape[2] for chunk in chunks) for i in (0, 1))
     query, key, padding, gene = (
-        torch.cat([pad(q, (0, 0, 0, m - q.shape[2])) for q, *_ in parts]),
-        torch.cat([pad(k, (0, 0, 0, f - k.shape[2])) for _, k, *_ in parts]),
-        torch.cat([pad(p, (0, f - p.shape[1]), value=True) for *_, p, _ in parts]),
-        torch.cat([pad(g, (0, m - g.shape[1]), value=len(genes)) for *_, g in parts]),
+        torch.cat([pad(q, (0, 0, 0, m - q.shape[2])) for q, *_ in chunks]),
+        torch.cat([pad(k, (0, 0, 0, f - k.shape[2])) for _, k, *_ in chunks]),
+        torch.cat([pad(p, (0, f - p.shape[1]), value=True) for *_, p, _ in chunks]),
+        torch.cat([pad(g, (0, m - g.shape[1]), value=len(genes)) for *_, g in chunks]),
     )
     return GeneTokens(query, key, padding, gene, len(genes))
 
@@ -118,7 +118,7 @@ def pair_sums(
     Some pairs of groups, and their sums, ``(len(pairs), g, g)`` float64: destination gene x source gene.
     """
     device, m, g = tokens.query.device, tokens.query.shape[2], tokens.n_genes
-    edges = [torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (destination, source, pair)]
+    edges = [torch.from_numpy(np.ascontiguousarray(ends)).to(device) for ends in (destination, source, pair)]
     size = batch_size or edges_at_once(tokens.query.shape[1], m, tokens.key.shape[2])
     at_once = max(_SUMS // (g + 1) ** 2, 1)
     for lowest in range(0, n_pairs, at_once):
@@ -128,7 +128,7 @@ def pair_sums(
         sums = torch.zeros(len(pairs) * (g + 1) ** 2, dtype=torch.float64, device=device)
         for i in range(start, stop, size):
             now = slice(i, min(i + size, stop))
-            to, of, group = (part[now] for part in edges)
+            to, of, group = (ends[now] for ends in edges)
             carried = edge_attention(tokens.query, tokens.key, tokens.padding, to, of)[:, :, :m]
             place = ((group - lowest)[:, None, None] * (g + 1) + tokens.gene[to][:, :, None]) * (g + 1)
             place = (place + tokens.gene[of][:, None]).flatten()

@@ -148,20 +148,20 @@ def infer(
     if strategy == "auto":
         strategy = "layers" if not distribute and _layers_pay(data, sampler, n_layers) else "blocks"
     if strategy == "layers":
-        parts = _by_layer(runner, nodes, batch_size)
+        blocks = _by_layer(runner, nodes, batch_size)
     elif distribute:
-        parts = _by_dask(runner, sampler)
+        blocks = _by_dask(runner, sampler)
     else:
         # Only an accelerator computes a block faster than this process makes the next one.
         loader = block_loader(runner.dataset, sampler, num_workers=0 if on_cpu else 2, pin_memory=not on_cpu)
-        parts = ((batch["nodes"][: batch["n_nodes"][-1]].numpy(), runner.run(batch)) for batch in loader)
+        blocks = ((batch["nodes"][: batch["n_nodes"][-1]].numpy(), runner.run(batch)) for batch in loader)
 
     place = np.argsort(nodes)
     out: NDArray[np.float32] | None = None
-    for destinations, part in parts:
+    for destinations, values in blocks:
         if out is None:
-            out = np.empty((len(nodes), *part.shape[1:]), dtype=np.float32)
-        out[place[np.searchsorted(nodes, destinations, sorter=place)]] = part
+            out = np.empty((len(nodes), *values.shape[1:]), dtype=np.float32)
+        out[place[np.searchsorted(nodes, destinations, sorter=place)]] = values
     if out is None:
         raise ValueError("indices is empty: there is nothing to compute.")
     return out
@@ -209,15 +209,15 @@ def _by_layer(
             indptr, indices = torch.from_numpy(block.indptr[0]), torch.from_numpy(block.indices[0])
             weight = None if block.edge_weight is None else torch.from_numpy(block.edge_weight[0])
             tokens, padding = torch.from_numpy(stored[block.nodes]), torch.from_numpy(padded[block.nodes])
-        parts = [part.to(device) for part in (tokens, padding, indptr, indices)]
+        inputs = [x.to(device) for x in (tokens, padding, indptr, indices)]
         edge_weight = None if weight is None else weight.to(device)
         if level < n_layers - 1:
-            return network.layers[level](*parts, edge_weight=edge_weight)
+            return network.layers[level](*inputs, edge_weight=edge_weight)
         # The sequences of the destinations alone: what they look like, and on which scale.
         sequences = {name: source.fields(nodes, len(nodes)) for name, source in data.sequences.items()}
         last: Any = {"sequences": sequences}
         n_queries = network.n_queries(last, reconstruct=runner.reconstruct)
-        states = network.layers[level](*parts, n_queries, edge_weight=edge_weight)
+        states = network.layers[level](*inputs, n_queries, edge_weight=edge_weight)
         outputs = runner.module.outputs(states, last, reconstruct=runner.reconstruct)
         return runner.read(runner.module, outputs, last)
 

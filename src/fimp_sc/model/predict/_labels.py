@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from fimp_sc._recipe import recipe
-from fimp_sc.model.predict._inference import collect
+from fimp_sc.model.predict._inference import collect, infer, read_embedding
 from fimp_sc.model.predict._reference import compare
 from fimp_sc.model.registry._graph_data import graph_data, node_indices, without_messages
-from fimp_sc.nn._heads import SHARES
+from fimp_sc.nn._heads import MIXTURE_WEIGHTS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from fimp_sc.data.expression._reader import JoinedExpression
     from fimp_sc.model._fimp import FIMP
     from fimp_sc.model.module._module import FIMPModule
+
+logger = logging.getLogger(__name__)
 
 _LEAST_PROBABILITY = 1e-6
 
@@ -40,10 +44,10 @@ def label_probability(model: FIMP, study: Study, indices: Any, how: dict[str, An
     wanted = node_indices(study.nodes.obs_names, indices)
     if not len(wanted):
         raise ValueError("indices is empty: there is nothing to compute.")
-    share, smoothed = float(model.module.neighbor_share), model.smoothed_share
+    weight, smoothing = float(model.module.neighbor_weight), model.smoothing_weight
     if study.data is not model.adata and model.messages and (same := compare(model, data)) is not None:
-        share, smoothed = model.module.mixtures[int(not same)].tolist()
-    return _mixed(model, wanted, how, data, share, smoothed)
+        weight, smoothing = model.module.mixtures[int(not same)].tolist()
+    return _mixed(model, wanted, how, data, weight, smoothing)
 
 
 def _mixed(
@@ -51,20 +55,36 @@ def _mixed(
     nodes: NDArray[np.int64],
     how: dict[str, Any],
     data: GraphData,
-    share: float,
-    smoothed: float,
+    weight: float,
+    smoothing: float,
 ) -> NDArray[np.float32]:
     """Return probabilities mixed and smoothed; what does not count is not computed."""
-    around = _Surroundings(data, nodes) if smoothed else None
+    around = _Surroundings(data, nodes) if smoothing else None
     if around is not None:
         nodes = around.nodes
     views = []
-    if share != 0:
+    if weight != 0:
         views.append(collect(model, data, nodes, _probability, how))
-    if share != 1:
+    if weight != 1:
         views.append(collect(model, without_messages(data), nodes, _probability_alone, how))
-    mixed = views[0] if len(views) == 1 else _mix(share, *views)
-    return mixed if around is None else _softmax(around.smoothed(_log(mixed), np.float32(smoothed)))
+    mixed = views[0] if len(views) == 1 else _mix(weight, *views)
+    return mixed if around is None else _softmax(around.smoothed(_log(mixed), np.float32(smoothing)))
+
+
+def with_embeddings(
+    model: FIMP, data: GraphData, train_idx: NDArray[np.int64], val_idx: NDArray[np.int64]
+) -> GraphData:
+    """Return the same data with the embeddings of a network that training does not change, computed once.
+
+    Those of training and validation nodes, and of all that the smoothing of their labels reads.
+    """
+    read = np.unique(np.concatenate([train_idx, _Surroundings(data, val_idx).nodes, val_idx]))
+    logger.info("The foundation model stays as it is: embedding %d nodes once.", len(read))
+    model.module.eval()
+    found = infer(model.module, data, read, read_embedding, n_layers=model.n_layers, n_tokens=model.n_tokens)
+    embedding = np.full((len(data.label), found.shape[1]), np.nan, dtype=np.float32)
+    embedding[read] = found
+    return replace(data, embedding=embedding)
 
 
 def fit_mixtures(
@@ -95,7 +115,7 @@ def fit_mixtures(
     mixtures = [_best(log_loss())] * 2
     source = data.expression
     # What foundation models read are ranks, which shifts of this kind hardly change.
-    if source is not None and module.n_bins == 0 and recipe().shifts:
+    if source is not None and not module.network.pretrained and recipe().shifts:
         center, total = source.center, cast("Any", 0.0)
         mean = module.gene_mean.cpu().numpy()
         for shift in _shifts(source, train_idx, mean, model.random_state):
@@ -109,9 +129,9 @@ def fit_mixtures(
 
 def use_mixture(model: FIMP, *, elsewhere: bool) -> None:
     """Predict cells of training, or those of another section."""
-    share, smoothed = model.module.mixtures[int(elsewhere)]
-    model.module.neighbor_share.copy_(share)
-    model.module.smoothed_share.copy_(smoothed)
+    weight, smoothing = model.module.mixtures[int(elsewhere)]
+    model.module.neighbor_weight.copy_(weight)
+    model.module.smoothing_weight.copy_(smoothing)
 
 
 def reset_mixtures(model: FIMP) -> None:
@@ -140,19 +160,20 @@ class _Surroundings:
         once = _average(self._first, values)
         return values[self._own], once[np.searchsorted(self._near, self._own)], _average(self._last, once)
 
-    def smoothed(self, values: NDArray[np.float32], share: Any) -> NDArray[np.float32]:
-        """Replace values twice by ``share`` times their mean over cell and neighbors, and the rest themselves."""
-        return _blend(share, *self.rounds(values))
+    def smoothed(self, values: NDArray[np.float32], weight: Any) -> NDArray[np.float32]:
+        """Replace values twice by ``weight`` times their mean over cell and neighbors, and the rest themselves."""
+        return _blend(weight, *self.rounds(values))
 
     def log_loss(self, views: list[NDArray[np.float32]], label: NDArray[np.int64]) -> NDArray[np.floating]:
-        """Return the log loss of all mixtures, ``(n_shares, n_shares)``: share of the first view, and of smoothing."""
-        shares = SHARES.numpy() if len(views) > 1 else np.ones(1, np.float32)
-        found = np.full((len(SHARES), len(SHARES)), np.inf)
-        for i, share in enumerate(shares, start=len(SHARES) - len(shares)):
-            mixed = views[0] if share == 1 else _mix(float(share), *views)
+        """Return the log loss of all mixtures, ``(n_weights, n_weights)``: weight of the first view, of smoothing."""
+        weights = MIXTURE_WEIGHTS.numpy() if len(views) > 1 else np.ones(1, np.float32)
+        smoothing_weights = MIXTURE_WEIGHTS.numpy() if recipe().smoothing else MIXTURE_WEIGHTS.numpy()[:1]
+        found = np.full((len(MIXTURE_WEIGHTS), len(MIXTURE_WEIGHTS)), np.inf)
+        for i, weight in enumerate(weights, start=len(MIXTURE_WEIGHTS) - len(weights)):
+            mixed = views[0] if weight == 1 else _mix(float(weight), *views)
             rounds = self.rounds(_log(mixed))
-            for j, weight in enumerate(SHARES.numpy() if recipe().smoothing else SHARES.numpy()[:1]):
-                logits = _blend(weight, *rounds)
+            for j, smoothing in enumerate(smoothing_weights):
+                logits = _blend(smoothing, *rounds)
                 true = logits[np.arange(len(label)), label]
                 found[i, j] = np.sum(_log_sum(logits) - true, dtype=np.float64)
         return found
@@ -178,8 +199,8 @@ def _shifts(
         yield (rows.T @ weight - mean * weight.sum()).astype(np.float32)
 
 
-def _blend(share: Any, own: NDArray[Any], once: NDArray[Any], twice: NDArray[Any]) -> NDArray[Any]:
-    return (1 - share) ** 2 * own + 2 * share * (1 - share) * once + share**2 * twice
+def _blend(weight: Any, own: NDArray[Any], once: NDArray[Any], twice: NDArray[Any]) -> NDArray[Any]:
+    return (1 - weight) ** 2 * own + 2 * weight * (1 - weight) * once + weight**2 * twice
 
 
 def _average(mean: sparse.csr_matrix, values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -187,8 +208,8 @@ def _average(mean: sparse.csr_matrix, values: NDArray[np.float32]) -> NDArray[np
 
 
 def _best(log_loss: NDArray[np.floating]) -> tuple[float, float]:
-    share, smoothed = np.unravel_index(int(log_loss.argmin()), log_loss.shape)
-    return float(SHARES[share]), float(SHARES[smoothed])
+    weight, smoothing = np.unravel_index(int(log_loss.argmin()), log_loss.shape)
+    return float(MIXTURE_WEIGHTS[weight]), float(MIXTURE_WEIGHTS[smoothing])
 
 
 def _log(probability: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -204,8 +225,8 @@ def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.exp(logits - _log_sum(logits)[:, None])
 
 
-def _mix(share: float, first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.float32(share) * first + np.float32(1 - share) * second
+def _mix(weight: float, first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.float32(weight) * first + np.float32(1 - weight) * second
 
 
 def _probability(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> torch.Tensor:

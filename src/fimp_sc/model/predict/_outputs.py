@@ -73,15 +73,17 @@ def decoded_expression(
     """
     source = data.tokenizer
     if not isinstance(source, BinnedTokenizer) or data.expression is None:
-        raise ValueError("decoder=True needs a foundation model with a decoder: FIMP-base has none.")
+        raise ValueError(
+            "decoder=True needs a foundation model with a decoder: FIMP-base has none, nor has one that reads ranks."
+        )
     out = np.full((len(nodes), len(genes)), np.nan, dtype=np.float32)
     known = np.flatnonzero(source.known.numpy()[genes])
     for i in range(0, len(known), _GENES):
-        part = known[i : i + _GENES]
-        out[:, part] = predict(torch.from_numpy(genes[part]))
+        some = known[i : i + _GENES]
+        out[:, some] = predict(torch.from_numpy(genes[some]))
     for i in range(0, len(nodes), _CELLS):
         cells = slice(i, i + _CELLS)
-        observed, pattern = (torch.from_numpy(part.copy()) for part in data.expression.observed(nodes[cells]))
+        observed, pattern = (torch.from_numpy(array.copy()) for array in data.expression.observed(nodes[cells]))
         edges = torch.from_numpy(source.edges(data.expression.sparse_rows(nodes[cells]), observed, pattern))
         out[cells, known] = unbin(torch.from_numpy(out[cells][:, known]), edges).numpy()
     return out
@@ -98,24 +100,24 @@ def get_latent_representation(
     strategy: Strategy = "auto",
     distribute: bool = False,
 ) -> NDArray[np.float32]:
-    """Embed cells.
+    """Embed nodes: cells, regions or images, each with its neighborhood.
 
     Parameters
     ----------
     adata
-        Object to embed; the training object by default. It may have other genes, and needs a graph.
+        Object to read; that of training by default. It may have other genes, and needs a graph.
     indices
-        Cells to embed; all by default. Their neighbors are read from the whole object.
+        Positions of nodes, or a mask of them; all by default. Their neighbors are read from the whole object.
     messages
-        If False, no messages are passed: each cell is embedded from its own tokens by the same network, which of a
-        foundation model is what that model itself makes of the cell. Both embeddings side by side tell a probe more
+        If False, no messages are passed: each node is embedded from its own tokens by the same network, which of a
+        foundation model is what that model itself makes of it. Both embeddings side by side tell a probe more
         than either: ``numpy.hstack([z, model.get_latent_representation(messages=False)])``.
     batch_size
-        Destinations per block; by default what fits into some hundred MB. Like ``strategy`` and ``distribute`` it
-        changes speed and memory, not the result.
+        Destinations per block; by default what fits into some hundred MB. It changes speed and memory, not the result.
     strategy
-        ``"blocks"`` computes blocks of cells with the neighborhood that all layers read, ``"layers"`` one layer
-        for all cells before the next; ``"auto"`` takes what is less work for the graph at hand.
+        ``"blocks"`` computes blocks of nodes with the neighborhood that all layers read, ``"layers"`` one layer for
+        all nodes before the next; ``"auto"`` takes what is less work for the graph at hand. It changes speed and
+        memory, not the result.
     distribute
         Compute blocks as Dask tasks: on the workers of a ``dask.distributed.Client`` where one is open, else on
         Dask's default scheduler. Workers read expression that is stored in files by themselves, under the same
@@ -125,6 +127,27 @@ def get_latent_representation(
     -------
     ``(len(indices), n_latent)`` float32. A foundation model gives them before any training too ("zero-shot");
     those of scGPT have length 1, as its authors use them.
+
+    Raises
+    ------
+    IndexError
+        A position is out of range.
+    RuntimeError
+        The model is not trained, and no foundation model.
+    ValueError
+        The object cannot be used, or ``indices`` is empty.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, library_key="section")
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.get_latent_representation().shape
+    (200, 64)
     """
     how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
     data = graph_data(model, study_of(model, adata))
@@ -155,16 +178,28 @@ def predict(
 ) -> NDArray[Any] | pd.DataFrame:
     """Predict labels.
 
-    FIMP-base predicts them twice, with and without neighbors, and mixes both predictions with the share that suits
-    the validation cells of its training best (:attr:`neighbor_share`). What comes of it is averaged over cells and
-    their neighbors, again as much as suits these cells (:attr:`smoothed_share`).
+    FIMP-base predicts them twice, with and without neighbors, and mixes both predictions with the weight that suits
+    the validation cells of its training best (:attr:`neighbor_weight`). What comes of it is averaged over cells and
+    their neighbors, again as much as suits these cells (:attr:`smoothing_weight`).
 
     Parameters
     ----------
-    adata, indices, batch_size, strategy, distribute
-        As in :meth:`get_latent_representation`.
+    adata
+        Object to read; that of training by default. It may have other genes, and needs a graph.
+    indices
+        Positions of nodes, or a mask of them; all by default. Their neighbors are read from the whole object.
     soft
         Return probabilities instead of the most probable label.
+    batch_size
+        Destinations per block; by default what fits into some hundred MB. It changes speed and memory, not the result.
+    strategy
+        ``"blocks"`` computes blocks of nodes with the neighborhood that all layers read, ``"layers"`` one layer for
+        all nodes before the next; ``"auto"`` takes what is less work for the graph at hand. It changes speed and
+        memory, not the result.
+    distribute
+        Compute blocks as Dask tasks: on the workers of a ``dask.distributed.Client`` where one is open, else on
+        Dask's default scheduler. Workers read expression that is stored in files by themselves, under the same
+        path; expression in memory is sent to them.
 
     Returns
     -------
@@ -172,8 +207,26 @@ def predict(
 
     Raises
     ------
+    IndexError
+        A position is out of range.
+    RuntimeError
+        The model is not trained.
     ValueError
-        When the model was set up without labels.
+        The model was set up without labels, the object cannot be used, or ``indices`` is empty.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, labels_key="cell_type", library_key="section")
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.predict().shape
+    (200,)
+    >>> model.predict(soft=True, indices=[0, 1]).columns.tolist() == model.classes
+    True
     """
     check_classes(model)
     study = study_of(model, adata)
@@ -203,19 +256,22 @@ def get_expression(
 
     Parameters
     ----------
-    adata, indices, batch_size, strategy, distribute
-        As in :meth:`get_latent_representation`.
+    adata
+        Object to read; that of training by default. It may have other genes, and needs a graph.
+    indices
+        Positions of nodes, or a mask of them; all by default. Their neighbors are read from the whole object.
     genes
-        Genes to predict, of those that the model knows, measured in ``adata`` or not. By default the genes of
-        ``adata``; columns of genes that the model does not know are NaN. Of several tables these are one after the
-        other, in the order in which the model was trained on them; names as in :attr:`genes`.
+        Genes to predict, of those that the model knows, measured in ``adata`` or not: names as in :attr:`genes`, which
+        are spelled as in the object of training, also where a foundation model knows them by others (its symbols, or
+        those of human orthologs). By default the genes of ``adata``; columns of genes that the model does not know are
+        NaN. Of several tables these are one after the other, in the order in which the model was trained on them.
     scale
         ``"log"``: ``log1p`` of values scaled to the model's common total; ``"counts"``: scaled back to the
         total of each cell (for input on the log scale: ``expm1``). Not negative.
     hidden
         ``(n_obs, n_vars)`` boolean, True for entries that the model must not see; of several modalities a row for
         each node of the whole object, of several tables a dictionary of these by modality. Cells are scaled by
-        totals of what is visible, over the share that these genes have in training; predictions are on the scale
+        totals of what is visible, over the fraction that these genes have in training; predictions are on the scale
         of whole cells. Values on the log scale are used as they are, and carry the totals that they were
         normalized with: pass counts.
     decoder
@@ -223,7 +279,17 @@ def get_expression(
         possible without training. Every gene becomes a token with a hidden value, so that cost grows with the
         number of genes: name ``genes``. Up to 200 are asked for at once and attend to each other, as masked genes
         do in scGPT, so that values depend a little on which. Bins come back on the scale of the cell's own visible
-        genes.
+        genes. Genes without a match in the vocabulary are NaN.
+    batch_size
+        Destinations per block; by default what fits into some hundred MB. It changes speed and memory, not the result.
+    strategy
+        ``"blocks"`` computes blocks of nodes with the neighborhood that all layers read, ``"layers"`` one layer for
+        all nodes before the next; ``"auto"`` takes what is less work for the graph at hand. It changes speed and
+        memory, not the result.
+    distribute
+        Compute blocks as Dask tasks: on the workers of a ``dask.distributed.Client`` where one is open, else on
+        Dask's default scheduler. Workers read expression that is stored in files by themselves, under the same
+        path; expression in memory is sent to them.
 
     Returns
     -------
@@ -231,19 +297,43 @@ def get_expression(
 
     Raises
     ------
+    IndexError
+        A position is out of range.
     KeyError
-        When a gene of ``genes`` is not known to the model.
+        A gene of ``genes`` is not known to the model.
+    RuntimeError
+        The model is not trained; with ``decoder=True`` it need not be.
     ValueError
-        When there is no decoder.
+        The model reads no expression or has no decoder, ``hidden`` has another shape, or ``indices`` is empty.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, library_key="section")
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> genes = model.genes[:5].tolist()
+    >>> model.get_expression(genes=genes).shape
+    (200, 5)
+
+    Values that are kept for a test are neither shown nor learned from:
+
+    >>> import numpy as np
+    >>> hidden = np.random.default_rng(0).random(adata.shape) < 0.1
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, hidden=hidden, enable_progress_bar=False)
+    >>> predicted = model.get_expression(hidden=hidden)[hidden]
     """
     study = study_of(model, adata)
     tables = tables_of(model, study)
     if not tables:
         raise ValueError("This model reads no expression: call get_reconstruction for signals and images.")
     if len(tables) > 1 and hidden is not None and not isinstance(hidden, Mapping):
-        raise ValueError(
-            f"hidden is one array for several tables: pass a dictionary, with keys of {[part.name for part in tables]}."
-        )
+        names = [table.name for table in tables]
+        raise ValueError(f"hidden is one array for several tables: pass a dictionary, with keys of {names}.")
     if genes is None:
         known = np.concatenate(known_columns(model, tables))
     else:
@@ -260,6 +350,10 @@ def get_expression(
     features = torch.from_numpy(known[known >= 0]).to(model.device)
     how = {"batch_size": batch_size, "strategy": strategy, "distribute": distribute}
     nodes = node_indices(study.nodes.obs_names, indices)
+    if not decoder and model.module.network.pretrained and model.is_trained and not _learned(model.module):
+        raise ValueError(
+            "This model learned labels alone (mask_cells=0), and no expression: train another one without mask_cells=0."
+        )
     if decoder:
         values = decoded_expression(
             data, nodes, known[known >= 0],
@@ -295,14 +389,26 @@ def get_reconstruction(
 
     Parameters
     ----------
-    adata, indices, batch_size, strategy, distribute
-        As in :meth:`get_latent_representation`.
+    adata
+        Object to read; that of training by default. It needs a graph.
+    indices
+        Positions of nodes, or a mask of them; all by default. Their neighbors are read from the whole object.
     modality
         Which one, where the model reads several signals or images.
     hidden
         What the model must not see: boolean, ``(n_obs, n_tokens)``, ``(n_obs, n_times)`` or ``(n_obs, height,
         width)``; a segment or patch is hidden as a whole. The rest is predicted in five passes, in each of which a
         fifth of it is hidden too.
+    batch_size
+        Destinations per block; by default what fits into some hundred MB. It changes speed and memory, not the result.
+    strategy
+        ``"blocks"`` computes blocks of nodes with the neighborhood that all layers read, ``"layers"`` one layer for
+        all nodes before the next; ``"auto"`` takes what is less work for the graph at hand. It changes speed and
+        memory, not the result.
+    distribute
+        Compute blocks as Dask tasks: on the workers of a ``dask.distributed.Client`` where one is open, else on
+        Dask's default scheduler. Workers read expression that is stored in files by themselves, under the same
+        path; expression in memory is sent to them.
 
     Returns
     -------
@@ -312,8 +418,27 @@ def get_reconstruction(
 
     Raises
     ------
+    IndexError
+        A position is out of range.
+    RuntimeError
+        The model is not trained.
     ValueError
-        When the model reads no signals or images, ``modality`` is none of them, or ``hidden`` has another shape.
+        The model reads no signals or images, or its foundation model does not reconstruct them; ``modality`` is none
+        of them; ``hidden`` has another shape; or ``indices`` is empty.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> rng = np.random.default_rng(0)
+    >>> bold, centers = rng.normal(size=(2, 10, 200)).cumsum(-1), rng.normal(size=(10, 3))
+    >>> mdata = fimp.pp.fmri(bold, coordinates=centers)
+    >>> FIMP.setup_mudata(mdata, modality="fmri")
+    >>> model = FIMP(mdata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> model.get_reconstruction(indices=[0, 1, 2]).shape
+    (3, 200)
     """
     names = list(model.module.sequences)
     if modality is None and len(names) == 1:
@@ -343,6 +468,11 @@ def get_reconstruction(
     key = name_key(study.nodes.obs_names)
     tokens = predict_all(n_obs, kind.tokens(size, token_size)[0], given, model.random_state, predict, key)
     return kind.restore(tokens, size, token_size)
+
+
+def _learned(module: FIMPModule) -> bool:
+    """Tell whether the head of values, which starts at zero with a foundation model, has learned anything."""
+    return module.value_head is not None and bool(module.value_head.loading.any())
 
 
 def _latent(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> Tensor:

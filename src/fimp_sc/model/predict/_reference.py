@@ -34,7 +34,7 @@ def remember(model: FIMP, data: GraphData, train_idx: NDArray[np.int64], val_idx
     module.n_reference.zero_()
     if not len(val_idx):
         return
-    kept, seen = (np.sort(rng.permutation(part)[:N_REFERENCE]) for part in (train_idx, val_idx))
+    kept, seen = (np.sort(rng.permutation(nodes)[:N_REFERENCE]) for nodes in (train_idx, val_idx))
     reference = _embed(model, data, kept)
     module.reference.zero_()
     module.reference[: len(kept)].copy_(torch.from_numpy(reference))

@@ -23,6 +23,7 @@ from fimp_sc.data.validate._checks import (
     check_object,
     check_obs_key,
     check_scaled,
+    get_graph,
     get_matrix,
     get_obs,
     label_text,
@@ -45,6 +46,8 @@ SEQUENCE_KEY = "sequence:"
 LABELS_KEY = "labels"
 LIBRARY_KEY = "library"
 BATCH_KEY = "technical_batch"
+# Of `varm`: a data frame of genes and samples, which of them were measured where it is known.
+MEASURED_KEY = "fimp_measured"
 
 
 class _Field(BaseAnnDataField):
@@ -178,9 +181,7 @@ class ExpressionField(_Field):
             joint=len(self.study(adata).modalities) > 1,
         )  # fmt: skip
         if asked == "auto" and part.kind != "feature":
-            logger.info(
-                "The values of %s are taken for %s (input_scale=%r).", where, _MEANING[found.scale], found.scale
-            )
+            logger.info("The values of %s are taken for %s (input_scale=%r).", where, MEANING[found.scale], found.scale)
         state = {
             "n_obs": self.nodes(adata).n_obs,
             "n_vars": part.adata.n_vars,
@@ -201,7 +202,10 @@ class ExpressionField(_Field):
         if part.rows is not None:
             of_nodes, code = code, np.full(part.adata.n_obs, -1, dtype=np.int64)
             code[part.rows[part.rows >= 0]] = of_nodes[part.rows >= 0]
-        return Samples(code, [str(name) for name in column.categories], self._sample[0])
+        names = [str(name) for name in column.categories]
+        measured = part.adata.varm.get(MEASURED_KEY)
+        lacking = None if measured is None else ~measured[names].to_numpy(dtype=bool).T
+        return Samples(code, names, self._sample[0], None if lacking is None or not lacking.any() else lacking)
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
         self._learned = False
@@ -237,8 +241,8 @@ class ExpressionField(_Field):
         if asked == "auto" and trained is not None and _ALIKE.get(found) != _ALIKE.get(trained):
             where = f"adata.layers[{self.attr_key!r}]" if self.attr_key else "adata.X"
             warn(
-                f"The values of {where} are taken for {_MEANING[found]}, and the model was trained on "
-                f"{_MEANING[trained]}. Pass values as in training, or confirm with input_scale={found!r}."
+                f"The values of {where} are taken for {MEANING[found]}, and the model was trained on "
+                f"{MEANING[trained]}. Pass values as in training, or confirm with input_scale={found!r}."
             )
         names = known[self.NAMES]
         return state | {"n_vars": len(names), self.NAMES: names, self.TRAINED_SCALE: trained}
@@ -290,7 +294,7 @@ def check_scales(input_scale: Mapping[str, str], tables: Sequence[str]) -> None:
 
 # Of counts and of values in proportion to them the same becomes.
 _ALIKE = {"counts": "linear", "normalized": "linear", "log": "log", "real": "real"}
-_MEANING = {
+MEANING = {
     "counts": "counts",
     "normalized": "normalized values without a logarithm",
     "log": "log-normalized values",
@@ -393,9 +397,10 @@ def check_known(wanted: Sequence[str], genes: NDArray[Any]) -> None:
 
 
 class GraphField(_Field):
-    """Neighbor graph in ``obsp``; validated, never built here."""
+    """Neighbor graph in ``obsp``; validated, never built here. What is registered is whether there were edges."""
 
     _attr = "obsp"
+    EDGES = "has_edges"
 
     def __init__(self, connectivities_key: str, library_key: str | None, modality: Any = None) -> None:
         super().__init__(GRAPH_KEY, connectivities_key, modality)
@@ -406,6 +411,14 @@ class GraphField(_Field):
         study.check_graph(str(self.attr_key))
         nodes = study.nodes
         check_graph(nodes, str(self.attr_key), self._library_key)
+
+    def register_field(self, adata: AnnData | MuData) -> dict:
+        self.validate_field(adata)
+        return {self.EDGES: bool(get_graph(self.nodes(adata), str(self.attr_key)).nnz)}
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData | MuData, **kwargs: Any) -> dict:
+        self.validate_field(adata_target)
+        return state_registry
 
 
 class GroupField(_Field):

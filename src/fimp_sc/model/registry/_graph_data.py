@@ -226,7 +226,7 @@ def without_messages(data: GraphData, *, self_loops: bool = True) -> GraphData:
         Whether the graph says so, rather than the network, which then adds them.
     """
     n_obs = len(data.label)
-    return replace(data, graph=NodeGraph(sparse.csr_matrix((n_obs, n_obs)), self_loops=self_loops))
+    return replace(data, graph=NodeGraph(sparse.csr_matrix((n_obs, n_obs)), self_loops=self_loops), embedding=None)
 
 
 def _sequence_readers(

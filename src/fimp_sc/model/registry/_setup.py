@@ -113,6 +113,16 @@ def setup_anndata(
         Without ``library_key``, the graph joins samples that lie over each other; control probes are among the
         genes; labels read as if cells had none, or a single cell has them; cells without neighbors; cells or genes
         that are zero throughout.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, labels_key="cell_type", library_key="section")
+    >>> FIMP(adata).classes == sorted(adata.obs["cell_type"].unique())
+    True
     """
     method_args = cls._get_setup_method_args(**{k: v for k, v in locals().items() if k != "kwargs"})
     register(cls, adata, method_args, kwargs)
@@ -148,10 +158,36 @@ def setup_mudata(
         modalities (a graph must have all nodes). Several may be tables of expression or features: each keeps its
         own scale, and is scaled to totals of its own. Their columns are those of one table after the other; a name
         that several of them have follows that of its table there (``"protein:CD3"``).
-    layer, labels_key, unlabeled_category, batch_key, library_key, connectivities_key, spatial_key, input_scale, \
+    layer
+        Layer with expression or features; ``None`` for ``X``. Of several tables it is that of each.
+    labels_key
+        Column of ``obs`` with labels to learn. Missing values and ``unlabeled_category`` are unlabeled.
+    unlabeled_category
+        Label of nodes whose class is not known.
+    batch_key
+        Column of ``obs`` with technical batches, whose means ``center="batch"`` subtracts. Defaults to
+        ``library_key``.
+    library_key
+        Column of ``obs`` with samples. No edge may join two of them. Defaults to what the modality names itself.
+        Genes that are NaN throughout a sample were not measured in it, and neither were those that are zero
+        throughout although others show them so often that chance cannot explain it; a warning counts them.
+    connectivities_key
+        Graph in ``obsp``, row = destination. Any non-zero entry is an edge; models with ``use_weights=True`` also
+        use its weight. Defaults to what the modality names itself.
+    spatial_key
+        Coordinates in ``obsm``, used to cut the graph into compact blocks; the graph's own order serves when
+        absent. Tokens of signals know them, too.
+    input_scale
+        What the values of expression are: ``"counts"`` (non-negative integers), ``"normalized"`` (non-negative
+        reals), both scaled to a common total and ``log1p`` transformed inside; ``"log"`` (log-normalized already,
+        used as they are); ``"real"`` (any numbers, used as they are). ``"auto"`` decides from the values of
+        expression, logs what it decided, warns where that is a guess, and takes features as real. Of several tables
+        also a dictionary by modality.
     center
-        As in :meth:`setup_anndata`, of the modality. Graph and samples default to what it names itself. Of several
-        tables ``layer`` is that of each, and ``input_scale`` may be a dictionary by modality.
+        What is subtracted from the expression of each gene: ``"training"``, its mean over all training cells, so
+        that results of a cell do not depend on which other cells the object holds; or ``"batch"``, its mean over
+        the cells of the same batch (shrunk toward the training mean), for batches with about the same mixture of
+        cells.
 
     Raises
     ------
@@ -163,7 +199,20 @@ def setup_mudata(
     Warns
     -----
     UserWarning
-        As :meth:`setup_anndata` does.
+        The graph joins samples that lie over each other; control probes are among the genes; labels read as if nodes
+        had none, or a single node has them; nodes without neighbors; cells or genes that are zero throughout.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> rng = np.random.default_rng(0)
+    >>> bold, centers = rng.normal(size=(2, 10, 200)).cumsum(-1), rng.normal(size=(10, 3))
+    >>> mdata = fimp.pp.fmri(bold, coordinates=centers)
+    >>> FIMP.setup_mudata(mdata, modality="fmri")
+    >>> FIMP(mdata).token_sizes
+    {'fmri': 20}
     """
     method_args = cls._get_setup_method_args(**{k: v for k, v in locals().items() if k != "kwargs"})
     register(cls, mdata, method_args, kwargs)

@@ -29,8 +29,8 @@ def check_shared_genes(genes: NDArray[Any], weight: NDArray[np.floating], adata:
     genes
         ``(n_genes,)`` names in the model.
     weight
-        ``(n_genes,)`` share of each gene in the counts of training; zeros where it is not known, as for features, and
-        then genes count alike.
+        ``(n_genes,)`` fraction of each gene in the counts of training; zeros where it is not known, as for features,
+        and then genes count alike.
     adata
         Object with the names of genes, and other names in ``adata.var``.
 
@@ -47,14 +47,14 @@ def check_shared_genes(genes: NDArray[Any], weight: NDArray[np.floating], adata:
     names = adata.var_names.astype(str)
     shared = pd.Index(genes).isin(names)
     number, total = int(shared.sum()), float(weight.sum())
-    share = float(weight[shared].sum()) / total if total else number / max(len(genes), 1)
-    if share >= _LITTLE:
+    fraction = float(weight[shared].sum()) / total if total else number / max(len(genes), 1)
+    if fraction >= _LITTLE:
         return
-    what = "" if not total else f", with {_percent(share)} of the counts of training"
+    what = "" if not total else f", with {_percent(fraction)} of the counts of training"
     found = f"{number:,} of the {len(genes):,} genes of the model are in adata.var_names{what}"
     table = adata.var if isinstance(adata.var, pd.DataFrame) else None
     hint = naming_hint(genes, names, table)
-    if number <= FEW_GENES * len(genes) or (total and share < _NEXT_TO_NOTHING):
+    if number <= FEW_GENES * len(genes) or (total and fraction < _NEXT_TO_NOTHING):
         hint = hint or "Use the same kind of gene names (symbols or Ensembl ids, same species and case) as in training."
         raise ValueError(
             f"Only {found}, too few to apply it: names here are like {names[:3].tolist()}, those of the model like "
@@ -64,5 +64,5 @@ def check_shared_genes(genes: NDArray[Any], weight: NDArray[np.floating], adata:
     warn(f"Only {found}. {hint}")
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if share >= 0.001 or not share else "<0.1 %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %" if fraction >= 0.001 or not fraction else "<0.1 %"

@@ -168,14 +168,14 @@ def training_marks(
     values: list[Any] = []
     for source in data.expression.sources if isinstance(data.expression, JoinedExpression) else [data.expression]:
         values += [] if source is None else [source.batch, source.panel, source.measured]
-    for part in resolve(model.adata, setup.get("modality")).modalities:
-        values += [] if part.rows is None else [part.rows]
-        if part.is_sequence:
+    for modality in resolve(model.adata, setup.get("modality")).modalities:
+        values += [] if modality.rows is None else [modality.rows]
+        if modality.is_sequence:
             # Names of files tell images apart; they are not opened.
-            elements = sequence_kind(part.kind).parts(part.adata).values()
+            elements = sequence_kind(modality.kind).parts(modality.adata).values()
             values += [value for element in elements for value in element.values()]
         else:
-            values += [part.adata.var_names, get_matrix(part.adata, setup["layer"])]
+            values += [modality.adata.var_names, get_matrix(modality.adata, setup["layer"])]
     masks = [*unseen.get("hidden", {}).items(), *unseen.get("hidden_tokens", {}).items()]
     # Weights that are drawn at random are so from the seed, which is among the arguments of the model.
     drawn = {name for name, p in model.module.named_parameters() if p.requires_grad and not model.is_trained}

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from fimp_sc._recipe import recipe
-from fimp_sc.nn._heads import SHARES
+from fimp_sc.nn._heads import MIXTURE_WEIGHTS
 
 if TYPE_CHECKING:
     from scvi.module.base import LossOutput
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class FIMPTrainingPlan(pl.LightningModule):
-    """AdamW with warm-up and cosine decay; logs train and validation losses per epoch.
+    """AdamW with cosine decay; logs train and validation losses per epoch.
 
     Losses are means over cells, and those of labels over labeled cells; an epoch without any has none. The validation
     loss is that of all validation cells at once: its labels are predicted by the mixture that suits these best. The
@@ -40,7 +40,7 @@ class FIMPTrainingPlan(pl.LightningModule):
     lr_foundation
         Peak learning rate of what is trained of a foundation model, by default 1e-4.
     weight_decay
-        Of all weights but the tables of genes, by default 0.01.
+        Of all weights but the tables of genes, by default none.
     gradient_clip
         Largest gradient norm, by default 1.
     """
@@ -53,7 +53,7 @@ class FIMPTrainingPlan(pl.LightningModule):
         lr_loadings: float | None = None,
         lr_head: float | None = None,
         lr_foundation: float | None = None,
-        weight_decay: float | None = None,
+        weight_decay: float = 0.0,
         gradient_clip: float | None = None,
     ) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class FIMPTrainingPlan(pl.LightningModule):
         self.lr_loadings = numbers.lr_loadings if lr_loadings is None else lr_loadings
         self.lr_head = numbers.lr_head if lr_head is None else lr_head
         self.lr_foundation = numbers.lr_foundation if lr_foundation is None else lr_foundation
-        self.weight_decay = numbers.weight_decay if weight_decay is None else weight_decay
+        self.weight_decay = weight_decay
         self.gradient_clip = numbers.gradient_clip if gradient_clip is None else gradient_clip
         self.n_obs_training: int | None = None
         self.n_obs_validation: int | None = None
@@ -72,7 +72,7 @@ class FIMPTrainingPlan(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         _, _, losses = self.module(batch)
-        how = self._log_parts(losses, "train")
+        how = self._log_losses(losses, "train")
         self.log("train_loss", losses.loss, prog_bar=True, **how)
         if "label_loss" in losses.extra_metrics:
             n_labeled = _n_labeled(batch)
@@ -88,10 +88,10 @@ class FIMPTrainingPlan(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         _, generative, losses = self.module(batch)
-        self._log_parts(losses, "validation")
-        parts = [value for name, value in losses.extra_metrics.items() if name != "label_loss"]
+        self._log_losses(losses, "validation")
+        others = [value for name, value in losses.extra_metrics.items() if name != "label_loss"]
         n_obs = torch.tensor(losses.n_obs_minibatch, device=losses.loss.device)
-        self._add("unlabeled", sum(parts, start=losses.loss.new_zeros(())).float() * n_obs, n_obs)
+        self._add("unlabeled", sum(others, start=losses.loss.new_zeros(())).float() * n_obs, n_obs)
         if self.module.label_head is not None:
             self._add("label_validation", self.module.log_loss(generative, batch["label"]), _n_labeled(batch))
 
@@ -100,22 +100,22 @@ class FIMPTrainingPlan(pl.LightningModule):
         loss = loss / n_obs
         if self.module.label_head is not None:
             log_loss, n_labeled = self._total("label_validation")
-            self._fit_share(log_loss)
+            self._fit_weight(log_loss)
             if n_labeled:
                 label_loss = log_loss.min() / n_labeled
                 self.log("label_loss_validation", label_loss, sync_dist=True)
                 loss = loss + self.module.label_weight * label_loss
         self.log("validation_loss", loss, prog_bar=True, sync_dist=True)
 
-    def _fit_share(self, log_loss: torch.Tensor) -> None:
+    def _fit_weight(self, log_loss: torch.Tensor) -> None:
         if self.module.label_head_alone is not None and log_loss.any():
-            self.module.neighbor_share.copy_(SHARES[int(log_loss.argmin())])
+            self.module.neighbor_weight.copy_(MIXTURE_WEIGHTS[int(log_loss.argmin())])
 
-    def _log_parts(self, losses: LossOutput, mode: str) -> dict[str, Any]:
+    def _log_losses(self, losses: LossOutput, mode: str) -> dict[str, Any]:
         """Log what is a mean over all cells of the epoch, and return how to."""
         how = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": losses.n_obs_minibatch}
-        parts = {f"{name}_{mode}": value for name, value in losses.extra_metrics.items() if name != "label_loss"}
-        self.log_dict(parts, **how)
+        named = {f"{name}_{mode}": value for name, value in losses.extra_metrics.items() if name != "label_loss"}
+        self.log_dict(named, **how)
         return how
 
     def _add(self, name: str, loss: torch.Tensor, n_cells: torch.Tensor) -> None:
@@ -128,7 +128,7 @@ class FIMPTrainingPlan(pl.LightningModule):
 
     def _total(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sums of the epoch over all processes, and start anew."""
-        loss, n_cells = (self.trainer.strategy.reduce(part, reduce_op="sum") for part in self._sums.pop(name))
+        loss, n_cells = (self.trainer.strategy.reduce(total, reduce_op="sum") for total in self._sums.pop(name))
         return loss, n_cells
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -158,12 +158,10 @@ class FIMPTrainingPlan(pl.LightningModule):
         )
         total = max(int(self.trainer.estimated_stepping_batches), 1)
 
-        numbers = recipe()
-        last = numbers.last_rate
+        last = recipe().last_rate
 
         def rate(step: int) -> float:
-            warmup = min((step + 1) / max(numbers.warmup, 1), 1.0)
-            return warmup * (last + (1.0 - last) * 0.5 * (1.0 + math.cos(math.pi * min(step / total, 1.0))))
+            return last + (1.0 - last) * 0.5 * (1.0 + math.cos(math.pi * min(step / total, 1.0)))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

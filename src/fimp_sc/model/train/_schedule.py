@@ -24,7 +24,7 @@ class Schedule:
     batch_size, tiles_per_batch
         See :class:`~fimp_sc.data.BlockSampler`.
     mask_ratio
-        Smallest and largest hidden share of a node.
+        Smallest and largest hidden fraction of a node.
     steps, least_epochs, most_epochs, validations
         Of a training; 0 validations for one in every epoch.
     patience

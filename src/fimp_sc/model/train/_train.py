@@ -16,11 +16,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fimp_sc._logging import ONE_AT_A_TIME
+from fimp_sc._logging import ONE_AT_A_TIME, no_chatter
 from fimp_sc._options import checked
 from fimp_sc._recipe import recipe
 from fimp_sc.data import BlockSplitter, split_by_blocks
-from fimp_sc.model.predict._labels import fit_mixtures, reset_mixtures
+from fimp_sc.model.predict._labels import fit_mixtures, reset_mixtures, with_embeddings
 from fimp_sc.model.predict._reconstruct import hidden_tokens
 from fimp_sc.model.predict._reference import remember
 from fimp_sc.model.registry._graph_data import graph_data, node_indices, sequence_size, study_of, tables_of
@@ -107,32 +107,38 @@ def train(
     max_epochs
         Upper limit of epochs; by default as many as make about 600 steps, between 8 and 100; of FIMP-base from
         4,000 training cells on more, up to 2,400; where there are no genes 800 steps, in up to 400 epochs.
-    accelerator, devices
-        As in Lightning; ``"auto"`` takes a GPU when there is one. With several devices give ``strategy="ddp"``
-        too: every device then takes its share of the blocks of an epoch, so that a step covers ``devices`` times
-        ``batch_size`` cells.
+    accelerator
+        Kind of device, ``"cpu"``, ``"gpu"``, ``"cuda"`` or ``"mps"``; ``"auto"`` takes a GPU when there is one.
+    devices
+        Number of devices, or a list of their indices; ``"auto"`` takes what Lightning finds. With several devices
+        give ``strategy="ddp"`` too: every device then takes some of the blocks of an epoch, so that a step covers
+        ``devices`` times ``batch_size`` cells.
     num_workers
         Processes that make batches ahead of their use; by default up to 4 with a GPU, none without.
     validation_size
-        Share of cells held out for validation in whole spatial blocks.
+        Fraction of cells held out for validation in whole spatial blocks.
     train_indices, validation_indices
-        Cells of each part, instead of ``validation_size``. Cells in neither are seen as neighbors only.
+        Positions of cells to train on and to validate with, instead of ``validation_size``. Cells in neither are seen
+        as neighbors only.
     hidden
-        Values that are kept for tests: neither shown nor learned from. As in :meth:`get_expression` or
-        :meth:`get_reconstruction`; of several modalities a dictionary by name. Totals of cells are of what is
-        visible, also where genes are masked to learn from.
+        Values that are kept for tests, neither shown nor learned from: boolean, True where a value is hidden. Of
+        expression ``(n_obs, n_vars)``, of signals and images ``(n_obs, n_tokens)``, ``(n_obs, n_times)`` or ``(n_obs,
+        height, width)``; of several modalities a dictionary by name. Totals of cells are of what is visible, also where
+        genes are masked to learn from.
     batch_size
         Destinations per step; by default 64 to 256, so that an epoch has at least some 24 steps; of signals whole
         recordings.
     mask_ratio
-        Smallest and largest share of a cell's genes, or of a node's segments or patches, hidden in training; each
+        Smallest and largest fraction of a cell's genes, or of a node's segments or patches, hidden in training; each
         draws its own. By default from 0 to 0.4, and from 0.1 to 0.6 where there are no genes.
     gene_mask_ratio
-        Largest share of genes hidden in a whole block, by default 0.3, so that the model copes with other
+        Largest fraction of genes hidden in a whole block, by default 0.3, so that the model copes with other
         gene panels.
     mask_cells
         Probability that a cell is masked at all. By default 1 without labels or without genes, and 0.5 otherwise,
-        so that labels are learned from cells as they are predicted.
+        so that labels are learned from cells as they are predicted. With 0 labels are learned alone: of a frozen
+        foundation model embeddings are then computed once, and epochs cost next to nothing; so they are where a
+        foundation model reads values that it cannot predict, such as texts.
     class_balance
         0 weighs cells alike, 1 classes alike, in the label loss; by default 0.5.
     early_stopping
@@ -164,6 +170,26 @@ def train(
         When indices are out of range.
     KeyboardInterrupt
         When it is interrupted.
+
+    Examples
+    --------
+    >>> import fimp_sc as fimp
+    >>> from fimp_sc.model import FIMP
+    >>> adata = fimp.datasets.toy_communication(n_obs=200, n_genes=40)
+    >>> fimp.pp.spatial_graph(adata, library_key="section")
+    >>> FIMP.setup_anndata(adata, labels_key="cell_type", library_key="section")
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> len(model.history["train_loss"])
+    1
+
+    More epochs follow on the first, or, with ``checkpoint``, on a training that was stopped:
+
+    >>> model.train(max_epochs=1, enable_progress_bar=False)
+    >>> len(model.history["train_loss"])
+    2
+    >>> model = FIMP(adata)
+    >>> model.train(max_epochs=1, checkpoint="kept", enable_progress_bar=False)
     """
     unknown = {"early_stopping_monitor", "early_stopping_mode"} & set(trainer_kwargs)
     if unknown:
@@ -172,7 +198,7 @@ def train(
     module = model.module
     if module.value_head is None and module.label_head is None and not module.network.heads:
         raise ValueError(
-            "There is nothing to learn: this foundation model does not reconstruct signals, and there are no "
+            "There is nothing to learn: this foundation model does not predict what it reads, and there are no "
             "labels. Use it without training (zero_shot=True in fimp_sc.tl.embed), or name labels with labels_key=."
         )
     numbers = recipe()
@@ -195,12 +221,21 @@ def train(
         kept = [KeptTraining(checkpoint, marks)]
     schedule = Schedule.of(data, train_idx, batch_size, pretrained=module.network.pretrained)
     mask_ratio = schedule.mask_ratio if mask_ratio is None else mask_ratio
+    if mask_cells is None:
+        learned = module.value_head is not None or bool(module.network.heads)
+        mask_cells = schedule.mask_cells if learned else 0.0
     with unchanged_if_it_fails(model):
         if model.classes:
             label = data.label[train_idx]
             module.set_class_weight(np.bincount(label[label >= 0], minlength=len(model.classes)), class_balance)
         if not model.is_trained:
             data = start_from_data(model, study, data, train_idx, val_idx, mask_ratio, unseen)
+        # Signals are shown differently every time.
+        varied = any(source.by_node for source in data.sequences.values())
+        if module.network.frozen and mask_cells == 0 and not varied:
+            if on_gpu(accelerator):
+                model.to_device(f"cuda:{devices[0] if isinstance(devices, list) else 0}")
+            data = with_embeddings(model, data, train_idx, val_idx)
         splitter = BlockSplitter(
             data,
             train_idx,
@@ -211,7 +246,7 @@ def train(
             tiles_per_batch=schedule.tiles_per_batch,
             mask_ratio=mask_ratio,
             gene_mask_ratio=gene_mask_ratio,
-            mask_cells=schedule.mask_cells if mask_cells is None else mask_cells,
+            mask_cells=mask_cells,
             random_state=model.random_state,
             num_workers=_workers(accelerator) if num_workers is None else num_workers,
             pin_memory=on_gpu(accelerator),
@@ -265,7 +300,7 @@ def _unseen(model: FIMP, study: Study, hidden: Any) -> dict[str, Any]:
     """Return what is hidden, by modality or of the only one, as arguments of :func:`graph_data`."""
     if hidden is None:
         return {}
-    tables = [part.name for part in tables_of(model, study)]
+    tables = [table.name for table in tables_of(model, study)]
     known = [*tables, *model.module.sequences]
     if not isinstance(hidden, Mapping):
         if len(known) > 1:
@@ -310,8 +345,8 @@ def _split(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out warnings of Lightning and scvi-tools about what is so by design."""
-    with warnings.catch_warnings():
+    """Leave out what Lightning and scvi-tools say routinely, and warnings about what is so by design."""
+    with no_chatter(), warnings.catch_warnings():
         # Blocks are made on the fly in the main process, and few of them are logged per epoch.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*")

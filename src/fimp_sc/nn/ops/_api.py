@@ -93,7 +93,7 @@ def cross_node_attention(
         ``"mean"`` or ``"sum"`` over the sources.
     backend
         ``"triton"``: fused kernels for CUDA. ``"numba"``: compiled loops for CPUs. ``"chunked"``: batched products
-        over parts of the graph, on any device. ``"dense"``: the definition, a reference for tests whose memory grows
+        over chunks of the graph, on any device. ``"dense"``: the definition, a reference for tests whose memory grows
         with edges x tokens². ``"auto"``: on CUDA triton where it runs, on CPUs numba where tokens are many (from 32
         on) and not in double precision, else chunked, unless :func:`attention_backend` says otherwise. Before their
         first use the two compiled ones are tried on a few nodes; where that fails, or gives other numbers than the

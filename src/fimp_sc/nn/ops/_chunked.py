@@ -1,4 +1,4 @@
-"""Attention over parts of a graph, a bounded number of edges at a time, and its gradients: batched products.
+"""Attention over chunks of a graph, a bounded number of edges at a time, and its gradients: batched products.
 
 Products run over several neighbors of a node in their inner dimension, so that the sum over neighbors is part of the
 product.
@@ -77,7 +77,7 @@ class Chunks:
         some = degree.new_zeros(1) if padding is None else padding.any().view(1).to(degree.dtype)
         *self._degree, padded = torch.cat((degree, some)).tolist()
         self._start = indptr[:-1].index_select(0, self._order)
-        self._parts: list[tuple[int, int, Tensor, Tensor]] | None = None
+        self._kept_chunks: list[tuple[int, int, Tensor, Tensor]] | None = None
         self._bias: Tensor | None = None
         if padding is not None and padded:
             # Finite, so that a source with padding only gives a uniform softmax instead of NaN.
@@ -157,14 +157,14 @@ class Chunks:
 
     def _chunks(self, q: Tensor, k: Tensor) -> list[tuple[int, int, Tensor, Tensor]]:
         """Return ``(begin, end, edges, sources)`` of each chunk, the same for all heads."""
-        if self._parts is None:
+        if self._kept_chunks is None:
             size = self._chunk_size
             if size is None:
                 on_cpu = q.device.type == "cpu"
                 scores = _SCORES_PER_THREAD * torch.get_num_threads() if on_cpu else _SCORES_ACCELERATOR
                 size = scores // max(k.shape[1] * max(q.shape[1], q.shape[2]), 1)
-            self._parts = list(self._cut(max(min(size, _MAX_BATCH), 1)))
-        return self._parts
+            self._kept_chunks = list(self._cut(max(min(size, _MAX_BATCH), 1)))
+        return self._kept_chunks
 
     def _cut(self, size: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Yield chunks of at most so many edges: equally many for each of the destinations ``begin:end``."""

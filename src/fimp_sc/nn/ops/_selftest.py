@@ -70,8 +70,8 @@ def _failure(kind: Kind, attention: Callable[..., Tensor]) -> str | None:
         with kept_apart, without_autocast(kind.device.type):
             found, truth = (_results(kind, attention, backend) for backend in (kind.backend, "dense"))
         # Gradients may be no more than rounding: those of queries are, where there is one token to attend to.
-        parts = [(x - y).abs().max() / y.abs().max().clamp(min=1.0) for x, y in zip(found, truth, strict=True)]
-        off = float(torch.stack(parts).max())
+        errors = [(x - y).abs().max() / y.abs().max().clamp(min=1.0) for x, y in zip(found, truth, strict=True)]
+        off = float(torch.stack(errors).max())
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # of compilers, drivers and launchers, each of its own kind

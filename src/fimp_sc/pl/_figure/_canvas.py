@@ -1,7 +1,8 @@
-"""The contract of figures: axes to draw into, and the arguments ``ax``, ``show``, ``save`` and ``return_fig``."""
+"""The contract of figures: axes, titles, and the arguments ``ax``, ``show``, ``save`` and ``return_fig``."""
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +16,16 @@ if TYPE_CHECKING:
 
 # Inches between a legend and what is beside it.
 _MARGIN = 0.4
+# Dots per inch of files, unless matplotlib's settings name another number.
+_DPI = 200
+# Letters of a title that an inch has room for.
+_LETTERS = 11
 
 
 class Canvas:
     """Axes of a figure, the user's or new ones, which are shown, written or returned at the end.
 
-    Every function of :mod:`fimp_sc.pl` has these four arguments, and ends with ``return canvas.finish()``.
+    Every figure of :mod:`fimp_sc.pl` has these five arguments, and ends with ``return canvas.finish()``.
 
     Parameters
     ----------
@@ -32,6 +37,8 @@ class Canvas:
         File to write the figure to.
     return_fig
         Whether to return the figure instead of the axes.
+    title
+        Title of the user, or one for each panel.
 
     Raises
     ------
@@ -45,14 +52,40 @@ class Canvas:
         show: bool | None,
         save: str | Path | None,
         return_fig: bool,
+        title: str | Sequence[str] | None = None,
     ) -> None:
         if show and return_fig:
             raise ValueError("A figure that is shown is not returned: pass show=True or return_fig=True.")
-        self._given, self._save, self._return_fig = ax, save, return_fig
+        self._given, self._save, self._return_fig, self._title = ax, save, return_fig, title
         self._show = (ax is None and save is None and not return_fig) if show is None else show
         self._axes: Any = None
 
-    def axes(self, figsize: tuple[float, float], shape: tuple[int, ...] = (), **layout: Any) -> Any:
+    def titles(self, defaults: Sequence[str], width: float | None = None) -> list[str]:
+        """Return the titles of the panels: the user's, or these.
+
+        Parameters
+        ----------
+        defaults
+            Title of each panel.
+        width
+            Inches of a panel; longer titles are broken into lines.
+
+        Raises
+        ------
+        ValueError
+            The user's titles are more or fewer than the panels.
+        """
+        given = [self._title] if isinstance(self._title, str) else self._title
+        if given is not None and len(given) != len(defaults):
+            raise ValueError(
+                f"title has {len(given):,} titles, but the figure has {len(defaults):,} panels: pass one for each."
+            )
+        titles = [str(title) for title in (defaults if given is None else given)]
+        return titles if width is None else [fill(title, max(int(_LETTERS * width), 8)) for title in titles]
+
+    def axes(
+        self, figsize: tuple[float, float], shape: tuple[int, ...] = (), *, wrap: int | None = None, **layout: Any
+    ) -> Any:
         """Return the axes to draw into: one, or an array of them in this shape.
 
         Parameters
@@ -61,8 +94,11 @@ class Canvas:
             Width and height of a new figure in inches.
         shape
             ``()``, ``(n_rows,)`` or ``(n_rows, n_columns)``.
+        wrap
+            Number of axes side by side in a new figure, at most: those of a longer row go on in the line below, and
+            those of a single column are filled in line by line.
         **layout
-            Passed to :func:`matplotlib.pyplot.subplots` for a new figure.
+            Passed to :func:`matplotlib.pyplot.subplots` for a new figure without ``wrap``.
 
         Raises
         ------
@@ -71,12 +107,14 @@ class Canvas:
         """
         from matplotlib import pyplot as plt
 
-        if self._given is None:
+        if self._given is not None:
+            given = np.asarray(self._given, dtype=object).ravel()
+        elif wrap is not None:
+            given = _wrapped(figsize, shape[0], shape[1], wrap)
+        else:
             rows, columns = (*shape, 1, 1)[:2]
             layout = {"figsize": figsize, "layout": "constrained", **layout}
             given = plt.subplots(rows, columns, squeeze=False, **layout)[1].ravel()
-        else:
-            given = np.asarray(self._given, dtype=object).ravel()
         if len(given) != np.prod(shape, dtype=int):
             raise ValueError(
                 f"ax holds {len(given):,} axes, but the figure has {np.prod(shape, dtype=int):,} panels: pass one for "
@@ -85,40 +123,72 @@ class Canvas:
         self._axes = given.reshape(shape) if shape else given[0]
         return self._axes
 
+    def entitle(self, default: str = "") -> None:
+        """Write the user's title, or this one, above the only panel."""
+        (title,) = self.titles([default])
+        self._axes.set_title(title, fontsize="medium")
+
     def finish(self, *, legend_room: float | None = None) -> Any:
         """Write and show the figure as asked for.
 
         Parameters
         ----------
         legend_room
-            Inches beside the panels that a legend may take before a new figure grows; None leaves its size.
+            Inches beside each column of panels that a legend may take before a new figure grows; None leaves its size.
 
         Returns
         -------
         None if the figure was shown; else the figure if that was asked for, else the axes.
         """
+        import matplotlib as mpl
         from matplotlib import pyplot as plt
 
         figure = np.ravel(self._axes)[0].figure.figure  # of a figure within a figure, the outer one
         if legend_room is not None and self._given is None:
-            _fit_legends(figure, legend_room, len(np.atleast_1d(self._axes)))
+            _fit_legends(figure, legend_room)
         if self._save is not None:
-            figure.savefig(self._save, bbox_inches="tight")
+            own = mpl.rcParams["savefig.dpi"]
+            figure.savefig(self._save, bbox_inches="tight", dpi=_DPI if own == "figure" else own)
         if self._show:
             plt.show()
             return None
         return figure if self._return_fig else self._axes
 
 
-def _fit_legends(figure: Any, room: float, n_rows: int) -> None:
+def _wrapped(figsize: tuple[float, float], n_rows: int, n_columns: int, wrap: int) -> NDArray[np.object_]:
+    """Return new axes, ``n_rows × n_columns``, of which at most ``wrap`` are side by side."""
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure(figsize=figsize, layout="compressed")
+    # Each row that is broken is a figure of its own, so that one legend has room beside all its lines.
+    broken = n_columns > wrap
+    parts = figure.subfigures(n_rows, 1, squeeze=False).ravel() if broken else [figure]
+    n = n_columns if broken else n_rows * n_columns
+    columns = wrap if broken else min(wrap, n_rows) if n_columns == 1 else n_columns
+    made = []
+    for part in parts:
+        grid = part.subplots(-(-n // columns), columns, squeeze=False).ravel()
+        for empty in grid[n:]:
+            empty.remove()
+        made.append(grid[:n])
+    return np.concatenate(made)
+
+
+def _fit_legends(figure: Any, room: float) -> None:
     """Let a figure grow until the legends beside its axes fit, and lay it out, so that its first drawing is right."""
-    legends = [ax.get_legend() for ax in figure.axes if ax.get_legend() is not None]
-    if legends:
-        # How large a legend is does not depend on where it will be.
-        extents = [legend.get_window_extent() for legend in legends]
-        width, height = figure.get_size_inches()
-        width += max(0.0, max(extent.width for extent in extents) / figure.dpi + _MARGIN - room)
-        height = max(height, n_rows * (max(extent.height for extent in extents) / figure.dpi + _MARGIN))
-        figure.set_size_inches(width, height)
+    width, height = figure.get_size_inches()
+    # How large a legend is does not depend on where it will be.
+    beside: dict[int, float] = {}
+    for ax in figure.axes:
+        if ax.get_legend() is not None:
+            place, extent = ax.get_subplotspec(), ax.get_legend().get_window_extent()
+            column = place.colspan.start
+            beside[column] = max(beside.get(column, 0.0), extent.width / figure.dpi + _MARGIN - room)
+            height = max(height, place.get_gridspec().nrows * (extent.height / figure.dpi + _MARGIN))
+    parts = figure.subfigs or [figure]
+    for extent in [legend.get_window_extent() for part in parts for legend in part.legends]:
+        beside[0] = max(beside.get(0, 0.0), extent.width / figure.dpi + _MARGIN - room)
+        height = max(height, len(parts) * (extent.height / figure.dpi + _MARGIN))
+    figure.set_size_inches(width + sum(beside.values()), height)
     for _ in range(2):  # the first finds how wide axes of equal aspect become, beside which a legend stands
         figure.draw_without_rendering()

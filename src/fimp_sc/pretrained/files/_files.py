@@ -19,12 +19,13 @@ from fimp_sc.data.storage._elements import shorten
 from fimp_sc.pretrained.files._weights import CheckpointError, Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "CheckpointError",
     "Weights",
     "check_file",
+    "check_files",
     "checkpoint_folder",
     "find_weights",
     "parse_json",
@@ -164,8 +165,21 @@ def find_weights(folder: Path, names: Sequence[str]) -> Path:
     inside = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     raise CheckpointError(
         f"{str(folder)!r} has no {' or '.join(repr(name) for name in names)}; found there: "
-        f"{shorten([repr(name) for name in inside], 10) or 'nothing'}. Put the weights there under one of these names."
+        f"{shorten([repr(name) for name in inside], 10) or 'nothing'}. Put the file there under "
+        f"{'one of these names' if len(names) > 1 else 'this name'}."
     )
+
+
+def check_files(folder: Path, needed: Iterable[Sequence[str]]) -> None:
+    """Check that a folder has files that are needed, of each group of names at least one.
+
+    Raises
+    ------
+    CheckpointError
+        One is missing; the message names what is there.
+    """
+    for names in needed:
+        find_weights(folder, names)
 
 
 def checkpoint_folder(checkpoint: str | Path) -> Path:

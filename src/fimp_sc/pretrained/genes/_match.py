@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Species = Literal["human", "mouse"]
 UPPERCASE = "uppercase"
+NO_ORTHOLOG = "no ortholog known"
 METHODS = ("exact", "case", "alias", "ortholog", UPPERCASE)
 # Kinds of evidence, best first: of several genes with one id, the one with the best evidence keeps it.
 _EXACT, _CASE, _ALIAS, _ALIASES, _ONE_TO_ONE, _NAMESAKE, _ORTHOLOG, _ORTHOLOGS, _UPPERCASE = range(9)
@@ -74,7 +75,7 @@ def match_names(
         See :func:`~fimp_sc.pretrained.genes._vocabulary.read_aliases`.
     counts
         ``(n_genes,)`` non-negative total of each gene; by default all genes weigh the same in a contest for one id, and
-        shares are missing.
+        fractions are missing.
 
     Returns
     -------
@@ -89,7 +90,7 @@ def match_names(
     ``status``
         ``"matched"``; ``"ambiguous"``: one of several equal candidates was chosen (that of the same name, else the
         first in the alphabet), or without an id because a gene with better evidence has it; ``"lost"``.
-    ``share_of_counts``
+    ``fraction_of_counts``
         float64.
     ``note``
         why a gene is ambiguous or lost, as far as known.
@@ -122,7 +123,7 @@ def match_names(
             "id": np.int64(-1),
             "method": [hit.method if isinstance(hit, _Hit) else "" for hit in hits],
             "status": "lost",
-            "share_of_counts": total / total.sum() if counts is not None and total.sum() > 0 else np.nan,
+            "fraction_of_counts": total / total.sum() if counts is not None and total.sum() > 0 else np.nan,
             "note": [hit if isinstance(hit, str) else "" for hit in hits],
         },
         index=given.index,
@@ -131,25 +132,43 @@ def match_names(
     return table
 
 
-def advice(table: pd.DataFrame, vocabulary: Iterable[str], species: str) -> str:
-    """Return what a user whose genes are mostly unknown to the vocabulary may do about it."""
+def advice(
+    table: pd.DataFrame, vocabulary: Iterable[str], species: str, orthologs: OrthologSource | None = None
+) -> str:
+    """Return what a user whose genes are mostly unknown to the vocabulary may do about it.
+
+    Parameters
+    ----------
+    table
+        From :func:`match_names`.
+    vocabulary, species, orthologs
+        What it was made of.
+    """
     names = table["name"].dropna().astype(str).tolist()
     genes = list(vocabulary)
-    lost = table.loc[table["id"] < 0].sort_values("share_of_counts", ascending=False, kind="stable")["name"].dropna()
+    lost = table.loc[table["id"] < 0].sort_values("fraction_of_counts", ascending=False, kind="stable")["name"].dropna()
     folded = {name.casefold() for name in names}
     examples = [gene for gene in genes if gene.casefold() in folded][:3] or genes[:3]
     hints = [f"Names not found: {shorten([repr(n) for n in lost])}; vocabulary: {', '.join(map(repr, examples))}."]
     if mostly_mouse(names) and species == "human" and not mostly_mouse(genes):
+        also = "" if orthologs is None else ", without which orthologs= translates nothing"
         hints.append(
-            'The names look like mouse genes (Aqp4 rather than AQP4): pass species="mouse". If they are human, put '
-            "them into upper case first."
+            f'The names look like mouse genes (Aqp4 rather than AQP4): pass species="mouse"{also}. If they are human, '
+            "put them into upper case first."
         )
     elif mostly_mouse(genes) and not mostly_mouse(names):
         hints.append("The vocabulary looks like that of a mouse model, the names do not look like mouse genes.")
-    elif mostly_ensembl(names) and not mostly_ensembl(genes):
+    elif species == "mouse" and orthologs is not None and not mostly_mouse(genes):
+        unknown = int((table["note"] == NO_ORTHOLOG).sum())
         hints.append(
-            "The names are Ensembl ids: pass gene_key= with a column of symbols, or orthologs= with a table of both."
+            f"orthologs= has no ortholog of {unknown:,} genes: check that these are names of mouse genes, or pass a "
+            "larger table; aliases= translates outdated symbols."
+            if unknown
+            else "The vocabulary lacks the human genes that orthologs= leads to."
         )
+    elif mostly_ensembl(names) and not mostly_ensembl(genes):
+        table_too = "" if orthologs is not None else ", or orthologs= with a table of both"
+        hints.append(f"The names are Ensembl ids: pass gene_key= with a column of symbols{table_too}.")
     elif mostly_ensembl(genes) and not mostly_ensembl(names):
         hints.append("The vocabulary holds Ensembl ids: pass gene_key= with a column of Ensembl ids.")
     else:
@@ -255,7 +274,7 @@ class _Matcher:
             if equals:
                 return _Hit(symbols[0], "ortholog", _ORTHOLOGS, equals)
             return _Hit(symbols[0], "ortholog", _ONE_TO_ONE if key in self._orthologs.one_to_one else _ORTHOLOG)
-        return "no ortholog known"
+        return NO_ORTHOLOG
 
     def _upper(self, names: Sequence[str]) -> _Hit | str:
         symbol = next(self._known([name.upper() for name in names], fold=True), None)

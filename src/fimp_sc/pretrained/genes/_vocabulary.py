@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import pandas as pd
 
-from fimp_sc.pretrained.files._files import CheckpointError, read_json
+from fimp_sc.pretrained.files._files import CheckpointError, find_weights, read_json
 from fimp_sc.pretrained.files._text_tables import open_text_table
 
 # Ids by symbol, symbols in the order of their ids, a `vocab.json`, or a folder with one.
@@ -67,7 +67,12 @@ def read_vocabulary(vocabulary: VocabularySource) -> dict[str, int]:
     entries: Mapping[Any, Any]
     if isinstance(vocabulary, str | Path):
         path = Path(vocabulary)
-        path = path / "vocab.json" if path.is_dir() else path
+        if not path.exists():
+            raise CheckpointError(
+                f"There is no file or folder {str(path)!r} (looked from {str(Path.cwd())!r}): name a vocab.json, or "
+                "the folder of a checkpoint that holds one."
+            )
+        path = find_weights(path, ["vocab.json"]) if path.is_dir() else path
         where = repr(str(path))
         entries = read_json(path)
     elif isinstance(vocabulary, Mapping):

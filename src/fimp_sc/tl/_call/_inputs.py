@@ -24,11 +24,13 @@ from fimp_sc.data.validate._checks import (
     check_labels,
     check_obs_key,
     check_scaled,
+    dissociated_hint,
     get_matrix,
     get_obs,
     in_memory,
+    neighbors_key,
 )
-from fimp_sc.model.registry._fields import check_scales, scale_of
+from fimp_sc.model.registry._fields import MEASURED_KEY, check_scales, scale_of
 from fimp_sc.model.registry._setup import check_layer
 from fimp_sc.pp._spatial_graph import add_graph, check_free
 
@@ -331,9 +333,13 @@ def working_copy(study: Study, inputs: Inputs, *, labels_required: bool = False)
     if inputs.connectivities_key in nodes.obsp:
         where = f"adata.obsp[{inputs.connectivities_key!r}]"
         work.obsp[inputs.connectivities_key] = in_memory(nodes.obsp[inputs.connectivities_key], where)
+        described = neighbors_key(inputs.connectivities_key)
+        if described in nodes.uns:
+            work.uns[described] = nodes.uns[described]
     elif inputs.connectivities_key.endswith(CONNECTIVITIES) and MODALITY_KEY not in nodes.uns:
         if inputs.spatial_key not in nodes.obsm:
-            check_coordinates(nodes, inputs.spatial_key)  # absent: names the keys of the user's object
+            # Absent: names the keys of the user's object.
+            check_coordinates(nodes, inputs.spatial_key, advice=dissociated_hint(nodes))
         check_free(nodes, inputs.connectivities_key.removesuffix(CONNECTIVITIES))
         add_graph(
             work,
@@ -370,6 +376,8 @@ def _light(modality: Modality, inputs: Inputs, name: str) -> AnnData:
         obs=pd.DataFrame(get_obs(adata, columns), index=adata.obs_names),
         obsm={key: in_memory(adata.obsm[key], f"adata.obsm[{key!r}]") for key in obsm},
     )
+    if MEASURED_KEY in adata.varm:
+        work.varm[MEASURED_KEY] = adata.varm[MEASURED_KEY]
     if MODALITY_KEY in adata.uns:
         work.uns[MODALITY_KEY] = adata.uns[MODALITY_KEY]
     return work

@@ -8,7 +8,7 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from anndata import AnnData, ImplicitModificationWarning
@@ -53,13 +53,17 @@ class _Remembered(NamedTuple):
 
 
 class _Training(NamedTuple):
-    """What a model was trained on, with which arguments, and checksums of what was hidden from it, by modality."""
+    """What a model was trained on, with which arguments, and checksums of what was hidden from it, by modality.
+
+    ``labels_alone`` says whether it learned nothing but labels.
+    """
 
     marks: dict[str, Any]
     max_epochs: int | None
     model_kwargs: dict[str, Any]
     train_kwargs: dict[str, Any]
     unseen: dict[str, int]
+    labels_alone: bool = False
 
 
 def given_model(model: FIMP | str | Path | None, accelerator: str, *, verbose: bool) -> FIMP | None:
@@ -99,12 +103,14 @@ def fitted_model(
     n_layers: int | None = None,
     genes: Sequence[str] | None = None,
     check: Callable[[FIMP], Any] | None = None,
+    wanted: Literal["labels", "values"] | None = None,
 ) -> FIMP:
     """Return a model for the working copy: the given one, the remembered one, or one trained (or just built) now.
 
     The remembered one serves if ``reuse`` is set and it is what training would make: of the same data, with the same
     ``max_epochs`` and (``same_seed``) ``random_state`` where these are given, and blind to what is ``hidden``, by
-    modality. A model is trained only if it will know ``genes``, and if ``check`` of it raises nothing.
+    modality. A model is trained only if it will know ``genes``, and if ``check`` of it raises nothing. ``wanted`` is
+    what is to be predicted: where labels are, a frozen foundation model learns these alone.
     """
     what: dict[str, Any] = {"foundation": foundation}
     what |= {"n_tokens": n_tokens, "n_layers": n_layers}
@@ -147,6 +153,8 @@ def fitted_model(
             why = f"{shorten(changed)} changed since"
         elif not remembered.model.is_trained:
             why = "that one was not trained"
+        elif wanted == "values" and former.labels_alone:
+            why = "that one learned labels alone"
         elif named:
             why = f"{shorten(named)} given now"
         elif former.marks == marks and unseen not in ({}, former.unseen):
@@ -185,11 +193,14 @@ def fitted_model(
     if zero_shot:
         fresh.to_device(_device(accelerator))
         return fresh
-    usual = {"max_epochs": max_epochs, "accelerator": accelerator, "enable_progress_bar": verbose}
+    usual: dict[str, Any] = {"max_epochs": max_epochs, "accelerator": accelerator, "enable_progress_bar": verbose}
+    if wanted == "labels" and fresh.module.network.frozen:
+        usual["mask_cells"] = 0.0
     fresh.train(**usual | ({"hidden": hidden} if hidden else {}) | train_kwargs)
     # A folder that keeps a training is that of this one alone.
     again = {name: value for name, value in train_kwargs.items() if name != "checkpoint"}
-    _trainings[fresh] = _Training(marks, max_epochs, arguments, again, unseen)
+    labels_alone = (usual | train_kwargs).get("mask_cells") == 0
+    _trainings[fresh] = _Training(marks, max_epochs, arguments, again, unseen, labels_alone)
     return fresh
 
 
@@ -242,11 +253,25 @@ def write_back(study: Study, work: Study, inputs: Inputs, model: FIMP | None) ->
             adata.obsp[inputs.connectivities_key] = light.obsp[inputs.connectivities_key]
             adata.uns[f"{prefix}_neighbors"] = light.uns[f"{prefix}_neighbors"]
         yield
-    if model is None:
-        return
+    if model is not None:
+        _remember(adata, _marks(work, inputs), model)
+
+
+def _remember(adata: AnnData | MuData, marks: dict[str, Any], model: FIMP) -> None:
     address = id(adata)
     reference = weakref.ref(adata, lambda _: _models.pop(address, None))
-    _models[address] = _Remembered(reference, _marks(work, inputs), model)
+    _models[address] = _Remembered(reference, marks, model)
+
+
+def hand_on(givers: Sequence[AnnData], takers: Sequence[AnnData]) -> FIMP | None:
+    """Remember the model of some objects for others, if they have one in common, and return it."""
+    found = [_remembered(giver) for giver in givers]
+    first = found[0]
+    if first is None or any(other is None or other.model is not first.model for other in found):
+        return None
+    for taker in takers:
+        _remember(taker, first.marks, first.model)
+    return first.model
 
 
 @checked

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 
 from fimp_sc._keys import new_record
+from fimp_sc.data.storage._checksums import checksum
+from fimp_sc.data.storage._elements import get_obs
 from fimp_sc.model.registry._fields import X_KEY, ExpressionField, table_states
 from fimp_sc.model.registry._graph_data import table_ends
 
@@ -38,8 +40,10 @@ def record(model: FIMP, inputs: Inputs, data: AnnData | MuData, tool: str, **ext
     state = model.adata_manager.registry["field_registries"][X_KEY]["state_registry"]
     return {
         **inputs_record(inputs, data, tool, table_states(state), "scvi-tools", "torch", "anndata", **extra),
-        "model": _storable(model.init_params_["non_kwargs"]),
+        "model": storable(model.init_params_["non_kwargs"]),
         "random_state": int(model.random_state),
+        # Embeddings of one model are in one space.
+        "weights_checksum": str(checksum(*model.module.network.parameters())),
         "epochs": len(history["train_loss"]) if "train_loss" in history else 0,
     }
 
@@ -68,7 +72,7 @@ def inputs_record(
     # Beside the parameters: later calls take these, and what was guessed once may not hold for other values.
     scales = {name: str(state[ExpressionField.SCALE]) for name, state in tables.items()}
     return {
-        "params": _storable(asdict(inputs) | extra),
+        "params": storable(asdict(inputs) | extra),
         **({"input_scale": scales.get("", scales)} if scales else {}),
         **new_record(data, tool, *packages),
     }
@@ -87,8 +91,8 @@ def measured_scale(model: FIMP, part: Modality) -> dict[str, Any]:
     Returns
     -------
     ``input_scale`` of the values and ``trained_scale`` of those of training; and, of expression, the ``target_sum`` of
-    the model, the ``total`` to which it scales the genes ``measured`` here that it knows, and the ``share`` that each
-    of these has in it. Nothing of a model that was never trained, which takes the median total of what it reads.
+    the model, the ``total`` to which it scales the genes ``measured`` here that it knows, and the ``fraction`` that
+    each of these has in it. Nothing of a model that was never trained, which takes the median total of what it reads.
     """
     states = table_states(model.adata_manager.registry["field_registries"][X_KEY]["state_registry"])
     number = list(states).index(part.name) if len(states) > 1 else 0
@@ -108,19 +112,32 @@ def measured_scale(model: FIMP, part: Modality) -> dict[str, Any]:
         "target_sum": target_sum,
         "total": target_sum * known,
         "measured": np.array(names[place >= 0], dtype=object),
-        "share": fraction / max(known, 1e-12),
+        "fraction": fraction / max(known, 1e-12),
     }
 
 
-def _storable(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def storable(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return parameters without None and tuples, which not every supported anndata reads or writes."""
     kept: dict[str, Any] = {}
     for name, value in parameters.items():
         if isinstance(value, Mapping):
-            kept[name] = _storable(value)
+            kept[name] = storable(value)
         elif value is not None:
             kept[name] = list(value) if isinstance(value, tuple) else value
     return kept
+
+
+def drop_stale_colors(data: AnnData | MuData, key: str, categories: pd.Index) -> None:
+    """Remove the colors of a column whose categories change: scanpy would give them to others, or fail."""
+    name = f"{key}_colors"
+    if name not in data.uns:
+        return
+    if key in data.obs:
+        same = list(pd.Categorical(get_obs(data, [key])[key]).categories) == list(categories)
+    else:
+        same = np.size(data.uns[name]) == len(categories)
+    if not same:
+        del data.uns[name]
 
 
 def finite_or_raise(values: np.ndarray, what: str) -> None:

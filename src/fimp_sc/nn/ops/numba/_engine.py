@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fimp_sc.nn.ops.numba import _kernels as kernels
-from fimp_sc.nn.ops.numba._threads import shares, threads
+from fimp_sc.nn.ops.numba._threads import thread_ranges, threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -107,12 +107,12 @@ class CompiledLoops:
 
         if any(wanted):
             sums = zip(*self.run(one, _ranges(x)), strict=True)
-            for target, parts in zip(d_maps or (), sums, strict=False):
-                np.add.reduce(parts, out=target.numpy())
+            for target, of_threads in zip(d_maps or (), sums, strict=False):
+                np.add.reduce(of_threads, out=target.numpy())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         heads, total = [x.numpy() for x in (q, k, v)], out.numpy()
-        self.run(lambda part: kernels.forward(*heads, *self._graph, part.rows, total), self._parts)
+        self.run(lambda one: kernels.forward(*heads, *self._graph, one.rows, total), self._thread_ranges)
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, up: Tensor, d_weight: Tensor | None, wanted: tuple[bool, bool]
@@ -126,46 +126,46 @@ class CompiledLoops:
             for x in sums:
                 x[slice(*rows)] = 0
 
-        def one(part: _Part) -> None:
+        def work(own: _ThreadRange) -> None:
             # Queries of a destination are needed for it alone: their gradients take their place.
-            kernels.backward(*heads, *self._graph, part.rows, grad, part.place, heads[0], *sums, d_edges, which)
+            kernels.backward(*heads, *self._graph, own.rows, grad, own.place, heads[0], *sums, d_edges, which)
 
         self.run(clear, _ranges(sums[0]))
-        self.run(one, self._parts)
-        for part in self._parts:
+        self.run(work, self._thread_ranges)
+        for own in self._thread_ranges:
             for x in sums:
-                _add_rows(self.run, x, part.nodes, x[part.more])
+                _add_rows(self.run, x, own.nodes, x[own.more])
         return q, dk[: len(k)], dv[: len(k)]
 
     @cached_property
-    def _parts(self) -> list[_Part]:
-        """Destinations in as many parts as there are threads, with equally many edges each."""
+    def _thread_ranges(self) -> list[_ThreadRange]:
+        """Destinations in as many ranges as there are threads, with equally many edges each."""
         padded, _, indptr, indices = self._graph
         n = max(min(torch.get_num_threads(), len(indices) // _LEAST_EDGES), 1)
         bounds = np.searchsorted(indptr, np.linspace(0, len(indices), n + 1)[1:-1]).tolist()
         ranges = list(pairwise([0, *bounds, len(indptr) - 1]))
         sources = [indices[indptr[a] : indptr[b]] for a, b in ranges]
-        # Of the parts that share a source the first adds to its sums, the others each to a row of their own.
+        # Of the ranges that share a source the first adds to its sums, the others each to a row of their own.
         first = np.zeros(len(padded), np.int64)
         for number in reversed(range(n)):
             first[sources[number]] = number
-        parts: list[_Part] = []
+        found: list[_ThreadRange] = []
         begin = len(padded)
         for number, rows in enumerate(ranges):
             nodes = np.unique(sources[number][first[sources[number]] != number])
             more = slice(begin, begin + len(nodes))
             place = np.arange(len(padded))
             place[nodes] = np.arange(more.start, more.stop)
-            parts.append(_Part(rows, place[sources[number]], nodes, more))
+            found.append(_ThreadRange(rows, place[sources[number]], nodes, more))
             begin = more.stop
-        return parts
+        return found
 
     @property
     def _n_more(self) -> int:
-        return self._parts[-1].more.stop - len(self._graph[0])
+        return self._thread_ranges[-1].more.stop - len(self._graph[0])
 
 
-class _Part(NamedTuple):
+class _ThreadRange(NamedTuple):
     """Work of one thread."""
 
     rows: tuple[int, int]  # its first destination, and the one behind its last
@@ -175,7 +175,7 @@ class _Part(NamedTuple):
 
 
 def _ranges(nodes: NDArray) -> list[tuple[int, int]]:
-    return [(part.start, part.stop) for part in shares(len(nodes), _LEAST_NODES)]
+    return [(own.start, own.stop) for own in thread_ranges(len(nodes), _LEAST_NODES)]
 
 
 def _three(tensors: Sequence[Tensor]) -> tuple[NDArray, ...]:
@@ -185,4 +185,4 @@ def _three(tensors: Sequence[Tensor]) -> tuple[NDArray, ...]:
 
 
 def _add_rows(run: Run, total: NDArray, nodes: NDArray, rows: NDArray) -> None:
-    run(lambda part: kernels.add_rows(total, nodes[part], rows[part]), shares(len(nodes), _LEAST_NODES))
+    run(lambda own: kernels.add_rows(total, nodes[own], rows[own]), thread_ranges(len(nodes), _LEAST_NODES))

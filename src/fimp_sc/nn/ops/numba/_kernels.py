@@ -44,10 +44,12 @@ def _tile(n_queries: int, n_tokens: int) -> int:
 
 
 @_compiled
-def _attention(query: NDArray, key: NDArray, padded: NDArray, attention: NDArray, top: NDArray, share: NDArray) -> None:
+def _attention(
+    query: NDArray, key: NDArray, padded: NDArray, attention: NDArray, top: NDArray, inverse: NDArray
+) -> None:
     """Write the attention of queries, ``(head_dim, n_queries)``, to one source, ``(n_tokens, n_queries)``.
 
-    It is softmax without its last step: to be multiplied with ``share``, ``(n_queries,)``, which is written, too.
+    It is softmax without its last step: to be multiplied with ``inverse``, ``(n_queries,)``, which is written, too.
     """
     scores(key, query, attention, top)
     if padded.any():
@@ -55,7 +57,7 @@ def _attention(query: NDArray, key: NDArray, padded: NDArray, attention: NDArray
             if padded[j]:
                 attention[j] = -np.inf
         largest(attention, top)
-    exponentials(attention, top, share)
+    exponentials(attention, top, inverse)
 
 
 @_compiled
@@ -165,7 +167,7 @@ def forward(
     n_tokens, dtype = key.shape[1], query.dtype
     tile = _tile(n_queries, n_tokens)
     queries, total = np.empty((width, n_queries), dtype), np.empty((width, n_queries), dtype)
-    memory, top, share = np.empty((n_tokens, tile), dtype), np.empty(tile, dtype), np.empty(tile, dtype)
+    memory, top, inverse = np.empty((n_tokens, tile), dtype), np.empty(tile, dtype), np.empty(tile, dtype)
     for i in range(rows[0], rows[1]):
         queries[:] = query[i].T
         total[:] = 0
@@ -174,9 +176,9 @@ def forward(
             for a in range(0, n_queries, tile):
                 b = min(a + tile, n_queries)
                 attention = memory[:, : b - a]
-                _attention(queries[:, a:b], key[j], padded[j], attention, top, share)
-                share *= weight[e]
-                add_product(value[j].T, attention, total[:, a:b], share)
+                _attention(queries[:, a:b], key[j], padded[j], attention, top, inverse)
+                inverse *= weight[e]
+                add_product(value[j].T, attention, total[:, a:b], inverse)
         out[i] = total.T
 
 
@@ -226,7 +228,7 @@ def backward(
     received, up = np.empty((width, n_queries), dtype), np.empty((n_queries, width), dtype)
     attention, d_scores = np.empty((n_tokens, tile), dtype), np.empty((n_tokens, tile), dtype)
     across, along = np.empty((tile, width), dtype), np.empty((width, tile), dtype)
-    top, share, mean = np.empty(tile, dtype), np.empty(tile, dtype), np.empty(tile, dtype)
+    top, inverse, mean = np.empty(tile, dtype), np.empty(tile, dtype), np.empty(tile, dtype)
     factor = np.empty(max(tile, width), dtype)
     for i in range(rows[0], rows[1]):
         queries[:] = query[i].T
@@ -239,24 +241,24 @@ def backward(
             for a in range(0, n_queries, tile):
                 n = min(tile, n_queries - a)
                 b = a + n
-                _attention(queries[:, a:b], key[j], padded[j], attention[:, :n], top, share)
-                # Softmax is attention times share: shares go into the smaller factors of products.
+                _attention(queries[:, a:b], key[j], padded[j], attention[:, :n], top, inverse)
+                # Softmax is attention times inverse: inverses go into the smaller factors of products.
                 if of_values:
                     for q in range(n):
                         for c in range(width):
-                            across[q, c] = up[a + q, c] * share[q]
+                            across[q, c] = up[a + q, c] * inverse[q]
                     add_product(attention[:, :n], across[:n], d_value[to], factor)
                 if not (of_scores or of_weights):
                     continue
                 for c in range(width):
                     for q in range(n):
-                        along[c, q] = upstream[c, a + q] * share[q]
+                        along[c, q] = upstream[c, a + q] * inverse[q]
                 # The mean is the product of a query's message with its gradient.
                 weighted_product(value[j], along[:, :n], d_scores[:, :n], attention[:, :n], mean)
                 if of_weights:
                     d_weight[e] += mean[:n].sum()
                 if of_scores:
-                    softmax_backward(attention[:, :n], d_scores[:, :n], share, mean)
+                    softmax_backward(attention[:, :n], d_scores[:, :n], inverse, mean)
                     add_product(d_scores[:, :n], query[i, a:b], d_key[to], factor)
                     add_product(key[j].T, d_scores[:, :n], received[:, a:b], factor)
         d_query[i] = received.T
