@@ -142,6 +142,17 @@ class Recipe:
     shift: float = 0.5
     cells_per_shift: int = 2000
 
+    # Niches: the likeliest of few starts of a mixture is often far from the likeliest of all, and with it from the
+    # domains of the tissue: of one embedding of DLPFC 151674 the adjusted Rand index was 0.45 to 0.62 by the draw after
+    # 5 starts, and 0.62 after 20. Large objects have so few that cells times starts stay below the second number.
+    niche_starts: int = 30
+    cells_starts: int = 600_000
+    # A cell that fits the niches of a reference less than this fraction of its own cells fits none; an object with more
+    # such cells than the second number is said to be unlike it. Of 151674 with the niches of 151673 there are 0.03, of
+    # a crop of two layers 0.06, of another tissue 1.
+    least_fit: float = 0.01
+    many_unfit: float = 0.2
+
     # Other objects
     # With center="batch" the mean of a batch is shrunk toward the training mean as if so many cells were added to it.
     prior_cells: float = 20.0

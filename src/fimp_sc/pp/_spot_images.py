@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Visium's spots, in micrometers.
-_SPOT_UM = 55.0
+# What spot_diameter_fullres spans: Space Ranger takes spots for 65 micrometers wide, more than the 55 that they cover.
+_SPOT_UM = 65.0
 _RESOLUTIONS = ("hires", "lowres")
 _TIFF = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".btf", ".qptiff")
 
@@ -71,7 +71,8 @@ def spot_images(
         Width of a patch, in micrometers or in pixels of the image; one of both.
     microns_per_pixel
         Micrometers per pixel of the image, for ``width_um``. By default what ``uns["spatial"]`` says: of Visium HD
-        directly, of Visium by the diameter of its spots (55 micrometers); also for an image that is passed.
+        directly, of Visium by ``spot_diameter_fullres``, which Space Ranger gives for spots of 65 micrometers; also for
+        an image that is passed.
     scale
         Pixels of the image per unit of the coordinates. By default that of ``uns["spatial"]`` for its own images, and
         1 for others: coordinates are pixels of the image. Coordinates of Xenium are micrometers: pass

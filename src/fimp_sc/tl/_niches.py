@@ -13,13 +13,14 @@ from fimp_sc._keys import check_key, find_results, new_record
 from fimp_sc._logging import user_messages, warn
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
+from fimp_sc._recipe import recipe
 from fimp_sc.data._study import as_whole, resolve
 from fimp_sc.data.storage._elements import get_obs, in_memory, label_text, missing_key, shorten
 from fimp_sc.tl._call._inputs import inherit
 from fimp_sc.tl._call._several import opened, several
 from fimp_sc.tl._smooth import smoothed
 from fimp_sc.tl._statistics._clusterings import Leiden, fit_mixture
-from fimp_sc.tl._statistics._mapping import LEAST_FIT, Axes, among_niches, stored_mixture
+from fimp_sc.tl._statistics._mapping import Axes, among_niches, stored_mixture
 from fimp_sc.tl._statistics._stability import mixtures_of_halves, most_stable, seeds_of_leiden, stability
 
 if TYPE_CHECKING:
@@ -31,13 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The likeliest of few starts is often far from the likeliest one, and with it from the domains of the tissue: layers of
-# DLPFC 151674 are found with an adjusted Rand index of 0.45 after 5 and of 0.65 after 20 starts.
-_STARTS, _STARTED_CELLS = 30, 600_000
-
 Method = Literal["mixture", "leiden"]
-# Of cells that fit no niche; see `docs/guide/niches_attention.md`.
-_MANY = 0.2
 Covariance = Literal["tied", "full", "diag", "spherical"]
 
 
@@ -299,7 +294,7 @@ def _clustered(
     if leiden is None:
         found["model"] = fit_mixture(
             values, n_niches, covariance_type=how["covariance_type"],
-            n_init=max(how["n_seeds"], min(_STARTS, _STARTED_CELLS // len(values))),
+            n_init=max(how["n_seeds"], min(recipe().niche_starts, recipe().cells_starts // len(values))),
             random_state=how["random_state"],
         )  # fmt: skip
         return found["model"].predict(values), found
@@ -379,11 +374,12 @@ class _Reference:
         np.add.at(ordered.T, self._code, each.T)
         probabilities[order], fits = ordered, np.empty(len(values), dtype=np.float32)
         fits[order] = fit
-        few = float((fit < LEAST_FIT).mean())
-        if few > _MANY:
+        least = recipe().least_fit
+        few = float((fit < least).mean())
+        if few > recipe().many_unfit:
             warn(
-                f"{100 * few:.0f} % of the cells fit none of the niches of the reference (fit below {LEAST_FIT}, as "
-                f"{100 * LEAST_FIT:.0f} % of its own cells): they may be of other tissue, or measured otherwise."
+                f"{100 * few:.0f} % of the cells fit none of the niches of the reference (fit below {least}, as "
+                f"{100 * least:.0f} % of its own cells): they may be of other tissue, or measured otherwise."
             )
         return ordered.argmax(1), {"obs": fits, "obsm": probabilities}
 

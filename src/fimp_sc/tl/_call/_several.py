@@ -74,7 +74,7 @@ def several(function: F) -> F:
 
 
 @dataclass
-class _Part:
+class _Member:
     """One of the objects.
 
     Attributes
@@ -111,11 +111,11 @@ def _call(function: Any, signature: inspect.Signature, given: Any, arguments: di
         arguments["model"] = given_model(arguments["model"], arguments["accelerator"], verbose=arguments["verbose"])
     key = arguments["key_added"] or f"fimp_{arguments['labels_key']}".replace("/", "_")
     with user_messages(verbose=arguments["verbose"]):
-        parts = {}
+        members = {}
         for name, adata in objects.items():
             with _naming(name):
-                parts[name] = (_embedded if tool == "tl.niches" else _expression)(tool, key, name, adata, arguments)
-        joint, own = _joined(parts, arguments)
+                members[name] = (_embedded if tool == "tl.niches" else _expression)(tool, key, name, adata, arguments)
+        joint, own = _joined(members, arguments)
         hand_on(list(objects.values()), [joint])
         with warnings.catch_warnings():
             # Said of each object; those without any neighbors by design are no surprise.
@@ -123,10 +123,10 @@ def _call(function: Any, signature: inspect.Signature, given: Any, arguments: di
             function(joint, **arguments | own)
         model = hand_on([joint], list(objects.values()))
     first = 0
-    for part in parts.values():
-        rows = slice(first, first + part.adata.n_obs)
-        with part.write:
-            _write(tool, key, joint, rows, part, list(objects), model)
+    for member in members.values():
+        rows = slice(first, first + member.adata.n_obs)
+        with member.write:
+            _write(tool, key, joint, rows, member, list(objects), model)
         first = rows.stop
     if not copy:
         return None
@@ -177,7 +177,7 @@ def _samples(adata: AnnData, name: str, library_key: str | None) -> pd.Series:
     return pd.Series([f"{name} {sample}" for sample in own], index=adata.obs_names)
 
 
-def _expression(tool: str, key: str, name: str, adata: AnnData, arguments: Mapping[str, Any]) -> _Part:
+def _expression(tool: str, key: str, name: str, adata: AnnData, arguments: Mapping[str, Any]) -> _Member:
     """Return what tools that read expression need of one object."""
     keys = {one: arguments[one] for one in _KEYS if one in arguments}
     # What a tool does not take, it does not read.
@@ -216,10 +216,10 @@ def _expression(tool: str, key: str, name: str, adata: AnnData, arguments: Mappi
         if hidden not in adata.layers:
             raise missing_key(hidden, "adata.layers", adata.layers, "Store there, True, what is not to be seen.")
         light.layers[hidden] = sparse.csr_matrix(adata.layers[hidden], dtype=bool)
-    return _Part(adata, light, storable(asdict(inputs)), library, write_back(study, resolve(work), inputs, None))
+    return _Member(adata, light, storable(asdict(inputs)), library, write_back(study, resolve(work), inputs, None))
 
 
-def _embedded(tool: str, key: str, name: str, adata: AnnData, arguments: Mapping[str, Any]) -> _Part:
+def _embedded(tool: str, key: str, name: str, adata: AnnData, arguments: Mapping[str, Any]) -> _Member:
     """Return what niches are made of in one object."""
     keys = {one: arguments[one] for one in ("library_key", "connectivities_key")}
     keys = inherit(resolve(adata), keys, verbose=arguments["verbose"])
@@ -237,16 +237,16 @@ def _embedded(tool: str, key: str, name: str, adata: AnnData, arguments: Mapping
     if labels_key is not None and labels_key in adata.obs:
         light.obs[labels_key] = get_obs(adata, [labels_key])[labels_key]
     params = {name: held for name, held in keys.items() if held is not None}
-    return _Part(adata, light, params, _samples(adata, name, library_key), nullcontext())
+    return _Member(adata, light, params, _samples(adata, name, library_key), nullcontext())
 
 
-def _joined(parts: Mapping[str, _Part], arguments: Mapping[str, Any]) -> tuple[AnnData, dict[str, Any]]:
+def _joined(members: Mapping[str, _Member], arguments: Mapping[str, Any]) -> tuple[AnnData, dict[str, Any]]:
     """Return one object of all of them, and the arguments that name what it holds."""
-    works = [part.work for part in parts.values()]
+    works = [member.work for member in members.values()]
     names = pd.Index(np.concatenate([np.asarray(work.obs_names, dtype=object) for work in works]))
     if not names.is_unique:
-        names = pd.Index([f"{cell}-{name}" for name, part in parts.items() for cell in part.work.obs_names])
-    library = np.concatenate([part.library.to_numpy(dtype=object) for part in parts.values()])
+        names = pd.Index([f"{cell}-{name}" for name, member in members.items() for cell in member.work.obs_names])
+    library = np.concatenate([member.library.to_numpy(dtype=object) for member in members.values()])
     obs = pd.DataFrame({_LIBRARY: pd.Categorical(library)}, index=names)
     for column in dict.fromkeys(column for work in works for column in work.obs):
         obs[column] = np.concatenate(
@@ -261,13 +261,13 @@ def _joined(parts: Mapping[str, _Part], arguments: Mapping[str, Any]) -> tuple[A
         joint.obsp[_GRAPH] = sparse.block_diag([work.obsp[_GRAPH] for work in works], format="csr")
     own: dict[str, Any] = {"library_key": _LIBRARY, "connectivities_key": _GRAPH, "modality": None, "copy": False}
     if works[0].X is None:
-        _add_embeddings(joint, parts, arguments)
+        _add_embeddings(joint, members, arguments)
         return joint, own
     if all(work.uns["dissociated"] for work in works):
         joint.uns["spatial_neighbors"] = {"params": {"n_neighbors": 0}}
     _add_places(joint, works)
-    own |= {"layer": "X", "spatial_key": _SPATIAL, "input_scale": _scale(parts), "batch_key": _BATCH}
-    centers = {name: part.work.uns["center"] for name, part in parts.items()}
+    own |= {"layer": "X", "spatial_key": _SPATIAL, "input_scale": _scale(members), "batch_key": _BATCH}
+    centers = {name: member.work.uns["center"] for name, member in members.items()}
     if len(set(centers.values())) > 1:
         raise ValueError(f"Earlier calls had {centers} for center=: pass it, as one model has one.")
     own["center"] = next(iter(centers.values()))
@@ -287,8 +287,8 @@ def _with_genes(works: Sequence[AnnData], obs: pd.DataFrame) -> AnnData:
         for matrix, own in zip(matrices, columns, strict=True):
             rows = sparse.csr_matrix(matrix)
             # Of a copy: sorting moves values, which are the user's.
-            parts = (rows.data.copy(), own[rows.indices], rows.indptr)
-            rows = sparse.csr_matrix(parts, shape=(rows.shape[0], len(genes)))
+            moved_values = (rows.data.copy(), own[rows.indices], rows.indptr)
+            rows = sparse.csr_matrix(moved_values, shape=(rows.shape[0], len(genes)))
             rows.sort_indices()
             moved.append(rows)
         return sparse.vstack(moved, format="csr")
@@ -324,7 +324,7 @@ def _add_places(joint: AnnData, works: Sequence[AnnData]) -> None:
     joint.obsm[_SPATIAL] = np.concatenate(places)
 
 
-def _scale(parts: Mapping[str, _Part]) -> str:
+def _scale(members: Mapping[str, _Member]) -> str:
     """Return the scale of all values.
 
     Raises
@@ -332,8 +332,8 @@ def _scale(parts: Mapping[str, _Part]) -> str:
     ValueError
         Objects hold values of different kinds.
     """
-    found = {name: str(part.work.uns["scale"]) for name, part in parts.items()}
-    asked = {str(part.work.uns["asked"]) for part in parts.values()}
+    found = {name: str(member.work.uns["scale"]) for name, member in members.items()}
+    asked = {str(member.work.uns["asked"]) for member in members.values()}
     if len(set(found.values())) == 1:
         return asked.pop() if len(asked) == 1 else next(iter(found.values()))
     if set(found.values()) <= _LINEAR:
@@ -344,7 +344,7 @@ def _scale(parts: Mapping[str, _Part]) -> str:
     )
 
 
-def _add_embeddings(joint: AnnData, parts: Mapping[str, _Part], arguments: Mapping[str, Any]) -> None:
+def _add_embeddings(joint: AnnData, members: Mapping[str, _Member], arguments: Mapping[str, Any]) -> None:
     """Write the representations that all objects have.
 
     Raises
@@ -354,7 +354,7 @@ def _add_embeddings(joint: AnnData, parts: Mapping[str, _Part], arguments: Mappi
     ValueError
         It was not made by one model.
     """
-    works = {name: part.work for name, part in parts.items()}
+    works = {name: member.work for name, member in members.items()}
     for key in dict.fromkeys(key for work in works.values() for key in work.obsm):
         held = [work.obsm[key] for work in works.values() if key in work.obsm]
         if len(held) == len(works) and len({values.shape[1] for values in held}) == 1:
@@ -381,13 +381,15 @@ def _add_embeddings(joint: AnnData, parts: Mapping[str, _Part], arguments: Mappi
             joint.uns[key] = records[0]
 
 
-def _write(tool: str, key: str, joint: AnnData, rows: slice, part: _Part, names: list[str], model: FIMP | None) -> None:
+def _write(
+    tool: str, key: str, joint: AnnData, rows: slice, member: _Member, names: list[str], model: FIMP | None
+) -> None:
     """Write the results of some rows to their object."""
-    adata = part.adata
+    adata = member.adata
     record = dict(joint.uns[key])
     own = {name: value for name, value in record["params"].items() if name not in (*_KEYS, "modality")}
     shared = {name: record["params"][name] for name in ("labels_key",) if name in record["params"]}
-    record["params"] = own | shared | part.params
+    record["params"] = own | shared | member.params
     record |= {"order": new_record(adata, tool)["order"], "objects": np.array(names, dtype=object)}
     if "measured" in record and model is not None:
         record |= measured_scale(model, Modality("adata", "expression", adata))

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 # Densities of the cells of the reference are kept as so many quantiles.
 _QUANTILES = 1001
-# Of the cells of a reference so many fit worse than this fit, which is the least that counts as one.
-LEAST_FIT = 0.01
 
 
 class Axes:
