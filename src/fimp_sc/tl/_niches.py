@@ -342,13 +342,19 @@ class _Reference:
         self.names = [str(name) for name in column.cat.categories]
         typical = [str(name) for name in self.mixture["typical"]]
         place = holder.obs_names.get_indexer_for(typical)
-        if len(place) != len(typical) or (column.cat.codes.iloc[place] < 0).any() or (place < 0).any():
+        if len(place) != len(typical):
+            place = np.full(len(typical), -1)
+        code = np.where(place < 0, -1, column.cat.codes.to_numpy()[place])
+        if len(self.names) == len(typical):
+            # A niche of several objects that has no cell in this one: its name is where it was.
+            code = np.where([not name for name in typical], np.arange(len(typical)), code)
+        if (code < 0).any():
             raise KeyError(
                 f"Cells by which the niches in reference.obs[{key!r}] are recognized have no niche there any more, or "
                 "are gone: pass the object with all of its cells, or run fimp_sc.tl.niches(reference) again."
             )
         # Niches may have been renamed since, or several given one name.
-        self._code = column.cat.codes.to_numpy()[place]
+        self._code = code
         held = np.atleast_1d(holder.uns.get(f"{key}_colors", []))
         self.colors = list(map(str, held)) if len(held) == len(self.names) else palette(len(self.names))
 

@@ -393,6 +393,12 @@ def _write(
     record |= {"order": new_record(adata, tool)["order"], "objects": np.array(names, dtype=object)}
     if "measured" in record and model is not None:
         record |= measured_scale(model, Modality("adata", "expression", adata))
+    if "mixture" in record:
+        # Niches are recognized by a cell of this object; one that is not there has none.
+        codes = joint.obs[key].iloc[rows].cat.codes.to_numpy()
+        first = [np.flatnonzero(codes == code)[:1] for code in range(len(record["mixture"]["typical"]))]
+        cells = [adata.obs_names[place[0]] if len(place) else "" for place in first]
+        record["mixture"] = dict(record["mixture"]) | {"typical": np.array(cells, dtype=object)}
     for slot, name in ((slot, name.format(key)) for slot, name in WRITTEN[tool]):
         there, source = getattr(adata, slot), getattr(joint, slot)
         if name not in source:
