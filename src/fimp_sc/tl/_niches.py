@@ -163,7 +163,8 @@ def niches(
     asked for.
 
     Several objects are embedded by one model, together (``embed([a, b])``) or one by one. Niches are found in all cells
-    at once, and have the same names and colors in each object. ``library_key`` tells samples within an object.
+    at once, and have the same names and colors in each object, each of which may be the ``reference`` of further cells.
+    ``library_key`` tells samples within an object.
 
     Examples
     --------
