@@ -198,9 +198,7 @@ def test_scale_factors_must_be_numbers(spots, slide, name, value) -> None:
 
 def test_an_image_without_a_factor_and_entries_without_images(spots, slide) -> None:
     spots.uns["spatial"] = {"one": {"images": {"hires": slide}, "scalefactors": {"spot_diameter_fullres": 8.0}}}
-    with pytest.raises(
-        KeyError, match=r"no image 'hires' or 'lowres' with its factor .*images: 'hires'"
-    ):
+    with pytest.raises(KeyError, match=r"no image 'hires' or 'lowres' with its factor .*images: 'hires'"):
         spot_images(spots, width_px=16)
     spots.uns["spatial"] = {}
     with pytest.raises(KeyError, match="has no images: pass image="):
@@ -209,7 +207,7 @@ def test_an_image_without_a_factor_and_entries_without_images(spots, slide) -> N
 
 @pytest.mark.parametrize(
     "width",
-    [{"width_px": 121.0}, {"width_um": 1.0, "microns_per_pixel": 1e-9}, {"width_um": 1, "microns_per_pixel": 2}],,
+    [{"width_px": 121.0}, {"width_um": 1.0, "microns_per_pixel": 1e-9}, {"width_um": 1, "microns_per_pixel": 2}],
 )
 def test_a_patch_is_a_part_of_the_image(spots, slide, width) -> None:
     with pytest.raises(ValueError, match=r"makes patches of .* pixels, and the image has 90 × 120"):
