@@ -599,10 +599,10 @@ def test_folders_that_take_no_files_are_told_before_anything_is_computed(
     closed.mkdir()
     make = tempfile.TemporaryFile
 
-    def refuse(dir):
-        if dir == closed:
+    def refuse(**how):
+        if how["dir"] == closed:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return make(dir=dir)
+        return make(**how)
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     places = {"--output": tmp_path / "out.h5ad", "--report": tmp_path / "r.html", "--save-model": tmp_path / "m"}
