@@ -303,8 +303,9 @@ class FIMP(BaseModelClass, metaclass=Listed):
     def linear_weight(self) -> float:
         """Weight in predicted labels of a linear model that reads all genes of a panel, 0 to 1.
 
-        Its log-probabilities and those of the network, which have the rest, are averaged before they are smoothed. Fitted to the labeled validation cells; 0 where
-        there are none, of more than 5,000 genes, of a foundation model, or without labels.
+        Its log-probabilities and those of the network, which have the rest, are averaged before they are smoothed.
+        Fitted to the labeled validation cells; 0 where there are none, of more than 5,000 genes, of a foundation model,
+        or without labels.
         """
         return float(self.module.linear_weight)
 
