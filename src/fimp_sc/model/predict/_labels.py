@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from fimp_sc.data.expression._reader import JoinedExpression
     from fimp_sc.model._fimp import FIMP
     from fimp_sc.model.module._module import FIMPModule
+
+    Grid: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 
 logger = logging.getLogger(__name__)
 
@@ -119,10 +121,6 @@ def fit_mixtures(
     """
     module = model.module
     around = _Surroundings(data, indices)
-    linear_weights = _NONE
-
-    def log_loss(views: list[NDArray[np.float32]], linear: NDArray[np.float32] | None) -> NDArray[np.floating]:
-        return around.log_loss(views, linear, label, weights, smoothing_weights, linear_weights)
 
     def predicted() -> tuple[list[NDArray[np.float32]], NDArray[np.float32] | None]:
         views = [collect(model, data, around.nodes, _probability, {})]
@@ -133,14 +131,14 @@ def fit_mixtures(
     views, linear = predicted()
     weights = MIXTURE_WEIGHTS.numpy() if len(views) > 1 else np.ones(1, np.float32)
     smoothing_weights = MIXTURE_WEIGHTS.numpy() if recipe().smoothing and model.messages else _NONE
-    every = weights, smoothing_weights
-    mixture = _best(log_loss(views, linear), *every, _NONE)
+    grid = weights, smoothing_weights, _NONE
+    mixture = _best(around.log_loss(views, linear, label, grid), grid)
     if linear is not None:
-        weights, smoothing_weights, linear_weights = mixture[:1], mixture[1:2], MIXTURE_WEIGHTS.numpy()
-        linear_weights = _best(log_loss(views, linear), weights, smoothing_weights, linear_weights)[2:]
-        weights, smoothing_weights = every
-        mixture = _best(log_loss(views, linear), *every, linear_weights)
-        module.linear_weight.fill_(float(linear_weights[0]))
+        line = mixture[:1], mixture[1:2], MIXTURE_WEIGHTS.numpy()
+        linear_weight = _best(around.log_loss(views, linear, label, line), line)[2:]
+        module.linear_weight.fill_(float(linear_weight[0]))
+        grid = weights, smoothing_weights, linear_weight
+        mixture = _best(around.log_loss(views, linear, label, grid), grid)
     mixtures = [mixture[:2]] * 2
     source = data.expression
     # What foundation models read are ranks, which shifts of this kind hardly change.
@@ -149,9 +147,9 @@ def fit_mixtures(
         mean = module.gene_mean.cpu().numpy()
         for shift in _shifts(source, train_idx, mean, model.random_state):
             source.center = center + shift
-            total = total + log_loss(*predicted())
+            total = total + around.log_loss(*predicted(), label, grid)
         source.center = center
-        mixtures[1] = _best(total, *every, linear_weights)[:2]
+        mixtures[1] = _best(total, grid)[:2]
     module.mixtures.copy_(torch.from_numpy(np.stack(mixtures)))
     use_mixture(model, elsewhere=False)
 
@@ -199,12 +197,11 @@ class _Surroundings:
         views: list[NDArray[np.float32]],
         linear: NDArray[np.float32] | None,
         label: NDArray[np.int64],
-        weights: NDArray[np.float32],
-        smoothing_weights: NDArray[np.float32],
-        linear_weights: NDArray[np.float32],
+        grid: Grid,
     ) -> NDArray[np.floating]:
         """Return the log loss of all combinations of weights: of the first view, of smoothing, of the linear model."""
-        found = np.empty((len(weights), len(smoothing_weights), len(linear_weights)))
+        weights, smoothing_weights, linear_weights = grid
+        found = np.empty([len(axis) for axis in grid])
         for i, weight in enumerate(weights):
             mixed = _log(views[0] if weight == 1 else _mix(float(weight), *views))
             for k, linear_weight in enumerate(linear_weights):
@@ -245,10 +242,10 @@ def _average(mean: sparse.csr_matrix, values: NDArray[np.float32]) -> NDArray[np
     return np.asarray(mean @ values, dtype=np.float32)
 
 
-def _best(log_loss: NDArray[np.floating], *weights: NDArray[np.float32]) -> NDArray[np.float32]:
+def _best(log_loss: NDArray[np.floating], grid: Grid) -> NDArray[np.float32]:
     """Return the weights of the least loss."""
     place = np.unravel_index(int(log_loss.argmin()), log_loss.shape)
-    return np.array([own[i] for own, i in zip(weights, place, strict=True)])
+    return np.array([axis[i] for axis, i in zip(grid, place, strict=True)])
 
 
 def _log(probability: NDArray[np.float32]) -> NDArray[np.float32]:
