@@ -143,6 +143,25 @@ def test_references_that_cannot_serve(reference, unchanged) -> None:
             tl.niches(other, reference=reference)
 
 
+def test_a_reference_keeps_its_own_niches(reference) -> None:
+    before = reference.uns["fimp_niche"]["mixture"]
+    for given in (reference, [reference, groups(3)]):
+        with pytest.raises(ValueError, match=r"The reference is the object itself.*copy=True"):
+            tl.niches(given, reference=reference, verbose=False)
+    assert reference.uns["fimp_niche"]["mixture"] is before
+    again = tl.niches(reference, reference=reference, copy=True, verbose=False)
+    assert (again.obs["fimp_niche"] == reference.obs["fimp_niche"]).all()
+
+
+def test_one_cell_is_found_among_the_niches_of_a_reference(reference) -> None:
+    other = groups(1)
+    tl.niches(other, reference=reference, verbose=False)
+    for i in (0, 7):
+        one = groups(1)[[i]].copy()
+        tl.niches(one, reference=reference, verbose=False)
+        np.testing.assert_allclose(one.obsm[PARTS], other.obsm[PARTS][[i]], rtol=1e-6)
+
+
 def test_each_of_several_objects_is_a_reference(tmp_path) -> None:
     whole, other = groups(0), groups(1)
     found = whole.copy()
