@@ -124,7 +124,7 @@ class ExpressionField(_Field):
 
     NAMES = "column_names"
     SCALE, TRAINED_SCALE = "input_scale", "trained_scale"
-    SAMPLES, LACKING = "samples", "lacking"
+    SAMPLES, LACKING, SILENT = "samples", "lacking", "silent"
     TABLES = "tables"
 
     _learned = True
@@ -191,6 +191,8 @@ class ExpressionField(_Field):
         }
         if found.lacking is not None:
             state |= {self.SAMPLES: [] if samples is None else list(samples.names), self.LACKING: found.lacking}
+        if not self._learned and found.scale != "real" and found.silent.any():
+            state |= {self.SAMPLES: [] if samples is None else list(samples.names), self.SILENT: found.silent}
         return state
 
     def _samples(self, adata: AnnData | MuData, part: Modality) -> Samples | None:
