@@ -13,7 +13,7 @@ from fimp_sc.data._study import feature_names
 from fimp_sc.data._warnings import warn_inputs
 from fimp_sc.data.expression._reader import JoinedExpression
 from fimp_sc.data.validate._checks import get_graph
-from fimp_sc.model.predict._attention import edge_pairs, measured_codes
+from fimp_sc.model.predict._attention import measured_codes
 from fimp_sc.model.registry._fields import X_KEY, registered_fields, table_states
 from fimp_sc.model.registry._graph_data import table_reader
 from fimp_sc.tl._call._inputs import check_results, choose, sample_codes, working_copy
@@ -21,7 +21,7 @@ from fimp_sc.tl._call._models import write_back
 from fimp_sc.tl._call._results import inputs_record
 from fimp_sc.tl._call._several import opened, several
 from fimp_sc.tl._statistics._gene_choice import check_pairs, most_variable, named_genes, say_untested, wanted_pairs
-from fimp_sc.tl._statistics._groups import group_columns, groups_of, read_groups, say_left_out, warn_still
+from fimp_sc.tl._statistics._groups import check_edges, group_columns, groups_of, read_groups, say_left_out, warn_still
 from fimp_sc.tl._statistics._significance import gene_tests, plan_tests
 
 if TYPE_CHECKING:
@@ -219,15 +219,10 @@ def gene_pairs(
                 raise ValueError("Nothing to test: no gene varies between cells.")
         wanted, value = wanted_pairs(chosen, table), _values(tissue.source, names.get_indexer(chosen), len(category))
         codes, n_groups = measured_codes(category, tissue.source.absent), len(category.categories)
+        check_edges(tissue.graph, codes, n_groups, min_edges)
         plan = plan_tests(
             tissue.graph, codes, n_groups, value != 0, wanted, min_edges=min_edges, min_support=min_support
         )
-        if not len(plan.pairs):
-            n_edges = len(edge_pairs(tissue.graph, codes, 1)[0])
-            raise ValueError(
-                f"Nothing to test: no pair of {n_groups} groups has min_edges={min_edges} edges, of {n_edges:,} that "
-                "join cells with a group. Merge groups, lower min_edges, or look at the graph."
-            )
         if not len(plan.tests.pair):
             raise ValueError(
                 f"Nothing to test: between no pair of groups are min_support={min_support:.15g} edges expected to "
@@ -272,7 +267,9 @@ def _read(study: Study, work: Study, inputs: Inputs) -> _Tissue:
             registered[field.registry_key] = field.register_field(work.data)
     nodes = work.nodes
     edges = get_graph(nodes, inputs.connectivities_key)
-    warn_inputs(study, edges, library_key=inputs.library_key, spatial_key=inputs.spatial_key)
+    warn_inputs(
+        study, edges, library_key=inputs.library_key, batch_key=inputs.batch_key, spatial_key=inputs.spatial_key
+    )
     sample = sample_codes(nodes, inputs.library_key or inputs.batch_key)
     states = table_states(registered[X_KEY])
     sources = [

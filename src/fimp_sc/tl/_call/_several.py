@@ -25,6 +25,7 @@ from fimp_sc.data.storage._elements import get_graph, get_matrix, get_obs, missi
 from fimp_sc.data.storage._rows import storage
 from fimp_sc.data.validate._checks import check_graph, check_object, check_obs_key, check_values, is_dissociated
 from fimp_sc.model.registry._fields import MEASURED_KEY
+from fimp_sc.model.registry._graph_data import check_genes
 from fimp_sc.tl._call._inputs import check_results, choose, copied, inherit, working_copy
 from fimp_sc.tl._call._models import given_model, hand_on, write_back
 from fimp_sc.tl._call._results import drop_stale_colors, measured_scale, storable
@@ -119,7 +120,8 @@ def _call(function: Any, signature: inspect.Signature, given: Any, arguments: di
         hand_on(list(objects.values()), [joint])
         with warnings.catch_warnings():
             # Said of each object; those without any neighbors by design are no surprise.
-            warnings.filterwarnings("ignore", message=".*have no neighbors", category=UserWarning)
+            for told in (".*have no neighbors", "Only .* genes of the model are in adata.var_names"):
+                warnings.filterwarnings("ignore", message=told, category=UserWarning)
             function(joint, **arguments | own)
         model = hand_on([joint], list(objects.values()))
     first = 0
@@ -183,6 +185,8 @@ def _expression(tool: str, key: str, name: str, adata: AnnData, arguments: Mappi
     # What a tool does not take, it does not read.
     keys = {"batch_key": None, "center": None} | keys
     study, inputs = choose(adata, None, verbose=arguments["verbose"], model=arguments.get("model"), **keys)
+    if arguments.get("model") is not None:
+        check_genes(arguments["model"], adata)
     hidden = arguments.get("hidden")
     if hidden is not None and not isinstance(hidden, str):
         raise ValueError("hidden is an array for one object: store one in a layer of each, and pass its name.")
@@ -190,8 +194,8 @@ def _expression(tool: str, key: str, name: str, adata: AnnData, arguments: Mappi
     check_results(key, tool, study, inputs, overwrite=arguments["overwrite"], also=also)
     work = working_copy(study, inputs).data
     check_graph(work, inputs.connectivities_key, inputs.library_key)
-    if inputs.library_key is None:
-        warn_joined_samples(adata, get_graph(work, inputs.connectivities_key), inputs.spatial_key)
+    graph = get_graph(work, inputs.connectivities_key)
+    warn_joined_samples(adata, graph, inputs.spatial_key, inputs.library_key, inputs.batch_key)
     library = _samples(adata, name, inputs.library_key)
     with warnings.catch_warnings(action="ignore"):  # said of all of them together
         scale = check_values(get_matrix(work, inputs.layer), where="adata.X", input_scale=str(inputs.input_scale))
