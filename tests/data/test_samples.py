@@ -207,7 +207,7 @@ def test_samples_within_those_that_are_named():
     x = places(2000)
     beside = make_adata(x + 200 * (section % 2)[:, None], patient=patient, section=section)
     assert told(beside, by_sample(beside.obsm["spatial"], patient), "patient") == ""
-    beside = make_adata(x, section=section, batch=patient, fov=(x[:, 0] // 20).astype(int))
+    beside = make_adata(x, section=section, patient=patient, fov=(x[:, 0] // 20).astype(int), batch=slide)
     assert told(beside, by_sample(x, section), "section") == ""
 
 

@@ -82,15 +82,14 @@ class _Frame:
     n_nodes: int
 
 
-def warn_joined_samples(
-    adata: AnnData, graph: Any, spatial_key: str, library_key: str | None = None, batch_key: str | None = None
-) -> None:
+def warn_joined_samples(adata: AnnData, graph: Any, spatial_key: str, library_key: str | None = None) -> None:
     """Warn where a graph joins samples that lie over each other, as happens without ``library_key``.
 
     Samples are told by columns of ``adata.obs`` with such names, by the keys of ``adata.uns["spatial"]`` and by names
     of cells. Those that lie side by side in one frame are no reason to warn, nor is a graph of other things than
     places. With ``library_key`` samples are looked for within those that it tells apart: a column of patients leaves
-    the sections of a patient joined.
+    the sections of a patient joined. A column of batches then counts for none, as those of a technique may share a
+    section.
 
     Parameters
     ----------
@@ -102,8 +101,6 @@ def warn_joined_samples(
         Key of the coordinates in ``adata.obsm``; without them nothing can be told.
     library_key
         Column of ``adata.obs`` by which the graph was built; ``None`` if none was named.
-    batch_key
-        Column of ``adata.obs`` with technical batches, which samples may consist of where these are named.
 
     Warns
     -----
@@ -122,7 +119,7 @@ def warn_joined_samples(
         library = _column(adata, library_key)
         within = f" within those of library_key={library_key!r}"
         frame = _moved_apart(frame, library.codes)
-        columns = [column for column in columns if column.column not in (library_key, batch_key)]
+        columns = [c for c in columns if c.column != library_key and "batch" not in str(c.column).lower()]
         columns, names = (_finer(library, found) for found in (columns, names))
     for found in (columns, names):
         joined = [grouping for grouping in found if grouping.n_groups > 1 and _overlap(frame, grouping.codes)]

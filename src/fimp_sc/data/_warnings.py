@@ -31,7 +31,6 @@ def warn_inputs(
     graph: Any,
     *,
     library_key: str | None,
-    batch_key: str | None,
     spatial_key: str,
 ) -> None:
     """Warn of what a model would read from an object in silence: control probes, and a graph that joins samples.
@@ -44,8 +43,6 @@ def warn_inputs(
         ``(n_obs, n_obs)``, in memory or not. Of several modalities that some nodes lack, it need not have these nodes.
     library_key
         Samples that the graph was built by; ``None`` if none were named.
-    batch_key
-        Technical batches; ``None`` if none were named.
     spatial_key
         Key of the coordinates.
 
@@ -59,9 +56,7 @@ def warn_inputs(
             warn_control_features(modality.adata)
     nodes = study.nodes
     if graph.shape[0] == nodes.n_obs:
-        warn_joined_samples(
-            nodes, sparse.csr_matrix(in_memory(graph, "The graph")), spatial_key, library_key, batch_key
-        )
+        warn_joined_samples(nodes, sparse.csr_matrix(in_memory(graph, "The graph")), spatial_key, library_key)
 
 
 def warn_control_features(adata: AnnData) -> None:

@@ -267,9 +267,7 @@ def _read(study: Study, work: Study, inputs: Inputs) -> _Tissue:
             registered[field.registry_key] = field.register_field(work.data)
     nodes = work.nodes
     edges = get_graph(nodes, inputs.connectivities_key)
-    warn_inputs(
-        study, edges, library_key=inputs.library_key, batch_key=inputs.batch_key, spatial_key=inputs.spatial_key
-    )
+    warn_inputs(study, edges, library_key=inputs.library_key, spatial_key=inputs.spatial_key)
     sample = sample_codes(nodes, inputs.library_key or inputs.batch_key)
     states = table_states(registered[X_KEY])
     sources = [

@@ -7,6 +7,7 @@ import warnings
 import anndata as ad
 import numpy as np
 import pytest
+from scipy import sparse
 
 from fimp_sc import tl
 from fimp_sc.model import FIMP
@@ -51,6 +52,17 @@ def test_zeros_of_an_outer_join_are_as_good_as_no_gene(panels, way):
         found = ways[way](zeros)
     assert sum(SAID in str(warning.message) for warning in record) == 1
     np.testing.assert_array_equal(found, expected)
+
+
+def test_they_stay_so_when_another_model_has_read_the_object(panels):
+    model, zeros, _ = panels
+    zeros.obsp["spatial_connectivities"] = sparse.identity(zeros.n_obs, format="csr")[::-1].tocsr()
+    with pytest.warns(UserWarning, match=SAID):
+        bound = FIMP.load_query_data(zeros, model)
+    before = bound.get_latent_representation()
+    with pytest.warns(UserWarning, match=SAID):
+        np.testing.assert_array_equal(model.get_latent_representation(zeros), before)
+    np.testing.assert_array_equal(bound.get_latent_representation(), before)
 
 
 def test_they_are_imputed_as_genes_that_are_not_there(panels):

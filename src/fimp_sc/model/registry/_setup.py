@@ -272,7 +272,6 @@ def register(cls: type[FIMP], data: AnnData | MuData, method_args: dict[str, Any
         user_study or study,
         study.nodes.obsp[setup["connectivities_key"]],
         library_key=setup["library_key"],
-        batch_key=setup["batch_key"],
         spatial_key=setup["spatial_key"],
     )
     cls.register_manager(manager)

@@ -39,8 +39,9 @@ def mark_unmeasured(model: FIMP, data: AnnData | MuData) -> None:
     UserWarning
         Genes with 5 % or more of the counts of training are zero in a sample of 100 cells or more.
     """
-    registries = model.get_anndata_manager(data, required=True).registry["field_registries"]
-    registered = registries[X_KEY]["state_registry"]
+    manager = model.get_anndata_manager(data, required=True)
+    registered = manager.registry["field_registries"][X_KEY]["state_registry"]
+    field = next(field for field in manager.fields if isinstance(field, ExpressionField))
     tables = resolve(data, model.registry["setup_args"].get("modality")).tables
     if not tables:
         return
@@ -70,3 +71,4 @@ def mark_unmeasured(model: FIMP, data: AnnData | MuData) -> None:
             "count as not measured: no tokens, no part in totals, and values that can be imputed."
         )
         state[ExpressionField.LACKING] = lacking | (silent & (fraction >= MOST_SILENT)[:, None])
+        field.unmeasured[part.name] = state[ExpressionField.LACKING]

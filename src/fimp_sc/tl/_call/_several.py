@@ -194,8 +194,7 @@ def _expression(tool: str, key: str, name: str, adata: AnnData, arguments: Mappi
     check_results(key, tool, study, inputs, overwrite=arguments["overwrite"], also=also)
     work = working_copy(study, inputs).data
     check_graph(work, inputs.connectivities_key, inputs.library_key)
-    graph = get_graph(work, inputs.connectivities_key)
-    warn_joined_samples(adata, graph, inputs.spatial_key, inputs.library_key, inputs.batch_key)
+    warn_joined_samples(adata, get_graph(work, inputs.connectivities_key), inputs.spatial_key, inputs.library_key)
     library = _samples(adata, name, inputs.library_key)
     with warnings.catch_warnings(action="ignore"):  # said of all of them together
         scale = check_values(get_matrix(work, inputs.layer), where="adata.X", input_scale=str(inputs.input_scale))
