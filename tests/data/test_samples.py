@@ -37,10 +37,10 @@ def make_adata(coordinates, names=None, uns=None, **columns) -> ad.AnnData:
     return ad.AnnData(obs=pd.DataFrame(columns, index=names), obsm={"spatial": np.asarray(coordinates)}, uns=uns or {})
 
 
-def told(adata, graph=None) -> str:
+def told(adata, graph=None, library_key=None) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_joined_samples(adata, nearest(adata.obsm["spatial"]) if graph is None else graph, "spatial")
+        warn_joined_samples(adata, nearest(adata.obsm["spatial"]) if graph is None else graph, "spatial", library_key)
     assert len(caught) <= 1
     return str(caught[0].message) if caught else ""
 
@@ -178,6 +178,39 @@ def test_fields_in_slides_need_both_columns_and_the_line_makes_one():
     assert "Pass library_key='sample'" in told(adata)
 
 
+def by_sample(coordinates, codes) -> sparse.csr_matrix:
+    return nearest(np.column_stack([coordinates, 1e6 * codes]))
+
+
+def test_samples_within_those_that_are_named():
+    rng = np.random.default_rng(0)
+    section = rng.integers(0, 6, 2000)
+    patient = section // 2
+    adata = make_adata(places(2000), patient=patient, section=section)
+    message = told(adata, by_sample(adata.obsm["spatial"], patient), "patient")
+    assert message.startswith("50 % of the edges join different samples within those of library_key='patient'")
+    assert "adata.obs['section'] tells 6 of them apart. Pass library_key='section'" in message
+    assert told(adata, by_sample(adata.obsm["spatial"], section), "section") == ""
+    # Fields have the same numbers in each slide: both columns are needed, and the line makes one of them.
+    slide, field = rng.integers(0, 2, 2000), rng.integers(0, 9, 2000)
+    adata = make_adata(places(2000), slide=slide, fov=field)
+    message = told(adata, by_sample(adata.obsm["spatial"], slide), "slide")
+    assert "adata.obs['slide'] with adata.obs['fov'] tells 18 of them apart" in message
+    exec(re.search(r"after (adata\.obs.*?)\.$", message)[1], {"adata": adata})
+    np.testing.assert_array_equal(*(pd.factorize(x)[0] for x in (adata.obs["library"], slide * 9 + field)))
+    # Names of cells tell what no column does.
+    names = [f"s{i}_{cell}" for cell, i in enumerate(section)]
+    adata = make_adata(places(2000), names=names, patient=patient)
+    message = told(adata, by_sample(adata.obsm["spatial"], patient), "patient")
+    assert "the beginning of adata.obs_names" in message
+    # Beside each other in their patient, or what a coarser column tells.
+    x = places(2000)
+    beside = make_adata(x + 200 * (section % 2)[:, None], patient=patient, section=section)
+    assert told(beside, by_sample(beside.obsm["spatial"], patient), "patient") == ""
+    beside = make_adata(x, section=section, patient=patient, fov=(x[:, 0] // 20).astype(int), batch=slide)
+    assert told(beside, by_sample(x, section), "section") == ""
+
+
 @pytest.mark.parametrize("ready", [False, True])
 def test_the_graph_function_warns_once_at_the_line_of_the_caller(toy, ready):
     if ready:
@@ -226,6 +259,11 @@ def test_real_sections_joined(shared_data):
         assert told(merfish[merfish.obs["bregma"] == bregma]) == ""
     tumors = read(shared_data, "her2st_patients_A-F")
     assert "Pass library_key='section'" in told(tumors)
+    for key, found in (("patient", "Pass library_key='section'"), ("section", "")):
+        codes = tumors.obs[key].cat.codes.to_numpy()
+        message = told(tumors, by_sample(tumors.obsm["spatial"], codes), key)
+        assert found in message
+        assert bool(found) == bool(message)
     assert all(told(tumors[tumors.obs["section"] == section]) == "" for section in tumors.obs["section"].unique())
     one, other = (read(shared_data, f"dlpfc_visium_15167{i}") for i in (3, 4))
     del one.obs["sample"], other.obs["sample"]

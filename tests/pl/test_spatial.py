@@ -86,6 +86,8 @@ def test_the_object_is_not_changed(toy) -> None:
     ("arguments", "message"),
     [
         ({"color": "nothing"}, "'nothing' is neither a column of adata.obs"),
+        ({"color": "hes4"}, r"nor a gene of adata\.var_names\. Did you mean 'HES4'\?"),
+        ({"color": "Region"}, r"Did you mean 'region'\?"),
         ({"color": ("X_fimp", 0)}, "adata.obsm has no 'X_fimp'"),
         ({"color": ("spatial", 7)}, "no column 7"),
         ({"color": "region", "library_key": "slide"}, "library_key='slide'"),

@@ -219,6 +219,11 @@ BAD = [
     ({"groupby": "size"}, TypeError, r"holds numbers .dtype float64, .* not groups.* pandas\.cut"),
     ({"groupby": "number"}, TypeError, "holds numbers .dtype int64, 300 different ones., not groups"),
     ({"groupby": "barcode", "min_edges": 1}, ValueError, "300 groups of 300 cells: far too many"),
+    (
+        {"min_edges": 10**6},
+        ValueError,
+        "Nothing to test: no pair of 3 groups has min_edges=1000000 edges",
+    ),
     ({"n_permutations": 3}, ValueError, "at least 10"),
     ({"genes": ["CD74"]}, TypeError, "unexpected keyword argument 'genes'"),
     ({"gene_embeddings": "a.npz"}, TypeError, "Pass it as model_kwargs={'gene_embeddings': ...}"),

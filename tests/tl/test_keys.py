@@ -245,7 +245,7 @@ def change_values(adata) -> None:
         (None, {"batch_key": "kit"}, r"batch_key, obs\['kit'\] changed since"),
         (None, {"max_epochs": 2}, "another max_epochs"),
         (None, {"random_state": 5}, "another random_state"),
-        (None, {"model_kwargs": {"n_latent": 8, "n_heads": 2}}, "n_latent, n_heads given now"),
+        (None, {"model_kwargs": {"n_latent": 24, "n_heads": 3}}, "n_latent, n_heads given now"),
         (None, {"hidden": "mask"}, "saw what is hidden now"),
     ],
 )
@@ -262,6 +262,19 @@ def test_the_log_says_why_a_model_is_not_used_again(prepared, quick, trainings, 
         assert "Using the model of the call before" in caplog.text
     else:
         assert re.search(rf"Not using the model of the call before: .*{why}", caplog.text)
+
+
+def test_the_same_settings_once_more_are_no_others(prepared, quick, trainings, caplog) -> None:
+    tl.embed(prepared, library_key="section", **quick)
+    again = {"n_layers": 2, **quick, "verbose": True}
+    with caplog.at_level(logging.INFO, logger="fimp_sc"):
+        tl.impute(prepared, **quick | {"verbose": True})
+        assert len(trainings) == 1
+        assert "Using the model of the call before" in caplog.text
+        tl.impute(prepared, **again)
+        assert "n_layers given now" in caplog.text
+        tl.impute(prepared, **again)
+    assert len(trainings) == 2
 
 
 def test_the_log_says_that_no_model_is_left(prepared, quick, caplog) -> None:

@@ -219,11 +219,13 @@ def test_leiden_without_igraph_names_the_package(blobs, unchanged, monkeypatch) 
         ({"smooth": 1.5}, TypeError, "smooth must be a whole number"),
         ({"n_seeds": 1}, ValueError, "n_seeds must be a whole number of at least 2"),
         ({"labels_key": "type"}, KeyError, "'type' is not in adata.obs"),
+        ({"labels_key": "depth"}, TypeError, r"obs\['depth'\] holds numbers .* not groups"),
         ({"labels_key": "group", "key_added": "group"}, ValueError, r"reads \(labels_key\)"),
         ({"library_key": "slide"}, KeyError, "'slide' is not in adata.obs"),
     ],
 )
 def test_nothing_is_written_when_it_fails(blobs, unchanged, arguments, error, message) -> None:
+    blobs.obs["depth"] = np.random.default_rng(0).random(blobs.n_obs)
     with unchanged(blobs), pytest.raises(error, match=message):
         tl.niches(blobs, **{"n_niches": 4, **FAST, **arguments})
 

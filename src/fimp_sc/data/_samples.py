@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from fimp_sc.data.storage._elements import get_obs
 from fimp_sc.data.validate._checks import check_coordinates
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
     from numpy.typing import NDArray
     from scipy.spatial import cKDTree
@@ -54,12 +56,15 @@ class _Grouping:
         Where it is found, and how to pass it on.
     codes
         ``(n_obs,)`` integers, -1 where it is missing.
+    column, values
+        Column of ``obs``, if it is one, and the Python expression of its texts, if there is one.
     """
 
     text: str
     advice: str
     codes: NDArray[np.int64]
     column: str | None = None
+    values: str | None = None
 
     @property
     def n_groups(self) -> int:
@@ -77,12 +82,14 @@ class _Frame:
     n_nodes: int
 
 
-def warn_joined_samples(adata: AnnData, graph: Any, spatial_key: str) -> None:
+def warn_joined_samples(adata: AnnData, graph: Any, spatial_key: str, library_key: str | None = None) -> None:
     """Warn where a graph joins samples that lie over each other, as happens without ``library_key``.
 
     Samples are told by columns of ``adata.obs`` with such names, by the keys of ``adata.uns["spatial"]`` and by names
     of cells. Those that lie side by side in one frame are no reason to warn, nor is a graph of other things than
-    places.
+    places. With ``library_key`` samples are looked for within those that it tells apart: a column of patients leaves
+    the sections of a patient joined. A column of batches then counts for none, as those of a technique may share a
+    section.
 
     Parameters
     ----------
@@ -92,6 +99,8 @@ def warn_joined_samples(adata: AnnData, graph: Any, spatial_key: str) -> None:
         Sparse ``(n_obs, n_obs)``, rows are destinations.
     spatial_key
         Key of the coordinates in ``adata.obsm``; without them nothing can be told.
+    library_key
+        Column of ``adata.obs`` by which the graph was built; ``None`` if none was named.
 
     Warns
     -----
@@ -104,8 +113,15 @@ def warn_joined_samples(adata: AnnData, graph: Any, spatial_key: str) -> None:
     where = f"adata.obsm[{spatial_key!r}]"
     if not frame.row.size or not _is_local(frame):
         return
-    columns = _columns(adata)
-    for found in (columns, _names(adata.obs_names)):
+    columns, names = _columns(adata), _names(adata.obs_names)
+    within = ""
+    if library_key is not None:
+        library = _column(adata, library_key)
+        within = f" within those of library_key={library_key!r}"
+        frame = _moved_apart(frame, library.codes)
+        columns = [c for c in columns if c.column != library_key and "batch" not in str(c.column).lower()]
+        columns, names = (_finer(library, found) for found in (columns, names))
+    for found in (columns, names):
         joined = [grouping for grouping in found if grouping.n_groups > 1 and _overlap(frame, grouping.codes)]
         if joined:
             chosen = _choose(frame, joined)
@@ -114,10 +130,12 @@ def warn_joined_samples(adata: AnnData, graph: Any, spatial_key: str) -> None:
             if "fov" in str(chosen.column).lower() and spatial_key != "spatial_fov" and "spatial_fov" in adata.obsm:
                 other = ' Or pass spatial_key="spatial_fov" if it holds the coordinates in the whole slide.'
             warn(
-                f"{_percent(fraction)} of the edges join different samples, which lie over each other in {where}: "
-                f"{chosen.text} tells {chosen.n_groups:,} of them apart. {chosen.advice}{other}"
+                f"{_percent(fraction)} of the edges join different samples{within}, which lie over each other in "
+                f"{where}: {chosen.text} tells {chosen.n_groups:,} of them apart. {chosen.advice}{other}"
             )
             return
+    if library_key is not None:
+        return
     libraries = _libraries(adata)
     if len(libraries) > 1 and not columns:
         warn(
@@ -144,16 +162,22 @@ def _frame(coordinates: NDArray[np.float64], graph: Any) -> _Frame:
     return _Frame(coordinates, cKDTree(coordinates), row[edge], col[edge], len(nodes))
 
 
-def _apart(frame: _Frame, codes: NDArray[np.int64]) -> _Frame:
-    """Return places with samples far from each other, and edges to the nearest."""
+def _moved_apart(frame: _Frame, codes: NDArray[np.int64]) -> _Frame:
+    """Return places with samples far from each other, and the same edges."""
     from scipy.spatial import cKDTree
 
-    x, n = frame.coordinates, len(codes)
+    x = frame.coordinates
     x = np.column_stack([x, _FAR * np.ptp(x, axis=0).max() * codes])
-    tree, nodes = cKDTree(x), _evenly(np.arange(n), _MOST_NODES)
-    near = tree.query(x[nodes], k=min(_NEIGHBORS + 1, n))[1]
+    return replace(frame, coordinates=x, tree=cKDTree(x))
+
+
+def _apart(frame: _Frame, codes: NDArray[np.int64]) -> _Frame:
+    """Return places with samples far from each other, and edges to the nearest."""
+    frame, n = _moved_apart(frame, codes), len(codes)
+    nodes = _evenly(np.arange(n), _MOST_NODES)
+    near = frame.tree.query(frame.coordinates[nodes], k=min(_NEIGHBORS + 1, n))[1]
     row, col = np.repeat(nodes, near.shape[1]), near.ravel()
-    return _Frame(x, tree, row[row != col], col[row != col], len(nodes))
+    return replace(frame, row=row[row != col], col=col[row != col], n_nodes=len(nodes))
 
 
 def _evenly(nodes: NDArray[np.int64], most: int) -> NDArray[np.int64]:
@@ -177,14 +201,26 @@ def _columns(adata: AnnData) -> list[_Grouping]:
         named += [c for c in texts if set(get_obs(adata, [c])[c].dropna().astype(str).unique()) <= libraries]
     found = []
     for column in dict.fromkeys(named):
-        codes = pd.factorize(get_obs(adata, [column])[column])[0].astype(np.int64)
-        if 0 <= codes.max() < max(adata.n_obs / _CELLS_PER_SAMPLE, 2):
-            advice = (
-                f"Pass library_key={column!r}, also to fimp_sc.pp.spatial_graph(adata, library_key={column!r}, "
-                "overwrite=True) where a graph is there already."
-            )
-            found.append(_Grouping(f"adata.obs[{column!r}]", advice, codes, column))
+        grouping = _column(adata, column)
+        if 0 < grouping.n_groups < 1 + max(adata.n_obs / _CELLS_PER_SAMPLE, 2):
+            found.append(grouping)
     return sorted(found, key=lambda grouping: grouping.n_groups)
+
+
+def _column(adata: AnnData, column: str) -> _Grouping:
+    codes = pd.factorize(get_obs(adata, [column])[column])[0].astype(np.int64)
+    advice = (
+        f"Pass library_key={column!r}, also to fimp_sc.pp.spatial_graph(adata, library_key={column!r}, "
+        "overwrite=True) where a graph is there already."
+    )
+    return _Grouping(f"adata.obs[{column!r}]", advice, codes, column, f"adata.obs[{column!r}].astype(str)")
+
+
+def _finer(library: _Grouping, found: Sequence[_Grouping]) -> list[_Grouping]:
+    """Return groupings, each with that of the library where it comes again in several of these."""
+    pairs = [(grouping, _pair(library, grouping)) for grouping in found]
+    pairs = [(grouping, pair) for grouping, pair in pairs if grouping.values or pair.n_groups == grouping.n_groups]
+    return [grouping if pair.n_groups == grouping.n_groups else pair for grouping, pair in pairs]
 
 
 def _is_sample(name: str) -> bool:
@@ -210,7 +246,8 @@ def _names(names: pd.Index) -> list[_Grouping]:
         if 2 <= len(values) < max(len(text) / _CELLS_PER_SAMPLE, 3):
             examples = " or ".join(repr(str(value)) for value in values[:2])
             advice = f'Pass library_key="sample" after adata.obs["sample"] = adata.obs_names.{call}.'
-            found.append(_Grouping(f"{what} of adata.obs_names ({examples})", advice, codes.astype(np.int64)))
+            text_of = f"{what} of adata.obs_names ({examples})"
+            found.append(_Grouping(text_of, advice, codes.astype(np.int64), values=f"adata.obs_names.{call}"))
     # The cells of one object have different names: where one comes again, also as obs_names_make_unique writes it, the
     # next object has begun.
     base = text.str.replace(r"-\d+$", "", regex=True)
@@ -282,14 +319,14 @@ def _choose(frame: _Frame, joined: list[_Grouping]) -> _Grouping:
         if pair is None:
             return grouping
         pairs.append((grouping, pair))
-    first, second = pairs[0]
-    texts = [f"adata.obs[{grouping.column!r}].astype(str)" for grouping in (first, second)]
-    return _Grouping(
-        f"{first.text} with {second.text}",
-        f'Pass library_key="library" after adata.obs["library"] = {texts[0]} + \' \' + {texts[1]}.',
-        _together(first, second),
-        second.column,
-    )
+    return next((_pair(*pair) for pair in pairs if all(grouping.values for grouping in pair)), joined[0])
+
+
+def _pair(first: _Grouping, second: _Grouping) -> _Grouping:
+    """Return what two groupings tell together."""
+    values = f"{first.values} + ' ' + {second.values}"
+    advice = f'Pass library_key="library" after adata.obs["library"] = {values}.'
+    return _Grouping(f"{first.text} with {second.text}", advice, _together(first, second), second.column, values)
 
 
 def _together(first: _Grouping, second: _Grouping) -> NDArray[np.int64]:

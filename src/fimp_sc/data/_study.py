@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from fimp_sc.data._modality import CONNECTIVITIES_KEY, described, get_modality, modality_info
+from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY, described, get_modality, modality_info
 from fimp_sc.data.sequences._kinds import sequence_kinds
 from fimp_sc.data.sequences._pixels import PIXELS_KEY
 from fimp_sc.data.storage._elements import in_memory, missing_key
@@ -140,12 +140,15 @@ class Study:
         """
         nodes = self.nodes
         if self.is_joined and key not in nodes.obsp:
+            whole = [part for part in self.modalities if part.adata.n_obs == nodes.n_obs]
+            located = [part.name for part in whole if SPATIAL_KEY in part.adata.obsm and key == CONNECTIVITIES_KEY]
+            way = f"build it with fimp_sc.pp.spatial_graph(mdata[{located[0]!r}]), or " if located else ""
             raise missing_key(
                 key,
                 "mdata.obsp, nor in a modality that has all nodes",
                 nodes.obsp,
                 f"The modalities {[modality.name for modality in self.modalities]} need one graph of all "
-                f"{nodes.n_obs:,} nodes: store it in mdata.obsp[{key!r}].",
+                f"{nodes.n_obs:,} nodes: {way}store it in mdata.obsp[{key!r}].",
             )
 
     def check_columns(self, columns: Iterable[str | None]) -> None:

@@ -55,8 +55,8 @@ def warn_inputs(
         if modality.kind == "expression":
             warn_control_features(modality.adata)
     nodes = study.nodes
-    if library_key is None and graph.shape[0] == nodes.n_obs:
-        warn_joined_samples(nodes, sparse.csr_matrix(in_memory(graph, "The graph")), spatial_key)
+    if graph.shape[0] == nodes.n_obs:
+        warn_joined_samples(nodes, sparse.csr_matrix(in_memory(graph, "The graph")), spatial_key, library_key)
 
 
 def warn_control_features(adata: AnnData) -> None:

@@ -35,6 +35,7 @@ from fimp_sc.model.registry._fields import (
 )
 from fimp_sc.model.registry._graph_data import check_genes, field_state
 from fimp_sc.model.registry._setup import Absent, Listed, is_object, setup_anndata, setup_mudata
+from fimp_sc.model.registry._unmeasured import mark_unmeasured
 from fimp_sc.model.train._plan import FIMPTrainingPlan
 from fimp_sc.model.train._runner import FIMPTrainRunner, seeded
 from fimp_sc.model.train._train import train
@@ -318,9 +319,13 @@ class FIMP(BaseModelClass, metaclass=Listed):
                 "This model is bound to no object: bind it to one with FIMP.load_query_data(adata, model), or "
                 "FIMP.from_pretrained(folder, adata)."
             )
-        if adata is not None and is_object(adata) and self.get_anndata_manager(adata) is None:
+        new = adata is not None and is_object(adata) and self.get_anndata_manager(adata) is None
+        if new:
             check_genes(self, adata)
-        return super()._validate_anndata(adata, **kwargs)
+        found = super()._validate_anndata(adata, **kwargs)
+        if new:
+            mark_unmeasured(self, found)
+        return found
 
     def _vocabulary_rows(self, key: str | None) -> NDArray[np.int64] | None:
         if key is None or not isinstance(self.adata, AnnData):

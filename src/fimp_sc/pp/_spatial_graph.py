@@ -167,8 +167,8 @@ def add_graph(
 
     if keys["connectivities_key"] in adata.obsp and not overwrite:
         check_graph(adata, keys["connectivities_key"], library_key)
-        if library is None and columns is not None:
-            warn_joined_samples(columns, get_graph(adata, keys["connectivities_key"]), spatial_key)
+        if columns is not None:
+            warn_joined_samples(columns, get_graph(adata, keys["connectivities_key"]), spatial_key, library_key)
         asked = (method, n_neighbors, radius, n_rings) != ("knn", DEFAULT_NEIGHBORS, None, 1)
         logger.log(
             # Another graph than the default was asked for, and this one may not be it.
@@ -198,8 +198,8 @@ def add_graph(
     if connectivities.nnz == 0:
         raise ValueError(_no_edges_message(method, radius, coordinates))
     check_connectivities(connectivities, adata.n_obs, where=f"The {method} graph", library=library)
-    if library is None and columns is not None:
-        warn_joined_samples(columns, connectivities, spatial_key)
+    if columns is not None:
+        warn_joined_samples(columns, connectivities, spatial_key, library_key)
     params = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in built.uns["spatial_neighbors"]["params"].items()

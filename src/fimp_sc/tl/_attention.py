@@ -8,11 +8,13 @@ from scipy import sparse
 
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
+from fimp_sc.data import NodeGraph
+from fimp_sc.data.storage._elements import get_graph
 from fimp_sc.model.predict._attention import check_messages
 from fimp_sc.tl._call._inputs import check_results, choose, copied, sample_codes, working_copy
 from fimp_sc.tl._call._models import fitted_model, given_model, write_back
 from fimp_sc.tl._call._results import finite_or_raise, record
-from fimp_sc.tl._statistics._groups import group_columns, groups_of, read_groups, say_left_out, warn_still
+from fimp_sc.tl._statistics._groups import check_edges, group_columns, groups_of, read_groups, say_left_out, warn_still
 from fimp_sc.tl._statistics._significance import group_tests
 
 if TYPE_CHECKING:
@@ -164,9 +166,9 @@ def attention(
     TypeError
         ``groupby`` holds numbers that measure something, or an argument is unknown or of another type.
     ValueError
-        There is one group only or far too many, the model reads no genes or passes no messages, edges run the whole
-        stack of a foundation model (``aggregate="final"``), or ``key_added`` has a slash or names data that would be
-        lost (see ``overwrite``). These come before a model is trained.
+        There is one group only or far too many, no pair of groups has ``min_edges`` edges, the model reads no genes or
+        passes no messages, edges run the whole stack of a foundation model (``aggregate="final"``), or ``key_added``
+        has a slash or names data that would be lost (see ``overwrite``). These come before a model is trained.
     FloatingPointError
         Training diverged.
 
@@ -208,6 +210,9 @@ def attention(
     with user_messages(verbose=verbose):
         work = working_copy(study, inputs)
         category = groups_of(category, study.nodes.obs_names, work.nodes.obs_names, groupby)
+        codes = np.asarray(category.codes, dtype=np.int64)
+        graph = NodeGraph(get_graph(work.nodes, inputs.connectivities_key), self_loops=False)
+        check_edges(graph, codes, len(category.categories), min_edges)
         fitted = fitted_model(
             study, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, same_seed=False, verbose=verbose, model_kwargs=model_kwargs,
@@ -217,7 +222,6 @@ def attention(
         )  # fmt: skip
         influence = fitted.get_edge_influence()
         finite_or_raise(influence.data, "influence of edges")
-        codes = np.asarray(category.codes, dtype=np.int64)
         say_left_out(codes, "no group")
         how: dict[str, Any] = {"n_permutations": n_permutations, "min_edges": min_edges, "random_state": random_state}
         samples = sample_codes(work.nodes, inputs.library_key)

@@ -13,7 +13,7 @@ from fimp_sc.data._study import feature_names
 from fimp_sc.data._warnings import warn_inputs
 from fimp_sc.data.expression._reader import JoinedExpression
 from fimp_sc.data.validate._checks import get_graph
-from fimp_sc.model.predict._attention import edge_pairs, measured_codes
+from fimp_sc.model.predict._attention import measured_codes
 from fimp_sc.model.registry._fields import X_KEY, registered_fields, table_states
 from fimp_sc.model.registry._graph_data import table_reader
 from fimp_sc.tl._call._inputs import check_results, choose, sample_codes, working_copy
@@ -30,6 +30,7 @@ from fimp_sc.tl._statistics._gene_choice import (
 )
 from fimp_sc.tl._statistics._gene_tests import gene_tests, plan_tests
 from fimp_sc.tl._statistics._groups import (
+    check_edges,
     group_columns,
     groups_of,
     places_of,
@@ -272,15 +273,10 @@ def gene_pairs(
             codes = np.where(domain < 0, -1, codes)
             strata += domain * n_groups * (int(tissue.library.max()) + 1)
         strata = np.where(codes >= 0, strata, -1)
+        check_edges(tissue.graph, codes, n_groups, min_edges)
         plan = plan_tests(
             tissue.graph, codes, n_groups, value != 0, features.wanted, min_edges=min_edges, min_support=min_support
         )
-        if not len(plan.pairs):
-            n_edges = len(edge_pairs(tissue.graph, codes, 1)[0])
-            raise ValueError(
-                f"Nothing to test: no pair of {n_groups} groups has min_edges={min_edges} edges, of {n_edges:,} that "
-                "join cells with a group. Merge groups, lower min_edges, or look at the graph."
-            )
         if not len(plan.tests.pair):
             raise ValueError(
                 f"Nothing to test: between no pair of groups are min_support={min_support:.15g} edges expected to "

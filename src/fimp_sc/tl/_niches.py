@@ -16,6 +16,7 @@ from fimp_sc._palette import palette
 from fimp_sc._recipe import recipe
 from fimp_sc.data._study import as_whole, resolve
 from fimp_sc.data.storage._elements import get_obs, label_text, missing_key
+from fimp_sc.model.predict._attention import cell_groups
 from fimp_sc.tl._call._inputs import inherit
 from fimp_sc.tl._call._several import opened, several
 from fimp_sc.tl._smooth import smoothed
@@ -328,7 +329,9 @@ def _numbers(n_niches: int | None, n_range: tuple[int, int], n_cells: int, *, ha
 def _labels(adata: Any, key: str) -> pd.Series:
     if key not in adata.obs:
         raise missing_key(key, "adata.obs", adata.obs, "Name the column to count with labels_key=.")
-    return label_text(get_obs(adata, [key])[key])
+    column = get_obs(adata, [key])[key]
+    cell_groups(column, f"adata.obs[{key!r}]")  # numbers that measure something are told
+    return label_text(column)
 
 
 def _by_size(clusters: NDArray[np.integer]) -> NDArray[np.int64]:

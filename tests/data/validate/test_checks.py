@@ -70,6 +70,12 @@ def test_other_objects_are_told_how_to_become_one(tmp_path):
             check_anndata(table)
     with pytest.raises(TypeError, match=r"anndata\.read_h5ad\('a\.h5ad'\)"):
         check_anndata("a.h5ad")
+    whole = make_adata()
+    whole.raw = whole
+    with pytest.raises(TypeError, match=r"found Raw: pass adata\.raw\.to_adata\(\)"):
+        check_anndata(whole.raw)
+    with pytest.raises(TypeError, match=r"found list: pass one; several are joined with anndata\.concat"):
+        check_anndata([whole, whole])
     first, second = make_adata(label=["a"] * 12), make_adata(label=["b"] * 12)
     second.obs_names = [f"other{i}" for i in range(12)]
     collection = AnnCollection([first, second])
@@ -149,6 +155,9 @@ def test_coordinates():
         check_coordinates(adata, "words")
     with pytest.raises(TypeError, match="array of numbers, found csr_matrix"):
         check_coordinates(adata, "sparse")
+    adata.obsm["complex"] = adata.obsm["spatial"] * 1j
+    with pytest.raises(TypeError, match="array of numbers, found ndarray"):
+        check_coordinates(adata, "complex")
     with pytest.raises(ValueError, match=r"found \(12, 5\)"):
         check_coordinates(adata, "X_pca")
     with pytest.raises(MissingKeyError, match=r"'X_spatial' is not in adata.obsm .*Did you mean 'spatial'"):
@@ -265,7 +274,8 @@ def test_class_with_one_cell_warns_and_names_it():
 
 NO_LABEL = [
     *("nan", "", "NA", "N/A", "None", "null", "unknown", "Unlabelled", "Unlabeled", "Unassigned", "undefined", "-1"),
-    *("UNKNOWN", " Unknown ", "NaN", "<NA>", -1, "unlabelled\t"),
+    *("UNKNOWN", " Unknown ", "NaN", "<NA>", -1, "unlabelled\t", "#N/A", "n.a.", "-", "?", "-1.0", -999),
+    *("not_annotated", "Not assigned", "no-label", "Unknown cells", "unassigned cell type", "Ambiguous", "unk"),
 ]
 
 
@@ -303,6 +313,7 @@ def test_several_words_for_no_label_are_to_be_made_missing(labels, kind):
 
 def test_classes_that_are_no_words_for_no_label_are_silent():
     warn_labels(make_adata(label=["Nanog+"] * 4 + ["Unknown"] * 2 + ["NK"] * 3 + ["None-like"] * 3), "label")
+    warn_labels(make_adata(label=["+"] * 4 + ["Unknown_1"] * 2 + ["NA neuron"] * 3 + ["Cell type"] * 3), "label")
     warn_labels(make_adata(label=[0] * 6 + [1] * 6), "label")
 
 
@@ -322,6 +333,10 @@ def test_real_data(shared_data, name, scale, empty):
     adata = ad.read_h5ad(shared_data / f"{name}.h5ad")
     check_anndata(adata)
     check_labels(adata, "cell_type", "Unlabelled")
+    if "merfish" in name:
+        with pytest.warns(UserWarning, match="'Ambiguous' for 1,543 of 11,162 cells"):
+            warn_labels(adata, "cell_type")
+        adata.obs["cell_type"] = adata.obs["cell_type"].cat.rename_categories({"Ambiguous": "Unlabelled"})
     warn_labels(adata, "cell_type", "Unlabelled")
     check_coordinates(adata, "spatial")
     assert check_values(get_matrix(adata, None), where="adata.X") == scale

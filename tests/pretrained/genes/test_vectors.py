@@ -177,6 +177,8 @@ def test_what_is_wrong_with_a_table_is_named(source: Any, message: str) -> None:
         ("x.npz", b"PK\x03\x04 and so on", "cannot be read as .npz"),
         ("x.safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{", "cannot be read as weights"),
         ("x.pickle", pickle.dumps([1.0]), "holds list"),
+        ("x.pickle", pickle.dumps((["A", "B"],)), "holds tuple, expected a dictionary"),
+        ("x.pickle", pickle.dumps((["A"], 1.0, 2.0)), "holds tuple, expected a dictionary"),
         ("x.pickle", pickle.dumps(FRAME), "asks for 'pandas"),
         ("x.txt", b"A 1 2", "no known table"),
         ("x.pt", b"PK\x03\x04", "folder of a foundation model"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
+_SIGN, _NUMBER = re.compile(r"[\W_]"), re.compile(r"[-.]\d+$")
+
 
 def shorten(items: Sequence[str], limit: int = 5) -> str:
     """Join ``items`` for a message, the first ``limit`` of them."""
@@ -32,9 +35,19 @@ def missing_key(key: Any, where: str, found: Iterable[Any], advice: str) -> Miss
 
 
 def nearest(key: Any, names: Iterable[str]) -> str:
-    """Return a sentence for the middle of a message that names the most similar of ``names``, if one is."""
-    close = get_close_matches(str(key), names, n=1)
+    """Return a sentence for the middle of a message that names the most similar of ``names``, if one is.
+
+    Names that differ in case, signs (``HLA.A``) or the number of a duplicate (``A-1``) come first.
+    """
+    names, (own, short) = list(names), _plain(str(key))
+    alike = [name for name in names if own in _plain(name) or short == _plain(name)[0]] if own else []
+    close = get_close_matches(str(key), alike, n=1, cutoff=0) or get_close_matches(str(key), names, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _plain(name: str) -> tuple[str, str]:
+    """Return letters and digits of a name in lower case, with and without a number at its end."""
+    return _SIGN.sub("", name.casefold()), _SIGN.sub("", _NUMBER.sub("", name.casefold()))
 
 
 def get_matrix(adata: AnnData, layer: str | None) -> Any:

@@ -76,6 +76,8 @@ def check_object(adata: Any) -> None:
 
 def _object_hint(found: Any) -> str:
     """Return how an AnnData object is had from something else."""
+    from anndata import Raw
+
     name = type(found).__name__
     if name.startswith("AnnCollection"):
         call = "[:].to_adata()" if name == "AnnCollection" else ".to_adata()"
@@ -87,6 +89,10 @@ def _object_hint(found: Any) -> str:
             ": make one of cells × genes with adata = anndata.AnnData(values), and give the cells coordinates with "
             'adata.obsm["spatial"] = an array of shape (n_obs, 2)'
         )
+    if isinstance(found, Raw):
+        return ": pass adata.raw.to_adata(), with the coordinates of adata"
+    if isinstance(found, list | tuple | Mapping):
+        return ": pass one; several are joined with anndata.concat, and told apart with library_key="
     if hasattr(found, "mod"):
         return ": pass one modality, for instance mdata['rna']"
     if hasattr(found, "tables"):
@@ -140,7 +146,7 @@ def check_coordinates(adata: AnnData, spatial_key: str, *, advice: str = "") -> 
     stored = adata.obsm[spatial_key]
     try:
         values = in_memory(stored, where)
-        if sparse.issparse(values):
+        if sparse.issparse(values) or getattr(values, "dtype", np.dtype(float)).kind == "c":
             raise TypeError
         coordinates = np.array(values, dtype=np.float64)
     except (TypeError, ValueError):

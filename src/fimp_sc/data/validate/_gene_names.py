@@ -1,4 +1,4 @@
-"""Hints where names of genes do not match: case, versions, signs that R replaces, numbers of duplicates, columns."""
+"""Hints where names of genes do not match: case, versions, signs that R replaces, genomes, duplicates, columns."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"[.-]\d+$")
 _SIGN = re.compile(r"[^0-9A-Za-z]")
 _R_PREFIX = re.compile(r"^X(?=\d)")
+# As Cell Ranger writes it where reads were aligned to several.
+_GENOME = re.compile(r"^(GRC[a-z]\d+|hg\d+|mm\d+|rn\d+|human|mouse)_+", re.IGNORECASE)
 _ENSEMBL = re.compile(r"ENS[A-Z]*G\d{6,}")
 _LEAST = 2
 
@@ -30,8 +32,13 @@ def naming_hint(known: Iterable[str], names: Iterable[str], var: pd.DataFrame | 
         Table of the object's genes, whose columns may hold other names.
     """
     known, names = list(map(str, known)), list(map(str, names))
-    least = max(_LEAST, 2 * len(set(known) & set(names)))
-    ways = ((_case, _case_hint), (_without_number, _number_hint), (_without_signs, _sign_hint))
+    least = max(_LEAST, 2 * len(set(known) & set(names)), min(len(known), len(names)) // 100)
+    ways = (
+        (_case, _case_hint),
+        (_without_number, _number_hint),
+        (_without_signs, _sign_hint),
+        (_without_genome, _genome_hint),
+    )
     found = []
     for key, hint in ways:
         here, there = _by_key(names, key), _by_key(known, key)
@@ -69,6 +76,10 @@ def _without_signs(name: str) -> str:
     return _SIGN.sub(".", _R_PREFIX.sub("", name))
 
 
+def _without_genome(name: str) -> str:
+    return _GENOME.sub("", name)
+
+
 def _case_hint(number: int, name: str, gene: str) -> str:
     call = "upper" if gene.isupper() else "capitalize"
     return (
@@ -92,3 +103,10 @@ def _sign_hint(number: int, name: str, gene: str) -> str:
         f"{number:,} names match if signs are ignored ({name!r} here, {gene!r} there), as R replaces them: write the "
         "names as they are there."
     )
+
+
+def _genome_hint(number: int, name: str, gene: str) -> str:
+    matched = f"{number:,} names match without the name of the genome ({name!r} here, {gene!r} there)"
+    genome = _GENOME.match(name)
+    cut = f"adata.var_names = adata.var_names.str.removeprefix({genome[0]!r})" if genome else "write them as there"
+    return f"{matched}: {cut}."

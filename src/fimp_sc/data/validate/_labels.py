@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -12,17 +13,28 @@ from fimp_sc.data.storage._elements import get_obs, label_text, missing_key, sho
 if TYPE_CHECKING:
     from anndata import AnnData
 
-# Words for no label, in lower case and without spaces around.
+# Words for no label, in lower case and without what stands between and around them.
 _NO_LABEL = frozenset(
-    {"", "-", "?", "-1", "nan", "na", "n/a", "n.a.", "<na>", "none", "null", "nil", "missing"}
+    {"", "nan", "na", "n a", "none", "null", "nil", "missing", "blank", "unk", "n d"}
     | {"unknown", "unlabeled", "unlabelled", "unassigned", "unannotated", "unclassified", "unidentified"}
-    | {"undefined", "undetermined", "not assigned", "not annotated", "not available", "no label"}
+    | {"undefined", "undetermined", "unspecified", "unresolved", "no label", "no annotation"}
+    | {"not available", "not applicable"}
+    | {f"not {word}" for word in ("assigned", "annotated", "classified", "determined")}
+    | {"not labeled", "not labelled"}  # codespell:ignore labelled
+    | {f"not {word}" for word in ("identified", "known", "defined", "specified")}
 )
+# Of numbers those that files hold in place of a missing one.
+_NO_NUMBER = frozenset({"-1", "-1.0", "-99", "-999", "-9999"})
+# What a word for no label may be followed by.
+_OF = re.compile(r"(?<=.)( (cell|spot|bead|bin|nucleus|nuclei|region|area|layer|type|class|cluster|label)s?)+$")
 
 
 def reads_unlabeled(label: str) -> bool:
-    """Tell whether a label reads as if a cell had none, as ``"Unknown"`` or ``"nan"`` do."""
-    return label.strip().casefold() in _NO_LABEL
+    """Tell whether a label reads as if a cell had none, as ``"Unknown"``, ``"nan"`` or ``"not_assigned"`` do."""
+    if label.strip() in _NO_NUMBER:
+        return True
+    words = " ".join(re.findall(r"[^\W_]+|\+", label.casefold()))
+    return words in _NO_LABEL or _OF.sub("", words) in _NO_LABEL
 
 
 def check_labels(adata: AnnData, labels_key: str, unlabeled_category: str = "Unknown") -> None:

@@ -34,6 +34,10 @@ _MOST, _MULTIPLES, _PRECISION = 0.5, 8.5, 1e-3
 _EXPECTED, _FRACTION_OF_PANEL = 14.0, 0.01
 
 
+# Cells among which genes that no cell shows carry little of the counts, whichever these cells are.
+LARGE_SAMPLE = 100
+
+
 class Values(NamedTuple):
     """Properties of a matrix that has been looked at.
 
@@ -43,10 +47,13 @@ class Values(NamedTuple):
         Resolved.
     lacking
         ``(n_samples, n_vars)`` bool, genes that were not measured in a sample; ``None`` where all were in all.
+    silent
+        ``(n_samples, n_vars)`` bool, genes that no cell of a large sample shows, of those that may have been measured.
     """
 
     scale: InputScale
     lacking: NDArray[np.bool_] | None
+    silent: NDArray[np.bool_]
 
 
 class Samples(NamedTuple):
@@ -210,10 +217,12 @@ def inspect_values(
     guessed = lacking if lacking is None or known is None else lacking & ~known
     if guessed is not None and guessed.any():
         _warn_lacking(guessed, samples, where)
+    shown = found.detected > 0 if found.detected.size else found.expressed[None]
+    silent = ~shown & (found.n_cells >= LARGE_SAMPLE)[:, None] & (True if lacking is None else ~lacking)
     if input_scale != "auto":
-        return Values(cast("InputScale", input_scale), lacking)
+        return Values(cast("InputScale", input_scale), lacking, silent)
     scale = _resolve_fractional(matrix if turned else rows, found, where) if found.fractional else "counts"
-    return Values(scale, lacking)
+    return Values(scale, lacking, silent)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from fimp_sc.model.predict._labels import use_mixture
 from fimp_sc.model.predict._reference import compare
 from fimp_sc.model.registry._graph_data import check_genes, graph_data, study_of
 from fimp_sc.model.registry._setup import is_object
+from fimp_sc.model.registry._unmeasured import mark_unmeasured
 
 if TYPE_CHECKING:
     from mudata import MuData
@@ -53,8 +54,8 @@ def load_query_data(
     Warns
     -----
     UserWarning
-        The genes that it has carry less than half of the counts of training; and what :meth:`setup_anndata` warns
-        of.
+        The genes that it has carry less than half of the counts of training; genes with 5 % or more of these are zero
+        throughout a sample of 100 cells or more, and count as not measured; and what :meth:`setup_anndata` warns of.
 
     Examples
     --------
@@ -96,6 +97,8 @@ def load_query_data(
     model._adata = adata
     model._adata_manager = cls._get_most_recent_anndata_manager(adata, required=True)
     model._register_manager_for_instance(model._adata_manager)
+    if is_object(adata):
+        mark_unmeasured(model, adata)
     if (same := compare(model, graph_data(model, study_of(model, adata)))) is not None:
         use_mixture(model, elsewhere=not same)
     return model

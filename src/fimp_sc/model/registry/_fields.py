@@ -124,7 +124,7 @@ class ExpressionField(_Field):
 
     NAMES = "column_names"
     SCALE, TRAINED_SCALE = "input_scale", "trained_scale"
-    SAMPLES, LACKING = "samples", "lacking"
+    SAMPLES, LACKING, SILENT = "samples", "lacking", "silent"
     TABLES = "tables"
 
     _learned = True
@@ -141,6 +141,9 @@ class ExpressionField(_Field):
         self._input_scale = input_scale
         # Key and what it is for.
         self._sample = sample
+        # By table, ``(n_samples, n_vars)`` bool: what a trained model knows not to have been measured. scvi-tools may
+        # register an object again.
+        self.unmeasured: dict[str, NDArray[np.bool_]] = {}
 
     def validate_field(self, adata: AnnData | MuData) -> None:
         # The values are looked at when they are registered: that reads all of them, and once is enough.
@@ -191,6 +194,11 @@ class ExpressionField(_Field):
         }
         if found.lacking is not None:
             state |= {self.SAMPLES: [] if samples is None else list(samples.names), self.LACKING: found.lacking}
+        if not self._learned and found.scale != "real" and found.silent.any():
+            state |= {self.SAMPLES: [] if samples is None else list(samples.names), self.SILENT: found.silent}
+        known = self.unmeasured.get(part.name)
+        if known is not None and known.shape == found.silent.shape:
+            state |= {self.SAMPLES: [] if samples is None else list(samples.names), self.LACKING: known}
         return state
 
     def _samples(self, adata: AnnData | MuData, part: Modality) -> Samples | None:

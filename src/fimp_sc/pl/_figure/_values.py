@@ -10,7 +10,7 @@ from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
 from fimp_sc.data._study import feature_names, is_mudata
-from fimp_sc.data.storage._elements import get_matrix, get_obs, in_memory
+from fimp_sc.data.storage._elements import get_matrix, get_obs, in_memory, nearest
 from fimp_sc.data.validate._checks import check_places
 from fimp_sc.pl._figure._common import gene_columns, read_columns
 
@@ -72,15 +72,17 @@ def values_of(
         if pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_bool_dtype(series):
             return series.to_numpy(dtype=np.float64, na_value=np.nan)
         return pd.Categorical(series)
+    known = list(map(str, adata.obs.columns))
     for table, row, names in tables(adata, parts):
+        known.extend(map(str, names))
         if key in names:
             where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
             gene = gene_columns(names, [key], "adata.var_names")
             values = read_columns(get_matrix(table, layer), where, gene).ravel()
             return values if row is None else np.where(row < 0, np.nan, values[row])
     message = (
-        f"{key!r} is neither a column of adata.obs {list(adata.obs.columns)} nor a gene of adata.var_names. "
-        "For a column of adata.obsm give a pair such as ('X_fimp', 0)."
+        f"{key!r} is neither a column of adata.obs {list(adata.obs.columns)} nor a gene of adata.var_names."
+        f"{nearest(key, known)} For a column of adata.obsm give a pair such as ('X_fimp', 0)."
     )
     raise MissingKeyError(message)
 

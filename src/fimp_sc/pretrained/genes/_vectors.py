@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,8 +19,6 @@ from fimp_sc.pretrained.files._files import CheckpointError
 from fimp_sc.pretrained.genes._tables import read_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from numpy.typing import ArrayLike, NDArray
 
 logger = logging.getLogger(__name__)
@@ -139,7 +137,7 @@ def _read(source: Any) -> GeneVectors:
     content = read_table(path)
     if isinstance(content, pd.DataFrame):
         return _checked(content.index, _numbers_of_frame(content, where), where)
-    if isinstance(content, tuple):
+    if isinstance(content, tuple) and len(content) == 2 and isinstance(content[1], np.ndarray):
         names, values = content
         return _checked(names, values, where)
     if not isinstance(content, Mapping):
@@ -149,7 +147,7 @@ def _read(source: Any) -> GeneVectors:
 
 def _checked(names: Iterable[Any], values: NDArray[Any], where: str) -> GeneVectors:
     """Return the vectors as float32, without missing and repeated genes, if all is well."""
-    listed = list(names)
+    listed = list(names) if isinstance(names, Iterable) else [names]
     wrong = next((i for i, name in enumerate(listed) if not (isinstance(name, str) and name.strip())), None)
     if wrong is not None:
         raise CheckpointError(

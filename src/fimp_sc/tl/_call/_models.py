@@ -14,6 +14,7 @@ import numpy as np
 from anndata import AnnData, ImplicitModificationWarning
 from scipy import sparse
 
+from fimp_sc._errors import MissingKeyError
 from fimp_sc._keys import choose_target, records
 from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
@@ -148,7 +149,8 @@ def fitted_model(
             del asked["random_state"]
         others = [name for name, (now, then) in asked.items() if now not in (None, then)]
         changed = [name for name in marks | remembered.marks if marks.get(name) != remembered.marks.get(name)]
-        named = [*arguments, *train_kwargs]
+        before = former.model_kwargs | former.train_kwargs
+        named = [name for name, value in (arguments | train_kwargs).items() if not _same(value, before.get(name))]
         if changed:
             why = f"{shorten(changed)} changed since"
         elif not remembered.model.is_trained:
@@ -202,6 +204,14 @@ def fitted_model(
     labels_alone = (usual | train_kwargs).get("mask_cells") == 0
     _trainings[fresh] = _Training(marks, max_epochs, arguments, again, unseen, labels_alone)
     return fresh
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Tell whether two arguments are surely equal."""
+    try:
+        return bool(value is other or value == other)
+    except (TypeError, ValueError):  # arrays, frames
+        return False
 
 
 def _forgettable(model: FIMP) -> FIMP:
@@ -306,7 +316,7 @@ def get_model(adata: AnnData | MuData, modality: str | Sequence[str] | None = No
     """
     remembered = _remembered(choose_target(adata, modality)[0])
     if remembered is None:
-        raise KeyError(
+        raise MissingKeyError(
             "No model is known for this object in this session: call fimp_sc.tl.embed(adata) first, or "
             "FIMP.load(folder) for a saved one."
         )

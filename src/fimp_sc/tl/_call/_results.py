@@ -13,7 +13,7 @@ from fimp_sc._keys import new_record
 from fimp_sc.data.storage._checksums import checksum
 from fimp_sc.data.storage._elements import get_obs
 from fimp_sc.model.registry._fields import X_KEY, ExpressionField, table_states
-from fimp_sc.model.registry._graph_data import table_ends
+from fimp_sc.model.registry._graph_data import study_of, table_ends, tables_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -107,6 +107,9 @@ def measured_scale(model: FIMP, part: Modality) -> dict[str, Any]:
         return {}
     names = part.adata.var_names.astype(str)
     place = pd.Index(state[ExpressionField.NAMES]).get_indexer(names)
+    if ExpressionField.LACKING in state:
+        bound = tables_of(model, study_of(model, None))[number].adata.var_names.astype(str)
+        place[names.isin(bound[state[ExpressionField.LACKING].all(0)])] = -1
     fraction = np.split(model.module.gene_fraction.cpu().numpy(), table_ends(model)[:-1])[number][place[place >= 0]]
     known = float(fraction.sum())
     return scales | {

@@ -213,6 +213,8 @@ def _expression(tool: str, key: str, name: str, adata: AnnData, arguments: Mappi
     # What a tool does not take, it does not read.
     keys = {"batch_key": None, "center": None} | keys
     study, inputs = choose(adata, None, verbose=arguments["verbose"], model=arguments.get("model"), **keys)
+    if arguments.get("model") is not None:
+        check_genes(arguments["model"], adata)
     hidden = arguments.get("hidden")
     if hidden is not None and not isinstance(hidden, str):
         raise ValueError("hidden is an array for one object: store one in a layer of each, and pass its name.")
@@ -220,8 +222,7 @@ def _expression(tool: str, key: str, name: str, adata: AnnData, arguments: Mappi
     check_results(key, tool, study, inputs, overwrite=arguments["overwrite"], also=also)
     work = working_copy(study, inputs).data
     check_graph(work, inputs.connectivities_key, inputs.library_key)
-    if inputs.library_key is None:
-        warn_joined_samples(adata, get_graph(work, inputs.connectivities_key), inputs.spatial_key)
+    warn_joined_samples(adata, get_graph(work, inputs.connectivities_key), inputs.spatial_key, inputs.library_key)
     warn_control_features(adata)
     library = _samples(adata, name, inputs.library_key)
     with warnings.catch_warnings(action="ignore"):  # said of all of them together
@@ -233,8 +234,6 @@ def _expression(tool: str, key: str, name: str, adata: AnnData, arguments: Mappi
         obsp={_GRAPH: get_graph(work, inputs.connectivities_key)},
         uns={"scale": scale, "asked": inputs.input_scale, "center": inputs.center},
     )
-    if arguments.get("model") is not None:
-        check_genes(arguments["model"], adata)
     light.uns["dissociated"] = is_dissociated(work, inputs.connectivities_key)
     if inputs.spatial_key in work.obsm:
         light.obsm[_SPATIAL] = np.asarray(work.obsm[inputs.spatial_key], dtype=np.float64)

@@ -10,12 +10,13 @@ import pandas as pd
 
 from fimp_sc.data.storage._elements import get_obs, missing_key
 from fimp_sc.data.validate._labels import warn_words
-from fimp_sc.model.predict._attention import cell_groups
+from fimp_sc.model.predict._attention import cell_groups, edge_pairs
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
+    from fimp_sc.data import NodeGraph
     from fimp_sc.tl._statistics._significance import Significance
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,29 @@ def _at_least_two(category: pd.Categorical, groupby: str) -> pd.Categorical:
             "groups are compared, which takes two."
         )
     return category
+
+
+def check_edges(graph: NodeGraph, codes: NDArray[np.int64], n_groups: int, min_edges: int) -> None:
+    """Check that some pair of groups has enough edges to be tested.
+
+    Parameters
+    ----------
+    graph
+        Of all nodes.
+    codes
+        ``(n,)`` int64 group of each node, -1 for none.
+
+    Raises
+    ------
+    ValueError
+        None has.
+    """
+    pair = edge_pairs(graph, codes, n_groups)[2]
+    if not len(pair) or np.unique(pair, return_counts=True)[1].max() < min_edges:
+        raise ValueError(
+            f"Nothing to test: no pair of {n_groups} groups has min_edges={min_edges} edges, of {len(pair):,} that "
+            "join cells with a group. Merge groups, lower min_edges, or look at the graph."
+        )
 
 
 def say_left_out(codes: NDArray[np.int64], why: str) -> None:
