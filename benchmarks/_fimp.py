@@ -87,6 +87,7 @@ ABLATIONS = {
 RECIPE = {
     f"FIMP without {what}": Variant(recipe=numbers)
     for what, numbers in {
+        "matching batches": {"matching": False},
         "components": {"components": False},
         "smoother": {"smoother": False},
         "shared components": {"mostly_signal": 0.0},
