@@ -5,7 +5,8 @@ logarithm, drawn by the seed) and of whose counts 40 % are kept at random. `uneq
 white matter in the second section. `merfish`: two neighboring sections of one brain, which hardly differ; seeds are
 those of the methods alone.
 
-Every method's features are averaged once over the 6 nearest neighbors and the cell itself. `ilisi`: inverse Simpson
+Of DLPFC, where classes are layers, every method's features are averaged once over the 6 nearest neighbors and the cell
+itself; of MERFISH, where they are cell types, they are scored as they are. `ilisi`: inverse Simpson
 index of sections among the 30 nearest cells, less 1, mean over cells: 0 where sections are apart, 1 where both are as
 frequent everywhere. `purity`: cells of the same class among these. `transfer`: accuracy of classes by the 15 nearest
 cells of the other section; of classes that both have, mean of both directions; `transfer_whole` from the first section
@@ -15,6 +16,7 @@ these. Harmony needs harmonypy (2.1 for the rows here).
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +82,7 @@ def problem(data: str, args: Any, seed: int) -> tuple[Embedding, Callable[[np.nd
     adata.obs = adata.obs[["section"]]
 
     def scores(features: np.ndarray) -> dict[str, float]:
-        smooth = averaged(features, graph)
+        smooth = features if data == "merfish" else averaged(features, graph)
         near = NearestNeighbors(n_neighbors=N_NEAREST + 1).fit(smooth).kneighbors(smooth, return_distance=False)[:, 1:]
         fraction = np.stack([(section[near] == name).mean(axis=1) for name in names])
         transfer = [_transfer(smooth, truth, known, section, *pair) for pair in (names, names[::-1])]
@@ -105,8 +107,8 @@ def _transfer(
     return float((model.predict(features[test]) == truth[test]).mean())
 
 
-def harmony(posed: Embedding, run: Run) -> Fit:
-    """Harmony on principal components, then the mean over neighbors."""
+def harmony(posed: Embedding, run: Run, *, mean: bool) -> Fit:
+    """Harmony on principal components, with the mean over neighbors or without."""
     try:
         import harmonypy
     except ImportError as error:
@@ -115,7 +117,7 @@ def harmony(posed: Embedding, run: Run) -> Fit:
     how = {"random_state": run.seed, "verbose": False}
     found = np.asarray(harmonypy.run_harmony(components, posed.adata.obs, ["section"], **how).Z_corr)
     found = found if len(found) == len(components) else found.T
-    return Fit(averaged(found, _embeddings.spatial(posed, _embeddings.N_RING)))
+    return Fit(averaged(found, _embeddings.spatial(posed, _embeddings.N_RING)) if mean else found)
 
 
 def scvi(posed: Embedding, run: Run) -> Fit:
@@ -135,8 +137,10 @@ OURS = _fimp.groups(_fimp.embed)
 CONTROL = "FIMP without matching batches"
 GROUPS: dict[str, dict[str, Method]] = {
     "baselines": {
+        "PCA": lambda posed, run: _embeddings.pca(posed, "own"),
         "PCA, mean of neighbors": lambda posed, run: _embeddings.pca(posed, "mean"),
-        "Harmony, mean of neighbors": harmony,
+        "Harmony": partial(harmony, mean=False),
+        "Harmony, mean of neighbors": partial(harmony, mean=True),
     },
     "scvi": {"scVI": scvi},
     "fimp": OURS["fimp"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import anndata as ad
 import numpy as np
 import pytest
@@ -12,6 +14,9 @@ import fimp_sc
 from fimp_sc._recipe import changed
 from fimp_sc.model import FIMP
 from fimp_sc.model.module._matched_batches import matched_gains
+
+if TYPE_CHECKING:
+    pass
 
 N, GENES = 300, 60
 QUICK = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False}
@@ -105,9 +110,7 @@ def test_one_batch_is_read_as_without_batches(distorted: ad.AnnData) -> None:
     np.testing.assert_array_equal(model.get_latent_representation(), expected)
 
 
-def test_saved_with_the_model_and_applied_by_the_name_of_the_batch(
-    model: FIMP, distorted: ad.AnnData, tmp_path
-) -> None:
+def test_saved_with_the_model_and_applied_by_name_of_batch(model: FIMP, distorted: ad.AnnData, tmp_path) -> None:
     model.save_pretrained(tmp_path / "model")
     expected = model.get_latent_representation()
     loaded = FIMP.from_pretrained(tmp_path / "model", distorted)

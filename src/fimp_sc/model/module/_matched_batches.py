@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# Variance of a log ratio below which genes count alike when the variance between genes is estimated.
+_PRECISE = 0.05
+
+
 def matched_gains(
     cells: sparse.csr_matrix,
     seen: sparse.csr_matrix,
@@ -97,8 +101,8 @@ def _mutual(first: NDArray, second: NDArray) -> tuple[NDArray[np.float64], NDArr
     number = [np.bincount(side, minlength=len(of)) for side, of in ((pairs.row, first), (pairs.col, second))]
     weight = 1.0 / number[0][pairs.row] + 1.0 / number[1][pairs.col]
     return (
-        np.bincount(pairs.row, weight, minlength=len(first)),
-        np.bincount(pairs.col, weight, minlength=len(second)),
+        np.bincount(pairs.row, weight, minlength=len(first)).astype(np.float64),
+        np.bincount(pairs.col, weight, minlength=len(second)).astype(np.float64),
     )
 
 
@@ -114,7 +118,7 @@ def _log_ratio(seen: sparse.csr_matrix, first: NDArray, second: NDArray) -> NDAr
     for weight in (first, second):
         weight = weight / max(float(weight.sum()), 1e-300)
         mean.append(seen.T @ weight)
-        variance.append((expressed.T @ weight**2) / np.maximum(expressed.T @ weight, 1e-300) ** 2)
+        variance.append((expressed.T @ weight**2) / np.maximum(expressed.T @ weight, 1e-150) ** 2)
     both = (mean[0] > 0) & (mean[1] > 0)
     ratio = np.zeros(seen.shape[1])
     if not both.any():
@@ -125,7 +129,3 @@ def _log_ratio(seen: sparse.csr_matrix, first: NDArray, second: NDArray) -> NDAr
     between = max(0.0, float((precision * (found**2 - noise)).sum() / precision.sum()))
     ratio[both] = found * between / (between + noise) if between else 0.0
     return ratio
-
-
-# Variance of a log ratio below which genes count alike when the variance between genes is estimated.
-_PRECISE = 0.05

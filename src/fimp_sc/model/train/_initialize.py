@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from scipy import sparse
 from lightning.fabric.utilities import move_data_to_device
+from scipy import sparse
 
 from fimp_sc._recipe import recipe
 from fimp_sc.data import BlockDataset, BlockSampler
-from fimp_sc.model.predict._inference import infer, read_embedding
 from fimp_sc.model.module._matched_batches import matched_gains
+from fimp_sc.model.predict._inference import infer, read_embedding
 from fimp_sc.model.registry._fields import X_KEY, ExpressionField, table_states
 from fimp_sc.model.registry._graph_data import field_state, graph_data, named_batches
 
