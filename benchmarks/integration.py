@@ -134,7 +134,6 @@ def scvi(posed: Embedding, run: Run) -> Fit:
 
 
 OURS = _fimp.groups(_fimp.embed)
-CONTROL = "FIMP without matching batches"
 GROUPS: dict[str, dict[str, Method]] = {
     "baselines": {
         "PCA": lambda posed, run: _embeddings.pca(posed, "own"),
@@ -144,7 +143,7 @@ GROUPS: dict[str, dict[str, Method]] = {
     },
     "scvi": {"scVI": scvi},
     "fimp": OURS["fimp"],
-    "controls": {CONTROL: OURS["recipe"][CONTROL]},
+    "batches": OURS["batches"],
 }
 
 if __name__ == "__main__":
@@ -154,6 +153,6 @@ if __name__ == "__main__":
         ("hard_pair", "unequal", "merfish"),
         problem,
         GROUPS,
-        default=("baselines", "fimp"),
+        default=("baselines", "fimp", "batches"),
         more=(),
     )

@@ -29,9 +29,8 @@ class Recipe:
     # Length of random gene identities.
     identity: float = 0.3
 
-    # Initialization: batches. Whether gains of genes are fitted to cells that batches have in common; neighbors among
-    # which cells of two batches must be of each other, components in which they are, and at most so many cells.
-    matching: bool = True
+    # Initialization: batches with center="matched": neighbors among which cells of two batches must be of each other,
+    # components in which they are, rounds, and at most so many cells.
     matching_neighbors: int = 20
     matching_components: int = 20
     matching_rounds: int = 5

@@ -11,7 +11,6 @@ from scipy import sparse
 from sklearn.neighbors import NearestNeighbors
 
 import fimp_sc
-from fimp_sc._recipe import changed
 from fimp_sc.model import FIMP
 from fimp_sc.model.module._matched_batches import matched_gains
 
@@ -44,7 +43,7 @@ def joined(first: ad.AnnData, second: ad.AnnData) -> ad.AnnData:
 
 
 def trained(adata: ad.AnnData, **setup: str) -> FIMP:
-    FIMP.setup_anndata(adata, **{"library_key": "section", **setup})
+    FIMP.setup_anndata(adata, **{"library_key": "section", "center": "matched", **setup})
     model = FIMP(adata, random_state=0)
     model.train(**QUICK)
     return model
@@ -76,8 +75,7 @@ def mixing(embedding: np.ndarray, adata: ad.AnnData, which: np.ndarray) -> float
 def test_shared_classes_mix_and_a_class_of_one_section_stays_apart(model: FIMP, distorted: ad.AnnData) -> None:
     shared = distorted.obs["class"].isin(["class 0", "class 1"]).to_numpy()
     embedding = model.get_latent_representation()
-    with changed(matching=False):
-        before = trained(distorted.copy()).get_latent_representation()
+    before = trained(distorted.copy(), center="training").get_latent_representation()
     assert mixing(before, distorted, shared) < 0.1
     assert mixing(embedding, distorted, shared) > 0.25
     # Cells at the border of a stripe see both classes.
@@ -103,8 +101,7 @@ def test_without_a_difference_there_are_no_gains_to_speak_of() -> None:
 def test_one_batch_is_read_as_without_batches(distorted: ad.AnnData) -> None:
     one = distorted.copy()
     one.obs["kit"] = "one"
-    with changed(matching=False):
-        expected = trained(one).get_latent_representation()
+    expected = trained(one, center="training").get_latent_representation()
     model = trained(one, batch_key="kit")
     assert not len(model.module.batch_gain)
     np.testing.assert_array_equal(model.get_latent_representation(), expected)

@@ -220,10 +220,10 @@ def table_reader(
 def named_batches(nodes: AnnData, setup: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
     """Return hashes of the names of technical batches, and the code of the batch of each node.
 
-    ``None`` where none are named, or their means are subtracted, which leaves nothing to match.
+    ``None`` where none are named, or batches are not to be matched.
     """
     key = setup["batch_key"] or setup["library_key"]
-    if key is None or setup["center"] == "batch":
+    if key is None or setup["center"] != "matched":
         return None
     batches = check_obs_key(nodes, key, "batch")
     names = pd.util.hash_array(np.asarray(batches.categories).astype(str).astype(object)).view(np.int64)

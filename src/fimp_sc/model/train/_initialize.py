@@ -92,7 +92,7 @@ def _match_batches(model: FIMP, study: Study, data: GraphData, train_idx: np.nda
     manager = model.get_anndata_manager(study.data, required=True)
     named = named_batches(study.nodes, manager.registry["setup_args"])
     real = [state[ExpressionField.SCALE] == "real" for state in table_states(field_state(model, X_KEY)).values()]
-    if named is None or all(real) or not recipe().matching:
+    if named is None or all(real):
         return False
     names, codes = named
     there, code = np.unique(codes[train_idx], return_inverse=True)
