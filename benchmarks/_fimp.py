@@ -107,6 +107,7 @@ RECIPE = {
         "balance of classes": {"class_balance": 0.0},
         "self prediction": {"self_prediction": False},
         "least weight of neighbors": {"least_neighbor_weight": 0.0},
+        "linear model of genes": {"linear_genes": 0},
         "smoothing": {"smoothing": False},
         "shifts": {"shifts": 0},
         "patience for labels": {"patience_labels": 3},
@@ -236,7 +237,8 @@ def train(adata: AnnData | MuData, run: Run, variant: Variant, **setup: Any) -> 
     parameters = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
     history = model.history
     validation = float(history["validation_loss"].min().iloc[0])
-    shares = f"neighbors {model.neighbor_weight:.2f}, smoothed {model.smoothing_weight:.2f}" if model.classes else ""
+    weights = {"neighbors": model.neighbor_weight, "smoothed": model.smoothing_weight, "linear": model.linear_weight}
+    shares = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items()) if model.classes else ""
     return model, Fit(np.empty(0), parameters, len(history["train_loss"]), seconds, validation, shares)
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from types import ModuleType, SimpleNamespace
 
@@ -579,3 +580,36 @@ def test_a_report_is_written_beside_the_output(section, tmp_path, calls, capsys)
     assert cli.main(["embed", str(section), "--output", str(tmp_path / "out.h5ad"), "--report", "report.txt"]) == 2
     assert "--report must end in .html" in capsys.readouterr().err
     assert len(calls) == 1, "refused before anything is computed"
+
+
+def test_inputs_are_not_replaced_by_results_of_several(section, tmp_path, calls, capsys) -> None:
+    other = shutil.copy(section, tmp_path / "other.h5ad")
+    before = section.read_bytes()
+    assert cli.main(["embed", str(section), str(other), "--output", str(tmp_path / "." / "")]) == 2
+    assert "section.h5ad' is an input, which would be replaced" in capsys.readouterr().err
+    assert section.read_bytes() == before
+    assert not calls
+
+
+@pytest.mark.parametrize("option", ["--output", "--report", "--save-model"])
+def test_folders_that_take_no_files_are_told_before_anything_is_computed(
+    section, tmp_path, calls, capsys, monkeypatch, option
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    make = tempfile.TemporaryFile
+
+    def refuse(**how):
+        if how["dir"] == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return make(**how)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    places = {"--output": tmp_path / "out.h5ad", "--report": tmp_path / "r.html", "--save-model": tmp_path / "m"}
+    places[option] = closed / places[option].name
+    arguments = [str(word) for pair in places.items() for word in pair]
+    assert cli.main(["embed", str(section), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert f"{option}: no file can be made in the folder {str(closed)!r} (Permission denied)" in error
+    assert not calls
+    assert not any(path.is_file() and path != section for path in tmp_path.rglob("*"))

@@ -17,13 +17,17 @@ TUTORIALS = Path(__file__).parents[1] / "tutorials"
 # What replaces the parameters of each notebook.
 SMALL = {
     "quick_start": {"n_obs": 240},
-    "label_transfer": {"n_obs": 300},
+    "visium_layers": {"n_obs": 240, "min_spots": 20},
+    "imaging_panel": {"n_obs": 600, "n_permutations": 10},
+    "several_sections": {"n_obs": 240, "min_spots": 20},
+    "dissociated_reference": {"n_obs": 500},
     "foundation_models": {"n_obs": 120},
     "attention": {"n_obs": 400, "n_permutations": 10},
     "fmri": {"n_times": 120},
     "image_graph": {"n_images": 200},
     "large_data": {"n_obs": 240, "n_tiles": 2},
 }
+REAL = ("visium_layers", "imaging_panel", "several_sections", "dissociated_reference")  # read files with real sections
 LARGEST = 1_000_000  # bytes
 # Folders of a machine, at the beginning of a text or after anything that is no part of an address or name.
 PATHS = re.compile(r"(?<![\w./:])/(?:home|root|tmp|usr|opt|var|srv|Users|mnt|private)/\w|[A-Z]:\\\\\w")
@@ -66,9 +70,21 @@ def test_all_notebooks_are_known() -> None:
     assert {path.stem for path in TUTORIALS.glob("*.ipynb")} == set(SMALL)
 
 
+def test_the_page_of_tutorials_tells_real_from_simulated() -> None:
+    page = (TUTORIALS.parent / "docs" / "tutorials.md").read_text(encoding="utf-8")
+    halves = page.split("| on simulated data")
+    real, simulated = (set(re.findall(r"generated/tutorials/(\w+)`", half)) for half in halves)
+    assert real == set(REAL)
+    assert real | simulated == set(SMALL)
+    for name in simulated:
+        assert "simulated" in "".join(notebook(name)["cells"][0]["source"]), name
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.usefixtures("_short")
-def test_notebook_runs(name: str) -> None:
+def test_notebook_runs(name: str, request, monkeypatch) -> None:
+    if name in REAL:
+        monkeypatch.setenv("FIMP_SC_DATA", str(request.getfixturevalue("shared_data")))
     with ExitStack() as stack:
         if name in ("fmri", "image_graph"):
             stack.enter_context(quiet_mudata())  # as readers make their own objects

@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 # Tutorials in the order in which they are best read; others follow.
-_ORDER = ("quick_start", "label_transfer", "foundation_models", "attention", "fmri", "image_graph", "large_data")
+_ORDER = (
+    "quick_start",
+    "visium_layers",
+    "imaging_panel",
+    "several_sections",
+    "dissociated_reference",
+    "foundation_models",
+    "attention",
+    "fmri",
+    "image_graph",
+    "large_data",
+)
 _PICTURES = (".png", ".svg")
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _NONE = "There are none in this copy.\n"
@@ -27,7 +38,7 @@ def copy_all(app: Sphinx) -> None:
     notebooks = {path.stem: path.read_bytes() for path in (root / "tutorials").glob("*.ipynb")}
     wanted |= {made / "tutorials" / f"{name}.ipynb": content for name, content in notebooks.items()}
     ordered = sorted(notebooks, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
-    listing = _toctree((f"generated/tutorials/{name}" for name in ordered), hidden=False) if notebooks else _NONE
+    listing = _toctree(f"generated/tutorials/{name}" for name in ordered) if notebooks else _NONE
     wanted[made / "tutorials.inc.md"] = listing.encode()
 
     for name in ("CHANGELOG", "CONTRIBUTING"):
@@ -70,9 +81,8 @@ def _with_pictures(text: str, folder: str) -> str:
     return re.sub(r"(!\[[^\]]*\]\()(?!\w+:)", rf"\g<1>{folder}", text)
 
 
-def _toctree(pages: Iterable[str], *, hidden: bool = True) -> str:
-    options = [":maxdepth: 1", *([":hidden:"] if hidden else [])]
-    return "\n".join(["```{toctree}", *options, "", *pages, "```", ""])
+def _toctree(pages: Iterable[str]) -> str:
+    return "\n".join(["```{toctree}", ":maxdepth: 1", ":hidden:", "", *pages, "```", ""])
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -142,6 +142,12 @@ class Recipe:
     # Where neighbors count nothing in the first epochs, as with cell types, the network would be late to learn what
     # they tell.
     least_neighbor_weight: float = 0.3
+    # Most genes that a linear model of labels reads beside the network, cells that it is fitted to, and the inverse
+    # strength of its ridge where all genes together have a variance of 1. A panel has genes that neither tokens nor
+    # components show; a whole transcriptome has more of them than cells, and a linear model of them adds nothing.
+    linear_genes: int = 5000
+    linear_cells: int = 10_000
+    linear_strength: float = 200.0
     smoothing: bool = True
     # Shifts of a whole section that predictions of other sections must stand, and their size in standard deviations of
     # cells along each component: neighboring sections of one donor differ by about 0.4 (DLPFC 151673, 151674).

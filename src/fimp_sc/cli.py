@@ -144,6 +144,9 @@ def _run_tool(
             message = "--report is of one input: read the results with fimp_sc.pl.report in Python."
             raise ValueError(message)
         report = ReportFile().accept(report, "--report")
+        _check_writable(report.parent, "--report")
+    if save_model is not None:
+        _check_writable(next(folder for folder in save_model.absolute().parents if folder.is_dir()), "--save-model")
     objects = {path.stem: _read(path) for path in sources}
     before = {name: _keys(data) for name, data in objects.items()}
     first = next(iter(objects.values()))
@@ -206,7 +209,13 @@ def _outputs(sources: list[Path], output: Path) -> list[Path]:
         if len({source.stem for source in sources}) < len(sources):
             message = "inputs must have different file names, by which results are told apart."
             raise ValueError(message)
-        return [output / f"{source.stem}.h5ad" for source in sources]
+        outputs = [output / f"{source.stem}.h5ad" for source in sources]
+        own = [path for path in outputs if any(path.resolve() == source.resolve() for source in sources)]
+        if own:
+            message = f"--output: {str(own[0])!r} is an input, which would be replaced; name another folder."
+            raise ValueError(message)
+        _check_writable(output, "--output")
+        return outputs
     if not output.parent.is_dir():
         message = f"--output: folder {str(output.parent)!r} does not exist; create it first."
         raise FileNotFoundError(message)
@@ -217,7 +226,18 @@ def _outputs(sources: list[Path], output: Path) -> list[Path]:
     if output.suffix != suffix:
         message = f"--output: {output.name!r} must end in {suffix}, which is what is written for {sources[0].name!r}."
         raise ValueError(message)
+    _check_writable(output.parent, "--output")
     return [output]
+
+
+def _check_writable(folder: Path, option: str) -> None:
+    """Raise an OSError where a folder takes no files, before anything is computed for it."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        message = f"{option}: no file can be made in the folder {str(folder)!r} ({error.strerror}); name another one."
+        raise OSError(message) from None
 
 
 def _read(source: Path) -> AnnData | MuData:

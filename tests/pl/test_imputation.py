@@ -208,3 +208,17 @@ def test_unusable_input(imputed, arguments, error, message) -> None:
 
 def test_what_becomes_of_the_figure(imputed) -> None:
     check_figure(pl.imputation, imputed, list(imputed.var_names[:2]), shape=(2, 3))
+
+
+def test_many_rows_stand_two_by_two(imputed) -> None:
+    genes = list(imputed.var_names[:5])
+    axes = pl.imputation(imputed, genes, show=False)
+    assert axes.shape == (5, 3)
+    figure = axes[0, 0].figure
+    figure.draw_without_rendering()
+    boxes = np.array([[ax.get_position().bounds[:2] for ax in row] for row in axes])
+    assert (np.diff(boxes[:, :, 0], axis=1) > 0).all()
+    assert np.allclose(boxes[0, :, 1], boxes[1, :, 1], atol=0.02)
+    assert boxes[1, 0, 0] > boxes[0, 2, 0]
+    assert (np.diff(boxes[::2, 0, 1]) < 0).all()
+    assert [ax.get_title().split(",")[0] for ax in axes[:, 0]] == genes

@@ -141,3 +141,30 @@ def test_results_of_a_modality(joint, tmp_path) -> None:
 def test_files_that_cannot_be_written(toy, tmp_path, file, error, message) -> None:
     with pytest.raises(error, match=message):
         pl.report(toy, tmp_path / file)
+
+
+def test_names_are_written_as_they_are_and_never_run(toy, tmp_path) -> None:
+    name = "<script>alert('$x_1$ & $')</script>"
+    toy.obs[name] = pd.Categorical(np.where(toy.obs["region"] == toy.obs["region"].iloc[0], f"{name}1", f"{name}2"))
+    toy = toy[:, toy.X.sum(axis=0).A1.argsort()[::-1][:40]].copy()
+    toy.var_names = [f"{gene}$^<b>$" for gene in toy.var_names]
+    key = "k<i>$_{$"
+    toy.obsm["X_fimp"] = np.random.default_rng(0).normal(size=(toy.n_obs, 4))
+    pp.spatial_graph(toy, library_key="section")
+    tl.niches(toy, 2, n_seeds=2, labels_key=name, key_added=key, verbose=False)
+    tl.gene_pairs(toy, name, n_genes=3, n_permutations=10, min_edges=5, verbose=False)
+    page = Page(pl.report(toy, tmp_path / "report.html", title=name))
+    assert not page.tags & {"script", "b", "i"}
+    assert len(page.images) == 4  # degree, niches, composition, pairs
+    assert key in page.cells
+    assert any(f"labels_key = {name}" in cell for cell in page.cells)
+
+
+def test_columns_and_embeddings_that_show_nothing_are_left_out(tissue, tmp_path) -> None:
+    toy = tissue.copy()
+    toy.uns["fimp_niche"]["params"]["labels_key"] = "empty"
+    toy.obs["empty"] = np.nan
+    toy.obsm["X_fimp"] = sparse.csr_matrix(toy.obsm["X_fimp"])
+    assert len(Page(pl.report(toy, tmp_path / "report.html")).images) == 7  # no losses: it is a copy
+    with pytest.raises(ValueError, match="adata has no cells"):
+        pl.report(toy[:0], tmp_path / "report.html")

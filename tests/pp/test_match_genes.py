@@ -8,10 +8,12 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from geneformer_toys import dictionaries, write_dictionaries
 from scipy import sparse
 
 from fimp_sc._errors import MissingKeyError
 from fimp_sc.pp import match_genes
+from fimp_sc.pretrained import load
 
 KEY = "fimp_vocabulary_id"
 VOCABULARY = {"GFAP": 5, "AQP4": 2, "C1orf112": 9, "<pad>": 1}
@@ -268,3 +270,26 @@ def test_real_human_genes(shared_data):
     assert match.fraction_of_counts == pytest.approx(float(truth), rel=1e-5)
     by_id = match_genes(adata, vocabulary, gene_key="ensembl_id")
     assert by_id.table["id"].tolist() == match.table["id"].tolist()
+
+
+@pytest.mark.parametrize("ending", ["pkl", "json"])
+def test_folders_of_geneformer_are_read(tmp_path, ending):
+    genes = [f"ENSG{i:011d}" for i in range(3)]
+    names = {"AQP4": genes[0], "GFAP": genes[1], "C1orf112": genes[2]}
+    write_dictionaries(tmp_path, dictionaries(genes, names=names), ending)
+    adata = make_adata()
+    match_genes(adata, tmp_path)
+    row = load("geneformer", write_settings(tmp_path)).vocabulary()
+    assert adata.var[KEY].tolist() == [row["AQP4"], row["GFAP"], row["C1orf112"], -1]
+
+
+def test_a_folder_without_any_vocabulary_says_what_models_look_for(tmp_path):
+    with pytest.raises(ValueError, match=r"no vocabulary that .*scgpt: .*geneformer: .*token_di"):
+        match_genes(make_adata(), tmp_path)
+
+
+def write_settings(folder):
+    """The files without which no checkpoint is loaded; nothing in them is read for names of genes."""
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder

@@ -165,7 +165,7 @@ def test_what_is_wrong_is_told(spots, slide) -> None:
     with pytest.warns(UserWarning, match="A patch covers 16 pixels of the image and is enlarged to 224"):
         spot_images(spots, slide, width_px=16)
     spots.uns["spatial"] = {"s1": {"images": {}, "scalefactors": {}}}
-    with pytest.raises(KeyError, match=r"'hires' is not in the images in adata.uns"):
+    with pytest.raises(KeyError, match=r"uns\['spatial'\] has no image 'hires' or 'lowres' with its factor"):
         spot_images(spots, width_px=16)
     del spots.obsp["spatial_connectivities"]
     with pytest.raises(KeyError, match=r"'spatial_connectivities' is not in adata.obsp"):
@@ -181,3 +181,50 @@ def test_a_foundation_model_reads_them(spots, slide, tmp_path) -> None:
     foundation = fimp_sc.pretrained.load("vit", tmp_path)
     fimp_sc.tl.embed(mdata, modality="he", foundation=foundation, zero_shot=True, verbose=False, accelerator="cpu")
     assert mdata["he"].obsm["X_fimp"].shape == (12, 16)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), "wide", None])
+@pytest.mark.parametrize("name", ["tissue_hires_scalef", "spot_diameter_fullres", "microns_per_pixel"])
+def test_scale_factors_must_be_numbers(spots, slide, name, value) -> None:
+    factors = {"tissue_hires_scalef": 1.0, "spot_diameter_fullres": 8.0, "microns_per_pixel": 8.0, name: value}
+    if name == "spot_diameter_fullres":
+        del factors["microns_per_pixel"]
+    spots.uns["spatial"] = {"one": {"images": {"hires": slide}, "scalefactors": factors}}
+    with pytest.raises(ValueError, match=rf"'{name}' in the scale factors of adata.uns\['spatial'\] is {value!r}"):
+        spot_images(spots, width_um=128, image_size=16)
+    # What is passed is not asked of the object.
+    assert spot_images(spots, width_um=128, image_size=16, scale=1.0, microns_per_pixel=8.0)["he"].n_obs == 12
+
+
+def test_an_image_without_a_factor_and_entries_without_images(spots, slide) -> None:
+    spots.uns["spatial"] = {"one": {"images": {"hires": slide}, "scalefactors": {"spot_diameter_fullres": 8.0}}}
+    with pytest.raises(KeyError, match=r"no image 'hires' or 'lowres' with its factor .*images: 'hires'"):
+        spot_images(spots, width_px=16)
+    spots.uns["spatial"] = {}
+    with pytest.raises(KeyError, match="has no images: pass image="):
+        spot_images(spots, width_px=16)
+
+
+@pytest.mark.parametrize(
+    "width",
+    [{"width_px": 121.0}, {"width_um": 1.0, "microns_per_pixel": 1e-9}, {"width_um": 1, "microns_per_pixel": 2}],
+)
+def test_a_patch_is_a_part_of_the_image(spots, slide, width) -> None:
+    with pytest.raises(ValueError, match=r"makes patches of .* pixels, and the image has 90 × 120"):
+        spot_images(spots, slide, image_size=16, **width)
+
+
+def test_places_in_one_spot_of_the_image_are_told(spots, slide) -> None:
+    wide = np.pad(slide, [(0, 6000), (0, 6000), (0, 0)])
+    with pytest.warns(UserWarning, match=r"All 12 nodes lie within .*another unit"):
+        spot_images(spots, wide, width_px=16, image_size=16)
+
+
+def test_a_damaged_file_is_named(spots, slide, tmp_path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("zarr")
+    tifffile.imwrite(tmp_path / "slide.tif", slide, tile=(16, 16))
+    content = (tmp_path / "slide.tif").read_bytes()
+    (tmp_path / "slide.tif").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cannot be read at rows .*damaged or incomplete"):
+        spot_images(spots, tmp_path / "slide.tif", width_px=16, image_size=16)

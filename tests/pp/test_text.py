@@ -152,3 +152,12 @@ def test_without_the_package_its_line_is_told(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ImportError, match="pip install tokenizers"):
         text(TEXTS, edges=EDGES, tokenizer=write_tokenizer(tmp_path / "model"))
+
+
+def test_broken_characters_and_lengths_without_room(folder) -> None:
+    texts = {"a": "cell \ud800", "b": "death"}
+    with pytest.raises(ValueError, match=r"1 of 2 texts have characters that are none of Unicode .*'a'"):
+        text(texts, edges=[("a", "b")], tokenizer=folder)
+    for few in (1, 2):
+        with pytest.raises(ValueError, match=f"max_tokens={few} has no room for text: 2 tokens"):
+            text(["a", "b"], edges=[(0, 1)], tokenizer=folder, max_tokens=few)

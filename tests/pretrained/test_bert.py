@@ -129,7 +129,7 @@ def test_configurations_that_are_not_supported(tmp_path, change: dict, message: 
 
 def test_layers_that_are_not_there(tmp_path) -> None:
     random_bert().save_pretrained(tmp_path)
-    for layer in (0, 4, -4):
+    for layer in (0, 4, -4, 1.5, True):
         with pytest.raises(ValueError, match="layer must be from 1 to 3, or from -3 to -1"):
             read(tmp_path, layer)
 

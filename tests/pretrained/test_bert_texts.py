@@ -86,3 +86,25 @@ def test_a_layer_below_the_last_can_be_read(folder) -> None:
     assert len(load("bert", folder, layer=-2).read().stack.layers) == 1
     with pytest.raises(ValueError, match="layer must be from 1 to 2"):
         load("bert", folder, layer=3).read()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content["added_tokens"].append({"content": "x"}),
+        lambda content: content["added_tokens"].append(5),
+        lambda content: content["model"]["vocab"].update(x=-1),
+        lambda content: content["model"]["vocab"].update(x=10**12),
+    ],
+)
+def test_numbers_of_words_that_make_no_sense(folder, tmp_path, spoil) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    spoil(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"must number words, and those of 'added_tokens', from 0"):
+        read_words(tmp_path)
+
+
+def test_a_list_of_modules_of_any_encoding_is_searched(folder) -> None:
+    (folder / "modules.json").write_bytes(b"\xff\xfe sentence_transformers.models.Normalize")
+    assert foundation_reader("bert").read(folder).config["unit_length"]

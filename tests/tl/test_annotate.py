@@ -36,6 +36,7 @@ def test_writes_labels_confidence_and_probabilities_and_nothing_else(tissue, qui
     assert list(record["classes"]) == CLASSES
     model = fimp_sc.tl.get_model(tissue)
     assert (record["neighbor_weight"], record["smoothing_weight"]) == (model.neighbor_weight, model.smoothing_weight)
+    assert record["linear_weight"] == model.linear_weight
     assert record["params"]["labels_key"] == "label"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
@@ -321,3 +322,29 @@ def test_object_is_unchanged_when_training_diverges(tissue, quick, unchanged, mo
 def test_other_types_are_refused(tissue, quick) -> None:
     with pytest.raises(TypeError, match="Expected an AnnData object, found DataFrame"):
         fimp_sc.tl.embed(tissue.to_df(), **quick)
+
+
+def test_cells_and_genes_may_be_numbered(tissue, quick) -> None:
+    adata = tissue[tissue.obs["section"] == "section_1"].copy()
+    fimp_sc.pp.spatial_graph(adata)
+    adata.obs_names, adata.var_names = [[str(i) for i in range(n)] for n in adata.shape]
+    adata.layers["mask"] = np.zeros(adata.shape, dtype=bool)
+    adata.layers["mask"][:, 0] = True
+    numbered = adata.copy()
+    # As after adata.obs.reset_index(inplace=True), which anndata itself does not turn into text.
+    numbered.obs.index, numbered.var.index = pd.RangeIndex(adata.n_obs), pd.RangeIndex(adata.n_vars)
+    for one in (adata, numbered):
+        fimp_sc.tl.embed(one, **quick)
+        fimp_sc.tl.annotate(one, "label", **quick)
+        fimp_sc.tl.niches(one, 2, n_seeds=2, verbose=False)
+        fimp_sc.tl.impute(one, hidden="mask", **quick)
+        fimp_sc.tl.attention(one, "label", n_permutations=10, **quick)
+        fimp_sc.tl.gene_pairs(one, "label", n_permutations=10, min_edges=5, verbose=False)
+    assert isinstance(numbered.obs.index, pd.RangeIndex)
+    for slot, key in (("obsm", "X_fimp"), ("obsm", "fimp_label_probabilities"), ("layers", "fimp")):
+        np.testing.assert_array_equal(getattr(numbered, slot)[key], getattr(adata, slot)[key])
+    for key in ("fimp_label", "fimp_niche"):
+        assert list(numbered.obs[key]) == list(adata.obs[key])
+    assert (numbered.obsp["fimp_attention"] != adata.obsp["fimp_attention"]).nnz == 0
+    pairs = [one.uns["fimp_gene_pairs"]["pairs"] for one in (adata, numbered)]
+    pd.testing.assert_frame_equal(*pairs)

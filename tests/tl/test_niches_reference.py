@@ -141,3 +141,48 @@ def test_references_that_cannot_serve(reference, unchanged) -> None:
         del reference.uns["fimp_niche"]["mixture"]
         with pytest.raises(ValueError, match="has no mixture"):
             tl.niches(other, reference=reference)
+
+
+def test_a_reference_keeps_its_own_niches(reference) -> None:
+    before = reference.uns["fimp_niche"]["mixture"]
+    for given in (reference, [reference, groups(3)]):
+        with pytest.raises(ValueError, match=r"The reference is the object itself.*copy=True"):
+            tl.niches(given, reference=reference, verbose=False)
+    assert reference.uns["fimp_niche"]["mixture"] is before
+    again = tl.niches(reference, reference=reference, copy=True, verbose=False)
+    assert (again.obs["fimp_niche"] == reference.obs["fimp_niche"]).all()
+
+
+def test_one_cell_is_found_among_the_niches_of_a_reference(reference) -> None:
+    other = groups(1)
+    tl.niches(other, reference=reference, verbose=False)
+    for i in (0, 7):
+        one = groups(1)[[i]].copy()
+        tl.niches(one, reference=reference, verbose=False)
+        np.testing.assert_allclose(one.obsm[PARTS], other.obsm[PARTS][[i]], rtol=1e-6)
+
+
+def test_each_of_several_objects_is_a_reference(tmp_path) -> None:
+    whole, other = groups(0), groups(1)
+    found = whole.copy()
+    tl.niches(found, 4, smooth=0, n_seeds=2)
+    tl.niches(other, reference=found, overwrite=True)
+    expected = other.obs["fimp_niche"].astype(str).to_numpy()
+    # The second has cells of the same names as the first, and none of one niche.
+    lacking = (found.obs["fimp_niche"] == "1").to_numpy()
+    half = np.arange(whole.n_obs) % 2 == 0
+    first, second = whole[half | lacking].copy(), whole[~half & ~lacking].copy()
+    second.obs_names = first.obs_names[: second.n_obs]
+    tl.niches({"first": first, "second": second}, 4, smooth=0, n_seeds=2)
+    second.write_h5ad(tmp_path / "second.h5ad")
+    for reference in (first, second, ad.read_h5ad(tmp_path / "second.h5ad")):
+        tl.niches(other, reference=reference)
+        assert (other.obs["fimp_niche"].astype(str) == expected).mean() > 0.99
+    names = {"0": "stroma", "1": "vessel", "2": "tumor", "3": "fat"}
+    for reference in (first, second):
+        reference.obs["fimp_niche"] = reference.obs["fimp_niche"].cat.rename_categories(names)
+        tl.niches(other, reference=reference)
+        assert (other.obs["fimp_niche"].astype(str) == pd.Series(expected).map(names).to_numpy()).mean() > 0.99
+    second.obs["fimp_niche"] = second.obs["fimp_niche"].cat.remove_unused_categories()
+    with pytest.raises(KeyError, match="have no niche there any more"):
+        tl.niches(other, reference=second)

@@ -8,9 +8,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
 import fimp_sc
 from fimp_sc import tl
+from fimp_sc.tl._call import _several as several
 
 HOW = {"accelerator": "cpu", "verbose": False}
 
@@ -208,3 +210,127 @@ def test_objects_in_files_are_refused(halves, quick, tmp_path) -> None:
     second.write_h5ad(tmp_path / "b.h5ad")
     with pytest.raises(ValueError, match=r"Of the object '1': its expression is not in memory.*to_memory\(\)"):
         tl.embed([first, ad.read_h5ad(tmp_path / "b.h5ad", backed="r")], **quick)
+
+
+def test_values_of_any_type_are_read_as_in_one_object(halves, quick) -> None:
+    other = {name: adata.copy() for name, adata in halves.items()}
+    tl.embed(halves, **quick)
+    first, second = other.values()
+    first.X = first.X.toarray().astype(np.float16)
+    first.obs.index = pd.Index(range(first.n_obs))  # which anndata itself holds until it copies
+    second.X = second.X.tocsc().astype(np.int64)
+    first.obs["kit"] = "a"
+    tl.embed(other, **quick)
+    for name, adata in other.items():
+        np.testing.assert_allclose(adata.obsm["X_fimp"], halves[name].obsm["X_fimp"], rtol=1e-4, atol=1e-5)
+
+
+def test_views_become_objects_of_their_own_without_a_word(halves, quick) -> None:
+    views = [adata[:40] for adata in halves.values()]
+    tl.embed(views, **quick)
+    again = [view[:35] for view in views]
+    tl.niches(again, 2, n_seeds=2, verbose=False)
+    assert all("fimp_niche" in view.obs for view in again)
+    assert not any("X_fimp" in adata.obsm or "fimp_niche" in adata.obs for adata in halves.values())
+
+
+def test_each_object_needs_genes_of_a_given_model(section, reference, unchanged) -> None:
+    strange = section.copy()
+    strange.var_names = [f"other_{gene}" for gene in strange.var_names]
+    with unchanged(section), unchanged(strange), pytest.raises(ValueError, match="Of the object 'b': Only 0 of the 30"):
+        tl.annotate({"a": section, "b": strange}, "label", model=reference, **HOW)
+
+
+def test_what_is_uncertain_of_one_object_is_said_with_its_name(halves, quick) -> None:
+    first, second = halves.values()
+    second.var["feature_types"] = ["Gene Expression"] * 28 + ["Negative Control Probe"] * 2
+    with pytest.warns(
+        UserWarning, match=r"Of the object 'b': .*tells 2 'Negative Control Probe' from 28 genes"
+    ) as told:
+        tl.embed({"a": first, "b": second}, **quick)
+    assert len(told) == 1
+
+
+def test_objects_without_a_common_gene_are_told(halves, quick) -> None:
+    first, second = halves.values()
+    three = {"a": first[:, :20].copy(), "b": second[:, 10:].copy(), "c": second[:, :5].copy()}
+    three["c"].var_names = [f"ENSG{i}" for i in range(5)]
+    with pytest.warns(UserWarning, match="^'c' of 3 objects have no gene in common with any other"):
+        tl.embed(three, **quick)
+
+
+@pytest.mark.parametrize("tool", [tl.annotate, tl.gene_pairs])
+def test_a_column_that_no_object_has_is_looked_for_in_all(halves, tool) -> None:
+    halves["section_2"].obs["kind"] = "x"
+    with pytest.raises(KeyError, match=r"'kinds' is not in adata.obs of any object .*'kind'"):
+        tool(halves, "kinds", verbose=False)
+
+
+def test_samples_of_two_objects_are_never_one(halves, quick) -> None:
+    first, second = halves.values()
+    first.obs["section"], second.obs["section"] = "b c", "c"
+    with pytest.raises(ValueError, match=r"samples of one name.*\['a', 'a b'\]"):
+        tl.embed({"a": first, "a b": second}, library_key="section", **quick)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "frame"])
+def test_representations_of_any_kind_are_clustered_by_name_of_columns(kind) -> None:
+    rng = np.random.default_rng(0)
+    values = [6 * np.eye(3)[rng.integers(0, 3, 40)] * [1, 2, 3] + rng.normal(size=(40, 3)) for _ in range(2)]
+    objects = [ad.AnnData(obs=pd.DataFrame(index=[f"{i}{k}" for k in range(40)])) for i in "ab"]
+    for adata, own in zip(objects, values, strict=True):
+        adata.obsm["rep"] = own
+        adata.obsm["aside"] = sparse.csr_matrix(own)  # is not read
+    how = {"smooth": 0, "n_seeds": 2, "verbose": False}
+    tl.niches(objects, 3, use_rep="rep", **how)
+    expected = [adata.obs["fimp_niche"].astype(str) for adata in objects]
+    for adata, own in zip(objects, values, strict=True):
+        adata.obsm["rep"] = sparse.csr_matrix(own) if kind == "sparse" else pd.DataFrame(own, adata.obs_names, [*"xyz"])
+    if kind == "frame":
+        objects[1].obsm["rep"] = objects[1].obsm["rep"][["z", "x", "y"]]
+    tl.niches(objects, 3, use_rep="rep", **how)
+    for adata, own in zip(objects, expected, strict=True):
+        assert (adata.obs["fimp_niche"].astype(str) == own).all()
+    if kind == "frame":
+        objects[1].obsm["rep"] = objects[1].obsm["rep"].rename(columns={"z": "w"})
+        with pytest.raises(ValueError, match=r"obsm\['rep'\] has other columns in some objects"):
+            tl.niches(objects, 3, use_rep="rep", **how)
+    objects[1].obsm["rep"] = values[1][:, :2]
+    with pytest.raises(ValueError, match=r"other numbers of columns in some objects, \{'0': 3, '1': 2\}"):
+        tl.niches(objects, 3, use_rep="rep", **how)
+
+
+def test_niches_of_several_objects_are_a_reference_in_each_of_them(halves, quick, tmp_path) -> None:
+    first, second = halves.values()
+    second.obs_names = first.obs_names[: second.n_obs]  # names that another object has, too
+    tl.embed([first, second], **quick)
+    tl.niches([first, second], 4, n_seeds=2, verbose=False)
+    other = first.copy()
+    other.obsm["X_fimp"] = first.obsm["X_fimp"][::-1].copy()
+    second.write_h5ad(tmp_path / "b.h5ad")
+    found = []
+    for reference in (first, second, ad.read_h5ad(tmp_path / "b.h5ad")):
+        tl.niches(other, reference=reference, verbose=False, overwrite=True)
+        found.append(other.obsm["fimp_niche_probabilities"])
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_allclose(found[0], found[2], rtol=1e-6)
+    # Of a niche without a cell in one of them, too.
+    code = second.obs["fimp_niche"].cat.codes.to_numpy()
+    assert [cell == "" for cell in second.uns["fimp_niche"]["mixture"]["typical"]] == [i not in code for i in range(4)]
+
+
+def test_nothing_is_written_to_any_if_results_of_one_cannot_be_made(halves, quick, unchanged, monkeypatch) -> None:
+    first, second = halves.values()
+    made, make = [], several._results
+
+    def fail(*arguments):
+        made.append(make(*arguments))
+        if len(made) == 2:
+            raise MemoryError
+        return made[-1]
+
+    monkeypatch.setattr(several, "_results", fail)
+    with unchanged(first), unchanged(second), pytest.raises(MemoryError):
+        tl.embed([first, second], **quick)
+    with pytest.raises(KeyError, match="No model is known"):
+        tl.get_model(first)

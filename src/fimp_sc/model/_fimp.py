@@ -299,6 +299,16 @@ class FIMP(BaseModelClass, metaclass=Listed):
         """
         return float(self.module.smoothing_weight) if self.messages else 0.0
 
+    @property
+    def linear_weight(self) -> float:
+        """Weight in predicted labels of a linear model that reads all genes of a panel, 0 to 1.
+
+        Its log-probabilities and those of the network, which have the rest, are averaged before they are smoothed.
+        Fitted to the labeled validation cells; 0 where there are none, of more than 5,000 genes, of a foundation model,
+        or without labels.
+        """
+        return float(self.module.linear_weight)
+
     def __dir__(self) -> list[str]:
         return [name for name in super().__dir__() if not isinstance(getattr_static(self, name, None), Absent)]
 

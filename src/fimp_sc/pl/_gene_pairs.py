@@ -99,14 +99,17 @@ def gene_pairs(
     if table.empty:
         raise ValueError(f"adata.uns[{key!r}]['pairs'] has no tested pair of these groups.")
 
-    ax = canvas.axes((8.2, 1.2 + 0.26 * max(len(table), 6)))
+    names = _titles(table)
+    # Long names leave the panel its width.
+    width = 8.2 + 0.08 * max(max(map(len, names)) - 50, 0)
+    ax = canvas.axes((width, 1.2 + 0.26 * max(len(table), 6)))
     place, n_edges = np.arange(len(table)), table["n_edges"].to_numpy(dtype=np.float64)
     most = float(n_edges.max())
     dots = ax.scatter(
         table[x], place, s=_area(n_edges, most), c=-np.log10(table["fdr"].to_numpy(dtype=np.float64)), cmap=cmap,
         vmin=0, edgecolors=np.where(table["fdr"] <= fdr, "black", "#bfbfbf"), linewidths=0.9, zorder=2,
     )  # fmt: skip
-    ax.set_yticks(place, _titles(table), fontsize="small")
+    ax.set_yticks(place, names, fontsize="small")
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.margins(x=0.08)
     ax.set_xlabel(_LABELS[x])

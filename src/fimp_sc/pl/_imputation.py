@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PANEL = 2.8  # inches
+_FEW_ROWS = 3  # more stand two by two
 
 
 @checked
@@ -68,7 +69,7 @@ def imputation(
     adata
         Object with expression, coordinates and imputed values; or a MuData object.
     genes
-        One gene or several; one row of panels for each, and for each sample.
+        One gene or several; three panels for each, and for each sample, of which more than three stand two by two.
     layer
         Name that :func:`fimp_sc.tl.impute` wrote to, in `.layers` or (of some genes) in `.obsm`.
     modality
@@ -148,7 +149,8 @@ def imputation(
         for title in (f"{name}, measured", f"{name}, imputed", score)
     ]
     titles = canvas.titles(of, _PANEL)
-    axes = canvas.axes((9.5, 3.1 * n_rows), (n_rows, 3))
+    beside = 1 if n_rows <= _FEW_ROWS else 2
+    axes = canvas.axes((9.5 * beside, 3.1 * -(-n_rows // beside)), (n_rows, 3), beside=beside)
     for i in range(len(names)):
         both = np.concatenate([observed[:, i], made[:, i]])
         both = both[np.isfinite(both)]

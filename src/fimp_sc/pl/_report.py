@@ -22,10 +22,12 @@ from fimp_sc._keys import records
 from fimp_sc._option_rules import Names, Text
 from fimp_sc._options import checked
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY
-from fimp_sc.data.storage._elements import get_graph, get_obs, in_memory, shorten
+from fimp_sc.data.storage._elements import get_graph, get_obs, shorten
+from fimp_sc.data.validate._checks import check_object
 from fimp_sc.pl._attention import attention
 from fimp_sc.pl._figure._common import results_of
 from fimp_sc.pl._figure._rules import ReportFile
+from fimp_sc.pl._figure._values import dense_entry
 from fimp_sc.pl._gene_pairs import gene_pairs
 from fimp_sc.pl._history import history
 from fimp_sc.pl._niche_composition import niche_composition
@@ -102,7 +104,7 @@ def report(
     FileNotFoundError
         If the folder does not exist.
     ValueError
-        If `file` does not end in `.html`, or results of several modalities are found.
+        If `file` does not end in `.html`, the object has no cells, or results of several modalities are found.
 
     Examples
     --------
@@ -119,6 +121,7 @@ def report(
     found, _ = results_of(adata, modality, lambda held, _: any(True for _ in records(held)))
     if not isinstance(found, AnnData):
         found = AnnData(obs=found.obs, obsm=dict(found.obsm), obsp=dict(found.obsp), uns=dict(found.uns))
+    check_object(found)
     page = _Page(found, adata, modality)
     sections = {
         name: content
@@ -259,7 +262,7 @@ class _Page:
         n_shown = 3 if n_samples <= _FEW else 1
         parts = []
         for key in self._of("tl.embed", self._adata.obsm):
-            values = np.asarray(in_memory(self._adata.obsm[key], f"adata.obsm[{key!r}]"), dtype=np.float64)
+            values = dense_entry(self._adata, key)
             parts.append(f"<p><code>.obsm[{escape(repr(key))}]</code>, {values.shape[1]:,} dimensions.</p>")
             there = np.isfinite(values).all(axis=1)
             if self._spatial is None or there.sum() < 2:
@@ -294,7 +297,10 @@ class _Page:
             record["params"].get(name) for record in self._records.values() for name in ("groupby", "labels_key")
         ]
         named = [self._records[niches]["params"].get("labels_key"), *of_calls, "cell_type"]
-        return next((str(name) for name in named if name is not None and str(name) in self._adata.obs), None)
+        for name in map(str, dict.fromkeys(name for name in named if name is not None)):
+            if name in self._adata.obs and get_obs(self._adata, [niches, name]).notna().all(axis=1).any():
+                return name
+        return None
 
     def labels(self) -> str:
         parts = []

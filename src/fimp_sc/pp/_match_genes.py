@@ -17,6 +17,7 @@ from fimp_sc.data.storage._elements import get_matrix, missing_key
 from fimp_sc.data.storage._rows import open_rows
 from fimp_sc.data.validate._checks import check_anndata
 from fimp_sc.pp._gene_match import GeneMatch, percent
+from fimp_sc.pretrained.files._files import CheckpointError
 from fimp_sc.pretrained.genes._match import Species, advice, match_names
 from fimp_sc.pretrained.genes._vocabulary import bare, mostly_ensembl, read_vocabulary
 
@@ -61,9 +62,9 @@ def match_genes(
     adata
         Cells × genes; the expression, in memory or not, is only read.
     vocabulary
-        Dict from symbol to id; sequence of symbols, whose ids are their positions; path of a ``vocab.json``, or of a
-        checkpoint folder that holds one. It may hold Ensembl ids instead of symbols. Tokens in angle brackets, such as
-        ``<pad>``, are no genes.
+        Dict from symbol to id; sequence of symbols, whose ids are their positions; path of a ``vocab.json``, or of the
+        folder of a checkpoint (scGPT, Geneformer, Nicheformer). It may hold Ensembl ids instead of symbols. Tokens in
+        angle brackets, such as ``<pad>``, are no genes.
     species
         ``"human"`` or ``"mouse"``, of the genes in ``adata``. Mouse genes are translated unless the vocabulary holds
         mouse genes itself.
@@ -129,7 +130,7 @@ def match_genes(
     1.0
     """
     check_anndata(adata)
-    ids = read_vocabulary(vocabulary)
+    ids = _vocabulary(vocabulary)
     matrix = get_matrix(adata, layer)
     names, symbols, used = _names(adata, gene_key, ids)
     check_key(key_added, "pp.match_genes", adata, {("var", used): "gene_key"}, overwrite=overwrite)
@@ -165,6 +166,22 @@ def match_genes(
     }
     _write(adata, key_added, match, {key: value for key, value in parameters.items() if value is not None})
     return match
+
+
+def _vocabulary(source: VocabularySource) -> dict[str, int]:
+    """Return the id of each gene: of a folder without ``vocab.json`` as a foundation model reads it from its files."""
+    if not isinstance(source, str | Path) or not Path(source).is_dir() or (Path(source) / "vocab.json").exists():
+        return read_vocabulary(source)
+    from fimp_sc.pretrained._registry import foundation_names, foundation_reader
+
+    readers = [foundation_reader(name) for name in foundation_names()]
+    why = []
+    for reader in (reader for reader in readers if reader.reads == "expression"):
+        try:
+            return reader.vocabulary(Path(source))
+        except CheckpointError as error:
+            why.append(f"{reader.name}: {error}")
+    raise CheckpointError(f"{str(source)!r} holds no vocabulary that a foundation model reads. {' '.join(why)}")
 
 
 def _names(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fimp_sc._errors import MissingKeyError
 from fimp_sc._logging import warn
 from fimp_sc._options import checked
 from fimp_sc.data._modality import CONNECTIVITIES_KEY, SPATIAL_KEY, check_modality_name, make_mudata, quiet_mudata
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 # What spot_diameter_fullres spans: Space Ranger takes spots for 65 micrometers wide, more than the 55 that they cover.
 _SPOT_UM = 65.0
+_LEAST_EXTENT = 0.02
 _RESOLUTIONS = ("hires", "lowres")
 _TIFF = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".btf", ".qptiff")
 
@@ -106,12 +108,14 @@ def spot_images(
     TypeError
         The image is none of these.
     ValueError
-        No width or two, micrometers without ``microns_per_pixel``, places outside of the image, or values out of range.
+        No width or two, or one that is no part of the image; micrometers without ``microns_per_pixel``; scale factors
+        that are none; places outside of the image; values out of range; or a file that cannot be read.
 
     Warns
     -----
     UserWarning
-        Patches have far fewer pixels in the image than ``image_size``: a finer image should be passed.
+        Patches have far fewer pixels in the image than ``image_size``: a finer image should be passed. All places are
+        in one spot of the image: coordinates may be of another unit.
 
     Examples
     --------
@@ -208,7 +212,7 @@ class _Slide:
         self.shape = (shape[0], shape[1], 3 if shape[2] == 4 else shape[2])
 
     def check(self, centers: NDArray[np.float64], names: Any, spatial_key: str) -> None:
-        """Raise a ValueError where places are outside of the image."""
+        """Raise a ValueError where places are outside of the image, and warn where they fill hardly any of it."""
         height, width = self.shape[:2]
         outside = np.flatnonzero(((centers < 0) | (centers > [width, height])).any(1))
         if len(outside):
@@ -218,6 +222,13 @@ class _Slide:
                 f"{width:,} pixels (height × width), first {names[outside[0]]!r} at x = {x:.4g}, y = {y:.4g}. "
                 f"Coordinates in adata.obsm[{spatial_key!r}] times scale={self.scale:.4g} must be pixels of the image, "
                 "x before y: pass scale=, the image in the resolution of the coordinates, or leave these nodes out."
+            )
+        extent = np.ptp(centers, axis=0)
+        if len(centers) > 1 and (extent < _LEAST_EXTENT * np.array([width, height])).all():
+            warn(
+                f"All {len(centers):,} nodes{self.of} lie within {extent[0]:.3g} × {extent[1]:.3g} pixels (width × "
+                f"height) of an image of {width:,} × {height:,}: are coordinates in adata.obsm[{spatial_key!r}] pixels "
+                "of the image, rather than rows and columns of an array? Pass scale= where they are in another unit."
             )
 
     def patch(self, center: NDArray[np.float64], width: float, size: int) -> NDArray[np.uint8]:
@@ -241,14 +252,23 @@ class _Slide:
 
 
 def _width(slide: _Slide, width_um: float | None, width_px: float | None) -> float:
-    if width_px is not None:
-        return width_px
-    if slide.microns_per_pixel is None:
+    """Return the width of a patch in pixels of the image, which must be that of a part of it."""
+    if width_px is None and slide.microns_per_pixel is None:
         raise ValueError(
             f"width_um= needs microns_per_pixel=, micrometers per pixel of the image{slide.of}: nothing in "
             "adata.uns['spatial'] tells them. Pass it, or width_px=."
         )
-    return float(width_um or 0) / slide.microns_per_pixel
+    asked, width = f"width_px={width_px}", float(width_px or 0)
+    if width_px is None:
+        width = float(width_um or 0) / float(slide.microns_per_pixel or 1)
+        asked = f"width_um={width_um} at {slide.microns_per_pixel:.4g} micrometers per pixel"
+    height, across = slide.shape[:2]
+    if not 1 <= width <= max(height, across):
+        raise ValueError(
+            f"{asked} makes patches of {width:.4g} pixels, and the image{slide.of} has {height:,} × {across:,} (height "
+            "× width): pass another width, or the right microns_per_pixel=."
+        )
+    return width
 
 
 def _slide(
@@ -265,21 +285,24 @@ def _slide(
     factors = entry.get("scalefactors") if isinstance(entry, Mapping) else None
     factors = factors if isinstance(factors, Mapping) else {}
     known = None  # micrometers per pixel in full resolution
-    if "microns_per_pixel" in factors:
-        known = float(factors["microns_per_pixel"])
-    elif "spot_diameter_fullres" in factors:
-        known = _SPOT_UM / float(factors["spot_diameter_fullres"])
+    if microns_per_pixel is None and "microns_per_pixel" in factors:
+        known = _factor(factors, "microns_per_pixel", of)
+    elif microns_per_pixel is None and "spot_diameter_fullres" in factors:
+        known = _SPOT_UM / _factor(factors, "spot_diameter_fullres", of)
     own_scale = 1.0
     if image is None:
         images = entry.get("images") if isinstance(entry, Mapping) else None
         images = images if isinstance(images, Mapping) else {}
         usable = [name for name in _RESOLUTIONS if name in images and f"tissue_{name}_scalef" in factors]
         if not usable:
-            raise missing_key(
-                "hires", f"the images in adata.uns['spatial']{of}", images,
-                "An image with its factor in 'scalefactors' (tissue_hires_scalef) is needed: pass image= and scale=.",
-            )  # fmt: skip
-        image, own_scale = images[usable[0]], float(factors[f"tissue_{usable[0]}_scalef"])
+            held = [shorten([repr(name) for name in entries]) or "none" for entries in (images, factors)]
+            raise MissingKeyError(
+                f"adata.uns['spatial']{of} has no image 'hires' or 'lowres' with its factor in 'scalefactors' (such as "
+                f"'tissue_hires_scalef'); images: {held[0]}; factors: {held[1]}. Pass image= and scale=."
+            )
+        image, own_scale = images[usable[0]], 1.0
+        if scale is None:
+            own_scale = _factor(factors, f"tissue_{usable[0]}_scalef", of)
     elif _is_dictionary(image):
         if sample is None:
             raise ValueError("image is a dictionary by sample: name the column of samples with library_key=.")
@@ -290,6 +313,20 @@ def _slide(
     if microns_per_pixel is None and known is not None:
         microns_per_pixel = known / scale
     return _Slide(*_open(image, of, files), scale, microns_per_pixel, of)
+
+
+def _factor(factors: Mapping[str, Any], name: str, of: str) -> float:
+    """Return a scale factor of Space Ranger, a finite number above 0."""
+    try:
+        value = float(factors[name])
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not (np.isfinite(value) and value > 0):
+        raise ValueError(
+            f"{name!r} in the scale factors of adata.uns['spatial']{of} is {factors[name]!r}, and must be a number "
+            "above 0: read the file of scale factors again, or pass scale= and microns_per_pixel=."
+        )
+    return value
 
 
 def _is_dictionary(image: Any) -> bool:
@@ -312,6 +349,8 @@ def _entry(adata: AnnData, sample: str | None, *, needed: bool) -> Any:
             "name the column of obs that tells which spot is of which with library_key=."
         )
     key, where, found = ("spatial", "adata.uns", adata.uns) if sample is None else (sample, "uns['spatial']", entries)
+    if key in found:  # and holds nothing
+        raise MissingKeyError("adata.uns['spatial'] has no images: pass image=.")
     raise missing_key(key, where, found, "There is no image: pass image=.")
 
 
@@ -349,7 +388,13 @@ def _open(image: Any, of: str, files: ExitStack) -> tuple[Region, tuple[int, int
 
     def region(rows: slice, columns: slice) -> NDArray[Any]:
         where = {"Y": rows, "X": columns, "S": slice(None)}
-        cut = np.asarray(image[tuple(where[name] for name in axes)]).transpose(order)
+        try:
+            cut = np.asarray(image[tuple(where[name] for name in axes)]).transpose(order)
+        except Exception as error:  # whatever the reader of a format raises
+            raise ValueError(
+                f"The image{of} cannot be read at rows {rows.start:,} to {rows.stop:,} ({error}): the file may be "
+                "damaged or incomplete."
+            ) from error
         return cut if cut.ndim == 3 else cut[..., None]
 
     return region, (int(sizes["Y"]), int(sizes["X"]), n_channels)

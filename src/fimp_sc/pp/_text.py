@@ -96,7 +96,8 @@ def text(
         Something that is not a text.
     ValueError
         No texts; neither or both of ``edges`` and ``adjacency``; edges between names that are not there, or none
-        between different nodes; labels or a graph of another number of nodes.
+        between different nodes; labels or a graph of another number of nodes; broken characters; or ``max_tokens`` that
+        leaves no room for text.
 
     Warns
     -----
@@ -139,6 +140,12 @@ def text(
             f"texts must be texts, and {len(other):,} of {len(values):,} are not, such as that of {other[0]!r}: "
             f"{values[nodes.index(other[0])]!r}. Leave these nodes out, or give them a text."
         )
+    broken = [name for name, value in zip(nodes, values, strict=True) if not _is_unicode(value)]
+    if broken:
+        raise ValueError(
+            f"{len(broken):,} of {len(values):,} texts have characters that are none of Unicode (half of a pair), such "
+            f"as that of {broken[0]!r}: read them again with the encoding of their file."
+        )
     obs = pd.DataFrame(
         {_TEXT_KEY: values} | one_label_each(labels, nodes, "text", (_TEXT_KEY,), given=not numbered),
         index=pd.Index(nodes),
@@ -176,6 +183,14 @@ def text(
         len(nodes), ids.shape[1], graph.nnz, modality, CONNECTIVITIES_KEY,
     )  # fmt: skip
     return mdata
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _joined(edges: Any, names: Sequence[str], directed: bool) -> sparse.csr_matrix:

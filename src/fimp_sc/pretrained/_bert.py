@@ -257,8 +257,9 @@ def kept_layers(layer: int, n_layers: int, weights: Weights) -> int:
     ValueError
         There is no such layer.
     """
-    kept = layer if layer >= 0 else n_layers + 1 + layer
-    if not 1 <= kept <= n_layers:
+    whole = isinstance(layer, int) and not isinstance(layer, bool)
+    kept = layer if not whole or layer >= 0 else n_layers + 1 + layer
+    if not whole or not 1 <= kept <= n_layers:
         raise ValueError(
             f"layer must be from 1 to {n_layers}, or from -{n_layers} to -1 counted from the last, found {layer}: "
             f"{str(weights.path)!r} has {n_layers} layers."
@@ -361,7 +362,7 @@ def _pooling(folder: Path) -> str:
 def _has_unit_length(folder: Path) -> bool:
     """Tell whether sentence-transformers divide embeddings by their length, as the list of its modules says."""
     path = folder / "modules.json"
-    return path.is_file() and "sentence_transformers.models.Normalize" in path.read_text(encoding="utf-8")
+    return path.is_file() and b"sentence_transformers.models.Normalize" in path.read_bytes()
 
 
 register(Bert())

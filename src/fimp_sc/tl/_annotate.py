@@ -154,8 +154,9 @@ def annotate(
     - ``obs[f"{key}_confidence"]``: float32, probability of the label;
     - ``obsm[f"{key}_probabilities"]``: ``(n_obs, n_classes)`` float32;
     - ``uns[key]``: ``classes`` in the order of these columns; ``neighbor_weight``, the weight (0 to 1) of the
-      prediction with neighbors beside that without, and ``smoothing_weight``, the weight of the mean prediction over a
-      cell and its neighbors beside its own; parameters, seed, versions;
+      prediction with neighbors beside that without, ``linear_weight``, the weight of a linear model of all genes
+      beside these, and ``smoothing_weight``, the weight of the mean prediction over a cell and its neighbors beside its
+      own; parameters, seed, versions;
     - the graph in ``obsp`` and ``uns``, if it was built.
 
     The colors of an earlier call, ``uns[f"{key}_colors"]``, are removed if the classes differ.
@@ -238,6 +239,7 @@ def annotate(
                 "classes": np.asarray(classes),
                 "neighbor_weight": fitted.neighbor_weight,
                 "smoothing_weight": fitted.smoothing_weight,
+                "linear_weight": fitted.linear_weight,
             }
     return adata if copy else None
 

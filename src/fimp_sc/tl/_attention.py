@@ -236,6 +236,7 @@ def attention(
 
 def _placed_edges(edges: sparse.csr_matrix, nodes: pd.Index, wanted: pd.Index) -> sparse.csr_matrix:
     """Return edges between ``nodes`` as edges between the nodes of the object, which may have others too."""
+    wanted = wanted.astype(str)
     if nodes.equals(wanted):
         return edges
     place, coo = wanted.get_indexer(nodes), edges.tocoo()

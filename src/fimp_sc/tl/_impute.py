@@ -348,9 +348,10 @@ def _place(modality: Modality) -> tuple[Any, str]:
 
 def _mask(name: str, modality: Modality, nodes: pd.Index) -> Any:
     mask = _place(modality)[0][name]
-    if modality.adata.obs_names.equals(nodes):
+    names = modality.adata.obs_names.astype(str)
+    if names.equals(nodes):
         return mask if sparse.issparse(mask) else np.asarray(mask)
-    rows = modality.adata.obs_names.get_indexer(nodes)
+    rows = names.get_indexer(nodes)
     if sparse.issparse(mask):
         return expand_rows(mask, rows.astype(np.int64), name).astype(bool)
     out = np.asarray(mask)[rows]

@@ -10,17 +10,19 @@ import pandas as pd
 from anndata import ImplicitModificationWarning
 
 from fimp_sc._keys import check_key, find_results, new_record
-from fimp_sc._logging import user_messages, warn
+from fimp_sc._logging import user_messages
 from fimp_sc._options import checked
 from fimp_sc._palette import palette
 from fimp_sc._recipe import recipe
 from fimp_sc.data._study import as_whole, resolve
-from fimp_sc.data.storage._elements import get_obs, in_memory, label_text, missing_key, shorten
+from fimp_sc.data.storage._elements import get_obs, label_text, missing_key
 from fimp_sc.tl._call._inputs import inherit
 from fimp_sc.tl._call._several import opened, several
 from fimp_sc.tl._smooth import smoothed
 from fimp_sc.tl._statistics._clusterings import Leiden, fit_mixture
-from fimp_sc.tl._statistics._mapping import Axes, among_niches, stored_mixture
+from fimp_sc.tl._statistics._mapping import Axes, stored_mixture
+from fimp_sc.tl._statistics._reference import Reference
+from fimp_sc.tl._statistics._representation import made_by, read_representation
 from fimp_sc.tl._statistics._stability import mixtures_of_halves, most_stable, seeds_of_leiden, stability
 
 if TYPE_CHECKING:
@@ -183,11 +185,13 @@ def niches(
     (150, 3)
     """
     adata = opened(adata, copy)
-    known = None if reference is None else _Reference(reference, key_added, n_niches, smooth)
+    known = None if reference is None else Reference(reference, key_added, n_niches, smooth)
     if use_rep is None:
         use_rep = "X_fimp" if known is None else known.use_rep
     found_in = find_results(adata, modality, lambda held, names: use_rep in held.obsm)
     target: Any = found_in[0]
+    if known is not None:
+        known.check_other(target)
     modalities = found_in[1]
     # Columns and graph of several modalities may be those of one of them.
     study = as_whole(target) if modalities is None else resolve(target, modalities)
@@ -199,7 +203,9 @@ def niches(
     check_key(key_added, "tl.niches", target, reads, overwrite=overwrite)
     if smooth is None:
         smooth = int(method == "mixture") if known is None else known.smooth
-    raw = _representation(target, use_rep)
+    raw = read_representation(target, use_rep)
+    if known is None and (raw == raw[0]).all():
+        raise ValueError(f"adata.obsm[{use_rep!r}] is the same for all {len(raw):,} cells: there is nothing to divide.")
     if known is not None:
         known.check(target, raw.shape[1], use_rep)
     numbers = _numbers(n_niches, n_range, len(raw), halves=method == "mixture") if known is None else []
@@ -228,7 +234,7 @@ def niches(
             codes[order] = _by_size(clusters)
             if model is not None:
                 found["mixture"] = stored_mixture(model, axes, codes[order], target.obs_names.to_numpy()[order])
-                found["mixture"] |= _made_by(target, use_rep)
+                found["mixture"] |= made_by(target, use_rep)
             names = [str(i) for i in range(int(codes.max()) + 1)]
             asked = n_niches or most_stable(found["stability"])
             if len(names) != asked:
@@ -300,126 +306,6 @@ def _clustered(
         return found["model"].predict(values), found
     clusters, found["resolution"] = leiden.with_number(n_niches, how["random_state"])
     return clusters, found
-
-
-class _Reference:
-    """Niches of another object.
-
-    Parameters
-    ----------
-    reference
-        Object that holds them.
-    key
-        Their name.
-    n_niches, smooth
-        What the user asked for beside the reference, which leaves nothing to ask.
-
-    Raises
-    ------
-    KeyError
-        There are none of this name, or a cell by which a niche is recognized is not there any more.
-    ValueError
-        They have no mixture, or more was asked for.
-    """
-
-    def __init__(self, reference: AnnData | MuData, key: str, n_niches: int | None, smooth: int | None) -> None:
-        if n_niches is not None or smooth is not None:
-            raise ValueError("n_niches and smooth are those of the reference: leave them out.")
-        holder: Any = find_results(reference, None, lambda held, names: key in held.obs and key in held.uns)[0]
-        if key not in holder.obs or key not in holder.uns:
-            advice = "Run fimp_sc.tl.niches(reference) first, or name its niches with key_added=."
-            raise missing_key(key, "reference.uns", holder.uns, advice)
-        record = holder.uns[key]
-        mixture = record.get("mixture") if isinstance(record, Mapping) else None
-        if mixture is None:
-            raise ValueError(
-                f"reference.uns[{key!r}] has no mixture, by which niches are found again: it was made with "
-                'method="leiden", from a reference itself, or by an earlier version. Run fimp_sc.tl.niches(reference).'
-            )
-        self.mixture: Mapping[str, Any] = mixture
-        self.use_rep, self.smooth = str(record["params"]["use_rep"]), int(record["params"]["smooth"])
-        column = pd.Series(pd.Categorical(get_obs(holder, [key])[key]), index=holder.obs_names)
-        self.names = [str(name) for name in column.cat.categories]
-        typical = [str(name) for name in self.mixture["typical"]]
-        place = holder.obs_names.get_indexer_for(typical)
-        if len(place) != len(typical) or (column.cat.codes.iloc[place] < 0).any() or (place < 0).any():
-            raise KeyError(
-                f"Cells by which the niches in reference.obs[{key!r}] are recognized have no niche there any more, or "
-                "are gone: pass the object with all of its cells, or run fimp_sc.tl.niches(reference) again."
-            )
-        # Niches may have been renamed since, or several given one name.
-        self._code = column.cat.codes.to_numpy()[place]
-        held = np.atleast_1d(holder.uns.get(f"{key}_colors", []))
-        self.colors = list(map(str, held)) if len(held) == len(self.names) else palette(len(self.names))
-
-    def check(self, adata: Any, n_features: int, key: str) -> None:
-        """Raise a ValueError where the representation of other cells is not that of the reference."""
-        advice = "fimp_sc.tl.embed(adata, model=fimp_sc.tl.get_model(reference)) embeds these cells by its model."
-        if n_features != len(self.mixture["center"]):
-            raise ValueError(
-                f"adata.obsm[{key!r}] has {n_features} columns, and that of the reference "
-                f"{len(self.mixture['center'])}. {advice}"
-            )
-        own, its = _made_by(adata, key).get("weights_checksum"), self.mixture.get("weights_checksum")
-        if None not in (own, its) and own != its:
-            raise ValueError(f"adata.obsm[{key!r}] was not made by the model of the reference. {advice}")
-
-    def find(
-        self, values: NDArray[np.float64], order: NDArray[np.integer]
-    ) -> tuple[NDArray[np.integer], dict[str, Any]]:
-        """Return the niche of each cell, and further results in the order of the object."""
-        each, fit = among_niches(values, self.mixture)
-        probabilities = np.zeros((len(values), len(self.names)), dtype=np.float32)
-        ordered = np.zeros_like(probabilities)
-        np.add.at(ordered.T, self._code, each.T)
-        probabilities[order], fits = ordered, np.empty(len(values), dtype=np.float32)
-        fits[order] = fit
-        least = recipe().least_fit
-        few = float((fit < least).mean())
-        if few > recipe().many_unfit:
-            warn(
-                f"{100 * few:.0f} % of the cells fit none of the niches of the reference (fit below {least}, as "
-                f"{100 * least:.0f} % of its own cells): they may be of other tissue, or measured otherwise."
-            )
-        return ordered.argmax(1), {"obs": fits, "obsm": probabilities}
-
-
-def _made_by(adata: Any, key: str) -> dict[str, Any]:
-    """Return the checksum of the weights of the model that made a representation, if it is known."""
-    record = adata.uns.get(key)
-    made = record.get("weights_checksum") if isinstance(record, Mapping) else None
-    return {} if made is None else {"weights_checksum": str(made)}
-
-
-def _representation(adata: Any, key: str) -> NDArray[np.float64]:
-    """Return a representation in memory, ``(n_obs, n_features)``."""
-    if key not in adata.obsm:
-        advice = "Run fimp_sc.tl.embed(adata) first, or name another representation with use_rep=."
-        raise missing_key(key, "adata.obsm", adata.obsm, advice)
-    where = f"adata.obsm[{key!r}]"
-    held = in_memory(adata.obsm[key], where)
-    try:
-        values = np.array(held.toarray() if hasattr(held, "toarray") else held, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        columns = "" if not isinstance(held, pd.DataFrame) else _not_numbers(held)
-        raise TypeError(f"{where} must hold numbers{columns or f' ({error})'}: leave out what is none.") from None
-    if values.ndim != 2 or not values.shape[1]:
-        raise ValueError(f"{where} has the shape {values.shape}, and one row of numbers for each cell is needed.")
-    bad = ~np.isfinite(values).all(axis=1)
-    if bad.any():
-        raise ValueError(
-            f"{where} is NaN or infinite for {int(bad.sum()):,} of {len(values):,} cells, first "
-            f"{adata.obs_names[int(bad.argmax())]!r}: remove these cells, for instance with "
-            f"adata[np.isfinite(adata.obsm[{key!r}]).all(axis=1)], or embed them."
-        )
-    if (values == values[0]).all():
-        raise ValueError(f"{where} is the same for all {len(values):,} cells: there is nothing to divide.")
-    return values
-
-
-def _not_numbers(table: pd.DataFrame) -> str:
-    columns = [repr(str(name)) for name, kind in table.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
-    return f", and these columns do not: {shorten(columns)}" if columns else ""
 
 
 def _numbers(n_niches: int | None, n_range: tuple[int, int], n_cells: int, *, halves: bool) -> list[int]:

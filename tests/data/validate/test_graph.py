@@ -143,3 +143,32 @@ def test_negative_weights_may_stay_where_they_are_thinned_out_later():
 def test_bad_adjacencies(graph, error, message):
     with pytest.raises(error, match=message):
         check_adjacency(graph, 12, where="connectivity", what="region")
+
+
+@pytest.mark.parametrize(
+    ("kind", "maker"), [("text", "fimp_sc.pp.text"), ("patch", "fimp_sc.pp.images"), ("signal", "fimp_sc.pp.fmri")]
+)
+def test_advice_names_what_makes_graphs_of_such_nodes(kind, maker):
+    adata = make_adata(sample=["a", "b"] * 6)
+    adata.uns["fimp_modality"] = {"kind": kind}
+    found = []
+    with pytest.raises(MissingKeyError) as error:
+        check_graph(adata, "spatial_connectivities")
+    found.append(str(error.value))
+    adata.obsp["spatial_connectivities"] = sparse.csr_matrix((12, 12))
+    with pytest.raises(ValueError, match="no edges") as error:
+        check_graph(adata, "spatial_connectivities")
+    found.append(str(error.value))
+    adata.obsp["spatial_connectivities"] = ring()
+    with pytest.raises(ValueError, match="join samples") as error:
+        check_graph(adata, "spatial_connectivities", "sample")
+    found.append(str(error.value))
+    graph = ring().tolil()
+    graph[0] = 0
+    adata.obsp["spatial_connectivities"] = graph.tocsr()
+    with pytest.warns(UserWarning, match="1 of 12 nodes have no neighbors") as told:
+        check_graph(adata, "spatial_connectivities")
+    found.append(str(told[0].message))
+    for message in found:
+        assert maker in message
+        assert "spatial_graph" not in message

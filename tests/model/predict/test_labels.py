@@ -14,6 +14,7 @@ from fimp_sc.data import BlockDataset, Destinations, without_neighbors
 from fimp_sc.model import FIMP
 from fimp_sc.model.predict._inference import collect
 from fimp_sc.model.predict._labels import _probability, _probability_alone, _shifts, fit_mixtures, use_mixture
+from fimp_sc.model.predict._linear_labels import linear_labels
 from fimp_sc.model.registry._graph_data import without_messages
 
 LABELS = {"labels_key": "label", "library_key": "section"}
@@ -44,14 +45,19 @@ def smooth(graph: np.ndarray, probability: np.ndarray, share: float) -> np.ndarr
     return out / out.sum(1, keepdims=True)
 
 
-def grid(graph, first, second, rows, label) -> np.ndarray:
+def pool(probability: np.ndarray, linear: np.ndarray, weight: float) -> np.ndarray:
+    """Weighted geometric means of what network and linear model predict."""
+    return np.maximum(probability, 1e-6) ** (1 - weight) * np.maximum(linear.astype(float), 1e-6) ** weight
+
+
+def grid(graph, first, second, rows, label, linear, weight) -> np.ndarray:
     """Log loss of every mixture."""
     shares = np.linspace(0, 1, 21)
     found = np.zeros((21, 21))
     for i, share in enumerate(shares):
-        mixed = share * first.astype(float) + (1 - share) * second
-        for j, weight in enumerate(shares):
-            found[i, j] = -np.log(smooth(graph, mixed, weight)[rows, label]).sum()
+        mixed = pool(share * first.astype(float) + (1 - share) * second, linear, weight)
+        for j, smoothing in enumerate(shares):
+            found[i, j] = -np.log(smooth(graph, mixed, smoothing)[rows, label]).sum()
     return found
 
 
@@ -76,6 +82,9 @@ def test_predictions_are_mixed_by_the_share(tissue, make_model, train, share: fl
     model = train(make_model(tissue, LABELS), max_epochs=1)
     draw_heads(model.module)
     model.module.smoothing_weight.zero_()
+    model.module.linear_weight.zero_()
+    # Of other objects, such as the rewired one.
+    model.module.mixtures.zero_()
     model.module.neighbor_weight.fill_(share)
     assert model.neighbor_weight == pytest.approx(share)
     mixed = model.predict(soft=True).to_numpy()
@@ -134,11 +143,21 @@ def test_mixture_is_the_best_of_the_validation_cells(tissue, make_model, train) 
     known = held[tissue.obs["label"].isin(model.classes).to_numpy()[held]]
     code = np.array([model.classes.index(name) for name in tissue.obs["label"].iloc[known]])
     graph = tissue.obsp["spatial_connectivities"].toarray() != 0
-    loss = grid(graph, *both_views(model, tissue, None), known, code)
+    first, second = both_views(model, tissue, None)
+    linear = np.exp(linear_labels(model, data_of(model, tissue), np.arange(120)))
+    without = grid(graph, first, second, known, code, linear, 0.0)
+    share, smoothing = np.array(np.unravel_index(without.argmin(), without.shape)) / 20
+    mixed = share * first.astype(float) + (1 - share) * second
+    losses = [
+        -np.log(smooth(graph, pool(mixed, linear, weight), smoothing)[known, code]).sum()
+        for weight in np.linspace(0, 1, 21)
+    ]
+    assert model.linear_weight == pytest.approx(np.argmin(losses) / 20) != 0
+    loss = grid(graph, first, second, known, code, linear, model.linear_weight)
     best = np.array(np.unravel_index(loss.argmin(), loss.shape)) / 20
     assert shares == pytest.approx(tuple(best))
     unvalidated = train(make_model(tissue, LABELS), validation_size=0)
-    assert (unvalidated.neighbor_weight, unvalidated.smoothing_weight) == (0.5, 0.0)
+    assert (unvalidated.neighbor_weight, unvalidated.smoothing_weight, unvalidated.linear_weight) == (0.5, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("view", "expected"), [(0, 1.0), (1, 0.0)])
@@ -178,7 +197,9 @@ def test_the_mixture_for_other_sections_stands_shifts(tissue, make_model, train)
         for part in sources:
             part.expression.center = part.expression.center + shift
         first = collect(model, sources[0], None, _probability, {})
-        loss = loss + grid(graph, first, collect(model, sources[1], None, _probability_alone, {}), known, code)
+        second = collect(model, sources[1], None, _probability_alone, {})
+        linear = np.exp(linear_labels(model, sources[0], everything))
+        loss = loss + grid(graph, first, second, known, code, linear, model.linear_weight)
     best = np.array(np.unravel_index(loss.argmin(), loss.shape)) / 20
     np.testing.assert_allclose(model.module.mixtures[1].numpy(), best, atol=1e-6)
     np.testing.assert_allclose(model.module.mixtures[0].numpy(), (model.neighbor_weight, model.smoothing_weight))

@@ -265,7 +265,8 @@ class ExpressionReader:
         if self._as_is:
             return rows
         shown = visible.numpy()
-        fraction = 1.0 - ~shown @ self._fraction.astype(np.float64)
+        # Not a product of matrices: the threads of NumPy's BLAS wait busily after it, where those of torch work.
+        fraction = 1.0 - np.einsum("pg,g->p", ~shown, self._fraction.astype(np.float64))
         row, mask = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr)), pattern.numpy()
         data = np.expm1(self._without_gains(rows, nodes))
         kept = shown.ravel().take(mask.take(row) * shown.shape[1] + rows.indices)

@@ -232,20 +232,41 @@ def check_graph(adata: AnnData, connectivities_key: str, library_key: str | None
         The graph, or ``library_key``, is absent.
     """
     if connectivities_key not in adata.obsp:
-        advice = "Build the graph with fimp_sc.pp.spatial_graph(adata), or name another with connectivities_key=."
-        advice = f"{advice} {dissociated_hint(adata)}".rstrip()
+        built = _maker(adata) or "fimp_sc.pp.spatial_graph(adata)"
+        advice = f"Build the graph with {built}, or name another with connectivities_key=."
+        advice += "" if _maker(adata) else f" {dissociated_hint(adata)}".rstrip()
         raise missing_key(connectivities_key, "adata.obsp", adata.obsp, advice)
     library = None if library_key is None else check_obs_key(adata, library_key, "library")
     where = f"adata.obsp[{connectivities_key!r}]"
     advice = "Where their neighbors were left out after the graph was built, build it again"
-    if connectivities_key.endswith("_connectivities"):
+    if _maker(adata):
+        advice += f" with {_maker(adata)}"
+    elif connectivities_key.endswith("_connectivities"):
         arguments = "" if library_key is None else f", library_key={library_key!r}"
         if connectivities_key != "spatial_connectivities":
             arguments += f", key_added={connectivities_key.removesuffix('_connectivities')!r}"
         advice += f": fimp_sc.pp.spatial_graph(adata{arguments}, overwrite=True)"
     graph = in_memory(adata.obsp[connectivities_key], where)
     empty = is_dissociated(adata, connectivities_key)
-    check_connectivities(graph, adata.n_obs, where=where, library=library, advice=f"{advice}.", empty=empty)
+    check_connectivities(
+        graph, adata.n_obs, where=where, library=library, advice=f"{advice}.", empty=empty, maker=_maker(adata)
+    )
+
+
+# What makes graphs of nodes that are no cells, by their kind.
+_MAKERS = {
+    "signal": "fimp_sc.pp.fmri",
+    "patch": "fimp_sc.pp.images or fimp_sc.pp.spot_images",
+    "text": "fimp_sc.pp.text",
+    "feature": "fimp_sc.pp.features",
+}
+
+
+def _maker(adata: AnnData) -> str:
+    """Return the function that makes modalities of this kind with their graph; empty text for cells."""
+    described = adata.uns.get("fimp_modality")
+    kind = described.get("kind") if isinstance(described, Mapping) else None
+    return _MAKERS.get(str(kind), "" if kind is None else "the function that made this modality")
 
 
 def neighbors_key(connectivities_key: str) -> str:
@@ -297,6 +318,7 @@ def check_connectivities(
     library: pd.Categorical | None = None,
     advice: str = "",
     empty: bool = False,
+    maker: str = "",
 ) -> None:
     """Check a neighborhood graph: a row holds the weights of the neighbors of its node.
 
@@ -314,6 +336,8 @@ def check_connectivities(
         What to do about nodes without neighbors.
     empty
         Whether there may be no edges at all.
+    maker
+        What makes such graphs, if it is not :func:`fimp_sc.pp.spatial_graph`.
 
     Raises
     ------
@@ -337,7 +361,8 @@ def check_connectivities(
         if empty:
             return
         raise ValueError(
-            f"{where} has no edges between nodes: build it with fimp_sc.pp.spatial_graph(adata, overwrite=True)."
+            f"{where} has no edges between nodes: build it with "
+            f"{maker or 'fimp_sc.pp.spatial_graph(adata, overwrite=True)'}."
         )
     if library is not None:
         joined = np.flatnonzero(library.codes[row] != library.codes[col])
@@ -346,7 +371,7 @@ def check_connectivities(
             raise ValueError(
                 f"{where} has {joined.size:,} edges that join samples, for instance node {c} of {library[c]!r} with "
                 f"node {r} of {library[r]!r} (positions counted from 0): build it sample by sample with "
-                "fimp_sc.pp.spatial_graph(adata, library_key=..., overwrite=True)."
+                f"{maker or 'fimp_sc.pp.spatial_graph(adata, library_key=..., overwrite=True)'}."
             )
     isolated = int((np.diff(checked.indptr) == 0).sum())
     if isolated:

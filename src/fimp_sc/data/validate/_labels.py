@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _NO_LABEL = frozenset(
     {"", "-", "?", "-1", "nan", "na", "n/a", "n.a.", "<na>", "none", "null", "nil", "missing"}
     | {"unknown", "unlabeled", "unlabelled", "unassigned", "unannotated", "unclassified", "unidentified"}
-    | {"undefined", "undetermined", "not assigned", "not annotated", "not available", "no label"}
+    | {"undefined", "ambiguous", "undetermined", "not assigned", "not annotated", "not available", "no label"}
 )
 
 

@@ -22,6 +22,9 @@ class LabelingModule(BaseModuleClass):
     label_head_alone: LabelHead | None
     neighbor_weight: Tensor
     smoothing_weight: Tensor
+    linear_scores: Tensor
+    linear_bias: Tensor
+    linear_weight: Tensor
     embedding_mean: Tensor
     embedding_std: Tensor
     class_weight: Tensor

@@ -10,6 +10,7 @@ from scvi.module.base import LossOutput, auto_move_data
 from torch import Tensor, nn
 
 from fimp_sc._draws import combined
+from fimp_sc._recipe import recipe
 from fimp_sc.data import without_neighbors
 from fimp_sc.model.module._initialize import StartingModule
 from fimp_sc.model.module._labels import LabelingModule
@@ -68,6 +69,9 @@ class FIMPModule(LabelingModule, StartingModule):
     batch_name, batch_gain
         ``(n_batches,)`` int64, hashes of the names of batches, and ``(n_batches, n_features)``, see
         :func:`~fimp_sc.model.module._matched_batches.matched_gains`.
+    linear_scores, linear_bias, linear_weight
+        ``(n_features, n_labels)`` and ``(n_labels,)``, a linear model of labels that reads all centered genes, where
+        there are few enough; and ``()``, its weight in predicted labels. 0 of it means that there is none.
     reference, reference_name, n_reference, reference_distance
         Embeddings of some training cells ``(512, n_latent)``, hashes of their names ``(512,)`` int64, their number,
         and the distance that is usual.
@@ -109,6 +113,10 @@ class FIMPModule(LabelingModule, StartingModule):
         self.register_buffer("smoothing_weight", torch.zeros(()))
         # Of cells of training, and of other sections.
         self.register_buffer("mixtures", torch.stack([self.neighbor_weight, self.smoothing_weight]).repeat(2, 1))
+        n_linear = n_features if network is None and n_features <= recipe().linear_genes else 0
+        self.register_buffer("linear_scores", torch.zeros(n_linear, n_labels))
+        self.register_buffer("linear_bias", torch.zeros(n_labels))
+        self.register_buffer("linear_weight", torch.zeros(()))
         self.register_buffer("embedding_mean", torch.zeros(width))
         self.register_buffer("embedding_std", torch.ones(width))
         # Embeddings of training cells, and how far from them is usual.

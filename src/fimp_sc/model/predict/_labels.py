@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
 
 from fimp_sc._recipe import recipe
 from fimp_sc.model.predict._inference import collect, infer, read_embedding
+from fimp_sc.model.predict._linear_labels import has_linear_labels, linear_labels
 from fimp_sc.model.predict._reference import compare
 from fimp_sc.model.registry._graph_data import graph_data, node_indices, without_messages
 from fimp_sc.nn._heads import MIXTURE_WEIGHTS
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
     from fimp_sc.model._fimp import FIMP
     from fimp_sc.model.module._module import FIMPModule
 
+    Grid: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+
 logger = logging.getLogger(__name__)
 
 _LEAST_PROBABILITY = 1e-6
+_NONE = np.zeros(1, np.float32)
 
 
 def label_probability(model: FIMP, study: Study, indices: Any, how: dict[str, Any]) -> NDArray[np.float32]:
@@ -39,6 +43,9 @@ def label_probability(model: FIMP, study: Study, indices: Any, how: dict[str, An
     with their expression shifted as that of another section may be. The mean of neighbors has less noise than a cell,
     so that a shift of the whole section misleads predictions made with neighbors more than those of single cells,
     smoothed afterward.
+
+    A linear model of all genes of a panel adds what neither tokens nor components show: its log-probabilities are
+    averaged with those of the network, before they are smoothed, by a weight that validation cells say, too.
     """
     data = graph_data(model, study)
     wanted = node_indices(study.nodes.obs_names, indices)
@@ -68,7 +75,13 @@ def _mixed(
     if weight != 1:
         views.append(collect(model, without_messages(data), nodes, _probability_alone, how))
     mixed = views[0] if len(views) == 1 else _mix(weight, *views)
-    return mixed if around is None else _softmax(around.smoothed(_log(mixed), np.float32(smoothing)))
+    linear_weight = model.linear_weight
+    if linear_weight == 0 and around is None:
+        return mixed
+    logits = _log(mixed)
+    if linear_weight != 0:
+        logits = _pool(linear_weight, linear_labels(model, data, nodes), logits)
+    return _softmax(logits if around is None else around.smoothed(logits, np.float32(smoothing)))
 
 
 def with_embeddings(
@@ -96,6 +109,9 @@ def fit_mixtures(
 ) -> None:
     """Set both mixtures to what suits cells, ``indices`` of known ``label``, best.
 
+    So is the weight of a linear model that was fitted: beside the best mixture without it, to which the others are then
+    fitted again. It is one for all sections.
+
     Parameters
     ----------
     data
@@ -106,24 +122,35 @@ def fit_mixtures(
     module = model.module
     around = _Surroundings(data, indices)
 
-    def log_loss() -> NDArray[np.floating]:
+    def predicted() -> tuple[list[NDArray[np.float32]], NDArray[np.float32] | None]:
         views = [collect(model, data, around.nodes, _probability, {})]
         if module.label_head_alone is not None:
             views.append(collect(model, without_messages(data), around.nodes, _probability_alone, {}))
-        return around.log_loss(views, label)
+        return views, linear_labels(model, data, around.nodes) if has_linear_labels(model) else None
 
-    mixtures = [_best(log_loss())] * 2
+    views, linear = predicted()
+    weights = MIXTURE_WEIGHTS.numpy() if len(views) > 1 else np.ones(1, np.float32)
+    smoothing_weights = MIXTURE_WEIGHTS.numpy() if recipe().smoothing and model.messages else _NONE
+    grid = weights, smoothing_weights, _NONE
+    mixture = _best(around.log_loss(views, linear, label, grid), grid)
+    if linear is not None:
+        line = mixture[:1], mixture[1:2], MIXTURE_WEIGHTS.numpy()
+        linear_weight = _best(around.log_loss(views, linear, label, line), line)[2:]
+        module.linear_weight.fill_(float(linear_weight[0]))
+        grid = weights, smoothing_weights, linear_weight
+        mixture = _best(around.log_loss(views, linear, label, grid), grid)
+    mixtures = [mixture[:2]] * 2
     source = data.expression
     # What foundation models read are ranks, which shifts of this kind hardly change.
-    if source is not None and not module.network.pretrained and recipe().shifts:
+    if source is not None and model.messages and not module.network.pretrained and recipe().shifts:
         center, total = source.center, cast("Any", 0.0)
         mean = module.gene_mean.cpu().numpy()
         for shift in _shifts(source, train_idx, mean, model.random_state):
             source.center = center + shift
-            total = total + log_loss()
+            total = total + around.log_loss(*predicted(), label, grid)
         source.center = center
-        mixtures[1] = _best(total)
-    module.mixtures.copy_(torch.tensor(mixtures))
+        mixtures[1] = _best(total, grid)[:2]
+    module.mixtures.copy_(torch.from_numpy(np.stack(mixtures)))
     use_mixture(model, elsewhere=False)
 
 
@@ -138,6 +165,7 @@ def reset_mixtures(model: FIMP) -> None:
     """Forget what validation cells of an earlier training said."""
     model.module.mixtures[:, 0] = 1.0 if model.module.label_head_alone is None else 0.5
     model.module.mixtures[:, 1] = 0.0
+    model.module.linear_weight.zero_()
     use_mixture(model, elsewhere=False)
 
 
@@ -164,18 +192,25 @@ class _Surroundings:
         """Replace values twice by ``weight`` times their mean over cell and neighbors, and the rest themselves."""
         return _blend(weight, *self.rounds(values))
 
-    def log_loss(self, views: list[NDArray[np.float32]], label: NDArray[np.int64]) -> NDArray[np.floating]:
-        """Return the log loss of all mixtures, ``(n_weights, n_weights)``: weight of the first view, of smoothing."""
-        weights = MIXTURE_WEIGHTS.numpy() if len(views) > 1 else np.ones(1, np.float32)
-        smoothing_weights = MIXTURE_WEIGHTS.numpy() if recipe().smoothing else MIXTURE_WEIGHTS.numpy()[:1]
-        found = np.full((len(MIXTURE_WEIGHTS), len(MIXTURE_WEIGHTS)), np.inf)
-        for i, weight in enumerate(weights, start=len(MIXTURE_WEIGHTS) - len(weights)):
-            mixed = views[0] if weight == 1 else _mix(float(weight), *views)
-            rounds = self.rounds(_log(mixed))
-            for j, smoothing in enumerate(smoothing_weights):
-                logits = _blend(smoothing, *rounds)
-                true = logits[np.arange(len(label)), label]
-                found[i, j] = np.sum(_log_sum(logits) - true, dtype=np.float64)
+    def log_loss(
+        self,
+        views: list[NDArray[np.float32]],
+        linear: NDArray[np.float32] | None,
+        label: NDArray[np.int64],
+        grid: Grid,
+    ) -> NDArray[np.floating]:
+        """Return the log loss of all combinations of weights: of the first view, of smoothing, of the linear model."""
+        weights, smoothing_weights, linear_weights = grid
+        found = np.empty([len(axis) for axis in grid])
+        for i, weight in enumerate(weights):
+            mixed = _log(views[0] if weight == 1 else _mix(float(weight), *views))
+            for k, linear_weight in enumerate(linear_weights):
+                pooled = mixed if linear is None or linear_weight == 0 else _pool(float(linear_weight), linear, mixed)
+                rounds = self.rounds(pooled)
+                for j, smoothing in enumerate(smoothing_weights):
+                    logits = _blend(smoothing, *rounds)
+                    true = logits[np.arange(len(label)), label]
+                    found[i, j, k] = np.sum(_log_sum(logits) - true, dtype=np.float64)
         return found
 
 
@@ -207,9 +242,10 @@ def _average(mean: sparse.csr_matrix, values: NDArray[np.float32]) -> NDArray[np
     return np.asarray(mean @ values, dtype=np.float32)
 
 
-def _best(log_loss: NDArray[np.floating]) -> tuple[float, float]:
-    weight, smoothing = np.unravel_index(int(log_loss.argmin()), log_loss.shape)
-    return float(MIXTURE_WEIGHTS[weight]), float(MIXTURE_WEIGHTS[smoothing])
+def _best(log_loss: NDArray[np.floating], grid: Grid) -> NDArray[np.float32]:
+    """Return the weights of the least loss."""
+    place = np.unravel_index(int(log_loss.argmin()), log_loss.shape)
+    return np.array([axis[i] for axis, i in zip(grid, place, strict=True)])
 
 
 def _log(probability: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -227,6 +263,12 @@ def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _mix(weight: float, first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.float32(weight) * first + np.float32(1 - weight) * second
+
+
+def _pool(weight: float, linear: NDArray[np.float32], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return weighted means of log-probabilities; what the linear model does not know stays as it is."""
+    known = np.maximum(np.where(np.isnan(linear), logits, linear), np.float32(np.log(_LEAST_PROBABILITY)))
+    return _mix(weight, known, logits)
 
 
 def _probability(module: FIMPModule, outputs: dict[str, Any], batch: Batch) -> torch.Tensor:

@@ -179,8 +179,9 @@ def predict(
     """Predict labels.
 
     FIMP-base predicts them twice, with and without neighbors, and mixes both predictions with the weight that suits
-    the validation cells of its training best (:attr:`neighbor_weight`). What comes of it is averaged over cells and
-    their neighbors, again as much as suits these cells (:attr:`smoothing_weight`).
+    the validation cells of its training best (:attr:`neighbor_weight`). Of up to 5,000 genes a linear model reads all,
+    and counts beside both as much as suits these cells (:attr:`linear_weight`). What comes of it is averaged over cells
+    and their neighbors, again so (:attr:`smoothing_weight`).
 
     Parameters
     ----------

@@ -21,6 +21,7 @@ from fimp_sc._options import checked
 from fimp_sc._recipe import recipe
 from fimp_sc.data import BlockSplitter, split_by_blocks
 from fimp_sc.model.predict._labels import fit_mixtures, reset_mixtures, with_embeddings
+from fimp_sc.model.predict._linear_labels import fit_linear_labels, has_linear_labels
 from fimp_sc.model.predict._reconstruct import hidden_tokens
 from fimp_sc.model.predict._reference import remember
 from fimp_sc.model.registry._graph_data import graph_data, node_indices, sequence_size, study_of, tables_of
@@ -291,7 +292,10 @@ def train(
         known = val_idx[data.label[val_idx] >= 0]
         with ONE_AT_A_TIME:
             reset_mixtures(model)
-            if module.label_head is not None and model.messages and len(known):
+            linear = has_linear_labels(model)
+            if module.label_head is not None and (model.messages or linear) and len(known):
+                if linear:
+                    fit_linear_labels(model, data, train_idx)
                 fit_mixtures(model, data, train_idx, known, data.label[known])
             remember(model, data, train_idx, val_idx)
 

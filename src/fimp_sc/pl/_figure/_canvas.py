@@ -84,7 +84,13 @@ class Canvas:
         return titles if width is None else [fill(title, max(int(_LETTERS * width), 8)) for title in titles]
 
     def axes(
-        self, figsize: tuple[float, float], shape: tuple[int, ...] = (), *, wrap: int | None = None, **layout: Any
+        self,
+        figsize: tuple[float, float],
+        shape: tuple[int, ...] = (),
+        *,
+        wrap: int | None = None,
+        beside: int = 1,
+        **layout: Any,
     ) -> Any:
         """Return the axes to draw into: one, or an array of them in this shape.
 
@@ -97,6 +103,8 @@ class Canvas:
         wrap
             Number of axes side by side in a new figure, at most: those of a longer row go on in the line below, and
             those of a single column are filled in line by line.
+        beside
+            Number of rows that a new figure without ``wrap`` has side by side.
         **layout
             Passed to :func:`matplotlib.pyplot.subplots` for a new figure without ``wrap``.
 
@@ -114,7 +122,10 @@ class Canvas:
         else:
             rows, columns = (*shape, 1, 1)[:2]
             layout = {"figsize": figsize, "layout": "constrained", **layout}
-            given = plt.subplots(rows, columns, squeeze=False, **layout)[1].ravel()
+            grid = plt.subplots(-(-rows // beside), columns * beside, squeeze=False, **layout)[1].ravel()
+            given = grid[: rows * columns]
+            for empty in grid[rows * columns :]:
+                empty.remove()
         if len(given) != np.prod(shape, dtype=int):
             raise ValueError(
                 f"ax holds {len(given):,} axes, but the figure has {np.prod(shape, dtype=int):,} panels: pass one for "
@@ -144,6 +155,7 @@ class Canvas:
         from matplotlib import pyplot as plt
 
         figure = np.ravel(self._axes)[0].figure.figure  # of a figure within a figure, the outer one
+        self._write_plainly(figure)
         if legend_room is not None and self._given is None:
             _fit_legends(figure, legend_room)
         if self._save is not None:
@@ -153,6 +165,25 @@ class Canvas:
             plt.show()
             return None
         return figure if self._return_fig else self._axes
+
+    def _write_plainly(self, figure: Any) -> None:
+        """Let names of genes and groups be drawn as they are, whose "$" would start a formula."""
+        from matplotlib.ticker import FixedFormatter, FuncFormatter
+
+        new = self._given is None
+        texts = [legend for part in [figure, *figure.subfigs] for legend in part.legends] if new else []
+        for ax in figure.axes if new else np.ravel(self._axes):
+            texts += [ax.xaxis.label, ax.yaxis.label, *ax.texts, ax.get_legend()]
+            texts += [ax.title] if self._title is None else []
+            for axis in (ax.xaxis, ax.yaxis):
+                # Others have numbers, of which powers are formulas.
+                named = isinstance(axis.get_major_formatter(), FixedFormatter | FuncFormatter)
+                texts += axis.get_ticklabels() if named else []
+        for text in texts:
+            parts = [text] if hasattr(text, "set_parse_math") else []
+            parts += [text.get_title(), *text.get_texts()] if hasattr(text, "get_texts") else []
+            for part in parts:
+                part.set_parse_math(False)
 
 
 def _wrapped(figsize: tuple[float, float], n_rows: int, n_columns: int, wrap: int) -> NDArray[np.object_]:

@@ -28,7 +28,7 @@ def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
     if spatial_key not in adata.obsm:
         message = f"adata.obsm has no {spatial_key!r}; it has {_names(adata.obsm)}. Set spatial_key=."
         raise MissingKeyError(message)
-    xy = _array(adata, spatial_key)
+    xy = dense_entry(adata, spatial_key)
     if xy.ndim != 2 or xy.shape[1] < 2:
         message = f"adata.obsm[{spatial_key!r}] has shape {xy.shape}; two columns are needed to draw."
         raise ValueError(message)
@@ -36,7 +36,7 @@ def coordinates(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
     return xy[:, :2]
 
 
-def _array(adata: AnnData, key: str) -> NDArray[np.float64]:
+def dense_entry(adata: AnnData, key: str) -> NDArray[np.float64]:
     """Return an entry of `.obsm`, wherever it is, dense."""
     values = in_memory(adata.obsm[key], f"adata.obsm[{key!r}]")
     try:
@@ -62,7 +62,7 @@ def values_of(
         if name not in adata.obsm:
             message = f"adata.obsm has no {name!r}; it has {_names(adata.obsm)}."
             raise MissingKeyError(message)
-        array = _array(adata, name)
+        array = dense_entry(adata, name)
         if array.ndim != 2 or not -array.shape[1] <= column < array.shape[1]:
             message = f"adata.obsm[{name!r}] has shape {array.shape}; there is no column {column}."
             raise MissingKeyError(message)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+# More than any vocabulary has.
+_MOST_WORDS = 10_000_000
 _TOKENIZER, _WORDS = "tokenizer.json", "vocab.txt"
 
 
@@ -36,14 +38,24 @@ def read_words(folder: Path) -> list[str] | None:
                 f"{str(path)!r} has no vocabulary of words and pieces of words (WordPiece or BPE), and others are not "
                 "supported."
             )
-        numbers = {int(number): str(word) for word, number in words.items()}
-        numbers |= {int(token["id"]): str(token["content"]) for token in added}
+        numbers = {number: str(word) for word, number in words.items()}
+        numbers |= {_entry(token, "id"): str(_entry(token, "content")) for token in added}
+        wrong = [number for number in numbers if type(number) is not int or not 0 <= number < _MOST_WORDS]
+        if wrong:
+            raise CheckpointError(
+                f"{str(path)!r} must number words, and those of 'added_tokens', from 0 to less than {_MOST_WORDS:,}, "
+                f"found {wrong[0]!r}: download it again."
+            )
         return [numbers.get(i, "") for i in range(max(numbers, default=-1) + 1)]
     path = folder / _WORDS
     if path.is_file():
         check_file(path)
         return path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     return None
+
+
+def _entry(token: Any, key: str) -> Any:
+    return token.get(key) if isinstance(token, dict) else None
 
 
 def words_checksum(words: Sequence[str]) -> int:
@@ -67,6 +79,8 @@ class TextTokenizer:
         There is no such file, or it cannot be read.
     ImportError
         The package tokenizers is not installed.
+    ValueError
+        The special tokens alone are as many as ``max_tokens``.
     """
 
     def __init__(self, place: Any, max_tokens: int) -> None:
@@ -97,6 +111,11 @@ class TextTokenizer:
             raise CheckpointError(
                 f"{str(path)!r} cannot be read as a tokenizer ({error}): download it again."
             ) from None
+        n_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        if max_tokens <= n_special:
+            raise ValueError(
+                f"max_tokens={max_tokens} has no room for text: {n_special} tokens mark start and end. Pass more."
+            )
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_tokens)
 

@@ -372,8 +372,8 @@ def _light(modality: Modality, inputs: Inputs, name: str) -> AnnData:
     work = AnnData(
         matrix if layer is None else None,
         layers=None if layer is None else {layer: matrix},
-        var=None if matrix is None else pd.DataFrame(index=adata.var_names),
-        obs=pd.DataFrame(get_obs(adata, columns), index=adata.obs_names),
+        var=None if matrix is None else pd.DataFrame(index=adata.var_names.astype(str)),
+        obs=get_obs(adata, columns).set_axis(adata.obs_names.astype(str), axis=0),
         obsm={key: in_memory(adata.obsm[key], f"adata.obsm[{key!r}]") for key in obsm},
     )
     if MEASURED_KEY in adata.varm:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 def placed(values: np.ndarray, nodes: pd.Index, wanted: pd.Index) -> np.ndarray:
     """Return rows of ``nodes`` in the order of ``wanted``, NaN for those that have none."""
+    wanted = wanted.astype(str)  # numbers may be names in an object of the user, and are text in others
     if nodes.equals(wanted):
         return values
     rows = nodes.get_indexer(wanted)

@@ -12,22 +12,27 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
+from anndata import AnnData, ImplicitModificationWarning
 from scipy import sparse
 
 from fimp_sc._draws import name_key, uniform
 from fimp_sc._keys import WRITTEN, check_key, new_record
-from fimp_sc._logging import user_messages
+from fimp_sc._logging import user_messages, warn
 from fimp_sc._options import checked_value
 from fimp_sc.data._samples import warn_joined_samples
 from fimp_sc.data._study import Modality, resolve
-from fimp_sc.data.storage._elements import get_graph, get_matrix, get_obs, missing_key
+from fimp_sc.data._warnings import warn_control_features
+from fimp_sc.data.storage._elements import get_graph, get_matrix, get_obs, missing_key, shorten
 from fimp_sc.data.storage._rows import storage
 from fimp_sc.data.validate._checks import check_graph, check_object, check_obs_key, check_values, is_dissociated
 from fimp_sc.model.registry._fields import MEASURED_KEY
+from fimp_sc.model.registry._graph_data import check_genes
 from fimp_sc.tl._call._inputs import check_results, choose, copied, inherit, working_copy
 from fimp_sc.tl._call._models import given_model, hand_on, write_back
 from fimp_sc.tl._call._results import drop_stale_colors, measured_scale, storable
+from fimp_sc.tl._statistics._mapping import typical_among
+from fimp_sc.tl._statistics._reference import Reference
+from fimp_sc.tl._statistics._representation import made_by, read_representation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -109,25 +114,34 @@ def _call(function: Any, signature: inspect.Signature, given: Any, arguments: di
         raise ValueError("modality= is for a MuData object, found several AnnData objects: leave it out.")
     if "model" in arguments:
         arguments["model"] = given_model(arguments["model"], arguments["accelerator"], verbose=arguments["verbose"])
+    if tool == "tl.niches":
+        default = _reference_key(arguments, objects)
+        arguments["use_rep"] = arguments["use_rep"] or default
     key = arguments["key_added"] or f"fimp_{arguments['labels_key']}".replace("/", "_")
     with user_messages(verbose=arguments["verbose"]):
         members = {}
         for name, adata in objects.items():
             with _naming(name):
                 members[name] = (_embedded if tool == "tl.niches" else _expression)(tool, key, name, adata, arguments)
+        _check_columns(members, arguments)
         joint, own = _joined(members, arguments)
         hand_on(list(objects.values()), [joint])
         with warnings.catch_warnings():
             # Said of each object; those without any neighbors by design are no surprise.
-            warnings.filterwarnings("ignore", message=".*have no neighbors", category=UserWarning)
+            for said in ("have no neighbors", "are read as expression", "genes of the model are in"):
+                warnings.filterwarnings("ignore", message=f".*{said}", category=UserWarning)
             function(joint, **arguments | own)
-        model = hand_on([joint], list(objects.values()))
-    first = 0
+        model = hand_on([joint], [])
+    # All results are there before any is written.
+    found, first = [], 0
     for member in members.values():
         rows = slice(first, first + member.adata.n_obs)
-        with member.write:
-            _write(tool, key, joint, rows, member, list(objects), model)
+        found.append(_results(tool, key, joint, rows, member, list(objects), model))
         first = rows.stop
+    for member, results in zip(members.values(), found, strict=True):
+        with member.write:
+            _write(tool, key, member.adata, results)
+    hand_on([joint], list(objects.values()))
     if not copy:
         return None
     return dict(zip(given, objects.values(), strict=True)) if isinstance(given, Mapping) else list(objects.values())
@@ -135,11 +149,17 @@ def _call(function: Any, signature: inspect.Signature, given: Any, arguments: di
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Name the object in errors of what is inside."""
+    """Name the object in errors and warnings of what is inside."""
     try:
-        yield
+        with warnings.catch_warnings(record=True) as told:
+            yield
     except (KeyError, TypeError, ValueError) as error:
         raise type(error)(f"Of the object {name!r}: {error.args[0] if error.args else error}") from error
+    for warning in told:
+        if warning.category is UserWarning:
+            warn(f"Of the object {name!r}: {warning.message}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _objects(given: Mapping[Any, Any] | Sequence[Any]) -> dict[str, AnnData]:
@@ -169,6 +189,16 @@ def _objects(given: Mapping[Any, Any] | Sequence[Any]) -> dict[str, AnnData]:
     return objects
 
 
+def _reference_key(arguments: Mapping[str, Any], objects: Mapping[str, AnnData]) -> str:
+    """Return the representation in which niches are found by default: that of the reference, none of the objects."""
+    if arguments["reference"] is None:
+        return "X_fimp"
+    known = Reference(*(arguments[name] for name in ("reference", "key_added", "n_niches", "smooth")))
+    for adata in objects.values():
+        known.check_other(adata)
+    return known.use_rep
+
+
 def _samples(adata: AnnData, name: str, library_key: str | None) -> pd.Series:
     """Return the sample of each cell: the object, and what it tells apart itself."""
     if library_key is None:
@@ -192,23 +222,27 @@ def _expression(tool: str, key: str, name: str, adata: AnnData, arguments: Mappi
     check_graph(work, inputs.connectivities_key, inputs.library_key)
     if inputs.library_key is None:
         warn_joined_samples(adata, get_graph(work, inputs.connectivities_key), inputs.spatial_key)
+    warn_control_features(adata)
     library = _samples(adata, name, inputs.library_key)
     with warnings.catch_warnings(action="ignore"):  # said of all of them together
         scale = check_values(get_matrix(work, inputs.layer), where="adata.X", input_scale=str(inputs.input_scale))
     light = AnnData(
         get_matrix(work, inputs.layer),
-        obs=pd.DataFrame(index=adata.obs_names),
-        var=pd.DataFrame(index=adata.var_names),
+        obs=pd.DataFrame(index=adata.obs_names.astype(str)),
+        var=pd.DataFrame(index=adata.var_names.astype(str)),
         obsp={_GRAPH: get_graph(work, inputs.connectivities_key)},
         uns={"scale": scale, "asked": inputs.input_scale, "center": inputs.center},
     )
+    if arguments.get("model") is not None:
+        check_genes(arguments["model"], adata)
     light.uns["dissociated"] = is_dissociated(work, inputs.connectivities_key)
     if inputs.spatial_key in work.obsm:
         light.obsm[_SPATIAL] = np.asarray(work.obsm[inputs.spatial_key], dtype=np.float64)
-    light.obs[_BATCH] = library if inputs.batch_key is None else get_obs(adata, [inputs.batch_key])[inputs.batch_key]
+    batch = library if inputs.batch_key is None else get_obs(adata, [inputs.batch_key])[inputs.batch_key]
+    light.obs[_BATCH] = batch.array  # names of cells may be numbers, which the light object holds as text
     for column in (arguments.get("labels_key"), arguments.get("groupby")):
         if column is not None and column in adata.obs:
-            light.obs[column] = get_obs(adata, [column])[column]
+            light.obs[column] = get_obs(adata, [column])[column].array
     ids = getattr(arguments.get("foundation"), "vocabulary_key", None)
     if ids is not None and ids in adata.var:
         light.var[ids] = np.asarray(adata.var[ids])
@@ -226,18 +260,31 @@ def _embedded(tool: str, key: str, name: str, adata: AnnData, arguments: Mapping
     library_key, graph = keys["library_key"], str(keys["connectivities_key"])
     reads = {("obs", library_key): "library_key", ("obs", arguments["labels_key"]): "labels_key"}
     check_key(key, tool, adata, reads, overwrite=arguments["overwrite"])
-    light = AnnData(obs=pd.DataFrame(index=adata.obs_names))
-    for held, values in adata.obsm.items():
-        if getattr(values, "ndim", 0) == 2:
-            light.obsm[held] = np.asarray(values) if isinstance(values, np.ndarray) else values
-    light.uns = {held: value for held, value in adata.uns.items() if held in adata.obsm}
+    light, use_rep = AnnData(obs=pd.DataFrame(index=adata.obs_names.astype(str))), arguments["use_rep"]
+    if use_rep not in adata.obsm:
+        advice = "Embed all objects together, fimp_sc.tl.embed([a, b]), or by one model."
+        raise missing_key(use_rep, "adata.obsm", adata.obsm, advice)
+    values, held = read_representation(adata, use_rep), adata.obsm[use_rep]
+    columns = held.columns if isinstance(held, pd.DataFrame) else None
+    light.obsm[use_rep] = values if columns is None else pd.DataFrame(values, light.obs_names, columns)
+    light.uns = made_by(adata, use_rep)
     if graph in adata.obsp:
         light.obsp[_GRAPH] = get_graph(adata, graph)
     labels_key = arguments["labels_key"]
     if labels_key is not None and labels_key in adata.obs:
-        light.obs[labels_key] = get_obs(adata, [labels_key])[labels_key]
+        light.obs[labels_key] = get_obs(adata, [labels_key])[labels_key].array
     params = {name: held for name, held in keys.items() if held is not None}
     return _Member(adata, light, params, _samples(adata, name, library_key), nullcontext())
+
+
+def _check_columns(members: Mapping[str, _Member], arguments: Mapping[str, Any]) -> None:
+    """Raise a KeyError where no object has a column that the tool reads; some may lack it."""
+    for argument in ("groupby", "labels_key"):
+        column = arguments.get(argument)
+        needed = column is not None and arguments.get("model") is None
+        if needed and not any(column in member.work.obs for member in members.values()):
+            held = dict.fromkeys(name for member in members.values() for name in member.adata.obs)
+            raise missing_key(str(column), "adata.obs of any object", held, f"Name a column with {argument}=.")
 
 
 def _joined(members: Mapping[str, _Member], arguments: Mapping[str, Any]) -> tuple[AnnData, dict[str, Any]]:
@@ -246,6 +293,12 @@ def _joined(members: Mapping[str, _Member], arguments: Mapping[str, Any]) -> tup
     names = pd.Index(np.concatenate([np.asarray(work.obs_names, dtype=object) for work in works]))
     if not names.is_unique:
         names = pd.Index([f"{cell}-{name}" for name, member in members.items() for cell in member.work.obs_names])
+    samples = [set(member.library) for member in members.values()]
+    if len(set().union(*samples)) < sum(map(len, samples)):
+        raise ValueError(
+            "Two objects have samples of one name, made of the name of the object and that of the sample: name the "
+            f"objects otherwise, found {list(members)}."
+        )
     library = np.concatenate([member.library.to_numpy(dtype=object) for member in members.values()])
     obs = pd.DataFrame({_LIBRARY: pd.Categorical(library)}, index=names)
     for column in dict.fromkeys(column for work in works for column in work.obs):
@@ -256,12 +309,14 @@ def _joined(members: Mapping[str, _Member], arguments: Mapping[str, Any]) -> tup
             ]
         )
         obs[column] = obs[column].infer_objects()
+    if arguments.get("model") is None and works[0].X is not None:
+        _warn_apart({name: member.work for name, member in members.items()})
     joint = AnnData(obs=obs) if works[0].X is None else _with_genes(works, obs)
     if all(_GRAPH in work.obsp for work in works):
         joint.obsp[_GRAPH] = sparse.block_diag([work.obsp[_GRAPH] for work in works], format="csr")
     own: dict[str, Any] = {"library_key": _LIBRARY, "connectivities_key": _GRAPH, "modality": None, "copy": False}
     if works[0].X is None:
-        _add_embeddings(joint, members, arguments)
+        _add_embedding(joint, members, arguments["use_rep"])
         return joint, own
     if all(work.uns["dissociated"] for work in works):
         joint.uns["spatial_neighbors"] = {"params": {"n_neighbors": 0}}
@@ -272,6 +327,31 @@ def _joined(members: Mapping[str, _Member], arguments: Mapping[str, Any]) -> tup
         raise ValueError(f"Earlier calls had {centers} for center=: pass it, as one model has one.")
     own["center"] = next(iter(centers.values()))
     return joint, {name: value for name, value in own.items() if name in arguments or name == "copy"}
+
+
+def _warn_apart(works: Mapping[str, AnnData]) -> None:
+    """Warn of objects that have no gene in common with any other.
+
+    Warns
+    -----
+    UserWarning
+        There are some.
+    """
+    # Of a foundation model, ids tell which genes are the same.
+    genes = {
+        name: set(work.var_names if work.var.empty else work.var.iloc[:, 0][work.var.iloc[:, 0] >= 0])
+        for name, work in works.items()
+    }
+    apart = [
+        name for name, own in genes.items() if all(own.isdisjoint(its) for other, its in genes.items() if other != name)
+    ]
+    if apart and len(works) > 1:
+        names = {name: list(works[name].var_names[:2]) for name in list(works)[:3]}
+        warn(
+            f"{shorten([repr(name) for name in apart])} of {len(works)} objects have no gene in common with any other, "
+            f"so that nothing relates their cells to those of others. Names are like {names}: use one kind of gene "
+            "names (symbols or Ensembl ids, of one species) everywhere."
+        )
 
 
 def _with_genes(works: Sequence[AnnData], obs: pd.DataFrame) -> AnnData:
@@ -285,7 +365,8 @@ def _with_genes(works: Sequence[AnnData], obs: pd.DataFrame) -> AnnData:
             return np.concatenate(matrices)
         moved = []
         for matrix, own in zip(matrices, columns, strict=True):
-            rows = sparse.csr_matrix(matrix)
+            # Half precision is none of scipy's.
+            rows = sparse.csr_matrix(matrix.astype(np.float32) if matrix.dtype == np.float16 else matrix)
             # Of a copy: sorting moves values, which are the user's.
             moved_values = (rows.data.copy(), own[rows.indices], rows.indptr)
             rows = sparse.csr_matrix(moved_values, shape=(rows.shape[0], len(genes)))
@@ -344,47 +425,42 @@ def _scale(members: Mapping[str, _Member]) -> str:
     )
 
 
-def _add_embeddings(joint: AnnData, members: Mapping[str, _Member], arguments: Mapping[str, Any]) -> None:
-    """Write the representations that all objects have.
+def _add_embedding(joint: AnnData, members: Mapping[str, _Member], key: str) -> None:
+    """Write the representation of all objects.
 
     Raises
     ------
-    KeyError
-        One of them lacks that which is asked for.
     ValueError
-        It was not made by one model.
+        It has other columns in some of them, or was not made by one model.
     """
-    works = {name: member.work for name, member in members.items()}
-    for key in dict.fromkeys(key for work in works.values() for key in work.obsm):
-        held = [work.obsm[key] for work in works.values() if key in work.obsm]
-        if len(held) == len(works) and len({values.shape[1] for values in held}) == 1:
-            joint.obsm[key] = np.concatenate([np.asarray(values) for values in held])
-    key = arguments["use_rep"] or "X_fimp"
-    for name, work in works.items():
-        if key not in joint.obsm and key not in work.obsm and arguments["reference"] is None:
-            with _naming(name):
-                advice = "Embed all objects together, fimp_sc.tl.embed([a, b]), or by one model."
-                raise missing_key(key, "adata.obsm", work.obsm, advice)
-    for key in joint.obsm:
-        records = [work.uns.get(key) for work in works.values()]
-        weights = {
-            str(record["weights_checksum"])
-            for record in records
-            if isinstance(record, Mapping) and "weights_checksum" in record
-        }
-        if len(weights) > 1 and key == (arguments["use_rep"] or "X_fimp"):
-            raise ValueError(
-                f"obsm[{key!r}] of these objects was made by {len(weights)} models, whose embeddings are not in one "
-                "space: embed all objects together, fimp_sc.tl.embed([a, b]), or by one model."
-            )
-        if weights:
-            joint.uns[key] = records[0]
+    held = {name: member.work.obsm[key] for name, member in members.items()}
+    if all(isinstance(values, pd.DataFrame) for values in held.values()):
+        columns = {name: sorted(map(str, values.columns)) for name, values in held.items()}
+        order = next(iter(held.values())).columns
+        if len(set(map(tuple, columns.values()))) > 1:
+            raise ValueError(f"obsm[{key!r}] has other columns in some objects: {columns}. Give all the same ones.")
+        held = {name: values[order] for name, values in held.items()}
+    widths = {name: values.shape[1] for name, values in held.items()}
+    if len(set(widths.values())) > 1:
+        raise ValueError(
+            f"obsm[{key!r}] has other numbers of columns in some objects, {widths}: embed all of them together, "
+            "fimp_sc.tl.embed([a, b]), or by one model."
+        )
+    joint.obsm[key] = np.concatenate([np.asarray(values) for values in held.values()])
+    made = {member.work.uns["weights_checksum"] for member in members.values() if member.work.uns}
+    if len(made) > 1:
+        raise ValueError(
+            f"obsm[{key!r}] of these objects was made by {len(made)} models, whose embeddings are not in one "
+            "space: embed all objects together, fimp_sc.tl.embed([a, b]), or by one model."
+        )
+    if made:
+        joint.uns[key] = {"weights_checksum": made.pop()}
 
 
-def _write(
+def _results(
     tool: str, key: str, joint: AnnData, rows: slice, member: _Member, names: list[str], model: FIMP | None
-) -> None:
-    """Write the results of some rows to their object."""
+) -> dict[tuple[str, str], Any]:
+    """Return the results of some rows, by element and name in their object; ``None`` where there are none."""
     adata = member.adata
     record = dict(joint.uns[key])
     own = {name: value for name, value in record["params"].items() if name not in (*_KEYS, "modality")}
@@ -393,22 +469,37 @@ def _write(
     record |= {"order": new_record(adata, tool)["order"], "objects": np.array(names, dtype=object)}
     if "measured" in record and model is not None:
         record |= measured_scale(model, Modality("adata", "expression", adata))
+    if "mixture" in record:
+        cells = joint.obs[key].cat.codes.to_numpy(), joint.obs_names.to_numpy()
+        record["mixture"] = typical_among(record["mixture"], *cells, rows, adata.obs_names.to_numpy())
+    found: dict[tuple[str, str], Any] = {}
     for slot, name in ((slot, name.format(key)) for slot, name in WRITTEN[tool]):
-        there, source = getattr(adata, slot), getattr(joint, slot)
+        source = getattr(joint, slot)
         if name not in source:
-            if name in there:
-                del there[name]  # of an earlier call, whose record is about to be replaced
-            continue
-        if slot == "uns":
-            there[name] = source[name]
+            found[slot, name] = None
+        elif slot == "uns":
+            found[slot, name] = source[name]
         elif slot == "obs":
-            column = source[name].iloc[rows]
-            if isinstance(column.dtype, pd.CategoricalDtype) and tool != "tl.niches":
-                drop_stale_colors(adata, key, column.cat.categories)
-            there[name] = pd.Series(column.array, index=adata.obs_names)
+            found[slot, name] = pd.Series(source[name].iloc[rows].array, index=adata.obs_names)
         elif slot == "layers":
-            there[name] = source[name][rows][:, joint.var_names.get_indexer(adata.var_names)]
+            found[slot, name] = source[name][rows][:, joint.var_names.get_indexer(adata.var_names.astype(str))]
             record["genes"] = np.array(adata.var_names, dtype=object)
         else:
-            there[name] = np.ascontiguousarray(source[name][rows])
-    adata.uns[key] = record
+            found[slot, name] = np.ascontiguousarray(source[name][rows])
+    return found | {("uns", key): record}
+
+
+def _write(tool: str, key: str, adata: AnnData, results: Mapping[tuple[str, str], Any]) -> None:
+    """Write the results of an object to it."""
+    with warnings.catch_warnings():
+        # Writing to a view turns it into an object of its own, as anndata documents.
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        for (slot, name), values in results.items():
+            there = getattr(adata, slot)
+            if values is None:
+                if name in there:
+                    del there[name]  # of an earlier call, whose record is about to be replaced
+                continue
+            if slot == "obs" and isinstance(values.dtype, pd.CategoricalDtype) and tool != "tl.niches":
+                drop_stale_colors(adata, key, values.cat.categories)
+            getattr(adata, slot)[name] = values

@@ -43,6 +43,7 @@ def read_groups(nodes: AnnData, groupby: str, unlabeled_category: str) -> pd.Cat
 
 def groups_of(groups: pd.Categorical, nodes: pd.Index, read: pd.Index, groupby: str) -> pd.Categorical:
     """Return the groups of the nodes that are read, which may be fewer than ``nodes`` and in another order."""
+    nodes = nodes.astype(str)
     return groups if nodes.equals(read) else _at_least_two(groups[nodes.get_indexer(read)], groupby)
 
 

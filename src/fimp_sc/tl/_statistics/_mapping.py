@@ -122,6 +122,28 @@ def among_niches(
     return np.exp(density - total[:, None]), fit
 
 
+def typical_among(
+    mixture: Mapping[str, Any], codes: NDArray[np.integer], names: NDArray[Any], own: slice, own_names: NDArray[Any]
+) -> dict[str, Any]:
+    """Return a mixture of the cells of several objects with typical cells of one of them.
+
+    Parameters
+    ----------
+    mixture
+        Of :func:`stored_mixture`.
+    codes, names
+        ``(n_obs,)`` niche and name of all cells.
+    own, own_names
+        Rows of this object, and how its cells are called there. A niche without a cell here has the name ``""``.
+    """
+    typical = []
+    for code, cell in enumerate(mixture["typical"]):
+        mine = np.flatnonzero(codes[own] == code)
+        best = mine[names[own][mine] == cell]
+        typical.append(str(own_names[[*best, *mine][0]]) if len(mine) else "")
+    return {**mixture, "typical": np.array(typical, dtype=object)}
+
+
 def _log_densities(values: NDArray[np.float64], mixture: Mapping[str, Any]) -> NDArray[np.float64]:
     """Return ``(n_obs, n_niches)`` logarithms of weight times density."""
     from scipy.stats import multivariate_normal
