@@ -185,7 +185,7 @@ def train_scvi(x: sp.csr_matrix, run: Run) -> Fit:
     adata = anndata.AnnData(x)
     scvi.settings.seed = run.seed
     scvi.model.SCVI.setup_anndata(adata)
-    return _trained(scvi.model.SCVI(adata, **SCVI), run, SCVI_EPOCHS, "elbo_validation")
+    return trained(scvi.model.SCVI(adata, **SCVI), run, SCVI_EPOCHS, "elbo_validation")
 
 
 def scvi_features(problem: Embedding, run: Run, kind: str) -> Fit:
@@ -217,10 +217,11 @@ def scviva(problem: Embedding, run: Run) -> Fit:
     scvi.external.SCVIVA.preprocessing_anndata(adata, k_nn=N_NICHE, **keys)
     scvi.external.SCVIVA.setup_anndata(adata, **keys)
     model = scvi.external.SCVIVA(adata, n_latent=SCVI["n_latent"], gene_likelihood=SCVI["gene_likelihood"])
-    return replace(_trained(model, run, SCVIVA_EPOCHS, "elbo_validation"), note=f"{N_CLUSTERS} k-means clusters")
+    return replace(trained(model, run, SCVIVA_EPOCHS, "elbo_validation"), note=f"{N_CLUSTERS} k-means clusters")
 
 
-def _trained(model: Any, run: Run, epochs: int, monitor: str) -> Fit:
+def trained(model: Any, run: Run, epochs: int, monitor: str) -> Fit:
+    """Latent means of a model of scvi-tools, trained with early stopping."""
     for noisy in ("scvi", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     stop = {"early_stopping": True, "early_stopping_monitor": monitor, "early_stopping_patience": SCVI_PATIENCE}

@@ -45,6 +45,8 @@ class Variant:
         What is trained of the foundation model of ``--checkpoint``, see ``FIMP``.
     recipe
         Fields of ``fimp_sc._recipe.Recipe``.
+    center
+        What is subtracted from expression, see ``FIMP.setup_anndata``.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Variant:
     deep: int = 0
     foundation: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
+    center: str = "training"
 
 
 GENE_VECTORS = "spatialformer_gene_embeddings_512.npz"
@@ -114,8 +117,10 @@ FOUNDATION = {
     "FIMP-scGPT, frozen": Variant(foundation="frozen"),
     "FIMP-scGPT, lora": Variant(foundation="lora"),
 }
+BATCHES = {f"FIMP, {center}": Variant(center=center) for center in ("batch", "matched")}
 GROUPS = {
     "fimp": DEFAULT,
+    "batches": BATCHES,
     "controls": CONTROLS,
     "vectors": VECTORS,
     "ablations": ABLATIONS,
@@ -186,7 +191,7 @@ def missing(problem: Missing, run: Run, variant: Variant) -> Fit:
 def embed(problem: Embedding, run: Run, variant: Variant) -> Fit:
     """The embedding that ``tl.embed`` writes, (n_obs, n_latent)."""
     prepared = _graphs(problem.adata, problem, run, variant)
-    model, fit = train(prepared, run, variant, library_key=problem.library_key)
+    model, fit = train(prepared, run, variant, library_key=problem.library_key, center=variant.center)
     return replace(fit, values=model.get_latent_representation())
 
 

@@ -28,6 +28,7 @@ TITLES = {
     "mapped_niches": "Niches of one section in the next",
     "planted_pairs": "Pairs of genes planted in simulated tissues",
     "gene_pairs": "Pairs of genes in real tissue",
+    "integration": "Sections together",
     "fmri": "Hidden segments of fMRI signals",
     "he": "Expression of spots from their H&E patches, a section left out",
     "images": "Noisy digits at places of a simulated town",
@@ -103,6 +104,7 @@ FILLED = (HERE.parent / "README.md", HERE.parent / "docs" / "benchmarks.md")
 SCORES = ["accuracy", "within_whole", "macro_f1", "accuracy_smoothed", "macro_f1_smoothed", "r2", "r2_gene", "mse"]
 SCORES += ["pearson", "pearson_50", "pearson_expressed", "r2_expressed"]
 SCORES += ["power", "found", "wrong", "false_rate"]
+SCORES += ["ilisi", "purity", "transfer", "transfer_whole"]
 SCORES += ["ari_reference", "ari", "ari_both", "ari_smoothed", "nmi", "nmi_smoothed", "mrr", "hits10"]
 COSTS = ["forward_s", "both_s", "step_ms", "first_s", "graph_s", "read_s", "embed_s", "us_per_cell", "ms_per_cell"]
 COSTS += ["epoch_s", "epochs", "total_s", "cpu_s", "peak_mb", "before_gb", "peak_gb", "result_gb"]

@@ -275,7 +275,7 @@ OPTIONS: dict[str, Rule | None] = {
     "key_added": _KEY,
     "input_scale": Choice(_SCALES, by_modality=True),
     "setup_anndata.input_scale": Choice(_SCALES),
-    "center": Choice(("training", "batch")),
+    "center": Choice(("training", "batch", "matched")),
     # tools
     "zero_shot": Flag(),
     "model": Model(),

@@ -29,6 +29,13 @@ class Recipe:
     # Length of random gene identities.
     identity: float = 0.3
 
+    # Initialization: batches with center="matched": neighbors among which cells of two batches must be of each other,
+    # components in which they are, rounds, and at most so many cells.
+    matching_neighbors: int = 20
+    matching_components: int = 20
+    matching_rounds: int = 5
+    cells_matching: int = 5000
+
     # Initialization: components of training cells, and the linear smoother that reads them
     components: bool = True
     # Exponent of a gene's standard deviation by which genes are divided: 0 is covariance, where a few strong genes

@@ -426,7 +426,7 @@ def _add_values(tool: argparse.ArgumentParser) -> None:
 def _add_common(tool: argparse.ArgumentParser) -> None:
     _add_values(tool)
     _add(tool, "batch_key", metavar="KEY", help="column of .obs with batches")
-    _add(tool, "center", help="mean that is subtracted: of all training cells, or of each batch")
+    _add(tool, "center", help="mean that is subtracted (training, batch), or matched")
     _add(tool, "gene_embeddings", metavar="FILE", help="pretrained vectors of genes to start from")
     tool.add_argument("--foundation", choices=foundation_names(), help="foundation model that makes the messages")
     tool.add_argument("--checkpoint", metavar="DIR", help="folder of the foundation model")

@@ -75,7 +75,7 @@ def test_the_mean_of_the_crop_itself_is_an_option(trained):
 def test_an_unknown_center_is_named():
     adata = toy(120)
     fimp_sc.pp.spatial_graph(adata)
-    with pytest.raises(ValueError, match="center must be one of 'training', 'batch', found 'mean'"):
+    with pytest.raises(ValueError, match="center must be one of 'training', 'batch', 'matched', found 'mean'"):
         FIMP.setup_anndata(adata, center="mean")
 
 

@@ -43,7 +43,7 @@ def attention(
     spatial_key: str | None = None,
     connectivities_key: str | None = None,
     input_scale: str | dict[str, str] | None = None,
-    center: Literal["training", "batch"] | None = None,
+    center: Literal["training", "batch", "matched"] | None = None,
     key_added: str = "fimp_attention",
     foundation: Foundation | None = None,
     model: FIMP | str | Path | None = None,
@@ -107,8 +107,9 @@ def attention(
     center
         Mean that is subtracted from the expression of a gene: ``"training"``, over all training cells, so that results
         of a cell do not depend on the other cells of the object; ``"batch"``, over the cells of its batch, for batches
-        with about the same mixture of cells. By default that of the ``model`` or of the latest call, else
-        ``"training"``.
+        with about the same mixture of cells; ``"matched"``, that of training, after genes of batches were scaled so
+        that neighborhoods which batches have in common agree, for batches that share some tissue. By default that of
+        the ``model`` or of the latest call, else ``"training"``.
     key_added
         Name of the results in ``obsp`` and ``uns``.
     foundation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from scipy import sparse
@@ -63,6 +63,21 @@ class Panels(NamedTuple):
     lacking: NDArray[np.bool_]
 
 
+class Gains(NamedTuple):
+    """Factors by which log-normalized values of known batches are multiplied, which take out their technique.
+
+    Attributes
+    ----------
+    batch
+        ``(n_obs,)`` int64, row of ``factor`` of each cell, -1 where its batch is not known.
+    factor
+        ``(n_batches, n_genes)`` float32.
+    """
+
+    batch: NDArray[np.int64]
+    factor: NDArray[np.float32]
+
+
 def used_as_is(input_scale: InputScale, trained_scale: InputScale | None) -> bool:
     """Tell whether values are taken as they are, rather than scaled to the total of training."""
     return input_scale == "real" or (input_scale == "log" and trained_scale in (None, "log", "real"))
@@ -113,6 +128,8 @@ class ExpressionReader:
         ``(n_obs,)`` float32, by which values of each cell (logarithms undone) are multiplied before ``log1p``.
     gene_key
         ``(n_genes,)`` keys of the genes, on which what is drawn for them depends; ``None`` for their places.
+    gains
+        Factors of the values of batches, if there are any.
 
     Warns
     -----
@@ -132,9 +149,14 @@ class ExpressionReader:
         trained_scale: InputScale | None = None,
         panels: Panels | None = None,
         gene_key: NDArray[np.uint64] | None = None,
+        gains: Gains | None = None,
     ) -> None:
         self._rows = open_rows(matrix)
         self.gene_key = gene_key
+        self._gains: Gains | None = None
+        if gains is not None:
+            # The last row is that of batches that are not known.
+            self._gains = Gains(gains.batch, np.vstack([gains.factor, np.ones_like(gains.factor[:1])]))
         self.absent = absent
         self._scale = input_scale
         self._as_is = used_as_is(input_scale, trained_scale)
@@ -206,7 +228,8 @@ class ExpressionReader:
 
     def counts(self, rows: sparse.csr_matrix, nodes: NDArray[np.int64]) -> sparse.csr_matrix:
         """Return ``(len(nodes), n_genes)`` rows of :meth:`sparse_rows` as they are stored, logarithms undone."""
-        data = np.expm1(rows.data.astype(np.float64)) / np.repeat(self.factor[nodes], np.diff(rows.indptr))
+        data = np.expm1(self._without_gains(rows, nodes).astype(np.float64))
+        data /= np.repeat(self.factor[nodes], np.diff(rows.indptr))
         if self._scale == "counts":
             data = np.rint(data)
         return sparse.csr_matrix((data, rows.indices, rows.indptr), shape=rows.shape)
@@ -222,13 +245,15 @@ class ExpressionReader:
             rows = self._visible(rows, nodes) + hidden.multiply(mean[None])
         return sparse.csr_matrix(rows, dtype=np.float32)
 
-    def as_seen(self, rows: sparse.csr_matrix, visible: Tensor, pattern: Tensor) -> sparse.csr_matrix:
+    def as_seen(
+        self, rows: sparse.csr_matrix, nodes: NDArray[np.int64], visible: Tensor, pattern: Tensor
+    ) -> sparse.csr_matrix:
         """Return rows as they are where some genes are masked: their scale tells nothing of these.
 
         Parameters
         ----------
-        rows
-            ``(n, n_genes)`` CSR of :meth:`sparse_rows`.
+        rows, nodes
+            ``(n, n_genes)`` CSR of :meth:`sparse_rows`, and of which nodes.
         visible, pattern
             ``(n_patterns, n_genes)`` bool and ``(n,)`` int64: which genes each row shows.
 
@@ -243,11 +268,12 @@ class ExpressionReader:
         # Not a product of matrices: the threads of NumPy's BLAS wait busily after it, where those of torch work.
         fraction = 1.0 - np.einsum("pg,g->p", ~shown, self._fraction.astype(np.float64))
         row, mask = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr)), pattern.numpy()
-        data = np.expm1(rows.data)
+        data = np.expm1(self._without_gains(rows, nodes))
         kept = shown.ravel().take(mask.take(row) * shown.shape[1] + rows.indices)
         total = np.bincount(row, data * kept, minlength=rows.shape[0]).astype(np.float64)
         data *= _factor(total, self.target_sum * fraction[mask]).take(row)
-        return sparse.csr_matrix((np.log1p(data, out=data), rows.indices, rows.indptr), shape=rows.shape)
+        seen = sparse.csr_matrix((np.log1p(data, out=data), rows.indices, rows.indptr), shape=rows.shape)
+        return self._with_gains(seen, nodes)
 
     def observed(self, nodes: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """Return which genes are measured and not hidden, as the distinct patterns and the pattern of each node.
@@ -289,6 +315,12 @@ class ExpressionReader:
         """Return ``(len(nodes), len(columns))`` float32, by which values of genes were multiplied before ``log1p``."""
         return np.broadcast_to(self.factor[nodes, None], (len(nodes), len(columns)))
 
+    def gains(self, nodes: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return ``(len(nodes), len(columns))`` float32, by which logarithms of genes were multiplied."""
+        if self._gains is None:
+            return np.ones((len(nodes), len(columns)), dtype=np.float32)
+        return self._gains.factor[:, columns][self._gains.batch[nodes]]
+
     def _in_genes(self, block: Any) -> Any:
         """Return a block of rows with the genes of the model as columns; sparse stays sparse."""
         if self._may_lack and block.dtype.kind == "f":
@@ -314,6 +346,25 @@ class ExpressionReader:
         return _apply(raw, np.expm1) if self._scale == "log" else raw
 
     def _normalized(self, raw: Any, nodes: NDArray[np.int64]) -> Any:
+        return self._with_gains(self._logarithms(raw, nodes), nodes)
+
+    def _with_gains(self, values: Any, nodes: NDArray[np.int64]) -> Any:
+        if self._gains is None:
+            return values
+        if not sparse.issparse(values):
+            return values * self._gains.factor[self._gains.batch[nodes]]
+        return sparse.csr_matrix(
+            (values.data * self._gain_of(values, nodes), values.indices, values.indptr), shape=values.shape
+        )
+
+    def _without_gains(self, rows: sparse.csr_matrix, nodes: NDArray[np.int64]) -> NDArray[np.float32]:
+        return rows.data if self._gains is None else rows.data / self._gain_of(rows, nodes)
+
+    def _gain_of(self, rows: sparse.csr_matrix, nodes: NDArray[np.int64]) -> NDArray[np.float32]:
+        batch, factor = cast("Gains", self._gains)
+        return factor[np.repeat(batch[nodes], np.diff(rows.indptr)), rows.indices]
+
+    def _logarithms(self, raw: Any, nodes: NDArray[np.int64]) -> Any:
         if self._as_is:
             return raw.astype(np.float32)
         raw = self._linear(raw)
@@ -524,10 +575,12 @@ class JoinedExpression:
             tables.append(rows)
         return _side_by_side(tables)
 
-    def as_seen(self, rows: sparse.csr_matrix, visible: Tensor, pattern: Tensor) -> sparse.csr_matrix:
+    def as_seen(
+        self, rows: sparse.csr_matrix, nodes: NDArray[np.int64], visible: Tensor, pattern: Tensor
+    ) -> sparse.csr_matrix:
         """See :meth:`ExpressionReader.as_seen`."""
         bounds = zip(self.sources, self._bounds[:-1], self._bounds[1:], strict=True)
-        return _side_by_side([s.as_seen(rows[:, a:b], visible[:, a:b], pattern) for s, a, b in bounds])
+        return _side_by_side([s.as_seen(rows[:, a:b], nodes, visible[:, a:b], pattern) for s, a, b in bounds])
 
     def observed(self, nodes: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """See :meth:`ExpressionReader.observed`."""
@@ -564,6 +617,11 @@ class JoinedExpression:
         """See :meth:`ExpressionReader.factors`."""
         factor = np.stack([source.factor[nodes] for source in self.sources], axis=1)
         return factor[:, np.searchsorted(self._bounds, columns, side="right") - 1]
+
+    def gains(self, nodes: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See :meth:`ExpressionReader.gains`."""
+        tables = [source.gains(nodes, np.arange(source.n_genes)) for source in self.sources]
+        return np.concatenate(tables, axis=1)[:, columns]
 
     def _split(self, values: NDArray[Any]) -> list[NDArray[Any]]:
         return np.split(values, self._bounds[1:-1])

@@ -422,7 +422,7 @@ def expression_fields(
     rows = source.sparse_rows(nodes)
     masks = mask_ratio, gene_mask_ratio, mask_cells, seed, source.gene_key
     visible, pattern, hidden = _masks(source, nodes, n_dst, *masks)
-    profile = _centered(rows if mask_ratio is None else source.as_seen(rows, visible, pattern), source, nodes)
+    profile = _centered(rows if mask_ratio is None else source.as_seen(rows, nodes, visible, pattern), source, nodes)
     target = profile[:n_dst].clone() if mask_ratio is None else _centered(rows[:n_dst], source, nodes[:n_dst])
     if mask_ratio is not None or not visible.all():
         profile.mul_(visible.float().index_select(0, pattern))

@@ -52,6 +52,8 @@ class StartingModule(BaseModuleClass):
     gene_fraction: Tensor
     target_sum: Tensor
     value_variance: Tensor
+    batch_name: Tensor
+    batch_gain: Tensor
     gene_key: np.ndarray
     class_weight: Tensor
 
@@ -72,6 +74,19 @@ class StartingModule(BaseModuleClass):
         square = float(train.power(2).mean())
         variance = square - float(np.square(statistics.mean).mean())
         self.value_variance.fill_(max(variance, _least_variance(square)))
+
+    def set_gains(self, names: np.ndarray, gains: np.ndarray) -> None:
+        """Set the factors of genes in technical batches.
+
+        Parameters
+        ----------
+        names
+            ``(n_batches,)`` int64, hashes of their names.
+        gains
+            ``(n_batches, n_features)``.
+        """
+        self.batch_name = torch.from_numpy(names.copy()).to(self.batch_name.device)
+        self.batch_gain = torch.from_numpy(gains).to(self.batch_gain.device)
 
     def set_class_weight(self, counts: np.ndarray, balance: float = 0.0) -> None:
         """Set what an error in each class costs.

@@ -66,6 +66,9 @@ class FIMPModule(LabelingModule, StartingModule):
         ``()``, how much of what is so predicted is smoothed over neighbors.
     mixtures
         ``(2, 2)``, both weights for the cells of training, and for those of other sections.
+    batch_name, batch_gain
+        ``(n_batches,)`` int64, hashes of the names of batches, and ``(n_batches, n_features)``, see
+        :func:`~fimp_sc.model.module._matched_batches.matched_gains`.
     linear_scores, linear_bias, linear_weight
         ``(n_features, n_labels)`` and ``(n_labels,)``, a linear model of labels that reads all centered genes, where
         there are few enough; and ``()``, its weight in predicted labels. 0 of it means that there is none.
@@ -129,6 +132,9 @@ class FIMPModule(LabelingModule, StartingModule):
         total = torch.zeros(() if n_tables == 1 else n_tables, dtype=torch.float64)
         self.register_buffer("target_sum", total)
         self.register_buffer("value_variance", torch.ones(()))
+        # Empty where batches do not differ, or there is one.
+        self.register_buffer("batch_name", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("batch_gain", torch.zeros(0, n_features))
         self.register_buffer("class_weight", torch.ones(max(n_labels, 1)))
         self.statistics = nn.ModuleDict()
         for i, (name, shape) in enumerate(self.sequences.items()):
@@ -136,6 +142,14 @@ class FIMPModule(LabelingModule, StartingModule):
             own = self.network.sequence_statistics()
             if own is not None:
                 self.set_sequence_statistics(name, own)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A model is built before it knows its batches. Where none are named, those that are there stay.
+        for name in ("batch_name", "batch_gain"):
+            own = getattr(self, name)
+            saved = state_dict.setdefault(prefix + name, own.clone())
+            setattr(self, name, own.new_zeros(saved.shape[:1] + own.shape[1:]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _get_inference_input(self, tensors: Batch, **kwargs: Any) -> dict[str, Any]:
         return {"batch": tensors, "alone": self.label_head_alone is not None}

@@ -363,6 +363,7 @@ def get_expression(
     else:
         values = collect(model, data, nodes, partial(_values, features=features), how)
         values += source.center[source.batch[nodes]][:, known[known >= 0]]
+        values /= source.gains(nodes, known[known >= 0])
     np.maximum(values, 0.0, out=values, where=~real)
     if scale == "counts":
         np.expm1(values, out=values)

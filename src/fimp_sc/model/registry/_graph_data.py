@@ -13,7 +13,7 @@ from scipy import sparse
 from fimp_sc._logging import warn
 from fimp_sc.data import ExpressionReader, GeneStatistics, GraphData, NodeGraph
 from fimp_sc.data._study import Modality, Study, expand_rows, resolve
-from fimp_sc.data.expression._reader import JoinedExpression, Panels, split_statistics
+from fimp_sc.data.expression._reader import Gains, JoinedExpression, Panels, split_statistics
 from fimp_sc.data.sequences._kinds import sequence_kind
 from fimp_sc.data.sequences._reader import SequenceStatistics
 from fimp_sc.data.sequences._tokenizers import sequence_reader, token_shape
@@ -167,11 +167,12 @@ def graph_data(
         sample = codes[LIBRARY_KEY if setup["library_key"] else BATCH_KEY]
         sources = []
         keys = np.split(model.module.gene_key, np.cumsum(sizes)[:-1])
-        known = zip(tables, states.values(), split_statistics(_statistics(model), sizes), keys, strict=True)
-        for table, state, statistics, gene_key in known:
+        gains = _gains(model, nodes, setup, sizes)
+        known = zip(tables, states.values(), split_statistics(_statistics(model), sizes), keys, gains, strict=True)
+        for table, state, statistics, gene_key, gain in known:
             source = table_reader(
                 table, setup["layer"], state, sample, statistics=statistics, batch=batch, hidden=masks.get(table.name),
-                gene_key=gene_key,
+                gene_key=gene_key, gains=gain,
             )  # fmt: skip
             sources.append(source)
         data.expression = sources[0] if len(sources) == 1 else JoinedExpression(sources)
@@ -190,6 +191,7 @@ def table_reader(
     batch: NDArray[np.int64] | None = None,
     hidden: Any = None,
     gene_key: NDArray[np.uint64] | None = None,
+    gains: Gains | None = None,
 ) -> ExpressionReader:
     """Return the reader of one table.
 
@@ -201,7 +203,7 @@ def table_reader(
         What :class:`ExpressionField` registered of it.
     sample
         ``(n_obs,)`` int64 code of the sample of each node.
-    statistics, batch, hidden, gene_key
+    statistics, batch, hidden, gene_key, gains
         See :class:`ExpressionReader`.
     """
     matrix = get_matrix(table.adata, layer)
@@ -211,8 +213,21 @@ def table_reader(
     columns = match_columns(state[ExpressionField.NAMES], table.adata)
     return ExpressionReader(
         matrix, columns, scale, statistics, batch, hidden, table.absent,
-        state.get(ExpressionField.TRAINED_SCALE, scale), _panels(state, sample), gene_key,
+        state.get(ExpressionField.TRAINED_SCALE, scale), _panels(state, sample), gene_key, gains,
     )  # fmt: skip
+
+
+def named_batches(nodes: AnnData, setup: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """Return hashes of the names of technical batches, and the code of the batch of each node.
+
+    ``None`` where none are named, or batches are not to be matched.
+    """
+    key = setup["batch_key"] or setup["library_key"]
+    if key is None or setup["center"] != "matched":
+        return None
+    batches = check_obs_key(nodes, key, "batch")
+    names = pd.util.hash_array(np.asarray(batches.categories).astype(str).astype(object)).view(np.int64)
+    return names, batches.codes.astype(np.int64)
 
 
 def without_messages(data: GraphData, *, self_loops: bool = True) -> GraphData:
@@ -266,6 +281,17 @@ def _statistics(model: FIMP) -> GeneStatistics | None:
         return None
     total = module.target_sum.cpu().numpy()
     return GeneStatistics(module.gene_mean.cpu().numpy(), module.gene_fraction.cpu().numpy(), total)
+
+
+def _gains(model: FIMP, nodes: AnnData, setup: Mapping[str, Any], sizes: Sequence[int]) -> list[Gains | None]:
+    """Return the gains of each table. Batches of the names of training are known, others read as they are."""
+    named = named_batches(nodes, setup) if len(model.module.batch_name) else None
+    if named is None:
+        return [None] * len(sizes)
+    names, codes = named
+    row = pd.Index(model.module.batch_name.cpu().numpy()).get_indexer(pd.Index(names)).astype(np.int64)
+    factors = np.split(model.module.batch_gain.cpu().numpy(), np.cumsum(sizes)[:-1], axis=1)
+    return [Gains(row[codes], factor) for factor in factors]
 
 
 def _panels(state: Mapping[str, Any], sample: NDArray[np.int64]) -> Panels | None:

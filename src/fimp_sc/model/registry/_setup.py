@@ -56,7 +56,7 @@ def setup_anndata(
     connectivities_key: str = _GRAPH,
     spatial_key: str = "spatial",
     input_scale: Literal["auto", "counts", "normalized", "log", "real"] = "auto",
-    center: Literal["training", "batch"] = "training",
+    center: Literal["training", "batch", "matched"] = "training",
     **kwargs: Any,
 ) -> None:
     """Register where FIMP finds its data. Validates; writes nothing but scvi-tools' own identifier in ``uns``.
@@ -98,7 +98,11 @@ def setup_anndata(
         that results of a cell do not depend on which other cells the object holds; or ``"batch"``, its mean over
         the cells of the same batch (shrunk toward the training mean). The latter takes out what differs between
         batches where each holds about the same mixture of cells, and with it what sets a batch apart that holds
-        another: a section of one class is then taken for a mixture of all.
+        another: a section of one class is then taken for a mixture of all. Or ``"matched"``: the mean over
+        all training cells, after genes of batches were multiplied by factors that make mutually nearest neighborhoods
+        of two batches agree. It takes out technique where batches share some tissue, of whatever mixture; batches that
+        share none are made alike. The factors are fitted once, to training cells, and apply to batches of the
+        same names; others are read as they are.
 
     Raises
     ------
@@ -141,7 +145,7 @@ def setup_mudata(
     connectivities_key: str = _GRAPH,
     spatial_key: str = "spatial",
     input_scale: Literal["auto", "counts", "normalized", "log", "real"] | dict[str, str] = "auto",
-    center: Literal["training", "batch"] = "training",
+    center: Literal["training", "batch", "matched"] = "training",
     **kwargs: Any,
 ) -> None:
     """Register one or several modalities: expression, signals of regions, images, or any features.
@@ -187,7 +191,11 @@ def setup_mudata(
         What is subtracted from the expression of each gene: ``"training"``, its mean over all training cells, so
         that results of a cell do not depend on which other cells the object holds; or ``"batch"``, its mean over
         the cells of the same batch (shrunk toward the training mean), for batches with about the same mixture of
-        cells.
+        cells. Or ``"matched"``: the mean over
+        all training cells, after genes of batches were multiplied by factors that make mutually nearest neighborhoods
+        of two batches agree. It takes out technique where batches share some tissue, of whatever mixture; batches that
+        share none are made alike. The factors are fitted once, to training cells, and apply to batches of the
+        same names; others are read as they are.
 
     Raises
     ------

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from lightning.fabric.utilities import move_data_to_device
+from scipy import sparse
 
 from fimp_sc._recipe import recipe
 from fimp_sc.data import BlockDataset, BlockSampler
+from fimp_sc.model.module._matched_batches import matched_gains
 from fimp_sc.model.predict._inference import infer, read_embedding
-from fimp_sc.model.registry._graph_data import graph_data
+from fimp_sc.model.registry._fields import X_KEY, ExpressionField, table_states
+from fimp_sc.model.registry._graph_data import field_state, graph_data, named_batches
 
 if TYPE_CHECKING:
     from fimp_sc.data import ExpressionReader, GraphData
@@ -53,7 +56,10 @@ def start_from_data(
 def _start_from_expression(
     model: FIMP, study: Study, data: GraphData, train_idx: np.ndarray, val_idx: np.ndarray, hidden: dict[str, Any]
 ) -> None:
-    module, source = model.module, cast("ExpressionReader", data.expression)
+    module = model.module
+    if not module.network.pretrained and _match_batches(model, study, data, train_idx):
+        data = graph_data(model, study, **hidden)
+    source = cast("ExpressionReader", data.expression)
     some = _some(model, data, train_idx, recipe().cells_components)
     statistics = source.gene_statistics(train_idx)
     rows = source.complete_rows(some, statistics.mean)
@@ -79,6 +85,41 @@ def _start_from_expression(
         drop_noise=drop,
         random_state=model.random_state,
     )
+
+
+def _match_batches(model: FIMP, study: Study, data: GraphData, train_idx: np.ndarray) -> bool:
+    """Fit gains of genes to the cells that technical batches have in common; tell whether there are any."""
+    manager = model.get_anndata_manager(study.data, required=True)
+    named = named_batches(study.nodes, manager.registry["setup_args"])
+    real = [state[ExpressionField.SCALE] == "real" for state in table_states(field_state(model, X_KEY)).values()]
+    if named is None or all(real):
+        return False
+    names, codes = named
+    there, code = np.unique(codes[train_idx], return_inverse=True)
+    if len(there) < 2:
+        return False
+    source = cast("ExpressionReader", data.expression)
+    cells = _some(model, data, train_idx, recipe().cells_matching)
+    around = sparse.csr_matrix(data.graph.averaging(cells, model.n_layers)[:, train_idx])
+    # A cell whose neighbors are all kept for validation is its own mean.
+    total = np.asarray(around.sum(1)).ravel()
+    place = np.searchsorted(train_idx, cells)
+    alone = sparse.csr_matrix(((total == 0).astype(np.float32), (np.arange(len(cells)), place)), shape=around.shape)
+    around = sparse.csr_matrix(sparse.diags(1.0 / np.where(total > 0, total, 1.0)) @ around + alone)
+    used = np.unique(around.indices)
+    nodes = train_idx[used]
+    mean = source.gene_statistics(train_idx).mean
+    complete, seen = source.complete_rows(nodes, mean), source.complete_rows(nodes, np.zeros_like(mean))
+    gains = matched_gains(complete, seen, around[:, used], code[used], code[place], model.random_state)
+    ends = np.cumsum([0, *(len(s[ExpressionField.NAMES]) for s in table_states(field_state(model, X_KEY)).values())])
+    for is_real, start, end in zip(real, ends[:-1], ends[1:], strict=True):
+        if is_real:
+            gains[:, start:end] = 1.0
+    if (gains == 1.0).all():
+        return False
+    module = model.module
+    module.set_gains(names[there], gains)
+    return True
 
 
 def _start_from_sequences(model: FIMP, data: GraphData, train_idx: np.ndarray, mask_ratio: tuple[float, float]) -> None:
