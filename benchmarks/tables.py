@@ -26,6 +26,8 @@ TITLES = {
     "embedding": "Features without labels: cell types and domains",
     "niches": "Niches against annotated regions",
     "mapped_niches": "Niches of one section in the next",
+    "planted_pairs": "Pairs of genes planted in simulated tissues",
+    "gene_pairs": "Pairs of genes in real tissue",
     "fmri": "Hidden segments of fMRI signals",
     "he": "Expression of spots from their H&E patches, a section left out",
     "images": "Noisy digits at places of a simulated town",
@@ -100,10 +102,11 @@ FILLED = (HERE.parent / "README.md", HERE.parent / "docs" / "benchmarks.md")
 
 SCORES = ["accuracy", "within_whole", "macro_f1", "accuracy_smoothed", "macro_f1_smoothed", "r2", "r2_gene", "mse"]
 SCORES += ["pearson", "pearson_50", "pearson_expressed", "r2_expressed"]
+SCORES += ["power", "found", "wrong", "false_rate"]
 SCORES += ["ari_reference", "ari", "ari_both", "ari_smoothed", "nmi", "nmi_smoothed", "mrr", "hits10"]
 COSTS = ["forward_s", "both_s", "step_ms", "first_s", "graph_s", "read_s", "embed_s", "us_per_cell", "ms_per_cell"]
 COSTS += ["epoch_s", "epochs", "total_s", "cpu_s", "peak_mb", "before_gb", "peak_gb", "result_gb"]
-COSTS += ["parameters", "trained", "heads"]
+COSTS += ["parameters", "trained", "heads", "tests", "pairs", "found_pairs", "itself"]
 
 
 def score(values: pd.Series) -> str:
@@ -130,6 +133,22 @@ def table(rows: pd.DataFrame, keys: list[str]) -> list[str]:
     for names, group in rows.groupby(keys, sort=False):
         cells = [*map(str, names), *(score(group[name]) for name in scores), *(cost(group[name]) for name in costs)]
         lines.append("| " + " | ".join([*cells, str(len(group))]) + " |")
+    return lines
+
+
+def planted(folder: Path) -> list[str]:
+    """Lines of a Markdown table: power and wrong discoveries of each method in each of the simulated tissues."""
+    path = folder / "planted_pairs.csv"
+    if not path.exists():
+        return []
+    rows = pd.read_csv(path)
+    tissues = list(rows.data.unique())
+    lines = ["| power / wrong | " + " | ".join(name.replace("_", ", effect ") for name in tissues) + " |"]
+    lines.append("|---" * (len(tissues) + 1) + "|")
+    for method in sorted(rows.method.unique(), key=lambda name: (not name.startswith("gene_pairs"), name)):
+        means = rows[rows.method == method].groupby("data")[["power", "wrong"]].mean()
+        cells = [f"{means.power[t]:.2f} / {means.wrong[t]:.1f}" if t in means.index else "" for t in tissues]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
     return lines
 
 
@@ -177,7 +196,8 @@ def filled(text: str, folder: Path) -> str:
     """Return a page with the tables between ``<!-- table: name -->`` and ``<!-- end -->`` made anew."""
 
     def made(found: re.Match[str]) -> str:
-        return f"{found[1]}\n" + "\n".join(summary(folder, found[2])) + "\n<!-- end -->"
+        lines = planted(folder) if found[2] == "pairs" else summary(folder, found[2])
+        return f"{found[1]}\n" + "\n".join(lines) + "\n<!-- end -->"
 
     return re.sub(r"(<!-- table: (\w+) -->)\n.*?<!-- end -->", made, text, flags=re.DOTALL)
 

@@ -65,7 +65,7 @@ def quick_start() -> None:
         if plt.get_fignums():
             path = STATIC / "quick_start.png"
             plt.savefig(path, dpi=80)
-            Image.open(path).convert("RGB").save(path, optimize=True)
+            Image.open(path).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
             break
 
 

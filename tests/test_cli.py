@@ -121,9 +121,9 @@ def test_niches_train_nothing(section, tmp_path, calls, capsys) -> None:
 
 def test_gene_pairs_takes_groups_and_genes(section, tmp_path, calls) -> None:
     arguments = ["--output", str(tmp_path / "out.h5ad"), "--groupby", "cell_type", "--genes", "CD74", "LYZ", "--quiet"]
-    arguments += ["--null", "labels", "--n-permutations", "20", "--layer", "counts"]
+    arguments += ["--domain-key", "region", "--n-permutations", "20", "--layer", "counts"]
     assert cli.main(["gene-pairs", str(section), *arguments]) == 0
-    expected = {"groupby": "cell_type", "genes": ["CD74", "LYZ"], "null": "labels", "n_permutations": 20}
+    expected = {"groupby": "cell_type", "genes": ["CD74", "LYZ"], "domain_key": "region", "n_permutations": 20}
     assert calls == [("gene_pairs", {**expected, "layer": "counts", "verbose": False})]
     with pytest.raises(SystemExit):
         cli.main(["gene-pairs", str(section), *arguments, "--model", "folder"])

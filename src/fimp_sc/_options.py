@@ -296,7 +296,8 @@ OPTIONS: dict[str, Rule | None] = {
     "n_seeds": Integer(2),
     "gene_pairs.genes": Names(one=False),
     "n_genes": Integer(1),
-    "null": Choice(("neighbors", "labels")),
+    "gene_pairs.n_genes": Integer(1, none=True),
+    "domain_key": _COLUMN,
     "n_permutations": Integer(10),
     "min_edges": Integer(1),
     "min_support": Real(0),
@@ -332,7 +333,7 @@ OPTIONS: dict[str, Rule | None] = {
     "numbers": Flag(),
     "n_top": Integer(1),
     "attention.value": Choice(("influence", "z", "n_edges")),
-    "gene_pairs.x": Choice(("z", "score")),
+    "gene_pairs.x": Choice(("z", "correlation", "score")),
     "niche_composition.kind": Choice(("auto", "bars", "heatmap")),
     "history.model": None,  # which is anything with a history
     "source_group": Label(),

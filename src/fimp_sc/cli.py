@@ -384,7 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(pairs, "groupby", required=True, metavar="KEY", help="column of .obs with groups of cells")
     _add(pairs, "genes", nargs="+", metavar="GENE", help="genes to test (default: those that vary most)")
     _add(pairs, "n_genes", metavar="N", help="number of genes, if none are named")
-    _add(pairs, "null", help="permute places of cells within groups, or group labels")
+    _add(pairs, "domain_key", metavar="KEY", help="column of .obs with known domains (default: compare near cells)")
     _add(pairs, "n_permutations", metavar="N", help="number of permutations")
     _add_values(pairs)
     _add_keys(pairs)

@@ -51,7 +51,7 @@ def tables() -> tuple[pd.DataFrame, pd.DataFrame]:
         {
             "source_group": _groups("BBAB"), "destination_group": _groups("ABBA"),
             "source_gene": pd.Categorical(list("LLMN")), "destination_gene": pd.Categorical(list("RRLM")),
-            "score": [9.0, 8.0, 7.0, 1.0], "z": [5.0, 4.0, 3.0, 0.5],
+            "correlation": [0.5, 0.2, 0.9, 0.01], "score": [9.0, 8.0, 7.0, 1.0], "z": [5.0, 4.0, 3.0, 0.5],
             "fdr": [1e-3, 1e-2, 0.05, 0.8], "n_edges": [40, 1200, 7, 40],
         }
     )  # fmt: skip

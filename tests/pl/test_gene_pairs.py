@@ -12,7 +12,7 @@ from fimp_sc import pl
 TITLES = ["L (B) → R (A)", "L (B) → R (B)", "M (A) → L (B)", "N (B) → M (A)"]
 
 
-@pytest.mark.parametrize("x", ["z", "score"])
+@pytest.mark.parametrize("x", ["z", "correlation", "score"])
 def test_dots_are_the_table(x) -> None:
     adata = heard()
     table = adata.uns["fimp_gene_pairs"]["pairs"]
@@ -51,6 +51,15 @@ def test_choice_of_pairs() -> None:
     assert titles(source_group="B", destination_group="A") == [TITLES[0], TITLES[3]]
     adata.uns["fimp_gene_pairs"]["pairs"].loc[0, ["fdr", "z"]] = np.nan
     assert titles() == TITLES[1:]
+
+
+def test_pairs_without_direction_have_no_arrow() -> None:
+    adata = heard()
+    for directed, joint in ((True, "→"), (False, "–")):
+        adata.uns["fimp_gene_pairs"]["directed"] = directed
+        ax = pl.gene_pairs(adata, show=False)
+        expected = [title.replace("→", joint) for title in TITLES]
+        assert [label.get_text() for label in ax.get_yticklabels()] == expected
 
 
 def test_axes_show_and_save(monkeypatch, tmp_path) -> None:

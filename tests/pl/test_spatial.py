@@ -361,7 +361,7 @@ def test_palettes(toy) -> None:
         drawn(["no color"] * 4)
 
 
-@pytest.mark.parametrize("name", ["Unknown", "Unlabelled", "Ambiguous", "unassigned", "nan", ""])
+@pytest.mark.parametrize("name", ["Unknown", "Unlabelled", "unassigned", "nan", ""])
 def test_no_label_is_gray_whatever_it_is_called(toy, name) -> None:
     toy.obs["known"] = toy.obs["cell_type"].astype(str)
     toy.obs.loc[toy.obs_names[:10], "known"] = name

@@ -301,3 +301,11 @@ def test_a_gene_that_is_named_twice(tissue, trainings, unchanged) -> None:
     with unchanged(tissue), pytest.raises(ValueError, match=f"genes names '{gene}' more than once"):
         fimp_sc.tl.impute(tissue, genes=[gene, tissue.var_names[0], gene])
     assert trainings == []
+
+
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
+def test_something_must_be_visible(tissue, quick, unchanged, trainings, form) -> None:
+    hidden = form(np.ones(tissue.shape, dtype=bool))
+    with unchanged(tissue), pytest.raises(ValueError, match=r"hidden is True everywhere.*leave some values visible"):
+        fimp_sc.tl.impute(tissue, hidden=hidden, **quick)
+    assert not trainings

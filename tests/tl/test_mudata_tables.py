@@ -80,7 +80,9 @@ def test_pairs_of_genes_and_proteins_are_tested(only_changed) -> None:
     rna = mdata["rna"]
     rna.obs["side"] = np.where(rna.obsm["spatial"][:, 1] > np.median(rna.obsm["spatial"][:, 1]), "up", "down")
     names = ["CD0", rna.var_names[3], "CD4", rna.var_names[7]]
-    how = {"min_edges": 3, "min_support": 1, "n_permutations": 20, "genes": names}
+    every = pd.MultiIndex.from_product([names, names], names=["source", "target"]).to_frame(index=False)
+    # Cells of a side and section swap places, whatever is around them, and pairs have a direction.
+    how = {"min_edges": 3, "min_support": 1, "n_permutations": 20, "pairs": every, "domain_key": "section"}
     with only_changed(mdata, ("", "obsp", "influence"), ("", "uns", "influence")):
         fimp_sc.tl.attention(mdata, "side", modality=BOTH, library_key="section", key_added="influence", **QUICK)
     graph = rna.obsp["spatial_connectivities"]

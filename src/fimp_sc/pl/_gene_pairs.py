@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mudata import MuData
     from numpy.typing import NDArray
 
-_LABELS = {"z": "z", "score": "Score"}
+_LABELS = {"z": "z", "correlation": "Correlation over edges", "score": "Score"}
 _SMALLEST, _LARGEST = 25.0, 190.0  # square points
 
 
@@ -33,7 +33,7 @@ def gene_pairs(
     *,
     modality: str | Sequence[str] | None = None,
     n_top: int = 20,
-    x: Literal["z", "score"] = "z",
+    x: Literal["z", "correlation", "score"] = "z",
     source_group: str | None = None,
     destination_group: str | None = None,
     fdr: float = 0.05,
@@ -45,6 +45,8 @@ def gene_pairs(
     return_fig: bool = False,
 ) -> Axes | Figure | None:
     """Draw the most significant pairs of genes, a dot for each: larger with more edges, brighter with a smaller FDR.
+
+    An arrow points from source to destination where pairs were tested with a direction.
 
     Parameters
     ----------
@@ -88,7 +90,7 @@ def gene_pairs(
     """
     canvas = Canvas(ax, show, save, return_fig, title)
     adata, _ = results_of(adata, modality, lambda held, _: key in held.uns)
-    table = _pairs(adata, key)
+    table, directed = _pairs(adata, key)
     chosen = table["fdr"].notna().to_numpy()
     for side, name in (("source_group", source_group), ("destination_group", destination_group)):
         groups = table[side].astype(str)
@@ -99,7 +101,7 @@ def gene_pairs(
     if table.empty:
         raise ValueError(f"adata.uns[{key!r}]['pairs'] has no tested pair of these groups.")
 
-    names = _titles(table)
+    names = _titles(table, "→" if directed else "–")
     # Long names leave the panel its width.
     width = 8.2 + 0.08 * max(max(map(len, names)) - 50, 0)
     ax = canvas.axes((width, 1.2 + 0.26 * max(len(table), 6)))
@@ -130,8 +132,8 @@ def gene_pairs(
     return canvas.finish()
 
 
-def _pairs(adata: AnnData | MuData, key: str) -> pd.DataFrame:
-    """Return the table that :func:`fimp_sc.tl.gene_pairs` wrote.
+def _pairs(adata: AnnData | MuData, key: str) -> tuple[pd.DataFrame, bool]:
+    """Return the table that :func:`fimp_sc.tl.gene_pairs` wrote, and whether pairs have a direction.
 
     Raises
     ------
@@ -145,14 +147,14 @@ def _pairs(adata: AnnData | MuData, key: str) -> pd.DataFrame:
     if "pairs" not in found:
         advice = f"These are no results of gene_pairs. {advice}"
         raise missing_key("pairs", f"adata.uns[{key!r}]", found, advice)
-    return pd.DataFrame(found["pairs"])
+    return pd.DataFrame(found["pairs"]), bool(found.get("directed", True))
 
 
 def _area(n_edges: float | NDArray[np.float64], most: float) -> NDArray[np.float64]:
     return _SMALLEST + (_LARGEST - _SMALLEST) * np.asarray(n_edges, dtype=np.float64) / most
 
 
-def _titles(table: pd.DataFrame) -> list[str]:
+def _titles(table: pd.DataFrame, joint: str) -> list[str]:
     columns = (table[name].astype(str) for name in ("source_gene", "source_group", "destination_gene"))
     rows = zip(*columns, table["destination_group"].astype(str), strict=True)
-    return [f"{source} ({sender}) → {gene} ({receiver})" for source, sender, gene, receiver in rows]
+    return [f"{source} ({sender}) {joint} {gene} ({receiver})" for source, sender, gene, receiver in rows]

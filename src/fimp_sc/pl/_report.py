@@ -335,7 +335,9 @@ class _Page:
                 parts.append("<p>No pair of genes was tested.</p>")
                 continue
             n = int((table["fdr"] <= 0.05).sum())
-            parts.append(f"<p>{len(table):,} tests, {n:,} with a false discovery rate of at most 0.05.</p>")
+            left = int(self._records[key].get("n_untested", 0))
+            untested = f" {left:,} more were not tested, as too few neighbors express both genes." if left else ""
+            parts.append(f"<p>{len(table):,} tests, {n:,} with a false discovery rate of at most 0.05.{untested}</p>")
             parts.append(_picture(gene_pairs(self._adata, key, return_fig=True), "The most significant pairs."))
             parts.append(_table(table.head(_ROWS).rename(columns=lambda name: str(name).replace("_", " "))))
         return "\n".join(parts)

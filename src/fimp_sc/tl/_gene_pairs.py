@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,9 +20,26 @@ from fimp_sc.tl._call._inputs import check_results, choose, sample_codes, workin
 from fimp_sc.tl._call._models import write_back
 from fimp_sc.tl._call._results import inputs_record
 from fimp_sc.tl._call._several import opened, several
-from fimp_sc.tl._statistics._gene_choice import check_pairs, most_variable, named_genes, say_untested, wanted_pairs
-from fimp_sc.tl._statistics._groups import check_edges, group_columns, groups_of, read_groups, say_left_out, warn_still
-from fimp_sc.tl._statistics._significance import gene_tests, plan_tests
+from fimp_sc.tl._statistics._gene_choice import (
+    all_pairs,
+    check_pairs,
+    feature_values,
+    most_variable,
+    named_features,
+    say_tests,
+)
+from fimp_sc.tl._statistics._gene_tests import gene_tests, plan_tests
+from fimp_sc.tl._statistics._groups import (
+    check_edges,
+    group_columns,
+    groups_of,
+    places_of,
+    read_domains,
+    read_groups,
+    say_left_out,
+    warn_still,
+)
+from fimp_sc.tl._statistics._surroundings import N_GENES, alike, coordinates, surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,9 +51,10 @@ if TYPE_CHECKING:
     from fimp_sc.data import ExpressionReader
     from fimp_sc.data._study import Study
     from fimp_sc.tl._call._inputs import Inputs
-    from fimp_sc.tl._statistics._significance import GeneTests, Plan
+    from fimp_sc.tl._statistics._gene_tests import GeneTests, Plan
 
-_CELLS = 4096
+# Genes of which all pairs can be tested.
+_MOST = 5000
 
 
 @several
@@ -46,9 +64,9 @@ def gene_pairs(
     groupby: str,
     *,
     genes: Sequence[str] | None = None,
-    n_genes: int = 50,
+    n_genes: int | None = 50,
     pairs: pd.DataFrame | None = None,
-    null: Literal["neighbors", "labels"] = "neighbors",
+    domain_key: str | None = None,
     n_permutations: int = 100,
     min_edges: int = 30,
     min_support: float = 10,
@@ -68,7 +86,7 @@ def gene_pairs(
     r"""Test pairs of genes between neighboring groups of cells, by permutation and without a model.
 
     A pair of genes is significant if the expression of one gene in a cell goes with the expression of the other in its
-    neighbors more than in random pairs of cells of these groups.
+    neighbors more than the groups of the cells, and the place in the tissue, explain.
 
     Parameters
     ----------
@@ -79,27 +97,33 @@ def gene_pairs(
         Column of ``obs`` with groups of cells, for instance their types. Cells without group (missing, or
         ``unlabeled_category``) are left out.
     genes
-        Genes to test. By default those of ``pairs``, else the ``n_genes`` that vary most.
+        Genes of which all pairs are tested, or those that ``pairs`` are restricted to. By default the ``n_genes`` that
+        vary most, or all of ``pairs``.
     n_genes
-        Number of genes to choose, if none are named.
+        Number of genes to choose, if none are named; ``None`` for all, of panels of at most 5,000.
     pairs
-        Pairs of genes to test instead of all, such as ligands and receptors: columns ``"source"`` and ``"target"``, or
-        ``"ligand"`` and ``"receptor"``. Pairs with genes that are not measured are left out, with a warning in the log.
-    null
-        ``"neighbors"``: cells swap places with cells of the same group and sample. Groups, edges and the expression in
-        each group stay as they are, and a pair is significant if its score exceeds that of random pairs of cells of
-        these groups. ``"labels"``: group labels are permuted within samples, and a pair is significant if it
-        distinguishes these groups from others, marker genes included.
+        Pairs of genes to test instead of all, with their direction: the first in the source, the second in the
+        destination. Columns are those of LIANA (``"ligand"`` and ``"receptor"``, or ``"ligand_complex"`` and
+        ``"receptor_complex"``), CellPhoneDB (``"gene_a"`` and ``"gene_b"``), OmniPath (``"source_genesymbol"`` and
+        ``"target_genesymbol"``, or ``"genesymbol_intercell_source"`` and ``"genesymbol_intercell_target"``), or
+        ``"source"`` and ``"target"``. Names joined by ``_`` are a complex, whose expression is that of the gene with
+        the least. Rows with a gene that is missing or not measured are left out, with a warning.
+    domain_key
+        Column of ``obs`` with known domains of the tissue, such as regions that somebody annotated: cells swap places
+        within their domain only, and those without domain are left out. That finds more than the default, which knows
+        no domains; but what varies *within* domains, such as a gradient, is found as well. A column of samples, or of
+        one value, permutes all cells of a group. By default cells are compared with those of the same group around
+        them (see Notes).
     n_permutations
-        Number of permutations, at least 10. Time grows with permutations x edges, and memory with permutations x tests
-        (4 bytes each).
+        Number of permutations, at least 10. Time grows with permutations x cells x tests.
     min_edges
         Smallest number of edges of a pair of groups that is tested.
     min_support
         Smallest number of edges that are expected to join cells that express both genes, from the fractions of cells of
-        the two groups that do. Pairs that are tested nowhere are named in the log.
+        the two groups that do. How much is not tested is told in the log; pairs that are asked for and tested nowhere
+        are warned of.
     unlabeled_category
-        Label of cells without group.
+        Label of cells without group, or without domain.
     modality
         Name of the modality of a MuData object to read and to write to. Several are read together: pairs may join genes
         of different tables, and results are written to the MuData object. By default the modality, or the several, of
@@ -137,43 +161,56 @@ def gene_pairs(
     ``None``, or the copy. Nothing is written when the call fails. Writes:
 
     - ``uns[key_added]["pairs"]``: data frame, a row for each test, most significant first: ``source_group``,
-      ``destination_group``, ``source_gene``, ``destination_gene``, ``score``, ``expected`` (mean score of
-      permutations), ``z``, ``pvalue``, ``fdr`` (Benjamini-Hochberg over all rows), ``n_edges`` (between cells with
-      expression);
-    - ``uns[key_added]``: ``n_tests``, ``genes``, parameters, seed, versions;
+      ``destination_group``, ``source_gene``, ``destination_gene``, ``correlation`` over edges (the effect size),
+      ``score``, ``expected`` (mean score of permutations), ``z``, ``pvalue``, ``fdr`` (Benjamini-Hochberg over all
+      rows), ``n_edges`` (between cells with expression, each once where pairs have no direction);
+    - ``uns[key_added]``: ``n_tests``, ``n_untested`` (tests with less than ``min_support``), ``n_untested_groups``
+      (pairs of groups with fewer than ``min_edges``), ``directed`` (whether pairs have a direction), ``genes`` (and
+      complexes), parameters, seed, versions;
     - the graph in ``obsp`` and ``uns``, if it was built.
 
     Raises
     ------
     KeyError
-        A key or a gene is missing.
+        A key or a gene is missing, or ``pairs`` has other columns.
     TypeError
         ``groupby`` holds numbers that measure something, ``pairs`` is no data frame, or an argument is unknown or of
         another type.
     ValueError
-        There is one group only or far too many, nothing can be tested, values or graph cannot be used, or ``key_added``
-        has a slash or names data that would be lost (see ``overwrite``).
+        There is one group only or far too many, no cell has a domain, nothing can be tested, all pairs of more than
+        5,000 genes would be, values or graph cannot be used, or ``key_added`` has a slash or names data that would be
+        lost (see ``overwrite``).
 
     Warns
     -----
     UserWarning
         Genes or cells without values, cells without neighbors, control probes among the genes, or a graph that joins
-        samples that lie over each other. A group whose name says that its cells have none.
+        samples that lie over each other. A group whose name says that its cells have none. Pairs that name genes that
+        are not there, or that too few neighbors express to be tested.
 
     Notes
     -----
-    With the log-normalized values :math:`x` of both genes, centered within group and sample (``null="labels"``: within
-    sample), and the number :math:`k_{ij}` of sources of the group of :math:`j` that :math:`i` has, the score is
-    :math:`\sum t_{ij} / \sqrt{\sum t_{ij}^2}` over edges, with :math:`t_{ij} = x_i x_j / k_{ij}`: the covariance of the
-    gene in a cell and the mean of the other gene over its neighbors, divided by its own size so that few edges cannot
-    decide alone.
+    Let :math:`x` be the log-normalized values of both genes, centered within strata (cells of one group and sample, and
+    of one domain with ``domain_key``), and :math:`k_{ij}` the number of sources of the group of :math:`j` that
+    :math:`i` has. The score is :math:`\sum t_{ij} / \sqrt{\sum t_{ij}^2}` over edges, with
+    :math:`t_{ij} = x_i x_j / k_{ij}`: the covariance of the gene in a cell and the mean of the other gene over its
+    neighbors, divided by its own size so that few edges cannot decide alone. It is compared with scores after cells
+    swapped places within strata; groups, edges and the expression in each stratum stay as they are.
+
+    By default, from the values of each cell the mean is subtracted of the 12 cells of its stratum that have the most
+    alike surroundings among the 30 nearest (of strata of fewer cells, two fifths of them). Surroundings are 10
+    principal components of the 500 most variable genes, averaged twice over neighbors. Without coordinates, nearest are
+    those with the most alike surroundings. Domains, borders and gradients over more than a few cells are thus no
+    discoveries; where nothing like that exists, power is lost. Within a group, differences to shared cells are
+    correlated in themselves; what follows from that is subtracted.
+
+    Pairs of ``pairs`` are tested with their direction, from each group to each. Without, there is none: each pair of
+    genes is tested once for each pair of groups, and both directions of an edge count together. Either way,
+    associations do not tell which cell acts on which.
 
     p-values are one-sided and pool standardized permutations of all tests: (1 + b) / (1 + n), where b of n are at least
     as large. Where permutations do not vary (a gene that is constant within groups, groups of one cell), nothing can be
     told: ``z`` is 0, ``pvalue`` and ``fdr`` are 1.
-
-    Associations have no direction: they do not tell which cell acts on which, and every domain or gradient of the
-    tissue makes neighbors alike.
 
     Keys that are not given (``None``) are those of the latest call of :mod:`fimp_sc.tl` whose results are in the
     object, also if it was written to a file since; a line of the log names them.
@@ -188,10 +225,8 @@ def gene_pairs(
     >>> adata = fimp.datasets.toy_communication(n_obs=500, n_genes=40)
     >>> fimp.tl.gene_pairs(adata, "cell_type", library_key="section", verbose=False)
     >>> first = adata.uns["fimp_gene_pairs"]["pairs"].iloc[0]
-    >>> (first["source_gene"], first["destination_gene"]) == (
-    ...     adata.uns["communication"]["ligand"],
-    ...     adata.uns["communication"]["receptor"],
-    ... )
+    >>> planted = adata.uns["communication"]
+    >>> {first["source_gene"], first["destination_gene"]} == {planted["ligand"], planted["receptor"]}
     True
     """
     adata = opened(adata, copy)
@@ -207,44 +242,71 @@ def gene_pairs(
         raise ValueError("gene_pairs reads genes, and there are signals or images only: pass a modality of expression.")
     table = None if pairs is None else check_pairs(pairs)
     names = pd.Index(np.concatenate(feature_names(study.tables)))
-    chosen = named_genes(names, genes, table)
-    category = read_groups(study.nodes, groupby, unlabeled_category)
     with user_messages(verbose=verbose):
+        features = named_features(names, genes, table)
+        category = read_groups(study.nodes, groupby, unlabeled_category)
+        domain = None if domain_key is None else read_domains(study.nodes, domain_key, unlabeled_category)
         work = working_copy(study, inputs)
+        if domain is not None:
+            domain = domain[places_of(study.nodes.obs_names, work.nodes.obs_names)]
         category = groups_of(category, study.nodes.obs_names, work.nodes.obs_names, groupby)
         tissue = _read(study, work, inputs)
-        if chosen is None:
-            chosen = list(names[most_variable(tissue.source, len(category), n_genes)])
-            if not chosen:
+        n_obs, n_groups = len(category), len(category.categories)
+        n_variable = N_GENES if domain is None else 0
+        if features is None:
+            n_variable = max(n_variable, len(names) if n_genes is None else n_genes)
+        variable = most_variable(tissue.source, n_obs, n_variable)
+        if features is None:
+            chosen = np.sort(variable[:n_genes])
+            if not len(chosen):
                 raise ValueError("Nothing to test: no gene varies between cells.")
-        wanted, value = wanted_pairs(chosen, table), _values(tissue.source, names.get_indexer(chosen), len(category))
-        codes, n_groups = measured_codes(category, tissue.source.absent), len(category.categories)
+            features = all_pairs(names[chosen], chosen)
+        if features.wanted is None and len(features.names) > _MOST:
+            raise ValueError(
+                f"All pairs of {len(features.names):,} genes are too many to test: lower n_genes (50 by default), or "
+                "name genes or pairs."
+            )
+        value = feature_values(tissue.source, features.members, n_obs)
+        codes = measured_codes(category, tissue.source.absent)
+        strata = tissue.library * n_groups + codes
+        if domain is not None:
+            codes = np.where(domain < 0, -1, codes)
+            strata += domain * n_groups * (int(tissue.library.max()) + 1)
+        strata = np.where(codes >= 0, strata, -1)
         check_edges(tissue.graph, codes, n_groups, min_edges)
         plan = plan_tests(
-            tissue.graph, codes, n_groups, value != 0, wanted, min_edges=min_edges, min_support=min_support
+            tissue.graph, codes, n_groups, value != 0, features.wanted, min_edges=min_edges, min_support=min_support
         )
         if not len(plan.tests.pair):
             raise ValueError(
                 f"Nothing to test: between no pair of groups are min_support={min_support:.15g} edges expected to "
-                f"join cells that express two of the {len(chosen)} genes. Lower min_support, name other genes, or "
-                "merge groups."
+                f"join cells that express two of the {len(features.names)} genes. Lower min_support, name other "
+                "genes, or merge groups."
             )
-        say_left_out(codes, "no group, or no genes")
-        say_untested(chosen, wanted, plan.tests, asked=genes is not None or pairs is not None)
+        say_left_out(codes, "no group, no genes, or no domain" if domain_key else "no group, or no genes")
+        say_tests(features, plan, min_edges=min_edges, min_support=min_support)
+        compared = None
+        if domain is None:
+            profile = feature_values(tissue.source, [np.array([i]) for i in variable[:N_GENES]], n_obs)
+            description = surroundings(profile, tissue.graph, strata)
+            compared = alike(coordinates(work.nodes, inputs.spatial_key, description), description, strata)
         found = gene_tests(
-            value, tissue.graph, codes, tissue.library, n_groups, plan, null=null, n_permutations=n_permutations,
+            value, tissue.graph, codes, strata, n_groups, plan, compared=compared, n_permutations=n_permutations,
             random_state=random_state, verbose=verbose,
         )  # fmt: skip
         warn_still(found.result)
         result = inputs_record(
-            inputs, target, "tl.gene_pairs", tissue.states, "scipy", "anndata", groupby=groupby, null=null,
-            n_permutations=n_permutations, min_edges=min_edges, min_support=min_support,
+            inputs, target, "tl.gene_pairs", tissue.states, "scipy", "anndata", groupby=groupby,
+            domain_key=domain_key, n_permutations=n_permutations, min_edges=min_edges, min_support=min_support,
         )  # fmt: skip
         result |= {
             "random_state": random_state,
-            "pairs": _table(category.categories, np.asarray(chosen), plan, found),
-            "genes": np.asarray(chosen, dtype=object),
+            "pairs": _table(category.categories, np.asarray(features.names), plan, found),
+            "genes": np.asarray(features.names, dtype=object),
+            "directed": plan.directed,
             "n_tests": len(found.score),
+            "n_untested": plan.n_few_cells,
+            "n_untested_groups": plan.n_few_edges,
         }
         with write_back(study, work, inputs, None):
             target.uns[key_added] = result
@@ -278,14 +340,6 @@ def _read(study: Study, work: Study, inputs: Inputs) -> _Tissue:
     return _Tissue(source, NodeGraph(edges, self_loops=False), sample_codes(nodes, inputs.library_key), states)
 
 
-def _values(
-    source: ExpressionReader | JoinedExpression, columns: NDArray[np.integer], n_obs: int
-) -> NDArray[np.float32]:
-    """Return ``(n_obs, len(columns))`` log-normalized values."""
-    blocks = (np.arange(start, min(start + _CELLS, n_obs)) for start in range(0, n_obs, _CELLS))
-    return np.concatenate([source.rows(nodes)[:, columns] for nodes in blocks])
-
-
 def _table(groups: pd.Index, genes: NDArray[Any], plan: Plan, found: GeneTests) -> pd.DataFrame:
     of = plan.tests
     table = pd.DataFrame(
@@ -293,6 +347,7 @@ def _table(groups: pd.Index, genes: NDArray[Any], plan: Plan, found: GeneTests) 
         | {
             "source_gene": pd.Categorical.from_codes(of.source_gene.tolist(), categories=list(genes)),
             "destination_gene": pd.Categorical.from_codes(of.destination_gene.tolist(), categories=list(genes)),
+            "correlation": found.correlation,
             "score": found.score,
         }
         | found.result._asdict()

@@ -188,8 +188,8 @@ def impute(
     TypeError
         An argument is unknown or of another type.
     ValueError
-        Values or graph cannot be used, an argument is for other modalities, a gene is named twice, or ``key_added`` has
-        a slash or names data that would be lost (see ``overwrite``).
+        Values or graph cannot be used, an argument is for other modalities, a gene is named twice, everything is
+        hidden, or ``key_added`` has a slash or names data that would be lost (see ``overwrite``).
     FloatingPointError
         Training diverged.
 
@@ -243,6 +243,8 @@ def impute(
     with user_messages(verbose=verbose):
         work = working_copy(study, inputs)
         masks = _masks(hidden, modalities, work.nodes.obs_names)
+        if len(masks) == len(modalities) and all(_is_whole(mask) for mask in masks.values()):
+            raise ValueError("hidden is True everywhere, so that there is nothing to see: leave some values visible.")
         fitted = fitted_model(
             study, work, inputs, model=model, reuse=True, max_epochs=max_epochs, accelerator=accelerator,
             random_state=random_state, verbose=verbose, model_kwargs=model_kwargs, train_kwargs=train_kwargs,
@@ -337,6 +339,13 @@ def _masks(hidden: Any, modalities: Sequence[Modality], nodes: pd.Index) -> dict
         place, where = _place(modalities[0])
         raise missing_key(hidden, f"adata.{where}", place, "Store there, True, what is not to be seen.")
     return masks
+
+
+def _is_whole(mask: Any) -> bool:
+    """Tell whether all values are hidden."""
+    if sparse.issparse(mask):
+        return bool(mask.astype(bool).sum() == np.prod(mask.shape))
+    return bool(np.asarray(mask, dtype=bool).all())
 
 
 def _place(modality: Modality) -> tuple[Any, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import anndata as ad
 import numpy as np
 import pytest
@@ -438,23 +436,6 @@ def test_rows_as_seen_under_masks_equal_a_dense_reference(kind: str) -> None:
     logged = ExpressionReader(np.log1p(counts()), SAME, "log", None)
     rows = logged.sparse_rows(EVERYTHING)
     assert logged.as_seen(rows, torch.from_numpy(visible), torch.from_numpy(pattern)) is rows
-
-
-def test_rows_as_seen_are_made_by_one_thread() -> None:
-    """Threads of BLAS that were woken wait busily for more work, on the cores that training needs."""
-    rng = np.random.default_rng(0)
-    n_cells, n_genes, n_masks = 32, 10_000, 65
-    values = sparse.csr_matrix(rng.poisson(0.1, (n_cells, n_genes)).astype(np.float32))
-    source = ExpressionReader(values, np.arange(n_genes), "counts", None)
-    rows = source.sparse_rows(np.arange(n_cells))
-    visible = torch.from_numpy(rng.random((n_masks, n_genes)) < 0.6)
-    pattern = torch.from_numpy(rng.integers(0, n_masks, n_cells))
-    time.sleep(0.2)  # until threads that other tests have woken sleep again
-    all_threads, this_thread = time.process_time(), time.thread_time()
-    for _ in range(50):
-        source.as_seen(rows, visible, pattern)
-    this_thread = time.thread_time() - this_thread
-    assert time.process_time() - all_threads < 1.2 * this_thread
 
 
 # Panels ---------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,33 @@ def read_groups(nodes: AnnData, groupby: str, unlabeled_category: str) -> pd.Cat
     return groups
 
 
+def read_domains(nodes: AnnData, domain_key: str, unlabeled_category: str) -> NDArray[np.int64]:
+    """Return the domain of each node, -1 where it has none.
+
+    Raises
+    ------
+    KeyError
+        There is no such column.
+    TypeError
+        The column holds numbers that measure something.
+    ValueError
+        No node has a domain, or there are far too many.
+    """
+    if domain_key not in nodes.obs:
+        raise missing_key(domain_key, "adata.obs", nodes.obs, "Name a column of domains, for instance niches.")
+    where = f"adata.obs[{domain_key!r}]"
+    domains = cell_groups(get_obs(nodes, [domain_key])[domain_key], where, unlabeled_category)
+    if not len(domains.categories):
+        raise ValueError(f"{where} has no domain: all {len(domains):,} cells are missing or {unlabeled_category!r}.")
+    return np.asarray(domains.codes, dtype=np.int64)
+
+
+def places_of(nodes: pd.Index, read: pd.Index) -> NDArray[np.int64] | slice:
+    """Return where the nodes that are read, which may be fewer and in another order, stand among ``nodes``."""
+    # Names that are not unique can be the same all the same.
+    return slice(None) if nodes.equals(read) else np.asarray(nodes.get_indexer(read), dtype=np.int64)
+
+
 def groups_of(groups: pd.Categorical, nodes: pd.Index, read: pd.Index, groupby: str) -> pd.Categorical:
     """Return the groups of the nodes that are read, which may be fewer than ``nodes`` and in another order."""
     nodes = nodes.astype(str)

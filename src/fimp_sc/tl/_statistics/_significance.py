@@ -1,32 +1,27 @@
-"""Permutation tests for pairs of groups of cells: of influence, and of genes in neighbors."""
+"""Permutation tests: p-values of many tests together, and the influence of groups of cells on each other."""
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
-from scipy import sparse
 from scipy.stats import false_discovery_control
 
-from fimp_sc.model.predict._attention import edge_pairs
+from fimp_sc.tl._statistics._strata import rows_of, shuffled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
+    from scipy import sparse
 
-    from fimp_sc.data import NodeGraph
-
-Null = Literal["neighbors", "labels"]
-Edges: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]"
+T = TypeVar("T")
 
 # Below this a standard deviation is rounding.
 _LEAST = 1e-12
-# Statistics that are standardized at once.
-_TESTS = 4096
-# Edges whose products are summed at once.
-_EDGES = 1 << 15
+# Statistics that are standardized at once, and permutations that p-values are read from. Beyond this many standard
+# deviations, where p-values must be told apart, it is all of them.
+_TESTS, _POOLED, _TAIL = 4096, 1 << 25, 3.0
 
 
 class Significance(NamedTuple):
@@ -39,8 +34,8 @@ class Significance(NamedTuple):
     fdr: NDArray[np.float64]
 
 
-def significance(true: NDArray[np.floating], permuted: NDArray[np.floating]) -> Significance:
-    """Compare statistics with their permutations, one-sided: larger than expected.
+class Pool:
+    """Compares statistics with their permutations, some tests at a time, one-sided: larger than expected.
 
     Each statistic is standardized by mean and standard deviation of its own permutations. Its p-value is the fraction
     of standardized permutations *of all tests* that are at least as large, where each permutation is standardized by
@@ -53,220 +48,82 @@ def significance(true: NDArray[np.floating], permuted: NDArray[np.floating]) -> 
 
     Parameters
     ----------
-    true
-        ``(n_tests,)``.
-    permuted
-        ``(n_tests, n_permutations)``, at least 3.
+    n_tests, n_permutations
+        Numbers of tests and of permutations of each, at least 10. Of more than 33 million permutations together, every
+        second, third, … stands for all, but for those of more than 3 standard deviations, which are all kept.
     """
-    n = permuted.shape[1]
-    expected = permuted.mean(1, dtype=np.float64)
-    z, pvalue = np.zeros(len(true)), np.ones(len(true))
-    deviation = np.empty(len(true))
-    for i in _starts(len(true)):
-        deviation[i : i + _TESTS] = permuted[i : i + _TESTS].std(1, ddof=1, dtype=np.float64)
-    scale = np.maximum(np.maximum(permuted.max(1), -permuted.min(1)), _LEAST)
-    usable = np.flatnonzero(deviation > 1e-6 * scale)
-    z[usable] = (true[usable] - expected[usable]) / deviation[usable]
-    ordered = np.sort(z[usable])
-    # Of permutations that are at least as large as the first i of these and no more.
-    reached, n_pooled = np.zeros(len(ordered) + 1, dtype=np.int64), 0
-    for i in _starts(len(usable)):
-        rows = usable[i : i + _TESTS]
-        apart = permuted[rows] - expected[rows, None]
-        total = np.square(deviation[rows, None]) * (n - 1)
-        # Mean and variance of the others follow from those of all.
-        others = (total - np.square(apart) * n / (n - 1)) / (n - 2)
-        # One permutation may be all that varies: it tells nothing of how unusual it is.
-        varied = others > 1e-12 * total
-        pooled = (apart * n / (n - 1))[varied] / np.sqrt(others[varied])
-        reached += np.bincount(np.searchsorted(ordered, pooled, side="right"), minlength=len(reached))
-        n_pooled += len(pooled)
-    larger = n_pooled - np.cumsum(reached)[np.searchsorted(ordered, z[usable], side="left")]
-    pvalue[usable] = (1 + larger) / (1 + n_pooled)
-    return Significance(expected, z, pvalue, false_discovery_control(pvalue) if len(true) else pvalue)
+
+    def __init__(self, n_tests: int, n_permutations: int) -> None:
+        self._expected, self._z = np.zeros((2, n_tests))
+        self._usable = np.zeros(n_tests, dtype=bool)
+        self._step, self._offset = max(-(-n_tests * n_permutations // _POOLED), 1), 0
+        self._pooled: list[NDArray[np.float32]] = []
+        self._tail: list[NDArray[np.float32]] = []
+
+    def add(self, tests: slice, true: NDArray[np.floating], permuted: NDArray[np.floating]) -> None:
+        """Take the statistics ``(n,)`` of some tests, and their permutations ``(n, n_permutations)``."""
+        for i in range(0, len(true), _TESTS):
+            place = slice(tests.start + i, tests.start + min(i + _TESTS, len(true)))
+            self._add(place, np.asarray(true[i : i + _TESTS]), np.asarray(permuted[i : i + _TESTS], dtype=np.float64))
+
+    def _add(self, place: slice, true: NDArray[np.floating], permuted: NDArray[np.float64]) -> None:
+        n = permuted.shape[1]
+        expected, deviation = permuted.mean(1), permuted.std(1, ddof=1)
+        usable = deviation > 1e-6 * np.maximum(np.abs(permuted).max(1), _LEAST)
+        self._expected[place], self._usable[place] = expected, usable
+        self._z[place] = np.where(usable, (true - expected) / np.where(usable, deviation, 1), 0)
+        total = np.square(deviation) * (n - 1)
+
+        def standardized(row: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.float32]:
+            apart = permuted[row, column] - expected[row]
+            # Mean and variance of the others follow from those of all.
+            others = (total[row] - np.square(apart) * n / (n - 1)) / (n - 2)
+            # One permutation may be all that varies: it tells nothing of how unusual it is.
+            varied = usable[row] & (others > 1e-12 * total[row])
+            return (apart[varied] * n / (n - 1) / np.sqrt(others[varied])).astype(np.float32)
+
+        self._pooled.append(standardized(*np.divmod(np.arange(self._offset, permuted.size, self._step), n)))
+        self._offset = (self._offset - permuted.size) % self._step
+        if self._step > 1:
+            # By all permutations, of which it is one, 3 deviations from 9 or more others are more than 2.
+            far = standardized(*np.nonzero(permuted > (expected + 2 * deviation)[:, None]))
+            self._tail.append(far[far > _TAIL])
+
+    def significance(self) -> Significance:
+        """Return what became of all tests."""
+        pvalue = np.ones(len(self._z))
+        if len(pvalue):
+            # In ascending order, places are found with fewer jumps through memory.
+            order = np.flatnonzero(self._usable)
+            order = order[np.argsort(self._z[order])]
+            z = self._z[order].astype(np.float32)
+            pooled = np.concatenate(self._pooled)
+            larger = _at_least(z, pooled) * self._step
+            if self._step > 1:
+                larger = np.where(z > _TAIL, _at_least(z, np.concatenate(self._tail)), larger)
+            pvalue[order] = (1 + larger) / (1 + len(pooled) * self._step)
+        return Significance(self._expected, self._z, pvalue, false_discovery_control(pvalue) if len(pvalue) else pvalue)
 
 
-def _starts(n: int) -> range:
-    return range(0, n, _TESTS)
+def _at_least(value: NDArray[np.float32], pooled: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return for each value how many of the pooled are as large; the pooled are sorted in place."""
+    pooled.sort()
+    return len(pooled) - np.searchsorted(pooled, value, side="left")
 
 
-class Tests(NamedTuple):
-    """Pairs of genes that are tested between pairs of groups, ``(n_tests,)`` int64 each, sorted in this order."""
-
-    pair: NDArray[np.int64]
-    """Position among the pairs of groups that are tested."""
-    destination_gene: NDArray[np.int64]
-    source_gene: NDArray[np.int64]
+def significance(true: NDArray[np.floating], permuted: NDArray[np.floating]) -> Significance:
+    """Compare statistics ``(n_tests,)`` with their permutations ``(n_tests, n_permutations)``, see :class:`Pool`."""
+    pool = Pool(*permuted.shape)
+    pool.add(slice(0, len(true)), true, permuted)
+    return pool.significance()
 
 
-class Plan(NamedTuple):
-    """The pairs of groups, and the tests of each."""
-
-    pairs: NDArray[np.int64]
-    """``(n_pairs,)`` source group x number of groups + destination group of each pair of groups, in ascending order."""
-    n_edges: NDArray[np.int64]
-    """``(n_pairs,)``"""
-    tests: Tests
-
-
-def plan_tests(
-    graph: NodeGraph,
-    codes: NDArray[np.int64],
-    n_groups: int,
-    expressed: NDArray[np.bool_],
-    wanted: NDArray[np.bool_],
-    *,
-    min_edges: int,
-    min_support: float,
-) -> Plan:
-    """Find the pairs of groups with enough edges, and the pairs of genes that enough of their cells express.
-
-    Parameters
-    ----------
-    graph
-        Of all nodes.
-    codes
-        ``(n,)`` int64 group of each node, -1 for none.
-    n_groups
-        Number of groups.
-    expressed
-        ``(n, g)`` where a gene is expressed.
-    wanted
-        ``(g, g)`` bool, destination gene x source gene: the pairs to test.
-    min_edges, min_support
-        See :func:`fimp_sc.tl.gene_pairs`.
-    """
-    pairs, n_edges = np.unique(edge_pairs(graph, codes, n_groups)[2], return_counts=True)
-    enough = n_edges >= min_edges
-    pairs, n_edges = pairs[enough], n_edges[enough]
-    grouped = np.flatnonzero(codes >= 0)
-    member = sparse.csr_matrix((np.ones(len(grouped)), (codes[grouped], grouped)), shape=(n_groups, len(codes)))
-    # Fractions of groups instead of edges counted: the choice of tests must not depend on who is next to whom.
-    fraction = (member @ expressed) / np.maximum(np.asarray(member.sum(1)), 1)
-    found: list[tuple[NDArray[np.int64], ...]] = []
-    for i, (source, destination) in enumerate(zip(*np.divmod(pairs, n_groups), strict=True)):
-        support = fraction[destination][:, None] * fraction[source] * n_edges[i]
-        to, of = np.nonzero(wanted & (support >= min_support))
-        found.append((np.full(len(to), i), to, of))
-    empty = (np.zeros(0, dtype=np.int64),) * 3
-    return Plan(pairs, n_edges, Tests(*map(np.concatenate, zip(empty, *found, strict=True))))
-
-
-class GeneTests(NamedTuple):
-    """Tests of pairs of genes for pairs of groups, in the order of :attr:`Plan.tests`."""
-
-    score: NDArray[np.float64]
-    result: Significance
-
-
-def gene_tests(
-    value: NDArray[np.float32],
-    graph: NodeGraph,
-    codes: NDArray[np.int64],
-    library: NDArray[np.int64],
-    n_groups: int,
-    plan: Plan,
-    *,
-    null: Null,
-    n_permutations: int,
-    random_state: int,
-    verbose: bool,
-) -> GeneTests:
-    """Test the covariance of genes over the edges of pairs of groups.
-
-    Memory grows with tests x permutations, and with the needs of one pair of groups; not with all pairs of groups.
-
-    Parameters
-    ----------
-    value
-        ``(n, g)`` log-normalized expression.
-    graph
-        Of all nodes.
-    codes, library
-        ``(n,)`` int64 group (-1: none) and sample of each node.
-    n_groups
-        Number of groups.
-    plan
-        The tests.
-    null, n_permutations, random_state, verbose
-        See :func:`fimp_sc.tl.gene_pairs`.
-    """
-    strata = library * n_groups + codes if null == "neighbors" else library
-    strata = np.where(codes >= 0, strata, -1)
-    value = centered(value, strata)
-    edges = _of_pairs(edge_pairs(graph, codes, n_groups), plan.pairs)
-    weight = _edge_weights(edges[0], edges[2])
-    score, rng, rows = _scores(value, edges, weight, plan), np.random.default_rng(random_state), rows_of(strata)
-    permuted = np.empty((len(score), n_permutations), dtype=np.float32)
-    for i in drawn(n_permutations, "Permutations, pairs of genes", verbose=verbose):
-        place = shuffled(rows, len(strata), rng)
-        if null == "neighbors":
-            permuted[:, i] = _scores(value, (place[edges[0]], place[edges[1]], edges[2]), weight, plan)
-        else:
-            other = _of_pairs(edge_pairs(graph, codes[place], n_groups), plan.pairs)
-            permuted[:, i] = _scores(value, other, _edge_weights(other[0], other[2]), plan)
-    return GeneTests(score, significance(score, permuted))
-
-
-def _scores(value: NDArray[np.float32], edges: Edges, weight: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
-    """Return the sum over edges of the products of two genes, divided by the root of the sum of their squares.
-
-    Parameters
-    ----------
-    value
-        ``(n, g)`` centered values.
-    edges
-        Destination, source and pair of groups of each edge, in ascending order of pairs.
-    weight
-        ``(n_edges,)`` factor of each edge.
-    plan
-        The tests; no other genes are multiplied.
-
-    Returns
-    -------
-    ``(n_tests,)``
-    """
-    (destination, source, pair), tests, positions = edges, plan.tests, np.arange(len(plan.pairs) + 1)
-    total, squares = np.zeros((2, len(tests.pair)))
-    ends, bounds = np.searchsorted(pair, positions), np.searchsorted(tests.pair, positions)
-    for (start, stop), (low, high) in zip(pairwise(ends.tolist()), pairwise(bounds.tolist()), strict=True):
-        if low == high:
-            continue
-        rows, row = np.unique(tests.destination_gene[low:high], return_inverse=True)
-        columns, column = np.unique(tests.source_gene[low:high], return_inverse=True)
-        sums = np.zeros((2, len(rows), len(columns)))
-        for i in range(start, stop, _EDGES):
-            some = slice(i, min(i + _EDGES, stop))
-            to = (value[destination[some, None], rows] * weight[some, None]).astype(np.float32)
-            of = value[source[some, None], columns]
-            sums[0] += to.T @ of
-            sums[1] += np.square(to).T @ np.square(of)
-        total[low:high], squares[low:high] = sums[:, row, column]
-    return total / np.sqrt(np.maximum(squares, _LEAST**2))
-
-
-def drawn(n_permutations: int, what: str, *, verbose: bool) -> Iterable[int]:
-    """Count permutations, with a progress bar if ``verbose``."""
+def drawn(steps: Sequence[T], what: str, *, verbose: bool) -> Iterable[T]:
+    """Go through steps, with a progress bar if ``verbose``."""
     from scvi.utils import track
 
-    counted: Iterable[int] = track(range(n_permutations), description=what, disable=not verbose)
+    counted: Iterable[T] = track(steps, description=what, disable=not verbose)
     return counted
-
-
-def _of_pairs(edges: Edges, pairs: NDArray[np.int64]) -> Edges:
-    """Return the edges of some pairs of groups, which are numbered in their order."""
-    to, of, pair = edges
-    place = np.minimum(np.searchsorted(pairs, pair), len(pairs) - 1)
-    kept = pairs[place] == pair
-    return to[kept], of[kept], place[kept]
-
-
-def _edge_weights(destination: NDArray[np.int64], pair: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return for each edge 1 / number of edges into its destination from its group."""
-    # The group of a destination is one, so that a pair of groups tells the group of the source.
-    key = pair * (int(destination.max(initial=0)) + 1) + destination
-    _, inverse, counts = np.unique(key, return_inverse=True, return_counts=True)
-    return 1.0 / counts[inverse]
 
 
 class GroupTests(NamedTuple):
@@ -298,7 +155,7 @@ def group_tests(
     influence
         ``(n, n)``, row = destination.
     codes, library, n_groups, n_permutations, random_state, verbose
-        As in :func:`gene_tests`.
+        As in :func:`fimp_sc.tl._statistics._gene_tests.gene_tests`; ``library`` has the samples of the nodes.
     min_edges
         Pairs with fewer edges are not tested and get NaN, as do those that have none in one of the permutations.
     """
@@ -316,7 +173,7 @@ def group_tests(
     if len(enough):
         rng, rows = np.random.default_rng(random_state), rows_of(np.where(codes >= 0, library, -1))
         permuted = np.empty((len(enough), n_permutations))
-        for i in drawn(n_permutations, "Permutations, influence", verbose=verbose):
+        for i in drawn(range(n_permutations), "Permutations, influence", verbose=verbose):
             edges, length = joined(codes[shuffled(rows, len(codes), rng)])
             place = np.minimum(np.searchsorted(pair[enough], edges), len(enough) - 1)
             same = pair[enough][place] == edges
@@ -327,27 +184,3 @@ def group_tests(
         for whole, part in zip(out, significance(mean[enough[tested]], permuted[tested]), strict=True):
             whole[enough[tested]] = part
     return GroupTests(pair, mean, n_edges, Significance(*out))
-
-
-def rows_of(strata: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Return the nodes of each stratum; those of -1 have none."""
-    order = np.argsort(strata, kind="stable")
-    bounds = np.searchsorted(strata[order], [*np.unique(strata[strata >= 0]), np.iinfo(np.int64).max])
-    return [order[start:stop] for start, stop in pairwise(bounds.tolist())]
-
-
-def shuffled(strata: list[NDArray[np.int64]], n_nodes: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return which node takes the place of each, among the nodes of its stratum; those of none stay."""
-    place = np.arange(n_nodes)
-    for rows in strata:
-        place[rows] = rng.permutation(rows)
-    return place
-
-
-def centered(value: NDArray[np.float32], strata: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return values minus the mean of their stratum; 0 for those of -1."""
-    out = np.zeros_like(value)
-    for rows in rows_of(strata):
-        # Of equal values the mean must be these very values, lest what rounding leaves is tested.
-        out[rows] = value[rows] - value[rows].mean(0, dtype=np.float64).astype(np.float32)
-    return out
