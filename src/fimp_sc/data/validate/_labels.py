@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _NO_LABEL = frozenset(
     {"", "nan", "na", "n a", "none", "null", "nil", "missing", "blank", "unk", "n d"}
     | {"unknown", "unlabeled", "unlabelled", "unassigned", "unannotated", "unclassified", "unidentified"}
-    | {"undefined", "undetermined", "unspecified", "unresolved", "ambiguous", "no label", "no annotation"}
+    | {"undefined", "undetermined", "unspecified", "unresolved", "no label", "no annotation"}
     | {"not available", "not applicable"}
     | {f"not {word}" for word in ("assigned", "annotated", "classified", "determined")}
     | {"not labeled", "not labelled"}  # codespell:ignore labelled
