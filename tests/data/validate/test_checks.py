@@ -275,7 +275,7 @@ def test_class_with_one_cell_warns_and_names_it():
 NO_LABEL = [
     *("nan", "", "NA", "N/A", "None", "null", "unknown", "Unlabelled", "Unlabeled", "Unassigned", "undefined", "-1"),
     *("UNKNOWN", " Unknown ", "NaN", "<NA>", -1, "unlabelled\t", "#N/A", "n.a.", "-", "?", "-1.0", -999),
-    *("not_annotated", "Not assigned", "no-label", "Unknown cells", "unassigned cell type", "unk"),
+    *("not_annotated", "Not assigned", "no-label", "Unknown cells", "unassigned cell type", "Ambiguous", "unk"),
 ]
 
 
@@ -333,6 +333,10 @@ def test_real_data(shared_data, name, scale, empty):
     adata = ad.read_h5ad(shared_data / f"{name}.h5ad")
     check_anndata(adata)
     check_labels(adata, "cell_type", "Unlabelled")
+    if "merfish" in name:
+        with pytest.warns(UserWarning, match="'Ambiguous' for 1,543 of 11,162 cells"):
+            warn_labels(adata, "cell_type")
+        adata.obs["cell_type"] = adata.obs["cell_type"].cat.rename_categories({"Ambiguous": "Unlabelled"})
     warn_labels(adata, "cell_type", "Unlabelled")
     check_coordinates(adata, "spatial")
     assert check_values(get_matrix(adata, None), where="adata.X") == scale

@@ -175,7 +175,7 @@ def _objects(given: Mapping[Any, Any] | Sequence[Any]) -> dict[str, AnnData]:
     pairs = given.items() if isinstance(given, Mapping) else enumerate(given)
     objects: dict[str, AnnData] = {str(name): adata for name, adata in pairs}
     if not objects or len(objects) < len(given):
-        raise ValueError(f"Pass one object or more, each with a name of its own, found {len(given)}.")
+        raise ValueError(f"Pass one AnnData object or more, each with a name of its own, found {len(given)}.")
     for name, adata in objects.items():
         with _naming(name):
             check_object(adata)
