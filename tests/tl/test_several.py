@@ -166,7 +166,7 @@ def test_pairs_of_genes_are_tested_in_all_of_them(quick) -> None:
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda a, b: ([], {}), ValueError, "Pass one object or more"),
+        (lambda a, b: ([], {}), ValueError, "Pass one AnnData object or more"),
         (lambda a, b: ([a, a], {}), ValueError, "'0' is there more than once"),
         (lambda a, b: ([a, "b.h5ad"], {}), TypeError, "Of the object '1': Expected an AnnData.*read_h5ad"),
         (lambda a, b: ({"a": a, "b": b}, {"layer": "counts"}), KeyError, "Of the object 'b': .*counts"),
