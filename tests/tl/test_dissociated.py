@@ -96,7 +96,7 @@ def test_other_tools(cells, quick) -> None:
     tl.embed(cells, **quick)
     tl.niches(cells, 2, n_seeds=2, verbose=False)
     assert cells.obs["fimp_niche"].nunique() == 2
-    with pytest.raises(ValueError, match="no attention between cells"):
+    with pytest.raises(ValueError, match="of 0 that join cells"):
         tl.attention(cells, "label", **quick)
     with pytest.raises(ValueError, match="of 0 that join cells"):
         tl.gene_pairs(cells, "label", verbose=False)

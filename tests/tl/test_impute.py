@@ -162,6 +162,8 @@ def test_other_inputs_need_another_model(embedded, quick, trainings, option) -> 
 
 def test_other_options_need_another_model(embedded, quick, trainings) -> None:
     fimp_sc.tl.impute(embedded, library_key="section", **quick)
+    assert trainings == []
+    fimp_sc.tl.impute(embedded, library_key="section", n_layers=2, **quick)
     assert len(trainings) == 1
 
 

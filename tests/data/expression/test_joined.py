@@ -102,7 +102,7 @@ def test_masked_genes_of_a_table_leave_the_scale_of_the_others() -> None:
     visible = torch.ones((1, 15), dtype=torch.bool)
     visible[0, 8] = False
     rows = source.sparse_rows(EVERY)
-    seen = source.as_seen(rows, visible, torch.zeros(N, dtype=torch.int64)).toarray()
+    seen = source.as_seen(rows, EVERY, visible, torch.zeros(N, dtype=torch.int64)).toarray()
     np.testing.assert_allclose(seen[:, :8], rows.toarray()[:, :8], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(seen[:, 12:], rows.toarray()[:, 12:])
     # Proteins that are left sum to their expected share of the total of all.

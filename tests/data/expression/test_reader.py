@@ -428,14 +428,16 @@ def test_rows_as_seen_under_masks_equal_a_dense_reference(kind: str) -> None:
     visible, pattern = rng.random((5, N_GENES)) < 0.6, rng.integers(0, 5, N_OBS)
     visible[4] = False
     source = make_source(FORMATS[kind](counts()))
-    found = source.as_seen(source.sparse_rows(EVERYTHING), torch.from_numpy(visible), torch.from_numpy(pattern))
+    found = source.as_seen(
+        source.sparse_rows(EVERYTHING), EVERYTHING, torch.from_numpy(visible), torch.from_numpy(pattern)
+    )
     fraction = counts().sum(0) / counts().sum()
     expected = normalized(counts(), visible[pattern], fraction, float(np.median(counts().sum(1))))
     seen = visible[pattern]
     np.testing.assert_allclose(found.toarray()[seen], expected[seen], rtol=1e-4, atol=1e-6)
     logged = ExpressionReader(np.log1p(counts()), SAME, "log", None)
     rows = logged.sparse_rows(EVERYTHING)
-    assert logged.as_seen(rows, torch.from_numpy(visible), torch.from_numpy(pattern)) is rows
+    assert logged.as_seen(rows, EVERYTHING, torch.from_numpy(visible), torch.from_numpy(pattern)) is rows
 
 
 # Panels ---------------------------------------------------------------------------------------------------------------
