@@ -107,9 +107,12 @@ def gene_pairs(
     ax = canvas.axes((width, 1.2 + 0.26 * max(len(table), 6)))
     place, n_edges = np.arange(len(table)), table["n_edges"].to_numpy(dtype=np.float64)
     most = float(n_edges.max())
+    surprise = -np.log10(table["fdr"].to_numpy(dtype=np.float64))
+    # Colors reach beyond what counts as found: a table without finds has no bright dots.
+    top = max(float(surprise.max()), -1.5 * float(np.log10(max(fdr, 1e-300))))
     dots = ax.scatter(
-        table[x], place, s=_area(n_edges, most), c=-np.log10(table["fdr"].to_numpy(dtype=np.float64)), cmap=cmap,
-        vmin=0, edgecolors=np.where(table["fdr"] <= fdr, "black", "#bfbfbf"), linewidths=0.9, zorder=2,
+        table[x], place, s=_area(n_edges, most), c=surprise, cmap=cmap,
+        vmin=0, vmax=top, edgecolors=np.where(table["fdr"] <= fdr, "black", "#bfbfbf"), linewidths=0.9, zorder=2,
     )  # fmt: skip
     ax.set_yticks(place, names, fontsize="small")
     ax.set_ylim(len(table) - 0.4, -0.6)
