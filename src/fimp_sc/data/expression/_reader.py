@@ -117,6 +117,8 @@ class ExpressionReader:
         ``input_scale`` of the training cells; by default the same.
     panels
         Genes that only some samples measured, if that is so.
+    gains
+        Factors of the values of batches, if there are any.
 
     Attributes
     ----------
@@ -128,8 +130,6 @@ class ExpressionReader:
         ``(n_obs,)`` float32, by which values of each cell (logarithms undone) are multiplied before ``log1p``.
     gene_key
         ``(n_genes,)`` keys of the genes, on which what is drawn for them depends; ``None`` for their places.
-    gains
-        Factors of the values of batches, if there are any.
 
     Warns
     -----

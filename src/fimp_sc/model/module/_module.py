@@ -68,7 +68,7 @@ class FIMPModule(LabelingModule, StartingModule):
         ``(2, 2)``, both weights for the cells of training, and for those of other sections.
     batch_name, batch_gain
         ``(n_batches,)`` int64, hashes of the names of batches, and ``(n_batches, n_features)``, see
-        :func:`~fimp_sc.model.module._matched_batches.matched_gains`.
+        ``matched_gains`` of ``_matched_batches``.
     linear_scores, linear_bias, linear_weight
         ``(n_features, n_labels)`` and ``(n_labels,)``, a linear model of labels that reads all centered genes, where
         there are few enough; and ``()``, its weight in predicted labels. 0 of it means that there is none.
