@@ -586,3 +586,11 @@ def test_cells_without_expression_are_left_out(joint, only_changed) -> None:
     for groups, count in counts.iterrows():
         assert count.tolist() == [seen[groups]] * 2
     assert seen.sum() < len(edges)
+
+
+def test_domains_of_numbered_cells_are_theirs(fresh) -> None:
+    numbered = fresh.copy()
+    numbered.obs.index = np.arange(numbered.n_obs)
+    for adata in (fresh, numbered):
+        fimp_sc.tl.gene_pairs(adata, "cell_type", domain_key="section", **QUICK)
+    pd.testing.assert_frame_equal(pairs(numbered), pairs(fresh))

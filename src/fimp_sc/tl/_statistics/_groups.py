@@ -65,14 +65,15 @@ def read_domains(nodes: AnnData, domain_key: str, unlabeled_category: str) -> ND
 
 def places_of(nodes: pd.Index, read: pd.Index) -> NDArray[np.int64] | slice:
     """Return where the nodes that are read, which may be fewer and in another order, stand among ``nodes``."""
+    nodes = nodes.astype(str)
     # Names that are not unique can be the same all the same.
     return slice(None) if nodes.equals(read) else np.asarray(nodes.get_indexer(read), dtype=np.int64)
 
 
 def groups_of(groups: pd.Categorical, nodes: pd.Index, read: pd.Index, groupby: str) -> pd.Categorical:
     """Return the groups of the nodes that are read, which may be fewer than ``nodes`` and in another order."""
-    nodes = nodes.astype(str)
-    return groups if nodes.equals(read) else _at_least_two(groups[nodes.get_indexer(read)], groupby)
+    places = places_of(nodes, read)
+    return groups if isinstance(places, slice) else _at_least_two(groups[places], groupby)
 
 
 def _at_least_two(category: pd.Categorical, groupby: str) -> pd.Categorical:
